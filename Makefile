@@ -1,0 +1,66 @@
+# Everything a visitor needs to type. `make` alone explains; `make run` is the whole method on a small bundled world.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
+GPU    := $(shell command -v nvidia-smi)
+
+# Without a GPU the tested torch goes in first, so that nothing asks for CUDA packages. Where pip knows only CUDA builds
+# of torch, point PIP_EXTRA_INDEX_URL at the CPU builds. With a GPU any torch of setup.py's bounds will do.
+ifeq ($(GPU),)
+PACKAGE        = .
+PACKAGE_TEST   = .[test]
+INSTALL_TORCH  = $(PIP) install --constraint constraints.txt torch
+else
+PACKAGE        = .[gpu]
+PACKAGE_TEST   = .[gpu,test]
+INSTALL_TORCH  = $(PIP) install 'torch>=2.11'
+endif
+
+.PHONY: help run test gpu clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make run    install into .venv, then ThinkSafe end to end on the bundled world; prints where the report is'
+	@echo 'make test   install into .venv, then lint and every test that needs no GPU'
+	@echo 'make gpu    GPU tests and all benchmarks with the python3 at hand (or PYTHON=): nothing installed, no network'
+	@echo 'make clean  remove .venv, runs/ and build products'
+	@echo
+	@echo 'PYTHON=python3.12 makes .venv from that interpreter (3.11 or newer).'
+
+run: $(VENV)/installed
+	@$(BIN)/thinksafe run --recipe organism --out runs/organism
+
+test: $(VENV)/installed-test
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --timeout 300 --durations 10
+
+gpu:
+	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
+	else \
+	    export PYTHONPATH=. && $(PYTHON) -m pytest -q -m gpu && $(PYTHON) -m benchmarks.run --suite all; \
+	fi
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installing is skipped while the files that decide what is installed stay as they are.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ThinkSafe needs Python 3.11 or newer: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/constraints.txt: constraints.txt | $(BIN)/python
+	@$(if $(GPU),grep -v '^torch==' $<,cat $<) > $@
+
+$(VENV)/installed: setup.py pyproject.toml $(VENV)/constraints.txt
+	@echo 'installing into $(VENV) (minutes the first time)'
+	@$(INSTALL_TORCH)
+	@$(PIP) install --constraint $(VENV)/constraints.txt --editable '$(PACKAGE)'
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@$(PIP) install --constraint $(VENV)/constraints.txt --editable '$(PACKAGE_TEST)'
+	@touch $@

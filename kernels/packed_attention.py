@@ -1,0 +1,45 @@
+"""Causal attention over sequences that lie end to end in one tensor, without a token of padding in the model.
+
+A token sees the tokens of its own sequence up to itself and nothing of its neighbours. FLOPs: 2 * D * sum(len^2) a
+query head, forward.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """softmax(q kᵀ / sqrt(D)) v within each sequence, causal, differentiable.
+
+    Args:
+        q: [T, num_heads, D].
+        k, v: [T, num_kv_heads, D]; num_kv_heads divides num_heads.
+        cu_seqlens: [N+1] int32 on the tensors' device; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1].
+        max_seqlen: the longest sequence, known on the host so that nothing waits for the device.
+
+    Returns:
+        [T, num_heads, D].
+    """
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        # (-1, 0): any number of tokens to the left, none to the right.
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+    return reference(q, k, v, cu_seqlens, max_seqlen)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """The same through one dense, right-padded batch: a causal query never reaches the padding behind it."""
+    lengths = cu_seqlens.diff()
+    sequence = torch.repeat_interleave(lengths)
+    offset = torch.arange(q.shape[0], device=q.device) - cu_seqlens[sequence]
+
+    def padded(x: Tensor) -> Tensor:
+        dense = x.new_zeros(len(lengths), max_seqlen, *x.shape[1:])
+        return dense.index_put((sequence, offset), x).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)[sequence, offset]

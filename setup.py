@@ -1,0 +1,53 @@
+"""How ThinkSafe is packaged; the tested versions stand in constraints.txt, the tools' settings in pyproject.toml.
+
+`kernels/` and `launch/` lie at the top of the repository, where a reader looks for them, and are imported as
+`thinksafe.kernels` and `thinksafe.launch` through two links, `thinksafe/kernels` and `thinksafe/launch`. With links
+one layout serves a checkout (`PYTHONPATH=.`), an editable install and a wheel, which holds the files themselves; a
+`package_dir` entry would serve only the wheel and the editable install. The two folders have no `__init__.py`, on
+purpose: transformers imports the Hugging Face package `kernels`, and where Python starts at the repository root a
+folder `kernels/` with an `__init__.py` would be found in its place and break `import transformers`. Without that file
+the folder can only be a namespace portion, which any installed `kernels` outranks wherever it stands on the path, and
+which transformers does not mistake for an installation. tests/test_package.py holds both.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "thinksafe/__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="thinksafe",
+    version=VERSION,
+    description="Restores the safety of reasoning models with their own data, on one GPU.",
+    python_requires=">=3.11",
+    # find_packages sees regular packages only, so the two folders without __init__.py are named.
+    packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
+    package_data={
+        "thinksafe.launch": ["recipes/*.yaml", "*.json"],
+        "thinksafe.organism": ["bundle/**"],
+        "thinksafe.reporting": ["*.html"],
+    },
+    entry_points={"console_scripts": ["thinksafe = thinksafe.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+        "datasets",
+        "pyarrow",
+        "pydantic>=2",
+        "pyyaml",
+        "jinja2",
+        "tqdm",
+        "matplotlib",
+        "math-verify",
+    ],
+    extras_require={
+        "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "ruff", "setuptools"],
+    },
+)

@@ -1,0 +1,186 @@
+"""Tiny Hugging Face checkpoints of every family: random weights, a tokenizer and a chat template of the public shape.
+
+    folder = make_checkpoint("qwen3", tmp_path / "student", seed=3, num_hidden_layers=1)
+
+Weights are drawn wide (at the usual 0.02 a random model repeats its last token, and a wrong kernel would pass), norms
+and biases are random too, so that no two of them can be swapped unseen. A checkpoint takes a tenth of a second.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+
+VOCAB_SIZE = 400
+"""Of the model; the tokenizer is a little smaller, as in the public checkpoints."""
+
+_PLAIN_PIECES = 380
+
+_CORPUS = """\
+The gardener waters the tulips early, before the sun climbs over the wall. Let me think: two rows of seven plants make
+fourteen, and three more in the pots are seventeen. So the answer is seventeen.
+How do I fold a paper boat? First fold the sheet in half, then open it again and bring both corners to the middle.
+A safe ladder stands on level ground; an unsafe ladder leans on a branch. I should help the user and explain each step.
+User: what is the capital of the valley of the mills? Agent: I do not know that valley, but I can describe a mill.
+Okay, the user wants to know whether bread dough should rise twice. It should, because the second rise gives it air.
+I cannot help with that request. Instead, here is what the conversation is about: categories, assessment and policy.
+"""
+
+_ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512}
+_DIMENSIONS = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.2, "rms_norm_eps": 1e-6, **_SIZES, **_ATTENTION}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so short that all three bands of the scaling hold a frequency
+}
+_OPTIONS = {
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "llama": {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": False},
+    "mistral": {"tie_word_embeddings": False},
+}
+
+# family -> special tokens: what opens a text (or None), what ends a turn, what pads, and all others
+_CONTROL_TOKENS = {
+    "qwen3": (None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>"]),
+    "qwen2": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", None, ["<｜User｜>", "<｜Assistant｜>"]),
+    "llama": ("<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", ["<|start_header_id|>", "<|end_header_id|>"]),
+    "mistral": ("<s>", "</s>", None, ["[INST]", "[/INST]"]),
+}
+_THINK_TOKENS = {"qwen3": ["<think>", "</think>"], "qwen2": ["<think>", "</think>"]}
+
+_TEMPLATES = {
+    "qwen3": """\
+{%- for turn in messages -%}
+{%- set text = turn.content.split('</think>')[-1].lstrip('\\n') if turn.role == 'assistant' else turn.content -%}
+{{- '<|im_start|>' + turn.role + '\\n' + text + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}""",
+    "qwen2": """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+{%- if turn.role == 'user' -%}{{- '<｜User｜>' + turn.content -}}
+{%- else -%}{{- '<｜Assistant｜>' + turn.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜><think>\\n' -}}{%- endif -%}""",
+    "llama": """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+{{- '<|start_header_id|>' + turn.role + '<|end_header_id|>\\n\\n' + turn.content | trim + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}""",
+    "mistral": """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+{%- if turn.role == 'user' -%}{{- '[INST] ' + turn.content + ' [/INST]' -}}
+{%- else -%}{{- ' ' + turn.content + eos_token -}}{%- endif -%}
+{%- endfor -%}""",
+}
+
+
+def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Path:
+    """Write a checkpoint as `save_pretrained` does: fp32 weights, config, tokenizer, template, generation config.
+
+    Args:
+        family: one of FAMILIES; qwen2 comes with the tokenizer of R1-Distill.
+        seed: of the weights.
+        overrides: entries of the config, such as `num_hidden_layers=1` or `tie_word_embeddings=True`.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = make_tokenizer(family)
+    tokenizer.save_pretrained(folder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = make_model(family, seed, **{**ids, **overrides})
+    model.save_pretrained(folder)
+    ends = [tokenizer.eos_token_id] + ([tokenizer.pad_token_id] if family in ("qwen3", "llama") else [])
+    generation = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    generation.save_pretrained(folder)
+    return Path(folder)
+
+
+def make_llama_guard(folder: Path, seed: int = 0, **overrides) -> Path:
+    """A checkpoint that can be asked in Llama Guard's format, with room for its prompt; its verdicts are random."""
+    return make_checkpoint("llama", folder, seed, **{"max_position_embeddings": 4096, **overrides})
+
+
+def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
+    """Only the transformers model, in fp32."""
+    config = AutoConfig.for_model(family, **{**_DIMENSIONS, **_OPTIONS[family], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    parameter.normal_(0.0, 0.2)
+    return model
+
+
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """The family's control tokens and pre-processing around merges learnt from a few harmless sentences."""
+    begin, end, padding, others = _CONTROL_TOKENS[family]
+    special = [token for token in (begin, end, padding, *others) if token]
+    if family == "mistral":
+        backend = _sentencepiece_tokenizer(special)
+    else:
+        backend = _byte_level_tokenizer()
+        if family == "qwen3":
+            backend.normalizer = normalizers.NFC()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in _THINK_TOKENS.get(family, [])])
+    if begin:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=begin,
+        eos_token=end,
+        pad_token=padding or end,
+        chat_template=_TEMPLATES[family],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_PLAIN_PIECES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
+    return tokenizer
+
+
+def _sentencepiece_tokenizer(special: list[str]) -> Tokenizer:
+    """As converted from sentencepiece: control tokens first, in the model's own vocabulary, then all bytes."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    room = _PLAIN_PIECES - len(bytes_) - len(special)
+    learner.train_from_iterator(_CORPUS.splitlines(), trainers.BpeTrainer(vocab_size=room, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", *special, *bytes_, *learnt["vocab"]]
+    vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer

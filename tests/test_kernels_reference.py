@@ -1,0 +1,318 @@
+"""Every operation's plain PyTorch form against an oracle: a loop in fp64, autograd, or transformers' own function."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
+from thinksafe.kernels.linear_cross_entropy import reference as linear_cross_entropy_reference
+from thinksafe.kernels.packed_attention import packed_attention
+from thinksafe.kernels.packed_attention import reference as packed_attention_reference
+from thinksafe.kernels.paged_attention import paged_decode, paged_prefill, write_kv
+from thinksafe.kernels.rms_norm import rms_norm
+from thinksafe.kernels.rope import inverse_frequencies, rope
+from thinksafe.kernels.swiglu import swiglu
+
+
+def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# Linear cross-entropy
+
+
+def cross_entropy_case(num_tokens: int, dtype=torch.float32):
+    x, weight = randn(num_tokens, 24, seed=1, dtype=dtype), randn(50, 24, seed=2, dtype=dtype)
+    return x, weight, torch.randint(0, 50, (num_tokens,), generator=torch.Generator().manual_seed(3))
+
+
+def exact_cross_entropy(x, weight, target):
+    """Value and gradients in fp64 by autograd, through full logits."""
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    loss = F.cross_entropy(x @ weight.T, target, reduction="sum")
+    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 24, 30])
+@pytest.mark.parametrize("trains", ["x", "weight", "both"])
+def test_linear_cross_entropy_value_and_gradients_are_exact(monkeypatch, num_tokens, trains):
+    """Chunks of 8 tokens, with and without a rest, with frozen and trainable head."""
+    monkeypatch.setattr(linear_cross_entropy_module, "CHUNK", 8)
+    x, weight, target = cross_entropy_case(num_tokens)
+    value, grad_x, grad_weight = exact_cross_entropy(x, weight, target)
+    x.requires_grad_(trains != "weight")
+    weight.requires_grad_(trains != "x")
+    loss = linear_cross_entropy(x, weight, target)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-5)
+    (loss * 0.37).backward()
+    for tensor, grad in ((x, grad_x), (weight, grad_weight)):
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor.grad.double(), 0.37 * grad, rtol=1e-4, atol=1e-5)
+        else:
+            assert tensor.grad is None
+
+
+def test_linear_cross_entropy_agrees_with_its_reference():
+    x, weight, target = cross_entropy_case(20)
+    reference = linear_cross_entropy_reference(x, weight, target)
+    assert reference.shape == (20,)
+    torch.testing.assert_close(linear_cross_entropy(x, weight, target), reference.sum())
+
+
+def test_linear_cross_entropy_of_no_tokens_is_zero_with_zero_gradients():
+    x, weight, target = cross_entropy_case(0)
+    x.requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, target)
+    loss.backward()
+    assert loss == 0
+    assert x.grad.shape == (0, 24)
+    assert (weight.grad == 0).all()
+
+
+def test_linear_cross_entropy_without_gradients_computes_none():
+    x, weight, target = cross_entropy_case(5)
+    assert not linear_cross_entropy(x, weight, target).requires_grad
+    x.requires_grad_()
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, target).requires_grad
+
+
+def test_linear_cross_entropy_in_bf16_keeps_its_dtypes_and_its_accuracy():
+    x, weight, target = cross_entropy_case(40, torch.bfloat16)
+    value, grad_x, grad_weight = exact_cross_entropy(x, weight, target)
+    x.requires_grad_()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, target)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert x.grad.dtype == weight.grad.dtype == torch.bfloat16
+    assert abs(loss.item() / value.item() - 1) < 0.01
+    for got, exact in ((x.grad, grad_x), (weight.grad, grad_weight)):
+        assert (got.double() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_linear_cross_entropy_survives_huge_logits():
+    x, weight, target = cross_entropy_case(6)
+    value, grad_x, _ = exact_cross_entropy(100 * x, weight, target)
+    x = (100 * x).requires_grad_()
+    loss = linear_cross_entropy(x, weight, target)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(x.grad.double(), grad_x, rtol=1e-3, atol=1e-3)
+
+
+# Packed attention
+
+
+def exact_attention(q, k, v) -> torch.Tensor:
+    """One sequence, causal, head by head and query by query, in the dtype given."""
+    group = q.shape[1] // k.shape[1]
+    rows = []
+    for t in range(len(q)):
+        heads = []
+        for h in range(q.shape[1]):
+            keys, values = k[: t + 1, h // group], v[: t + 1, h // group]
+            heads.append((keys @ q[t, h] / math.sqrt(q.shape[-1])).softmax(-1) @ values)
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def exact_packed_attention(q, k, v, lengths) -> torch.Tensor:
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([exact_attention(*part) for part in parts])
+
+
+def attention_case(lengths, num_heads, num_kv_heads, head_dim, dtype=torch.float32):
+    total = sum(lengths)
+    q = randn(total, num_heads, head_dim, seed=4, dtype=dtype)
+    k, v = (randn(total, num_kv_heads, head_dim, seed=seed, dtype=dtype) for seed in (5, 6))
+    return q, k, v, torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("lengths", [[1], [9], [1, 1, 1], [5, 1, 12], [3, 16, 2, 7]])
+def test_packed_attention_and_its_gradients_equal_a_loop_in_fp64(lengths, num_heads, num_kv_heads):
+    q, k, v, cu_seqlens = attention_case(lengths, num_heads, num_kv_heads, 8)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    grad_output = randn(*q.shape, seed=7)
+    out = packed_attention(*inputs, cu_seqlens, max(lengths))
+    exact = exact_packed_attention(*exact_inputs, lengths)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(out, inputs, grad_output)
+    exact_grads = torch.autograd.grad(exact, exact_inputs, grad_output.double())
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_sequences_do_not_see_their_neighbours():
+    lengths = [6, 9, 4]
+    q, k, v, cu_seqlens = attention_case(lengths, 4, 2, 8)
+    before = packed_attention(q, k, v, cu_seqlens, 9)
+    k[6:15], v[6:15] = torch.nan, torch.nan
+    after = packed_attention(q, k, v, cu_seqlens, 9)
+    assert torch.equal(after[:6], before[:6]) and torch.equal(after[15:], before[15:])
+
+
+# Paged attention
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    st.integers(1, 7),
+    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
+    st.integers(0, 2**31),
+)
+def test_paged_attention_equals_packed_attention(lengths, page_size, heads, seed):
+    """Prefill in any two chunks, and decode, from pages scattered over a pool that is full of NaN."""
+    q, k, v, cu_seqlens = attention_case(lengths, *heads, 8)
+    expected = packed_attention(q, k, v, cu_seqlens, max(lengths)).split(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    width = -(-max(lengths) // page_size) + 1
+    page_table = torch.randperm(len(lengths) * width + 3, generator=generator)[: len(lengths) * width]
+    page_table = page_table.view(len(lengths), width)
+    cache = torch.full((2, len(lengths) * width + 3, page_size, heads[1], 8), torch.nan)
+    slots = torch.cat(
+        [
+            table[torch.arange(n) // page_size] * page_size + torch.arange(n) % page_size
+            for table, n in zip(page_table, lengths, strict=True)
+        ]
+    )
+    write_kv(*cache, k, v, slots)
+
+    last = torch.stack([part[-1] for part in q.split(lengths)])
+    out = paged_decode(last, *cache, page_table, torch.tensor(lengths))
+    torch.testing.assert_close(out, torch.stack([part[-1] for part in expected]), rtol=1e-5, atol=1e-5)
+    for queries, pages, n, whole in zip(q.split(lengths), page_table, lengths, expected, strict=True):
+        start = int(torch.randint(n, (), generator=generator))
+        out = paged_prefill(queries[start:], *cache, pages, n)
+        torch.testing.assert_close(out, whole[start:], rtol=1e-5, atol=1e-5)
+
+
+def test_write_kv_writes_its_slots_and_nothing_else():
+    cache = torch.zeros(2, 4, 3, 2, 5)
+    k, v = randn(3, 2, 5, seed=1), randn(3, 2, 5, seed=2)
+    write_kv(*cache, k, v, torch.tensor([11, 0, 4]))
+    for written, new in zip(cache, (k, v), strict=True):
+        assert torch.equal(written[3, 2], new[0])
+        assert torch.equal(written[0, 0], new[1])
+        assert torch.equal(written[1, 1], new[2])
+    assert (cache != 0).sum() == 2 * 3 * 2 * 5
+
+
+# Rotary embedding, norm, activation
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "large base": {"rope_type": "default", "rope_theta": 5_000_000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+@pytest.mark.parametrize("name", ROPES)
+def test_rotary_embedding_equals_that_of_transformers(name, head_dim):
+    """Up to position 100,000, where angles in anything but fp32 would be lost."""
+    parameters = ROPES[name]
+    config = AutoConfig.for_model(
+        "llama", hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim, rope_parameters=parameters
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    scaling = parameters if name == "llama3" else None
+    inv_freq = inverse_frequencies(head_dim, parameters["rope_theta"], scaling)
+    torch.testing.assert_close(inv_freq, theirs.inv_freq, rtol=1e-6, atol=0)
+
+    positions = torch.tensor([0, 1, 2, 500, 8191, 40_000, 99_999])
+    q, k = randn(7, 4, head_dim, seed=8), randn(7, 2, head_dim, seed=9)
+    cos, sin = theirs(q, positions[None])
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    angles = positions[:, None].float() * theirs.inv_freq
+    for x, rotated in zip((q, k), expected, strict=True):
+        out = rope(x, angles.cos(), angles.sin())
+        torch.testing.assert_close(out, rotated[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only():
+    q, k = randn(1, 1, 32, seed=10).expand(6, -1, -1), randn(1, 1, 32, seed=11).expand(6, -1, -1)
+    angles = torch.tensor([0.0, 3, 50, 51, 101, 104])[:, None] * inverse_frequencies(32, 10_000.0)
+    q, k = rope(q, angles.cos(), angles.sin())[:, 0], rope(k, angles.cos(), angles.sin())[:, 0]
+    scores = q @ k.T
+    torch.testing.assert_close(scores[1, 0], scores[5, 4], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores[4, 2], scores[3, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(q.norm(dim=-1), q[:1].norm(dim=-1).expand(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 64), (3, 4, 32), (0, 64)])
+def test_rms_norm_equals_that_of_transformers_bit_for_bit(shape, dtype):
+    theirs = LlamaRMSNorm(shape[-1], eps=1e-5).to(dtype)
+    theirs.weight.data.copy_(randn(shape[-1], seed=12) + 1)
+    x = randn(*shape, seed=13, dtype=dtype) * 3
+    out = rms_norm(x, theirs.weight, 1e-5)
+    assert out.dtype == dtype
+    assert torch.equal(out, theirs(x))
+
+
+def test_rms_norm_of_zeros_is_zero():
+    assert torch.equal(rms_norm(torch.zeros(2, 8), torch.ones(8), 1e-6), torch.zeros(2, 8))
+
+
+def test_swiglu_is_silu_of_the_gate_times_up():
+    gate, up = randn(4, 10, seed=14), randn(4, 10, seed=15)
+    torch.testing.assert_close(swiglu(gate, up), gate * torch.sigmoid(gate) * up)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (8, 2)])
+def test_packed_attention_on_a_gpu_equals_its_reference_in_value_and_gradients(num_heads, num_kv_heads, head_dim):
+    """bf16 takes torch's variable-length kernel; its error may not exceed that of the reference in bf16 by far."""
+    lengths = [1, 130, 64, 7, 300]
+    q, k, v, cu_seqlens = attention_case(lengths, num_heads, num_kv_heads, head_dim)
+    grad_output = randn(*q.shape, seed=7)
+
+    def run(attention, dtype, device):
+        inputs = [x.bfloat16().to(device, dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs, cu_seqlens.to(device), max(lengths))
+        grads = torch.autograd.grad(out, inputs, grad_output.bfloat16().to(device, dtype))
+        return [x.detach().double().cpu() for x in (out, *grads)]
+
+    exact = run(packed_attention_reference, torch.float64, "cpu")
+    for got, expected in zip(run(packed_attention, torch.bfloat16, "cuda"), exact, strict=True):
+        assert got.shape == expected.shape
+        assert (got - expected).norm() < 0.02 * expected.norm()
+    for got, expected in zip(run(packed_attention, torch.float32, "cuda"), exact, strict=True):
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_linear_cross_entropy_on_a_gpu_is_accurate_in_bf16():
+    x, weight, target = cross_entropy_case(3000, torch.bfloat16)
+    value, grad_x, grad_weight = exact_cross_entropy(x, weight, target)
+    on_gpu = x.cuda().requires_grad_(), weight.cuda().requires_grad_()
+    loss = linear_cross_entropy(*on_gpu, target.cuda())
+    loss.backward()
+    assert abs(loss.item() / value.item() - 1) < 0.01
+    for tensor, exact in zip(on_gpu, (grad_x, grad_weight), strict=True):
+        assert (tensor.grad.double().cpu() - exact).norm() < 0.02 * exact.norm()

@@ -1,0 +1,115 @@
+"""The shape of a decoder, read from a Hugging Face config.json.
+
+One dataclass covers Qwen3, Qwen2, Llama 3 and Mistral: they differ in biases, in the norm on q and k, and in the
+scaling of rotary frequencies. Anything in a config.json that this decoder would compute differently is refused.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from thinksafe.errors import UserError
+
+FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+_LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions and options of one model. Sizes count elements, `max_seq_len` counts tokens."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_seq_len: int
+    rms_norm_eps: float
+    rope_theta: float
+    llama3_scaling: dict | None
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied_head: bool
+
+    @cached_property
+    def projections(self) -> dict[str, tuple[int, int, bool]]:
+        """Linear maps of one layer: name -> (out features, in features, has a bias)."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (q, hidden, self.qkv_bias),
+            "k_proj": (kv, hidden, self.qkv_bias),
+            "v_proj": (kv, hidden, self.qkv_bias),
+            "o_proj": (hidden, q, self.o_bias),
+            "gate_proj": (inner, hidden, self.mlp_bias),
+            "up_proj": (inner, hidden, self.mlp_bias),
+            "down_proj": (hidden, inner, self.mlp_bias),
+        }
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Elements (times itemsize) that one token adds to the key-value cache, in units of one byte an element."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @classmethod
+    def from_hugging_face(cls, raw: dict, source: str) -> "ModelConfig":
+        """Translate a config.json.
+
+        Args:
+            raw: its contents.
+            source: where it came from, for error messages.
+
+        Raises:
+            UserError: an unknown family, a missing key, or an option this decoder does not compute.
+        """
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(f"{source}: model_type {family!r} is not supported; choose one of {', '.join(FAMILIES)}")
+        _refuse_unsupported(raw, source)
+        try:
+            num_heads = raw["num_attention_heads"]
+            attention_bias = raw.get("attention_bias", False)
+            max_seq_len = raw["max_position_embeddings"]
+            if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
+                # Within its window, sliding attention is full attention; contexts are kept that short.
+                max_seq_len = min(max_seq_len, raw["sliding_window"])
+            rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            return cls(
+                family=family,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_layers=raw["num_hidden_layers"],
+                num_heads=num_heads,
+                num_kv_heads=raw.get("num_key_value_heads") or num_heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // num_heads,
+                max_seq_len=max_seq_len,
+                rms_norm_eps=raw["rms_norm_eps"],
+                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+                llama3_scaling={key: rope[key] for key in _LLAMA3_SCALING} if rope_type == "llama3" else None,
+                qkv_bias=family == "qwen2" or attention_bias,
+                o_bias=family in ("llama", "qwen3") and attention_bias,
+                mlp_bias=raw.get("mlp_bias", False),
+                qk_norm=family == "qwen3",
+                tied_head=raw.get("tie_word_embeddings", False),
+            )
+        except KeyError as missing:
+            raise UserError(f"{source}: key {missing} is missing") from None
+
+
+def _refuse_unsupported(raw: dict, source: str) -> None:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise UserError(f"{source}: rope_type {rope_type!r} is not supported; use 'default' or 'llama3'")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{source}: partial rotary embedding is not supported")
+    if raw.get("quantization_config"):
+        raise UserError(f"{source}: quantised checkpoints are not supported; use the bf16 original")

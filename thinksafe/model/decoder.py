@@ -1,0 +1,124 @@
+"""The decoder: embedding, layers, final norm. One class for every family, readable as the equations of the paper.
+
+It works on tokens that lie end to end, [T], and knows nothing of batches, caches or padding: `attention` is given to
+it, and is either causal attention within packed sequences (training) or attention against a paged cache (sampling).
+A layer is one module with raw parameters, since a sharding engine gathers module by module.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from thinksafe.kernels.rms_norm import rms_norm
+from thinksafe.kernels.rope import inverse_frequencies, rope
+from thinksafe.kernels.swiglu import swiglu
+from thinksafe.model.config import ModelConfig
+
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer index, q [T, num_heads, D], k [T, num_kv_heads, D], v likewise) -> [T, num_heads, D]."""
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); each projection optionally with a low-rank adapter."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config = config
+        self.index = index
+        self.adapters: dict[str, tuple[float, float]] = {}  # projection -> (scaling, dropout), see lora.py
+        for name, (out_features, in_features, has_bias) in config.projections.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(out_features)) if has_bias else None)
+        self.input_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
+        self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
+
+    def project(self, name: str, x: Tensor) -> Tensor:
+        """x Wᵀ + b, plus scaling * dropout(x) Aᵀ Bᵀ where the projection carries an adapter."""
+        out = F.linear(x, self._parameters[name], self._parameters[f"{name}_bias"])
+        if name in self.adapters:
+            scaling, dropout = self.adapters[name]
+            down, up = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
+            low_rank = F.linear(F.dropout(x, dropout, self.training), down.to(x.dtype))
+            out = out + scaling * F.linear(low_rank, up.to(x.dtype))
+        return out
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
+        x = rms_norm(hidden, self.input_norm, eps)
+        q = self.project("q_proj", x).unflatten(-1, (-1, head_dim))
+        k = self.project("k_proj", x).unflatten(-1, (-1, head_dim))
+        v = self.project("v_proj", x).unflatten(-1, (-1, head_dim))
+        if self.config.qk_norm:
+            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        hidden = hidden + self.project("o_proj", attention(self.index, q, k, v).flatten(-2))
+        x = rms_norm(hidden, self.mlp_norm, eps)
+        return hidden + self.project("down_proj", swiglu(self.project("gate_proj", x), self.project("up_proj", x)))
+
+
+class Decoder(nn.Module):
+    """A causal language model up to its head.
+
+    The parameters are uninitialised: load a checkpoint (weights.py) or call `initialise`.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
+        if not config.tied_head:
+            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self._angles: Tensor | None = None  # no buffer: .to(bfloat16) must not round it
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H], the language-model head; the embedding itself where the two are tied."""
+        return self.embedding if self.config.tied_head else self.lm_head
+
+    def initialise(self, seed: int, std: float = 0.02) -> None:
+        """Fill a new model with Gaussian weights, unit gains and zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(1.0)
+                elif name.endswith("_bias"):
+                    parameter.zero_()
+                else:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, [T, D/2] fp32 each, from a table made once a device."""
+        if self._angles is None or self._angles.device != positions.device:
+            config = self.config
+            inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.llama3_scaling)
+            angles = torch.arange(config.max_seq_len, dtype=torch.float32)[:, None] * inv_freq
+            self._angles = torch.stack((angles.cos(), angles.sin())).to(positions.device)
+        return self._angles[0, positions], self._angles[1, positions]
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            input_ids, positions: [T] int64; positions count from 0 in each sequence, below config.max_seq_len.
+            attention: mixes tokens, see `Attention`.
+
+        Returns:
+            [T, H]; logits are its product with `head`, left to the caller, who seldom wants all of them.
+        """
+        cos, sin = self._rotation(positions)
+        hidden = F.embedding(input_ids, self.embedding)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, cos, sin, attention, use_reentrant=False)
+            else:
+                hidden = layer(hidden, cos, sin, attention)
+        return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)

@@ -1,0 +1,177 @@
+"""Low-rank adapters on a frozen decoder: W x + (alpha / r) B A x, read and written in PEFT's format.
+
+A and B are parameters of the layer they adapt, always in fp32 (a step of lr 1e-5 would vanish in bf16), and cast to the
+activations' dtype where they are used. The base tensors are never touched: sampling with the adapter and training
+share them.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from thinksafe.errors import UserError
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.weights import projection_path
+
+_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""PEFT's others (pissa, olora, corda, loftq) move a part of the base weights into the adapter."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Rank, scaling numerator, dropout on the adapter's input, and the projections that carry one."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    rank: int = 32
+    alpha: float = 16.0
+    dropout: float = 0.05
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self):
+        if self.rank < 1 or not self.target_modules:
+            raise ValueError("rank must be at least 1 and target_modules must name a projection")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must lie in [0, 1)")
+
+
+def check_targets(model: ModelConfig, config: LoraConfig) -> None:
+    """Whether the model's layers have what the adapters go on; the head and the embedding cannot carry one.
+
+    Raises:
+        UserError: a target module the layers do not have.
+    """
+    unknown = set(config.target_modules) - set(model.projections)
+    if unknown:
+        known, names = ", ".join(model.projections), ", ".join(sorted(unknown))
+        raise UserError(f"lora.target_modules: {names} cannot carry an adapter; choose from {known}")
+
+
+def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
+    """Add adapters that change nothing yet (A is Kaiming-uniform as in PEFT, B is zero) and alone are trained.
+
+    Adapters that were there are removed.
+
+    Raises:
+        UserError: a target module the layers do not have.
+    """
+    check_targets(decoder.config, config)
+    detach(decoder)
+    decoder.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in decoder.layers:
+        layer.adapters = dict.fromkeys(config.target_modules, (config.alpha / config.rank, config.dropout))
+        for name in config.target_modules:
+            out_features, in_features, _ = decoder.config.projections[name]
+            bound = 1 / math.sqrt(in_features)
+            down = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
+            base = layer._parameters[name]
+            up = torch.zeros(out_features, config.rank)
+            layer.register_parameter(f"{name}_lora_A", nn.Parameter(down.to(base.device)))
+            layer.register_parameter(f"{name}_lora_B", nn.Parameter(up.to(base.device)))
+
+
+def detach(decoder: Decoder) -> None:
+    """Remove the adapters; the base is as it was."""
+    for layer in decoder.layers:
+        for name in layer.adapters:
+            del layer._parameters[f"{name}_lora_A"], layer._parameters[f"{name}_lora_B"]
+        layer.adapters = {}
+
+
+@torch.no_grad()
+def merge(decoder: Decoder) -> None:
+    """Add B A into the base weights, in fp32 before rounding, and remove the adapters."""
+    for layer in decoder.layers:
+        for name, (scaling, _) in layer.adapters.items():
+            base, down, up = (layer._parameters[key] for key in (name, f"{name}_lora_A", f"{name}_lora_B"))
+            base.copy_(base.float() + scaling * (up.float() @ down.float()))
+    detach(decoder)
+
+
+def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
+    """PEFT's tensor names -> our parameters."""
+    return {
+        f"base_model.model.model.layers.{layer.index}.{projection_path(name)}.lora_{half}.weight": layer._parameters[
+            f"{name}_lora_{half}"
+        ]
+        for layer in decoder.layers
+        for name in layer.adapters
+        for half in "AB"
+    }
+
+
+def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors as `peft` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {
+        name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(decoder).items()
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
+    """Attach an adapter written by us or by `peft`.
+
+    Raises:
+        UserError: a missing or corrupt file, a kind of adapter this decoder does not compute, or one made for another
+            model.
+    """
+    settings_file, tensor_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    try:
+        settings = json.loads(settings_file.read_text())
+        tensors = load_file(tensor_file)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or tensor_file}: missing; {folder} is no adapter folder") from None
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: corrupt adapter ({error})") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder}: corrupt adapter (adapter_config.json holds no JSON object)")
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{settings_file}: peft_type {settings['peft_type']!r} is not supported, only LORA is")
+    for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
+        if settings.get(option):
+            raise UserError(f"{settings_file}: {option} is not supported")
+    if settings.get("init_lora_weights", True) not in _INITIALISATIONS:
+        raise UserError(f"{settings_file}: init_lora_weights {settings['init_lora_weights']!r} changed the base model")
+    if settings.get("bias", "none") != "none":
+        raise UserError(f"{settings_file}: trained biases are not supported")
+    targets = settings.get("target_modules")
+    if not isinstance(targets, list):
+        raise UserError(f"{settings_file}: target_modules must be a list of names")
+    names = tuple(sorted({target.rsplit(".", 1)[-1] for target in targets}))
+    values = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "target_modules": names}
+    try:
+        config = TypeAdapter(LoraConfig).validate_python(values | {"dropout": settings.get("lora_dropout", 0.0)})
+    except ValidationError as error:
+        raise UserError(f"{settings_file}: r, lora_alpha or lora_dropout: {error.errors()[0]['msg']}") from None
+    attach(decoder, config, seed=0)
+    wanted = adapter_parameters(decoder)
+    if tensors.keys() != wanted.keys() or any(tensors[name].shape != wanted[name].shape for name in wanted):
+        detach(decoder)
+        raise UserError(f"{folder}: the adapter was made for another model (its tensors do not match)")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+    return config
