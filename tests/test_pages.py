@@ -1,0 +1,343 @@
+"""Pages and scheduler, without a model: nothing lost, nothing overwritten, everyone served, and nobody else's tokens.
+
+The model is a pure function of the tokens so far. It is played on a cache that remembers which context each entry was
+written for, so a row that reads a wrong, stale or missing entry is found out at once.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from thinksafe.sampler import runner
+from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.pages import PagePool, prefix_digests
+from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.scheduler import Scheduler, StepPlan
+
+VOCAB_SIZE = 50
+POISON = 99
+"""A token that breaks the model: what is computed together with it, or reads that, is NaN."""
+
+STALE, NAN = -2, -1
+
+
+def extend(state: int, token: int) -> int:
+    """Stands for the whole context after one more token."""
+    return (state * 1_000_003 + token + 1) % (2**61 - 1)
+
+
+def next_token(state: int) -> int:
+    return -1 if state == NAN else (state >> 7) % VOCAB_SIZE
+
+
+def rollout(request: Request, room: int) -> Completion:
+    """What a request must get, token by token and alone. `room` is the longest possible context."""
+    if POISON in request.prompt:
+        return Completion(request.id, (), "nan")
+    state = 0
+    for token in request.prompt:
+        state = extend(state, token)
+    response: list[int] = []
+    while (token := next_token(state)) not in request.stop_ids:
+        response.append(token)
+        if len(response) == request.sampling.max_tokens or len(request.prompt) + len(response) == room:
+            return Completion(request.id, tuple(response), "length")
+        state = extend(state, token)
+    return Completion(request.id, tuple(response), "stop")
+
+
+class FakeRunner:
+    """Steps like the real one (all rows write, then all rows read) and checks what it is asked to do."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.cache = np.full(scheduler.capacity_tokens, STALE, dtype=np.int64)
+        self.states: dict[str, list[int]] = {}  # of every context of a request, once it was computed
+
+    def forward(self, plan: StepPlan) -> np.ndarray:
+        """The next token of every completing row."""
+        scheduler = self.scheduler
+        assert 0 < plan.num_tokens <= scheduler.max_step_tokens
+        assert len(set(plan.slots.tolist())) == len(plan.slots)
+        counts = plan.ends - plan.starts
+        assert (counts[: plan.num_decodes] == 1).all() and (counts[plan.num_decodes :] > 1).all()
+        assert (plan.starts == scheduler.num_computed[plan.slots]).all()
+        rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.ends.tolist(), strict=True))
+        check_written_pages(scheduler, rows)
+
+        entries, expected = {}, {}
+        for slot, start, end in rows:
+            positions = np.arange(end)
+            pages = scheduler.page_table[slot, positions // scheduler.page_size]
+            entries[slot] = pages * scheduler.page_size + positions % scheduler.page_size
+            expected[slot] = self._expected(slot, end)
+            broken = POISON in scheduler.tokens[slot, start:end]
+            self.cache[entries[slot][start:]] = NAN if broken else expected[slot][start:]
+        spreading = True
+        while spreading:
+            spreading = False
+            for slot, start, _ in rows:
+                seen = self.cache[entries[slot]]
+                assert ((seen == expected[slot]) | (seen == NAN)).all(), "a row reads another context's entry"
+                if (seen == NAN).any() and not (seen[start:] == NAN).all():
+                    self.cache[entries[slot][start:]] = NAN
+                    spreading = True
+        completing = plan.slots[plan.completes].tolist()
+        return np.array([next_token(int(self.cache[entries[slot][-1]])) for slot in completing], dtype=np.int64)
+
+    def _expected(self, slot: int, end: int) -> np.ndarray:
+        states = self.states.setdefault(self.scheduler.running[slot].request.id, [])
+        for token in self.scheduler.tokens[slot, len(states) : end].tolist():
+            states.append(extend(states[-1] if states else 0, token))
+        return np.array(states[:end])
+
+
+def check_written_pages(scheduler: Scheduler, rows: list[tuple[int, int, int]]) -> None:
+    """A page is written by one row, and whoever else owns it has it behind itself, read-only."""
+    size, written = scheduler.page_size, {}
+    for slot, start, end in rows:
+        for page in scheduler.page_table[slot, start // size : -(-end // size)].tolist():
+            assert page not in written, "two rows write the same page"
+            written[page] = slot
+    for slot in scheduler.running:
+        for index, page in enumerate(scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()):
+            assert written.get(page, slot) == slot or scheduler.num_computed[slot] >= (index + 1) * size
+
+
+def check_conservation(scheduler: Scheduler) -> None:
+    """Every page is blank, idle or owned, and owned as often as it stands in a running sequence's table."""
+    pool = scheduler.pool
+    owned = Counter()
+    for slot in scheduler.running:
+        pages = scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()
+        assert len(set(pages)) == len(pages)
+        owned.update(pages)
+    assert {page: count for page, count in enumerate(pool.owners.tolist()) if count} == owned
+    assert pool.available == len(pool.owners) - len(owned)
+    assert sorted([*owned, *pool._blank, *pool._idle]) == list(range(len(pool.owners)))
+
+
+def drive(scheduler: Scheduler, arrivals: Iterable[tuple[int, Request]], max_steps: int) -> dict[str, Completion]:
+    """Answer requests that arrive at given steps; every one once, all pages free in the end."""
+    fake = FakeRunner(scheduler)
+    to_come = sorted(arrivals, key=lambda arrival: arrival[0], reverse=True)
+    completions: list[Completion] = []
+    step = 0
+    while scheduler.has_work or to_come:
+        while to_come and (to_come[-1][0] <= step or not scheduler.has_work):
+            scheduler.submit([to_come.pop()[1]])
+        plan = scheduler.plan()
+        check_conservation(scheduler)
+        completions += scheduler.commit(plan, fake.forward(plan))
+        check_conservation(scheduler)
+        step += 1
+        assert step <= max_steps, "no end in sight"
+    assert scheduler.pool.available == len(scheduler.pool.owners)
+    by_id = {completion.request_id: completion for completion in completions}
+    assert len(by_id) == len(completions)
+    return by_id
+
+
+@st.composite
+def workloads(draw, tokens):
+    """A scheduler's settings, the room kept for growth, and requests with the step of their arrival."""
+    page_size, num_slots = draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    num_pages = draw(st.integers(-(-4 // page_size), 24))
+    max_seq_len = draw(st.integers(4, 60))
+    room = min(max_seq_len, num_pages * page_size)
+    stems = draw(st.lists(st.lists(tokens, max_size=room), min_size=1, max_size=3))
+    arrivals = []
+    for index in range(draw(st.integers(1, 12))):
+        stem, tail = draw(st.sampled_from(stems)), draw(st.lists(tokens, min_size=1, max_size=6))
+        prompt = tuple([*stem, *tail][-(room - 1) :] if draw(st.booleans()) else [*stem, *tail][: room - 1])
+        sampling = SamplingConfig(max_tokens=draw(st.integers(1, 30)))
+        stop_ids = tuple(draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=4)))
+        arrivals.append((draw(st.integers(0, 20)), Request(f"{index}", prompt, sampling, 0, stop_ids)))
+    settings_ = (num_slots, num_pages, page_size, max_seq_len, draw(st.integers(1, 40)))
+    return settings_, draw(st.integers(1, 40)), arrivals
+
+
+def check_workload(workload) -> None:
+    settings_, growth, arrivals = workload
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_module, "_GROWTH_TOKENS", growth)
+        scheduler = Scheduler(*settings_)
+        got = drive(scheduler, arrivals, max_steps=5000)
+    room = min(scheduler.max_seq_len, scheduler.capacity_tokens)
+    assert got == {request.id: rollout(request, room) for _, request in arrivals}
+
+
+@settings(max_examples=250, deadline=None)
+@given(workloads(st.integers(0, 2)))
+def test_every_request_gets_what_it_would_get_alone(workload):
+    check_workload(workload)
+
+
+@settings(max_examples=150, deadline=None)
+@given(workloads(st.sampled_from([0, 0, 0, 1, 1, POISON])))
+def test_a_broken_request_ends_as_nan_and_harms_no_other(workload):
+    check_workload(workload)
+
+
+@pytest.mark.parametrize(
+    "num_requests, num_slots, num_pages, max_step_tokens",
+    [
+        pytest.param(3000, 64, 400, 200, id="busy"),
+        pytest.param(400, 8, 40, 11, id="crowded: prompts are preempted half-read"),
+    ],
+)
+def test_thousands_of_requests_of_mixed_length(fresh_seed, num_requests, num_slots, num_pages, max_step_tokens):
+    rng = random.Random(fresh_seed)
+    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(60))] for _ in range(num_requests // 80)]
+    requests = []
+    for index in range(num_requests):
+        prompt = (*rng.choice(stems), *[rng.randrange(VOCAB_SIZE) for _ in range(1 + rng.randrange(20))])
+        stop_ids = tuple(rng.sample(range(VOCAB_SIZE), rng.randrange(4)))
+        requests.append(Request(f"{index}", prompt, SamplingConfig(max_tokens=rng.randint(1, 60)), 0, stop_ids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
+        scheduler = Scheduler(num_slots, num_pages, 4, max_seq_len=100, max_step_tokens=max_step_tokens)
+        got = drive(scheduler, [(0, request) for request in requests], max_steps=20_000)
+    assert got == {request.id: rollout(request, 100) for request in requests}
+    assert scheduler.preemptions > 0
+
+
+def test_room_for_growth_avoids_computing_tokens_twice():
+    sampling = SamplingConfig(max_tokens=60)
+    requests = [Request(f"{index}", (*range(9), index % VOCAB_SIZE), sampling, 0, ()) for index in range(100)]
+
+    def recomputed(growth: int) -> float:
+        """Share of tokens computed more than once."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scheduler_module, "_GROWTH_TOKENS", growth)
+            scheduler = Scheduler(num_slots=32, num_pages=100, page_size=16, max_seq_len=100, max_step_tokens=100)
+            drive(scheduler, [(0, request) for request in requests], max_steps=5000)
+        return scheduler.computed_tokens / (100 * 69) - 1
+
+    assert recomputed(60) == 0
+    assert recomputed(1) > 0.1
+
+
+def test_requests_are_admitted_in_order_of_arrival():
+    """A prompt that must wait for pages is not overtaken for ever by smaller ones."""
+    scheduler = Scheduler(num_slots=4, num_pages=20, page_size=4, max_seq_len=80, max_step_tokens=64)
+    large = Request("large", tuple(range(60)), SamplingConfig(max_tokens=4), 0, ())
+    small = [Request(f"{i}", (i, i), SamplingConfig(max_tokens=30), 0, ()) for i in range(40)]
+    scheduler.submit([small[0], small[1], large, *small[2:]])
+    fake, finished = FakeRunner(scheduler), []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        finished += [completion.request_id for completion in scheduler.commit(plan, fake.forward(plan))]
+    assert finished.index("large") <= 2
+
+
+@pytest.mark.parametrize("length", [0, 16, 40])
+def test_a_batch_with_a_request_that_can_never_run_leaves_the_queue_as_it_was(length):
+    scheduler = Scheduler(num_slots=4, num_pages=4, page_size=4, max_seq_len=80, max_step_tokens=64)
+    fits = Request("fits", (1,) * 15, SamplingConfig(max_tokens=4), 0, ())
+    with pytest.raises(ValueError):
+        scheduler.submit([fits, Request("never", (1,) * length, SamplingConfig(), 0, ())])
+    assert not scheduler.has_work
+    assert drive(scheduler, [(0, fits)], max_steps=20) == {"fits": rollout(fits, 16)}
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a plain account of who owns what and which digest a page's contents have."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = PagePool(6)
+        self.owners = Counter()
+        self.contents: dict[int, bytes] = {}  # pages that are offered
+        self.idle: list[int] = []  # offered pages without an owner, oldest first
+
+    @precondition(lambda self: self.pool.available)
+    @rule()
+    def allocate(self):
+        blank = 6 - len(+self.owners) - len(self.idle)
+        page = self.pool.allocate()
+        assert self.owners[page] == 0
+        if blank:
+            assert page not in self.idle, "a blank page is given before one that can still be shared"
+        else:
+            assert page == self.idle.pop(0), "the page that has been idle for longest goes first"
+            del self.contents[page]
+        self.owners[page] = 1
+
+    @precondition(lambda self: not self.pool.available)
+    @rule()
+    def allocate_from_nothing(self):
+        with pytest.raises(IndexError):
+            self.pool.allocate()
+
+    @precondition(lambda self: +self.owners)
+    @rule(data=st.data(), digest=st.sampled_from([b"a", b"b", b"c"]))
+    def register(self, data, digest):
+        page = data.draw(st.sampled_from(sorted(+self.owners)))
+        self.pool.register(page, digest)
+        if page not in self.contents and digest not in self.contents.values():
+            self.contents[page] = digest
+
+    @rule(digests=st.lists(st.sampled_from([b"a", b"b", b"c"]), max_size=3, unique=True))
+    def share(self, digests):
+        page_of = {digest: page for page, digest in self.contents.items()}
+        pages = self.pool.shared_prefix(digests)
+        known = [digest in page_of for digest in digests]
+        length = known.index(False) if False in known else len(digests)
+        assert pages == [page_of[digest] for digest in digests[:length]]
+        for page in pages:
+            self.pool.take(page)
+            self.owners[page] += 1
+            if page in self.idle:
+                self.idle.remove(page)
+
+    @precondition(lambda self: +self.owners)
+    @rule(data=st.data())
+    def forget(self, data):
+        page = data.draw(st.sampled_from(sorted(+self.owners)))
+        self.pool.forget(page)
+        self.contents.pop(page, None)
+
+    @precondition(lambda self: +self.owners)
+    @rule(data=st.data())
+    def release(self, data):
+        page = data.draw(st.sampled_from(sorted(+self.owners)))
+        self.pool.release(page)
+        self.owners[page] -= 1
+        if self.owners[page] == 0 and page in self.contents:
+            self.idle.append(page)
+
+    @invariant()
+    def owners_and_free_pages_add_up(self):
+        assert {page: n for page, n in enumerate(self.pool.owners.tolist()) if n} == +self.owners
+        assert self.pool.available == 6 - len(+self.owners)
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+@given(st.lists(st.integers(0, 1), max_size=12), st.lists(st.integers(0, 1), max_size=12), st.integers(1, 4))
+def test_digests_are_equal_exactly_where_the_whole_prefix_is(a, b, page_size):
+    digests_a, digests_b = prefix_digests(a, page_size), prefix_digests(b, page_size)
+    assert len(digests_a) == len(a) // page_size
+    for index, (x, y) in enumerate(zip(digests_a, digests_b, strict=False), start=1):
+        assert (x == y) == (a[: index * page_size] == b[: index * page_size])
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 2000))
+def test_decoding_rows_are_batched_by_length_within_the_bound(lengths, bound):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_DECODE_BATCH_TOKENS", bound)
+        batches = runner._similar_lengths(np.array(lengths, dtype=np.int64))
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= bound
+    longest = [max(lengths[row] for row in batch) for batch in batches]
+    assert longest == sorted(longest)

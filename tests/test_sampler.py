@@ -1,0 +1,428 @@
+"""The sampler answers as transformers would, one request alone, whatever the cache, the batch and the order."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import FAMILIES, make_checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from thinksafe.errors import UserError
+from thinksafe.kernels.sampling import sample
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.weights import load_decoder
+from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.request import Completion, Request, SamplingConfig
+
+GREEDY = SamplingConfig(temperature=0, max_tokens=24)
+SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, top_k=30, max_tokens=24)
+STOP_IDS = (7, 210, 333)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Family -> (our decoder, theirs), loaded once, fp32."""
+    loaded = {}
+
+    def load(family: str) -> tuple[Decoder, PreTrainedModel]:
+        if family not in loaded:
+            folder = make_checkpoint(family, tmp_path_factory.mktemp(family), seed=11)
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            loaded[family] = load_decoder(folder, torch.float32, "cpu"), theirs
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Admit on the prompt alone, so that a small pool runs out and sequences are preempted."""
+    monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
+
+
+def pool_of(decoder: Decoder, num_pages: int, page_size: int) -> float:
+    """GiB that hold this many pages."""
+    return num_pages * page_size * decoder.config.kv_bytes_per_token * decoder.embedding.dtype.itemsize / 2**30
+
+
+def engine_of(decoder: Decoder, *, page_size=16, num_pages=None, max_running=16, max_step_tokens=256) -> Engine:
+    gib = pool_of(decoder, num_pages or -(-2048 // page_size), page_size)
+    return Engine(decoder, EngineConfig(max_running, max_step_tokens, page_size, gib))
+
+
+def answers(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
+    """Completions by id; every request answered once, and every page free again at the end."""
+    completions = list(engine.generate(requests))
+    assert sorted(c.request_id for c in completions) == sorted(r.id for r in requests)
+    scheduler = engine.scheduler
+    assert (scheduler.pool.owners == 0).all()
+    assert scheduler.pool.available == len(scheduler.pool.owners)
+    assert not scheduler.has_work
+    return {completion.request_id: completion for completion in completions}
+
+
+def scores_of(engine: Engine, prompts, token_ids) -> dict[str, np.ndarray]:
+    """Log-probabilities by id; every prompt scored once, and every page free again at the end."""
+    scores = list(engine.score(prompts, token_ids))
+    assert sorted(score.request_id for score in scores) == sorted(id_ for id_, _ in prompts)
+    assert (engine.scheduler.pool.owners == 0).all()
+    return {score.request_id: score.logprobs for score in scores}
+
+
+def random_prompts(lengths, seed: int, prefix=()) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(*prefix, *torch.randint(0, 380, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def make_requests(prompts, sampling=GREEDY, stop_ids=STOP_IDS) -> list[Request]:
+    return [Request(f"r{i}", prompt, sampling, 1000 + i, stop_ids) for i, prompt in enumerate(prompts)]
+
+
+def expected_completion(model: PreTrainedModel, request: Request) -> Completion:
+    """What `generate` writes greedily, its stop token left out."""
+    prompt = torch.tensor([request.prompt])
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # else ids equal to the padding id would be taken for padding
+        do_sample=False,
+        max_new_tokens=request.sampling.max_tokens,
+        eos_token_id=list(request.stop_ids) or None,
+        pad_token_id=0,
+    )[0, prompt.shape[1] :].tolist()
+    stopped = written[-1] in request.stop_ids
+    return Completion(request.id, tuple(written[:-1] if stopped else written), "stop" if stopped else "length")
+
+
+def assert_same_greedy(model: PreTrainedModel, request: Request, got: Completion, expected: Completion) -> None:
+    """Equal, or parted where the reference itself was undecided between its two best tokens."""
+    if got == expected:
+        return
+    pairs = zip((*got.tokens, None), (*expected.tokens, None), strict=False)
+    agreed = next(index for index, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*request.prompt, *expected.tokens[:agreed]]])).logits[0, -1]
+    first, second = logits.topk(2).values.tolist()
+    assert first - second < 1e-5, f"{request.id} departs at response token {agreed}, gap {first - second:.2e}"
+
+
+SHARED = random_prompts([21], seed=5)[0]
+PROMPTS = [
+    *random_prompts([1, 2, 3, 16, 17, 40, 64], seed=6),
+    *random_prompts([1, 11, 30], seed=7, prefix=SHARED),
+    *[SHARED] * 3,
+]
+
+# page size, tokens a step, rows at once, pages, whether the pool must have run out
+SWEEP = {
+    "roomy": (16, 256, 16, 64, False),
+    "pages of one token": (1, 256, 16, 1200, False),
+    "prompts in chunks of a few tokens": (4, 5, 5, 300, False),
+    "one row at a time": (16, 8, 1, 64, False),
+    "small pool": (4, 64, 16, 40, True),
+    "small pool, pages of one token, chunks": (1, 9, 9, 150, True),
+    "a pool for the longest request alone": (16, 32, 16, 6, True),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_responses_equal_those_of_transformers(models, crowded, family):
+    decoder, model = models(family)
+    requests = make_requests(PROMPTS)
+    expected = {request.id: expected_completion(model, request) for request in requests}
+    assert {completion.finish_reason for completion in expected.values()} >= {"length"}
+    for page_size, max_step_tokens, max_running, num_pages, runs_out in SWEEP.values():
+        engine = engine_of(
+            decoder,
+            page_size=page_size,
+            num_pages=num_pages,
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+        )
+        got = answers(engine, requests)
+        assert (engine.scheduler.preemptions > 0) == runs_out
+        for request in requests:
+            assert_same_greedy(model, request, got[request.id], expected[request.id])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_models_do_not_repeat_themselves(models, family):
+    """Or the comparison above would prove little."""
+    decoder, _ = models(family)
+    got = answers(engine_of(decoder), make_requests(PROMPTS, stop_ids=()))
+    assert all(len(set(completion.tokens)) > 4 for completion in got.values())
+
+
+def test_stop_token_ends_a_response_and_is_left_out(models):
+    decoder, _ = models("qwen3")
+    (request,) = make_requests([SHARED], stop_ids=())
+    unstopped = answers(engine_of(decoder), [request])["r0"]
+    assert len(unstopped.tokens) == 24 and unstopped.finish_reason == "length"
+    for index in (0, 1, 10, 23):
+        stop = unstopped.tokens[index]
+        first = unstopped.tokens.index(stop)
+        stopped = answers(engine_of(decoder), [replace(request, stop_ids=(stop, 399))])["r0"]
+        assert stopped == Completion("r0", unstopped.tokens[:first], "stop")
+
+
+def test_each_request_has_its_own_limits(models):
+    decoder, _ = models("llama")
+    whole = answers(engine_of(decoder), make_requests(PROMPTS, stop_ids=()))
+    requests = [
+        replace(request, sampling=replace(GREEDY, max_tokens=1 + index), stop_ids=(whole[request.id].tokens[5],))
+        for index, request in enumerate(make_requests(PROMPTS))
+    ]
+    for index, request in enumerate(requests):
+        expected = whole[request.id].tokens[: 1 + index]
+        stop = request.stop_ids[0]
+        got = answers(engine_of(decoder), requests)[request.id]
+        if stop in expected:
+            assert got == Completion(request.id, expected[: expected.index(stop)], "stop")
+        else:
+            assert got == Completion(request.id, expected, "length")
+
+
+def test_a_full_context_ends_a_response_as_length(tmp_path):
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path, max_position_embeddings=48), torch.float32, "cpu")
+    long = SamplingConfig(temperature=0, max_tokens=1000)
+    got = answers(engine_of(decoder), make_requests(random_prompts([1, 30, 47], seed=8), long, stop_ids=()))
+    assert [len(got[id_].tokens) for id_ in ("r0", "r1", "r2")] == [47, 18, 1]
+    assert {completion.finish_reason for completion in got.values()} == {"length"}
+
+
+def test_a_response_that_outgrows_the_whole_cache_ends_as_length(models):
+    decoder, _ = models("qwen3")
+    engine = engine_of(decoder, page_size=4, num_pages=10)
+    long = SamplingConfig(temperature=0, max_tokens=1000)
+    got = answers(engine, make_requests(random_prompts([5, 38, 1], seed=9), long, stop_ids=()))
+    assert [len(got[id_].tokens) for id_ in ("r0", "r1", "r2")] == [35, 2, 39]
+    assert {completion.finish_reason for completion in got.values()} == {"length"}
+
+
+@pytest.mark.parametrize("length, message", [(0, "empty"), (40, "40 tokens"), (512, "512 tokens")])
+def test_a_prompt_that_can_never_fit_is_refused_before_anything_is_answered(models, length, message):
+    decoder, _ = models("qwen3")
+    engine = engine_of(decoder, page_size=4, num_pages=10)
+    assert engine.max_prompt_tokens == 39
+    with pytest.raises(ValueError, match=message):
+        next(engine.generate(make_requests(random_prompts([3, length], seed=10))))
+    assert not engine.scheduler.has_work, "nothing of the refused batch is left in the queue"
+
+
+def test_longest_allowed_prompt_is_answered(models):
+    decoder, _ = models("qwen3")
+    engine = engine_of(decoder, page_size=4, num_pages=10)
+    (completion,) = engine.generate(make_requests(random_prompts([engine.max_prompt_tokens], seed=11), stop_ids=()))
+    assert len(completion.tokens) == 1
+
+
+def test_an_engine_without_memory_for_a_page_is_a_user_error(models):
+    decoder, _ = models("qwen3")
+    with pytest.raises(UserError, match="kv_cache_gib"):
+        Engine(decoder, EngineConfig(kv_cache_gib=1e-9))
+
+
+def test_a_shared_prefix_is_computed_once(models):
+    decoder, _ = models("qwen3")
+    page_size, prefix_length, one_token = 4, 41, replace(GREEDY, max_tokens=1)
+    prefix = random_prompts([prefix_length], seed=12)[0]
+    requests = make_requests([(*prefix, 100 + i, 200 + i) for i in range(8)], one_token)
+    engine = engine_of(decoder, page_size=page_size)
+    answers(engine, requests)
+    shared = prefix_length // page_size * page_size
+    assert engine.scheduler.computed_tokens == 8 * (prefix_length + 2) - 7 * shared
+
+    # It stays in the cache for later requests, also when its last page is the prompt's own end.
+    before = engine.scheduler.computed_tokens
+    answers(engine, make_requests([(*prefix, 100, 200)], one_token))
+    assert engine.scheduler.computed_tokens - before == prefix_length + 2 - shared
+    before = engine.scheduler.computed_tokens
+    answers(engine, make_requests([prefix[:shared]], one_token))
+    assert engine.scheduler.computed_tokens - before == page_size
+
+
+def test_a_prompt_asked_n_times_is_computed_once(models):
+    decoder, _ = models("qwen3")
+    engine = engine_of(decoder, page_size=4)
+    answers(engine, make_requests([SHARED] * 8, replace(SAMPLED, max_tokens=1)))
+    assert engine.scheduler.computed_tokens == 21 + 7  # 20 of the 21 tokens lie in full pages
+
+
+def test_sampled_response_does_not_depend_on_batch_order_or_cache(models, crowded):
+    decoder, _ = models("qwen3")
+    requests = make_requests(PROMPTS, SAMPLED)
+    together = answers(engine_of(decoder), requests)
+    assert len({together[f"r{i}"].tokens for i in (10, 11, 12)}) == 3, "equal prompts, other seeds: other responses"
+    alone = {}
+    for request in requests:
+        alone |= answers(engine_of(decoder), [request])
+    assert alone == together
+    assert answers(engine_of(decoder), requests[::-1]) == together
+    small = engine_of(decoder, page_size=4, num_pages=40, max_step_tokens=20)
+    assert answers(small, requests) == together
+    assert small.scheduler.preemptions > 0
+    assert answers(small, requests[3:] + requests[:3]) == together, "an engine that has worked before"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_tokens_are_drawn_from_the_logits_of_transformers_at_their_own_position(models, family):
+    decoder, model = models(family)
+    requests = make_requests(PROMPTS[3:9], SAMPLED, stop_ids=())
+    for request in requests:
+        tokens = answers(engine_of(decoder), requests)[request.id].tokens
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.prompt, *tokens]])).logits[0, len(request.prompt) - 1 : -1]
+        positions = torch.arange(len(request.prompt), len(request.prompt) + len(tokens))
+        settings = (SAMPLED.temperature, SAMPLED.top_k, SAMPLED.top_p, request.seed)
+        columns = (torch.full((len(tokens),), value) for value in settings)
+        assert tuple(sample(logits, *columns, positions, SAMPLED.top_k).tolist()) == tokens
+
+
+def test_greedy_and_sampled_requests_share_a_batch(models):
+    decoder, _ = models("mistral")
+    kinds = [GREEDY, SAMPLED, replace(SAMPLED, top_k=0), replace(SAMPLED, top_p=1.0, temperature=0.3)]
+    requests = [replace(request, sampling=kinds[i % 4]) for i, request in enumerate(make_requests(PROMPTS))]
+    together = answers(engine_of(decoder), requests)
+    for kind in kinds:
+        of_kind = [request for request in requests if request.sampling == kind]
+        assert answers(engine_of(decoder), of_kind) == {request.id: together[request.id] for request in of_kind}
+
+
+POISON = 390
+"""A token whose embedding some tests make NaN."""
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    folder = make_checkpoint("llama", tmp_path_factory.mktemp("poisoned"), seed=12)
+    decoder = load_decoder(folder, torch.float32, "cpu")
+    decoder.embedding[POISON] = torch.nan
+    return decoder
+
+
+def test_a_request_that_breaks_the_model_ends_as_nan_and_no_other_does(poisoned, crowded):
+    """Also when a healthy sequence takes over pages that hold NaN, or lies beside such a page in the batch."""
+    healthy = make_requests(random_prompts([3, 9, 20, 33, 6, 14], seed=13), stop_ids=(POISON,))
+    expected = answers(engine_of(poisoned), healthy)
+    assert all(completion.finish_reason == "length" for completion in expected.values())
+    prompts = random_prompts([1, 2, 7, 19, 40, 23], seed=14)
+    broken = [Request(f"broken {i}", (*prompt, POISON, 5), GREEDY, 1, ()) for i, prompt in enumerate(prompts)]
+    mixed = [request for pair in zip(broken, healthy, strict=True) for request in pair]
+    for num_pages, page_size in [(200, 4), (16, 4), (8, 16), (64, 1)]:
+        engine = engine_of(poisoned, page_size=page_size, num_pages=num_pages, max_running=4)
+        for _ in range(2):
+            got = answers(engine, mixed)
+            assert {got[request.id] for request in broken} == {Completion(r.id, (), "nan") for r in broken}
+            assert {request.id: got[request.id] for request in healthy} == expected
+
+
+@pytest.mark.parametrize("max_step_tokens", [16, 256])
+def test_a_broken_request_does_not_break_those_that_share_its_prefix(poisoned, max_step_tokens):
+    """Attention computes the prefix and the broken token in one go, and a masked NaN is still NaN."""
+    healthy = make_requests(random_prompts([1, 5, 9], seed=15, prefix=SHARED), stop_ids=(POISON,))
+    expected = answers(engine_of(poisoned, page_size=4), healthy)
+    broken = [Request(f"broken {i}", (*SHARED, POISON, i), GREEDY, 1, ()) for i in range(2)]
+    engine = engine_of(poisoned, page_size=4, max_step_tokens=max_step_tokens)
+    for requests in ([*broken, *healthy], healthy, [healthy[0], *broken, *healthy[1:]], healthy):
+        before = engine.scheduler.computed_tokens
+        got = answers(engine, requests)
+        for request in requests:
+            assert got[request.id] == expected.get(request.id, Completion(request.id, (), "nan"))
+    alone = sum(len(request.prompt) + 23 for request in healthy)
+    assert engine.scheduler.computed_tokens - before <= alone - 2 * 20, "the prefix was not shared again"
+
+
+def test_a_model_that_breaks_later_keeps_what_it_wrote_before(tmp_path):
+    decoder = load_decoder(make_checkpoint("llama", tmp_path), torch.float32, "cpu")
+    (request,) = make_requests([SHARED], stop_ids=())
+    whole = answers(engine_of(decoder), [request])["r0"].tokens
+    last = next(i for i, token in enumerate(whole) if i >= 4 and token not in (*SHARED, *whole[:i]))
+    decoder.embedding[whole[last]] = torch.nan
+    assert answers(engine_of(decoder), [request])["r0"] == Completion("r0", whole[: last + 1], "nan")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_the_log_softmax_of_transformers(models, crowded, family):
+    decoder, model = models(family)
+    token_ids = (3, 399, 17)
+    with torch.no_grad():
+        expected = [model(torch.tensor([p])).logits[0, -1].log_softmax(-1)[list(token_ids)] for p in PROMPTS]
+    for num_pages, max_step_tokens in [(200, 256), (17, 32)]:
+        engine = engine_of(decoder, page_size=4, num_pages=num_pages, max_step_tokens=max_step_tokens)
+        prompts = [(str(i), prompt) for i, prompt in enumerate(PROMPTS)]
+        scores = scores_of(engine, prompts, token_ids)
+        for i, row in enumerate(expected):
+            torch.testing.assert_close(torch.from_numpy(scores[str(i)]), row, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_a_broken_prompt_are_nan_and_no_others_are(poisoned):
+    engine = engine_of(poisoned, page_size=4)
+    prompts = [("bad", (*SHARED, POISON)), ("good", (*SHARED, 5)), ("bad too", (POISON,)), ("good too", (3,))]
+    for _ in range(2):
+        scores = scores_of(engine, prompts, (5, 6))
+        assert all(math.isnan(value) for id_ in ("bad", "bad too") for value in scores[id_])
+        assert all(value < 0 for id_ in ("good", "good too") for value in scores[id_])
+
+
+def test_scores_are_nan_where_a_logit_overflows(models, monkeypatch):
+    """Else the others' log-probabilities would be a confident minus infinity."""
+    engine = engine_of(models("qwen3")[0])
+    forward = engine.runner.forward
+
+    def overflowing(plan, scheduler):
+        logits = forward(plan, scheduler).clone()
+        logits[scheduler.num_tokens[plan.slots[plan.completes]] == 3, 50] = torch.inf
+        return logits
+
+    monkeypatch.setattr(engine.runner, "forward", overflowing)
+    scores = scores_of(engine, [("bad", (1, 2, 3)), ("good", (4, 5))], (5, 6))
+    assert all(math.isnan(value) for value in scores["bad"])
+    assert all(math.isfinite(value) for value in scores["good"])
+
+
+def test_one_engine_generates_and_scores_in_turn(models):
+    decoder, _ = models("qwen3")
+    engine, requests = engine_of(decoder, page_size=4), make_requests(PROMPTS)
+    first = answers(engine, requests)
+    list(engine.score([("s", SHARED)], (1, 2)))
+    assert answers(engine, requests) == first
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_running": 0},
+        {"page_size": 0},
+        {"max_step_tokens": 0},
+        {"max_running": 300, "max_step_tokens": 200},
+        {"kv_cache_gib": -1.0},
+    ],
+)
+def test_engine_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}]
+)
+def test_sampling_settings_that_cannot_work_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        SamplingConfig(**settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_responses_in_fp32_on_a_gpu_equal_those_on_a_cpu(models, crowded, family, tmp_path):
+    decoder, model = models(family)
+    requests = make_requests(PROMPTS)
+    expected = answers(engine_of(decoder), requests)
+    on_gpu = load_decoder(make_checkpoint(family, tmp_path, seed=11), torch.float32, "cuda")
+    for page_size, num_pages, runs_out in [(16, 64, False), (4, 40, True)]:
+        engine = engine_of(on_gpu, page_size=page_size, num_pages=num_pages)
+        got = answers(engine, requests)
+        assert (engine.scheduler.preemptions > 0) == runs_out
+        for request in requests:
+            assert_same_greedy(model, request, got[request.id], expected[request.id])

@@ -1,0 +1,82 @@
+"""What goes into the sampler and what comes out: token ids only. It knows nothing of text, prompts or guards."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "nan"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How tokens are drawn. The defaults are the paper's for Qwen3.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_p: probability mass of the nucleus, after top_k; 1 is off.
+        top_k: candidates kept; 0 is off.
+        max_tokens: response tokens at most.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    max_tokens: int = 16_384
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError("temperature must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top_p must lie in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError("top_k must not be negative")
+        if self.max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        id: returned with the completion; unique in a run.
+        prompt: token ids, at least one.
+        sampling: how to draw.
+        seed: 63 bits; with the position it fixes the noise, so the response does not depend on the batch.
+        stop_ids: tokens that end the response.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingConfig
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished response.
+
+    Attributes:
+        tokens: response ids, the stop token left out.
+        finish_reason: `stop`, `length` (max_tokens or the context is full) or `nan` (the model's logits broke).
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Log-probabilities of chosen tokens right after a prompt.
+
+    Attributes:
+        logprobs: [K] fp32, exact (full log-sum-exp), NaN where the model's logits broke.
+    """
+
+    request_id: str
+    logprobs: np.ndarray
