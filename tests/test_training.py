@@ -1,0 +1,476 @@
+"""Training: the gradient of the textbook whatever the packing, and a run that a kill cannot change."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints import make_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.model.weights import hugging_face_name, load_decoder
+from thinksafe.training.checkpoint import load_newest, save_checkpoint
+from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.loop import (
+    TrainingConfig,
+    fingerprint,
+    learning_rate,
+    read_metrics,
+    step_indices,
+    train,
+)
+from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
+
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+CPU = torch.device("cpu")
+PACKINGS = [1, 40, 100, 10**6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A student whose head is not its embedding, so that a poisoned token harms only the sequences that hold it."""
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+
+
+@pytest.fixture
+def decoder(folder):
+    return load_decoder(folder, torch.float32, CPU)
+
+
+def sequence(length: int, response: int, seed: int) -> TrainingSequence:
+    ids = np.random.default_rng([length, seed]).integers(0, 380, length).astype(np.int32)
+    return TrainingSequence(ids, length - response)
+
+
+SEQUENCES = [sequence(*sizes, 0) for sizes in [(30, 12), (7, 1), (55, 54), (16, 8), (30, 29), (2, 1), (41, 3)]]
+
+
+def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0) -> SingleEngine:
+    if method == "lora":
+        attach(decoder, config, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # as if trained for a while: with B = 0 the gradient of A is zero
+            for name, parameter in adapter_parameters(decoder).items():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    else:
+        decoder.requires_grad_(True)
+    return SingleEngine(decoder, clip, weight_decay)
+
+
+def gradients(engine: SingleEngine, packs, monkeypatch=None):
+    """(loss, gradients by parameter) of one step that does not step."""
+    found = {}
+    optimizer_step = engine.optimizer.step
+    engine.optimizer.step = lambda: found.update({name: p.grad.clone() for name, p in engine.masters.items()})
+    loss = engine.step(packs, 1e-3).loss
+    engine.optimizer.step = optimizer_step
+    return loss, found
+
+
+def textbook(model, sequences):
+    """(loss, gradients by parameter) of a transformers model, one sequence at a time, no packing, no chunks."""
+    model.zero_grad()
+    targets = sum(sequence.num_targets for sequence in sequences)
+    total = 0.0
+    for sequence in sequences:
+        ids = torch.from_numpy(sequence.input_ids).long()
+        start = sequence.response_start
+        logits = model(ids[None]).logits[0, start - 1 : -1]
+        loss = F.cross_entropy(logits, ids[start:], reduction="sum") / targets
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(found: dict, expected: dict):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.isfinite(gradient).all() and gradient.abs().max() > 0, name
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+def peft_twin(decoder, folder, tmp_path):
+    """The same model with the same adapter, computed by transformers and peft."""
+    save_adapter(decoder, LORA, tmp_path / "adapter", str(folder))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    return peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+
+
+# Loss and gradient
+
+
+@pytest.mark.parametrize("max_tokens", PACKINGS)
+def test_loss_and_gradient_of_adapters_are_those_of_peft_whatever_the_packing(decoder, folder, tmp_path, max_tokens):
+    ours = engine(decoder)
+    twin = peft_twin(decoder, folder, tmp_path)
+    expected_loss, theirs = textbook(twin, SEQUENCES)
+    loss, found = gradients(ours, pack(SEQUENCES, max_tokens, CPU))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    path = {id(parameter): name for name, parameter in adapter_parameters(decoder).items()}
+    found = {path[id(ours.parameters[name])]: gradient for name, gradient in found.items()}
+    assert_close(found, {name.replace(".default", ""): gradient for name, gradient in theirs.items()})
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("max_tokens", [1, 10**6])
+def test_loss_and_gradient_of_every_weight_are_those_of_transformers(tmp_path, family, max_tokens):
+    folder = make_checkpoint(family, tmp_path)
+    expected_loss, theirs = textbook(AutoModelForCausalLM.from_pretrained(folder), SEQUENCES)
+    ours = engine(load_decoder(folder, torch.float32, CPU), "full")
+    loss, found = gradients(ours, pack(SEQUENCES, max_tokens, CPU))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert_close({hugging_face_name(name): gradient for name, gradient in found.items()}, theirs)
+
+
+def test_activation_checkpointing_changes_nothing_but_the_memory(decoder):
+    ours = engine(decoder, config=dataclasses.replace(LORA, dropout=0.3))
+    torch.manual_seed(5)
+    expected_loss, expected = gradients(ours, pack(SEQUENCES, 64, CPU))
+    decoder.activation_checkpointing = True
+    torch.manual_seed(5)
+    loss, found = gradients(ours, pack(SEQUENCES, 64, CPU))
+    assert loss == expected_loss
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_response_tokens_are_targets(decoder):
+    batch = collate(SEQUENCES, CPU)
+    expected = np.concatenate([sequence.input_ids[sequence.response_start :] for sequence in SEQUENCES])
+    assert batch.targets.tolist() == expected.tolist()
+    assert batch.input_ids[batch.target_rows + 1].tolist() == expected.tolist()
+    assert len(batch.targets) == sum(sequence.num_targets for sequence in SEQUENCES)
+
+
+def test_a_sequence_does_not_see_its_neighbours(decoder):
+    """Its share of the gradient is the same beside any other sequence, before or behind it."""
+    ours = engine(decoder)
+    one = SEQUENCES[0]
+    _, alone = gradients(ours, pack([one], 10**6, CPU))
+    for other in (sequence(30, 12, 1), sequence(50, 3, 2), sequence(3, 2, 3)):
+        _, beside = gradients(ours, pack([other], 10**6, CPU))
+        for order in ([one, other], [other, one]):
+            _, both = gradients(ours, [collate(order, CPU)])
+            total = one.num_targets + other.num_targets
+            shares = {name: (both[name] * total - beside[name] * other.num_targets) / one.num_targets for name in both}
+            assert_close(shares, alone)
+
+
+def test_steps_are_adamw_with_clipping_as_in_torch(decoder, folder, tmp_path):
+    ours = engine(decoder, clip=0.5, weight_decay=0.1)
+    twin = peft_twin(decoder, folder, tmp_path)
+    weights = {name: parameter for name, parameter in twin.named_parameters() if parameter.requires_grad}
+    adamw = torch.optim.AdamW(weights.values(), lr=0.0, weight_decay=0.1)
+    for step, rate in enumerate((1e-2, 3e-3, 1e-2)):
+        batch = SEQUENCES[step:]
+        result = ours.step(pack(batch, 64, CPU), rate)
+        loss, _ = textbook(twin, batch)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)
+        assert norm > 0.5, "the test should clip"
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+        assert result.loss == pytest.approx(loss, rel=1e-4)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
+    for name, parameter in adapter_parameters(decoder).items():
+        twin_parameter = weights[name.replace(".weight", ".default.weight")]
+        torch.testing.assert_close(parameter.data, twin_parameter.data, rtol=1e-3, atol=1e-5)
+
+
+def test_training_a_few_examples_over_and_over_learns_them(decoder, tmp_path):
+    config = TrainingConfig(epochs=40, batch_size=2, learning_rate=2e-2, max_tokens_per_pack=64)
+    attach(decoder, LoraConfig(rank=8, alpha=16.0, dropout=0.0, target_modules=tuple(decoder.config.projections)), 0)
+    train(SingleEngine(decoder, 1.0, 0.0), SEQUENCES[3:6], config, 0, tmp_path)
+    losses = [metrics.loss for metrics in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses[0] > 3.0 and np.mean(losses[-4:]) < 0.2
+
+
+# Non-finite steps and precision
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_counts(untied, method, value, dtype):
+    decoder = load_decoder(untied, dtype, CPU)
+    good, bad = [collate([one], CPU) for one in (SEQUENCES[0], SEQUENCES[2])]
+    only_in_bad = next(id_ for id_ in bad.input_ids.tolist() if id_ not in good.input_ids.tolist())
+    ours = engine(decoder, method, clip=1.0)
+    ours.step([good], 1e-3)
+    with torch.no_grad():
+        weight = decoder.embedding[only_in_bad, 0].clone()
+        decoder.embedding[only_in_bad, 0] = value
+    before = {name: tensor.clone() for name, tensor in ours.tensors().items()}
+    with pytest.raises(NonFiniteStep):
+        ours.step([good, bad], 1e-3)
+    after = ours.tensors()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) or "embedding" in name for name in before)
+    with torch.no_grad():
+        decoder.embedding[only_in_bad, 0] = weight
+    if method == "full" and dtype == torch.float32:  # elsewhere the master weight was never poisoned
+        ours.masters["embedding"].data[only_in_bad, 0] = weight
+    assert math.isfinite(ours.step([good], 1e-3).loss)
+    assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
+
+
+def test_a_run_that_breaks_names_the_step_and_its_sequences(untied, tmp_path):
+    decoder, broken = load_decoder(untied, torch.float32, CPU), sequence(9, 4, 7)
+    with torch.no_grad():
+        decoder.embedding[int(broken.input_ids[0])] = math.nan
+    whole = [one for one in SEQUENCES if broken.input_ids[0] not in one.input_ids]
+    attach(decoder, LORA, seed=0)
+    config = TrainingConfig(batch_size=2, epochs=1)
+    step = next(step for step in range(len(whole)) if 0 in step_indices(step, len(whole) + 1, 2, 3))
+    with pytest.raises(NonFiniteStep, match=rf"step {step + 1}, sequences \[.*\b0\b.*\]: loss nan"):
+        train(SingleEngine(decoder, 1.0, 0.0), [broken, *whole], config, 3, tmp_path)
+    assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step
+
+
+def test_steps_below_the_resolution_of_bf16_add_up(folder):
+    """At lr 1e-5 a bf16 weight of 0.1 does not move in a step; the fp32 master does, and after 100 steps it shows."""
+    decoder = load_decoder(folder, torch.bfloat16, CPU)
+    before = {name: parameter.detach().clone() for name, parameter in decoder.named_parameters()}
+    ours = engine(decoder, "full")
+    packs = pack(SEQUENCES[:2], 10**6, CPU)
+    ours.step(packs, 1e-5)
+    moved = [(parameter != before[name]).float().mean() for name, parameter in decoder.named_parameters()]
+    assert max(moved) < 0.9, "the test should begin with steps too small to see"
+    for _ in range(99):
+        ours.step(packs, 1e-5)
+    weight, master = decoder.layers[0].up_proj, ours.masters["layers.0.up_proj"]
+    assert master.dtype == torch.float32
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(parameter, ours.masters[name].to(torch.bfloat16)), name
+    assert (master - before["layers.0.up_proj"].float()).abs().mean() > 3e-4
+    large = before["layers.0.up_proj"].abs() > 0.1
+    assert (weight != before["layers.0.up_proj"])[large].float().mean() > 0.3
+
+
+# Schedule
+
+
+def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
+    config = TrainingConfig(learning_rate=2.0, warmup_ratio=0.2)
+    found = [learning_rate(step, 12, config) for step in range(12)]
+    cosine = [1 + math.cos(math.pi * step / 9) for step in range(9)]
+    assert found == pytest.approx([2 / 3, 4 / 3, 2.0, *cosine])
+    assert learning_rate(0, 10, dataclasses.replace(config, warmup_ratio=0.0)) == 2.0
+    assert learning_rate(9, 10, dataclasses.replace(config, warmup_ratio=1.0)) == 2.0
+
+
+@given(total=st.integers(1, 500), ratio=st.floats(0, 1))
+def test_the_learning_rate_is_positive_rises_then_falls(total, ratio):
+    config = TrainingConfig(learning_rate=1e-5, warmup_ratio=ratio)
+    rates = [learning_rate(step, total, config) for step in range(total)]
+    peak = rates.index(max(rates))
+    assert min(rates) > 0 and rates[peak] == pytest.approx(1e-5)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@given(count=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**63 - 1))
+def test_every_epoch_takes_each_sequence_once(count, batch, seed):
+    steps = math.ceil(count / batch)
+    epochs = []
+    for epoch in range(3):
+        chosen = [step_indices(step, count, batch, seed) for step in range(epoch * steps, (epoch + 1) * steps)]
+        assert all(len(step) == batch for step in chosen[:-1]) and len(chosen[-1]) > 0
+        epochs.append(np.concatenate(chosen).tolist())
+        assert sorted(epochs[-1]) == list(range(count))
+    if count > 20:
+        assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(count))
+
+
+@given(lengths=st.lists(st.integers(1, 100), max_size=40), room=st.integers(1, 150))
+def test_packs_hold_every_sequence_once_and_are_as_full_as_they_can_be(lengths, room):
+    groups = first_fit_decreasing(lengths, room)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    sums = [sum(lengths[index] for index in group) for group in groups]
+    assert all(total <= room or len(group) == 1 for total, group in zip(sums, groups, strict=True))
+    assert all(one + other > room for place, one in enumerate(sums) for other in sums[:place])
+
+
+# Resuming
+
+
+RUN = TrainingConfig(epochs=3, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
+STEPS = 9
+DROPOUT = dataclasses.replace(LORA, dropout=0.2)
+
+
+class Killed(BaseException):
+    pass
+
+
+def fresh_engine(folder, method, dtype=torch.float32):
+    return engine(load_decoder(folder, dtype, CPU), method, DROPOUT, clip=1.0)
+
+
+def run(folder, out, method="lora", until=STEPS, dtype=torch.float32, sequences=SEQUENCES, config=RUN):
+    """Train until a step and be killed there, after its metrics and before its checkpoint; the weights."""
+    ours = fresh_engine(folder, method, dtype)
+
+    def on_step(metrics):
+        if metrics.step == until and until < metrics.total_steps:
+            raise Killed
+
+    try:
+        train(ours, sequences, config, 11, out, on_step)
+    except Killed:
+        return None
+    return {name: parameter.detach().clone() for name, parameter in ours.parameters.items()}
+
+
+def assert_same_run(out, weights, expected_out, expected_weights):
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+    found, expected = (
+        [dataclasses.replace(metrics, seconds=0) for metrics in read_metrics(folder / "metrics.jsonl")]
+        for folder in (out, expected_out)
+    )
+    assert found == expected and [metrics.step for metrics in found] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    "method, dtype", [("lora", torch.float32), ("full", torch.float32), ("full", torch.bfloat16)], ids=str
+)
+def test_a_run_killed_at_any_step_ends_bit_for_bit_as_one_that_was_not(folder, tmp_path, method, dtype):
+    expected = run(folder, tmp_path / "whole", method, dtype=dtype)
+    for step in range(1, STEPS):
+        out = tmp_path / f"killed at {step}"
+        assert run(folder, out, method, step, dtype) is None
+        assert_same_run(out, run(folder, out, method, dtype=dtype), tmp_path / "whole", expected)
+    out = tmp_path / "killed thrice"
+    for step in (3, 4, 8):
+        run(folder, out, method, step, dtype)
+    assert_same_run(out, run(folder, out, method, dtype=dtype), tmp_path / "whole", expected)
+
+
+def test_a_finished_run_takes_no_further_step(folder, tmp_path):
+    expected = run(folder, tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    weights = run(folder, tmp_path)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
+
+
+def newest_step(out):
+    return int(sorted(out.glob("checkpoints/step-????????"))[-1].name[-8:])
+
+
+DAMAGES = {
+    "tensors truncated": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:-5]),
+    "tensors empty": lambda c: (c / "state.safetensors").write_bytes(b""),
+    "tensors changed": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:-1] + b"\1"),
+    "tensors missing": lambda c: (c / "state.safetensors").unlink(),
+    "record truncated": lambda c: (c / "state.json").write_text((c / "state.json").read_text()[:-9]),
+    "record empty": lambda c: (c / "state.json").write_text(""),
+    "record garbage": lambda c: (c / "state.json").write_bytes(b"\xff\xfe"),
+    "record without keys": lambda c: (c / "state.json").write_text("{}"),
+    "record a list": lambda c: (c / "state.json").write_text("[]"),
+    "record missing": lambda c: (c / "state.json").unlink(),
+    "not a folder": lambda c: (shutil.rmtree(c), c.write_text("")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"weight": torch.full((8,), float(step))}, "mine")
+    DAMAGES[damage](tmp_path / "step-00000004")
+    step, tensors = load_newest(tmp_path, "mine")
+    assert step == 2 and tensors["weight"].tolist() == [2.0] * 8
+
+
+def test_with_every_checkpoint_torn_a_run_begins_anew(folder, tmp_path):
+    expected = run(folder, tmp_path / "whole")
+    out = tmp_path / "torn"
+    run(folder, out, until=7)
+    for file in out.glob("checkpoints/*/state.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
+
+
+def test_a_checkpoint_that_was_being_written_is_none(folder, tmp_path):
+    expected = run(folder, tmp_path / "whole")
+    out = tmp_path / "killed"
+    run(folder, out, until=5)
+    (out / "checkpoints" / "step-00000004").rename(out / "checkpoints" / "step-00000004.partial")
+    assert load_newest(out / "checkpoints", fingerprint(SEQUENCES, RUN, 11))[0] == 2
+    assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
+
+
+def test_two_checkpoints_are_kept(folder, tmp_path):
+    run(folder, tmp_path, until=7)
+    kept = sorted(checkpoint.name for checkpoint in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+OTHERS = {
+    "other data": {"sequences": [*SEQUENCES[1:], sequence(30, 12, 9)]},
+    "other order of the data": {"sequences": SEQUENCES[::-1]},
+    "other settings": {"config": dataclasses.replace(RUN, learning_rate=2e-2)},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_checkpoint_of_another_run_is_not_taken_up_and_does_not_stand_in_the_way(folder, tmp_path, other):
+    expected = run(folder, tmp_path / "alone", **OTHERS[other])
+    out = tmp_path / "shared"
+    run(folder, out)  # leaves a checkpoint of step 8 and of step 9
+    run(folder, out, until=5, **OTHERS[other])
+    assert newest_step(out) == 4
+    assert_same_run(out, run(folder, out, **OTHERS[other]), tmp_path / "alone", expected)
+
+
+def test_everything_that_shapes_a_run_is_in_its_fingerprint():
+    known = {fingerprint(SEQUENCES, RUN, 11)}
+    one, *rest = SEQUENCES
+    variants = [
+        (SEQUENCES, RUN, 12),
+        (rest, RUN, 11),
+        ([*rest, one], RUN, 11),
+        ([TrainingSequence(one.input_ids, one.response_start + 1), *rest], RUN, 11),
+        ([TrainingSequence(one.input_ids + 1, one.response_start), *rest], RUN, 11),
+        *[(SEQUENCES, dataclasses.replace(RUN, **{name: value}), 11) for name, value in [
+            ("epochs", 4), ("batch_size", 4), ("learning_rate", 1.0), ("warmup_ratio", 0.5), ("weight_decay", 0.1),
+            ("max_grad_norm", 2.0), ("max_tokens_per_pack", 65), ("method", "full"),
+        ]],
+    ]  # fmt: skip
+    for variant in variants:
+        known.add(fingerprint(*variant))
+    assert len(known) == 1 + len(variants)
+    assert fingerprint(list(SEQUENCES), dataclasses.replace(RUN), 11) in known
+
+
+def test_a_line_of_metrics_that_was_torn_is_written_again(folder, tmp_path):
+    expected = run(folder, tmp_path / "whole")
+    out = tmp_path / "torn"
+    run(folder, out, until=5)
+    file = out / "metrics.jsonl"
+    file.write_text(file.read_text() + json.dumps({"step": 6})[:-3])
+    assert len(list(read_metrics(file))) == 5
+    assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
+
+
+def test_metrics_count_what_was_trained(folder, tmp_path):
+    run(folder, tmp_path)
+    steps = list(read_metrics(tmp_path / "metrics.jsonl"))
+    assert sum(metrics.tokens for metrics in steps) == 3 * sum(map(len, SEQUENCES))
+    assert {metrics.total_steps for metrics in steps} == {STEPS}
+    assert [metrics.learning_rate for metrics in steps] == [learning_rate(step, STEPS, RUN) for step in range(STEPS)]
+    assert all(metrics.seconds > 0 and metrics.grad_norm > 0 for metrics in steps)

@@ -1,0 +1,96 @@
+"""The single-process training engine: forward, backward, clip, AdamW.
+
+The loop drives an engine through `step`, `tensors` and `load_tensors` and does not know which one it has. The loss is
+the sum of token losses over the step's packs divided by the step's token count, so how sequences fall into packs does
+not change the gradient.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
+from thinksafe.model.decoder import Decoder
+from thinksafe.training.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss in nats a token, and the gradient's norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+class NonFiniteStep(ArithmeticError):
+    """Loss or gradient was NaN or infinite; the weights are as they were before the step."""
+
+
+class SingleEngine:
+    """AdamW on whatever parameters of the decoder require a gradient, with fp32 master copies of bf16 ones."""
+
+    def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float):
+        self.decoder = decoder
+        self.max_grad_norm = max_grad_norm
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad
+        }
+        # lr 1e-5 is below bf16's resolution of a weight of 0.01: the optimiser works on fp32.
+        self.masters = {
+            name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+            for name, parameter in self.parameters.items()
+        }
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+
+    def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
+        """One optimiser step over all packs.
+
+        Raises:
+            NonFiniteStep: nothing was updated.
+        """
+        num_targets = sum(len(pack.targets) for pack in packs)
+        loss = torch.zeros((), device=self.decoder.embedding.device)
+        self.decoder.train()
+        for pack in packs:
+            hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
+            pack_loss = linear_cross_entropy(hidden[pack.target_rows], self.decoder.head, pack.targets) / num_targets
+            pack_loss.backward()
+            loss += pack_loss.detach()
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                self.masters[name].grad, parameter.grad = parameter.grad.float(), None
+        grad_norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
+        result = StepResult(loss.item(), grad_norm.item())  # the step's only wait for the device
+        if not math.isfinite(result.loss + result.grad_norm):
+            self.optimizer.zero_grad()
+            raise NonFiniteStep(f"loss {result.loss}, gradient norm {result.grad_norm}")
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._publish_masters()
+        return result
+
+    @torch.no_grad()
+    def _publish_masters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs: fp32 weights and both moments."""
+        state = {f"weight.{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.optimizer.state[master].items():
+                state[f"{key}.{name}"] = value
+        return state
+
+    @torch.no_grad()
+    def load_tensors(self, state: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned, in place."""
+        for name, master in self.masters.items():
+            master.copy_(state[f"weight.{name}"])
+            moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
+        self._publish_masters()

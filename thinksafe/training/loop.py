@@ -1,0 +1,167 @@
+"""The training loop: pick the step's sequences, pack them, step, log, now and then save.
+
+Order, packing, learning rate and dropout are functions of (seed, step) alone, so a run that was killed goes on as if
+nothing had happened, bit for bit on a CPU.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from thinksafe.training.checkpoint import load_newest, save_checkpoint
+from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.packing import TrainingSequence, pack
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to fine-tune. The defaults are the paper's.
+
+    Attributes:
+        method: train adapters or every weight.
+        epochs: passes over the accepted examples.
+        batch_size: sequences an optimiser step.
+        learning_rate: its peak, after warm-up over `warmup_ratio` of all steps; then a cosine to 0.
+        max_length: tokens; a longer example is dropped and counted.
+        max_tokens_per_pack: tokens in one forward pass; what memory allows.
+        activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
+        checkpoint_every: optimiser steps between two checkpoints.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    method: Literal["lora", "full"] = "lora"
+    epochs: int = 3
+    batch_size: int = 8
+    learning_rate: float = 1e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 16_384
+    max_tokens_per_pack: int = 16_384
+    activation_checkpointing: bool = False
+    checkpoint_every: int = 100
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "max_length", "max_tokens_per_pack", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError("warmup_ratio must lie between 0 and 1")
+        if self.learning_rate <= 0 or self.max_grad_norm <= 0:
+            raise ValueError("learning_rate and max_grad_norm must be positive")
+        if self.weight_decay < 0:
+            raise ValueError("weight_decay must not be negative")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl: loss in nats a token, tokens counted with the prompts, wall seconds of the step."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    seconds: float
+
+
+def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
+    """Linear warm-up, then a half cosine to 0. Steps count from 0."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> np.ndarray:
+    """The sequences of one step: each epoch is a fresh permutation, its last batch may be short."""
+    steps_per_epoch = math.ceil(num_sequences / batch_size)
+    epoch, offset = divmod(step, steps_per_epoch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_sequences)
+    return order[offset * batch_size : (offset + 1) * batch_size]
+
+
+def fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
+    """Identifies a training run: a checkpoint of another one is not taken up."""
+    digest = hashlib.sha256(json.dumps([asdict(config), seed]).encode())
+    for sequence in sequences:
+        digest.update(np.int64([len(sequence), sequence.response_start]).tobytes())
+        digest.update(sequence.input_ids.tobytes())
+    return digest.hexdigest()
+
+
+def train(
+    engine: SingleEngine,
+    sequences: Sequence[TrainingSequence],
+    config: TrainingConfig,
+    seed: int,
+    folder: Path,
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+) -> None:
+    """Run to the end, from the newest checkpoint if there is one.
+
+    Args:
+        sequences: at least one; their order is part of the run's identity.
+        folder: gets metrics.jsonl and checkpoints/.
+        on_step: called after every step, for progress.
+
+    Raises:
+        NonFiniteStep: names the step and the sequences in it.
+    """
+    device = engine.decoder.embedding.device
+    identity = fingerprint(sequences, config, seed)
+    total_steps = config.epochs * math.ceil(len(sequences) / config.batch_size)
+    newest = load_newest(folder / "checkpoints", identity)
+    first_step = 0
+    if newest is not None:
+        first_step, state = newest
+        engine.load_tensors(state)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _metrics_from(folder / "metrics.jsonl", first_step) as metrics_file:
+        for step in range(first_step, total_steps):
+            started = time.perf_counter()
+            torch.manual_seed(hash((seed, step)))
+            chosen = step_indices(step, len(sequences), config.batch_size, seed)
+            batch = [sequences[index] for index in chosen]
+            rate = learning_rate(step, total_steps, config)
+            try:
+                result = engine.step(pack(batch, config.max_tokens_per_pack, device), rate)
+            except NonFiniteStep as error:
+                raise NonFiniteStep(f"step {step + 1}, sequences {chosen.tolist()}: {error}") from None
+            tokens = sum(len(sequence) for sequence in batch)
+            seconds = time.perf_counter() - started
+            metrics = StepMetrics(step + 1, total_steps, result.loss, rate, result.grad_norm, tokens, seconds)
+            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
+            metrics_file.flush()
+            on_step(metrics)
+            if metrics.step % config.checkpoint_every == 0 or metrics.step == total_steps:
+                save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
+
+
+def read_metrics(file: Path) -> Iterator[StepMetrics]:
+    """The steps of a metrics.jsonl; a last line torn by a kill is left out."""
+    if not file.exists():
+        return
+    for line in file.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield StepMetrics(**json.loads(line))
+
+
+def _metrics_from(file: Path, first_step: int):
+    """Open for appending, with the lines of steps that will be run again cut off: they are the last ones."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    kept = sum(metrics.step <= first_step for metrics in read_metrics(file))
+    stream = file.open("a")
+    stream.truncate(sum(map(len, lines[:kept])))
+    return stream
