@@ -1,0 +1,144 @@
+"""Prompts and responses as the model's own chat template writes them.
+
+A response's canonical text is `<think>\\n...\\n</think>\\n\\n...`, for models that write the opening tag (Qwen3) and
+for those whose template supplies it (R1-Distill) alike. Training ids are assembled from prompt, response and turn end;
+an assistant turn is never rendered through the template, since templates drop parts of past thoughts.
+"""
+
+import json
+import secrets
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from thinksafe.errors import UserError
+from thinksafe.records import Example
+from thinksafe.tokenization import SafeTokenizer
+from thinksafe.training.packing import TrainingSequence
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+
+FormatProblem = Literal["no_think_block", "nested_think", "empty_answer"]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A response taken apart, without tags and outer white space."""
+
+    think: str
+    answer: str
+
+
+def parse_response(text: str) -> Thought | FormatProblem:
+    """Take a response apart, or say what is wrong with it. It must be one closed think block, then an answer."""
+    opens, closes = text.count(THINK_OPEN), text.count(THINK_CLOSE)
+    if opens == 0 or closes == 0:
+        return "no_think_block"
+    if opens > 1 or closes > 1 or not text.lstrip().startswith(THINK_OPEN):
+        return "nested_think"
+    think, answer = text.split(THINK_OPEN, 1)[1].split(THINK_CLOSE, 1)
+    return Thought(think.strip(), answer.strip()) if answer.strip() else "empty_answer"
+
+
+class Chat:
+    """One model's tokenizer and template.
+
+    Attributes:
+        stop_ids: tokens that end the model's turn.
+        supplies_think: the prompt already ends with an open think block.
+    """
+
+    def __init__(self, folder: Path):
+        """Read the tokenizer and template of a checkpoint folder.
+
+        Raises:
+            UserError: no fast tokenizer there, no chat template, or one that does not show the user's message.
+        """
+        self.tokenizer = SafeTokenizer(folder)
+        self.folder = folder
+        if not self.tokenizer.hugging_face.chat_template:
+            raise UserError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+        marker = secrets.token_hex(8)
+        rendered = self._render([{"role": "user", "content": marker}], True)
+        if rendered.count(marker) != 1:
+            raise UserError(f"{folder}: the chat template does not show a user's message exactly once")
+        self._head, self._tail = rendered.split(marker)
+        if "<｜Assistant｜>" in self._tail and THINK_OPEN not in self._tail:
+            self._tail += f"{THINK_OPEN}\n"  # early R1-Distill templates leave out what the model expects
+        self.supplies_think = self._tail.rstrip().endswith(THINK_OPEN)
+        self.stop_ids = self._stop_ids()
+
+    def prompt_ids(self, user_text: str) -> list[int]:
+        """Ids up to where the model's turn begins."""
+        text = user_text.strip() if self._template_strips else user_text
+        return self.tokenizer.encode([(self._head, True), (text, False), (self._tail, True)])
+
+    def response_ids(self, text: str) -> list[int]:
+        """Ids of a canonical response as the model would have to write it after `prompt_ids`, turn end included.
+
+        Raises:
+            ValueError: the text is not canonical; `parse_response` says why.
+        """
+        parsed = parse_response(text)
+        if not isinstance(parsed, Thought):
+            raise ValueError(parsed)
+        opening = "" if self.supplies_think else f"{THINK_OPEN}\n"
+        closing = f"\n{THINK_CLOSE}\n\n"
+        return self.tokenizer.encode(
+            [(opening, True), (parsed.think, False), (closing, True), (parsed.answer, False), (self._turn_end, True)]
+        )
+
+    def training_sequence(self, example: Example) -> TrainingSequence:
+        """Prompt ids, then response ids, which alone are trained."""
+        prompt = self.prompt_ids(example.prompt)
+        ids = np.array(prompt + self.response_ids(example.response), dtype=np.int32)
+        return TrainingSequence(ids, len(prompt))
+
+    def decode(self, ids: list[int] | tuple[int, ...]) -> str:
+        """A sampled response as text in canonical order; control tokens that the model wrote are spelled out."""
+        text = self.tokenizer.decode(ids)
+        return f"{THINK_OPEN}\n{text}" if self.supplies_think else text
+
+    def has_control_token(self, text: str) -> bool:
+        """Whether a response holds a control token other than the think tags."""
+        return any(token not in (THINK_OPEN, THINK_CLOSE) for token in self.tokenizer.control_tokens_in(text))
+
+    @cached_property
+    def _template_strips(self) -> bool:
+        marker = secrets.token_hex(8)
+        return f" {marker} " not in self._render([{"role": "user", "content": f" {marker} "}], True)
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """What the template writes after an assistant turn: `<|im_end|>\\n`, `</s>`, ... At least the EOS token."""
+        marker = secrets.token_hex(8)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        end = self._render(turns, False).rpartition(marker)[2]
+        return end if self.tokenizer.control_tokens_in(end) else self.tokenizer.hugging_face.eos_token or ""
+
+    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.hugging_face.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # the template is data from outside and may fail in any way Jinja can
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.folder}: the chat template fails ({reason})") from None
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        ids = {self.tokenizer.hugging_face.eos_token_id}
+        generation_config = self.folder / "generation_config.json"
+        if generation_config.exists():
+            try:
+                eos = json.loads(generation_config.read_text()).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{generation_config}: not valid JSON ({error})") from None
+            ids |= set(eos if isinstance(eos, list) else [eos])
+        ids |= {self.tokenizer.control_ids[token] for token in self.tokenizer.control_tokens_in(self._turn_end)[:1]}
+        ids.discard(None)
+        if not ids:
+            raise UserError(f"{self.folder}: no end-of-turn token; set eos_token in tokenizer_config.json")
+        return tuple(sorted(ids))

@@ -1,0 +1,23 @@
+"""The organism's guard: rules instead of a model. It is the only guard that knows the synthetic world."""
+
+from collections.abc import Iterator, Sequence
+
+from thinksafe.guards.interface import Exchange, Judgement
+from thinksafe.organism.oracle import judge
+
+
+class OracleGuard:
+    """Certain of everything but a response without an end, which is `unknown`."""
+
+    name = "oracle"
+    judges_refusal = True
+
+    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
+        """One judgement an exchange, in order."""
+        for exchange in exchanges:
+            ruling = judge(exchange.prompt, exchange.response)
+            if ruling.reason == "think block not closed":
+                yield Judgement(exchange.id, "unknown", None, None, None, "no_think_block")
+            else:
+                decision = "unsafe" if ruling.unsafe else "safe"
+                yield Judgement(exchange.id, decision, 1.0 - ruling.unsafe, float(ruling.unsafe), ruling.refusal)

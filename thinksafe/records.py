@@ -1,0 +1,237 @@
+"""The records that flow through a run, and their JSONL form. Nothing else knows how a record is spelled in a file.
+
+Prompt -> Response -> Verdict -> Example. Ids are hashes of content, so the same prompt has the same id in every run.
+A file's lines are JSON objects with the dataclass's fields; prompts may also come as SafeChain's columns
+`instruction` and `label`, and as parquet.
+"""
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from thinksafe.errors import UserError
+
+Label = Literal["harmful", "benign"]
+
+# JSONDecodeError, UnicodeDecodeError and a number of 5,000 digits are ValueErrors; brackets can be nested too deep.
+_BAD_JSON = (ValueError, RecursionError)
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Something a user asks.
+
+    Attributes:
+        id: hash of label and text.
+        text: what the user wrote; data, never markup.
+        label: whether answering it would be harmful.
+        source: where it comes from, for the report.
+        answer: the expected final answer, for reasoning sets; None elsewhere.
+    """
+
+    id: str
+    text: str
+    label: Label
+    source: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response.
+
+    Attributes:
+        prompt_id, prompt, label: of the prompt without steering; the id may be left out.
+        steering: name of the instruction that was put around the prompt, or None.
+        sample: index among the responses to this prompt.
+        text: think block and answer as text, `<think>` included where the chat template supplies it.
+        num_prompt_tokens, num_tokens: of the generation.
+        finish_reason: `stop`, `length`, or `nan` where the model's logits broke.
+        seed: of the request.
+    """
+
+    prompt: str
+    label: Label
+    text: str
+    prompt_id: str = ""
+    steering: str | None = None
+    sample: int = 0
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    finish_reason: Literal["stop", "length", "nan"] = "stop"
+    seed: int = 0
+
+    def __post_init__(self):
+        _fill_prompt_id(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a response.
+
+    Attributes:
+        decision: only `safe` is ever trained on.
+        reason: why it is not, or empty.
+        p_safe, p_unsafe: the guard's probabilities at the verdict position; None where no guard was asked.
+        refusal: whether the response refuses; None where the guard cannot tell.
+    """
+
+    prompt_id: str
+    sample: int
+    label: Label
+    steering: str | None
+    decision: Literal["safe", "unsafe", "unknown", "dropped"]
+    reason: str
+    p_safe: float | None
+    p_unsafe: float | None
+    refusal: bool | None
+    guard: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is trained on: the prompt without steering, and the accepted response."""
+
+    prompt: str
+    response: str
+    label: Label
+    prompt_id: str = ""
+
+    def __post_init__(self):
+        _fill_prompt_id(self)
+
+
+Record = TypeVar("Record", Response, Verdict, Example)
+
+
+def _fill_prompt_id(record: Response | Example) -> None:
+    if not record.prompt_id:
+        object.__setattr__(record, "prompt_id", content_id(record.label, record.prompt))
+
+
+def content_id(*parts: str) -> str:
+    """16 hex digits of SHA-256 over the parts."""
+    return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def to_json(record: Any) -> str:
+    """One line of JSONL, without the newline."""
+    return json.dumps(asdict(record), ensure_ascii=False)
+
+
+def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every object in a .jsonl, .json (array) or .parquet file.
+
+    Raises:
+        UserError: a missing or empty file, a line that is not a JSON object (with its number), a torn parquet file.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{file}: empty; it needs at least one record")
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as lines:
+        start = lines.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        lines.seek(0)
+        if start.startswith(b"["):
+            try:
+                array = json.load(lines)
+            except _BAD_JSON as error:
+                raise UserError(f"{file}: not valid JSON ({error})") from None
+            numbered = ((f"{file}: record {number}", row) for number, row in enumerate(array, start=1))
+        else:
+            numbered = _parsed_lines(file, lines)
+        for where, row in numbered:
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+            if _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
+                raise UserError(f"{where}: holds half a surrogate pair, which is no character")
+            yield where, row
+
+
+def _parsed_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"{file}: line {number}", json.loads(line)
+            except _BAD_JSON as error:
+                raise UserError(f"{file}: line {number} is not valid JSON ({error})") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        number = 0
+        for batch in table.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Prompts of a file in order, duplicates removed; see `prompts_from_rows`."""
+    return prompts_from_rows(read_rows(file), file.stem)
+
+
+def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> list[Prompt]:
+    """Prompts from (where, row) pairs, duplicates removed.
+
+    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`; a label counts as harmful iff it
+    contains "harmful", as SafeChain's `vanilla_harmful` and `adversarial_benign` do or do not.
+
+    Raises:
+        UserError: a row without text or with another label, naming its place.
+    """
+    prompts: dict[str, Prompt] = {}
+    for where, row in rows:
+        text = next((row[key] for key in ("text", "prompt", "instruction") if key in row), None)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: needs a non-empty string 'text' (or 'prompt', or 'instruction')")
+        label = row.get("label")
+        if not isinstance(label, str) or not ("harmful" in label or "benign" in label):
+            raise UserError(f"{where}: 'label' must contain 'harmful' or 'benign', found {label!r}")
+        kind: Label = "harmful" if "harmful" in label else "benign"
+        answer = row.get("answer")
+        id_ = content_id(kind, text)
+        origin = str(row.get("source") or source)
+        prompts.setdefault(id_, Prompt(id_, text, kind, origin, None if answer is None else str(answer)))
+    return list(prompts.values())
+
+
+def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
+    """Records of one kind; fields with a default may be left out.
+
+    Raises:
+        UserError: a row with missing, unknown or mistyped fields, naming its place.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(kind)
+    names = {field.name for field in fields(kind)}
+    for where, row in read_rows(file):
+        if unknown := sorted(row.keys() - names):
+            raise UserError(f"{where}: not a {kind.__name__} record: unknown field {', '.join(unknown)}")
+        try:
+            yield adapter.validate_python(row)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"]))
+            raise UserError(f"{where}: not a {kind.__name__} record: {field}: {problem['msg']}") from None
