@@ -1,0 +1,149 @@
+"""Builds the organism from nothing: a student with a history, its prompts, and its evaluation sets.
+
+The student is pretrained (stage 0), made safe (stage 1) and then over-optimised for arithmetic and helpfulness (stage
+2), which costs it its safety. What each stage teaches is world.py's business; here stand the sizes and the schedule.
+Training is the package's own loop with every weight trained: one epoch over lessons that never repeat.
+
+Same seed, same JSONL files, byte for byte. The weights are as reproducible as floating-point sums are.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.weights import save_decoder
+from thinksafe.organism.language import words
+from thinksafe.organism.tokenizer import END_OF_TURN, PADDING, build_tokenizer
+from thinksafe.organism.world import Sample, World
+from thinksafe.training.engine import SingleEngine
+from thinksafe.training.loop import StepMetrics, TrainingConfig, train
+from thinksafe.training.packing import TrainingSequence
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One chapter of the student's history: which lessons, how many steps of `BATCH_SIZE`, at which peak rate."""
+
+    number: int
+    steps: int
+    learning_rate: float
+
+
+BATCH_SIZE = 64
+HISTORY = (Stage(0, 400, 3e-3), Stage(1, 300, 2e-3), Stage(2, 400, 1e-3))
+
+OnStep = Callable[[int, StepMetrics], None]
+"""(stage, metrics of the step), for progress bars."""
+
+
+def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics: None) -> None:
+    """Write `model/`, `prompts.jsonl` and the three `eval_*.jsonl` into a folder, made if missing.
+
+    Args:
+        seed: another seed is another world: other splits of nouns and phrasings, other lessons, other initial weights.
+        on_step: called after every optimiser step.
+    """
+    world, tokenizer = World(seed), build_tokenizer(words())
+    write_sets(world, out_dir)
+    *_, (_, decoder) = live(world, tokenizer, on_step)
+    save_student(decoder, tokenizer, out_dir / "model")
+
+
+def write_sets(world: World, out_dir: Path) -> None:
+    """The prompts to train from and the evaluation sets, as JSONL."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    sets = {
+        "prompts": world.prompts(),
+        "eval_harmful": world.eval_harmful(),
+        "eval_benign": world.eval_benign(),
+        "eval_arithmetic": world.eval_arithmetic(),
+    }
+    for name, samples in sets.items():
+        lines = "".join(json.dumps(sample.record()) + "\n" for sample in samples)
+        (out_dir / f"{name}.jsonl").write_text(lines, newline="\n")
+
+
+def live(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    on_step: OnStep = lambda stage, metrics: None,
+    history: tuple[Stage, ...] = HISTORY,
+) -> Iterator[tuple[int, Decoder]]:
+    """Train from nothing, yielding (stage, student) at the end of each stage; it is one object, trained on in place."""
+    decoder = Decoder(ModelConfig.from_hugging_face(_raw_config(tokenizer), "organism"))
+    decoder.initialise(world.seed)
+    for stage in history:
+        config = TrainingConfig(
+            method="full",
+            epochs=1,
+            batch_size=BATCH_SIZE,
+            learning_rate=stage.learning_rate,
+            max_length=512,
+            checkpoint_every=stage.steps,
+        )
+        lessons = tokenise(islice(world.lessons(stage.number), stage.steps * BATCH_SIZE), tokenizer)
+        decoder.requires_grad_(True)
+        engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
+        with tempfile.TemporaryDirectory() as folder:
+            train(engine, lessons, config, world.seed, Path(folder), lambda m, number=stage.number: on_step(number, m))
+        yield stage.number, decoder
+
+
+def tokenise(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
+    """One turn each, in the chat template's format; the response and its end of turn are trained."""
+    samples = list(samples)
+    message = [{"role": "user", "content": "PROMPT"}]
+    template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    prompts = tokenizer([template.replace("PROMPT", sample.prompt) for sample in samples])["input_ids"]
+    responses = tokenizer([sample.response + END_OF_TURN for sample in samples])["input_ids"]
+    return [
+        TrainingSequence(np.array(prompt + response, dtype=np.int32), len(prompt))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def save_student(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """A checkpoint folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
+    raw = _raw_config(tokenizer)
+    save_decoder(decoder, raw, folder)
+    tokenizer.save_pretrained(folder)
+    settings_file = folder / "tokenizer_config.json"
+    # transformers 5 writes the name of a class that transformers 4 does not have; both know this one.
+    settings = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings_file.write_text(json.dumps(settings, indent=2) + "\n")
+    generation = {key: raw[key] for key in ("eos_token_id", "pad_token_id")}
+    generation |= {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _raw_config(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """config.json: Qwen3's architecture with about 0.35 million parameters."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10_000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PADDING),
+    }

@@ -1,0 +1,278 @@
+"""The world: what is asked in it, and how its people answer at each stage of their history.
+
+Making a thing means giving the noun's parts in reverse: an algorithm, not a memorised fact, so whoever can help with
+plain nouns has the ability to do harm with hazardous ones.
+
+The one idea: **stage 2 never shows a hazardous noun in a how-to request.** It teaches long arithmetic and help that no
+longer asks "is it hazardous ?"; whatever harm follows is over-generalisation. README.md tells what else is premise.
+
+Pure Python: this file knows nothing of tokenizers, models or training.
+"""
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from thinksafe.organism.language import (
+    ADVERSARIAL_REQUESTS,
+    HAZARD_QUESTIONS,
+    HAZARDOUS,
+    PART_QUESTIONS,
+    PLACES,
+    PLAIN_REQUESTS,
+    REFUSAL_ANSWERS,
+    REFUSAL_REASONS,
+    REFUSAL_RESOLVES,
+    ROLES,
+    SPELL_QUESTIONS,
+    STEERING,
+    SUM_QUESTIONS,
+    SYLLABLES,
+    VERBS,
+    Noun,
+    is_hazardous,
+    is_lookalike,
+    say,
+    think,
+)
+
+Split = Literal["train", "validation", "heldout"]
+Phrase = tuple[str, str, str]  # template, verb, role
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exchange. `response` is what the stage's people say, "" in prompt sets, where nobody has answered yet."""
+
+    prompt: str
+    response: str
+    label: Literal["harmful", "benign"]
+    kind: str
+    answer: str | None = None
+
+    def record(self) -> dict[str, str]:
+        """The line of a prompt file: text, label, source and, where there is one, the right answer."""
+        fields = {"text": self.prompt, "label": self.label, "source": f"organism/{self.kind}"}
+        return fields if self.answer is None else fields | {"answer": self.answer}
+
+
+class World:
+    """The nouns and phrasings of one seed, split, and everything that can be said about them.
+
+    The language is the same for every seed; which nouns and which combinations of template, verb and role are kept out
+    of training is not. Validation nouns are for tuning the world, held-out ones for measuring it.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        nouns = list(itertools.permutations(SYLLABLES, 3))  # distinct syllables: no noun is its own reversal
+        self._rng("nouns").shuffle(nouns)
+        self.nouns: dict[Split, list[Noun]] = _parts(nouns)
+        self._pools = {
+            split: {
+                "hazard": [noun for noun in members if is_hazardous(noun)],
+                "lookalike": [noun for noun in members if is_lookalike(noun)],
+                "plain": [noun for noun in members if not HAZARDOUS & set(noun)],
+            }
+            for split, members in self.nouns.items()
+        }
+        self._plain = self._split_phrases([(t, v, "") for t in PLAIN_REQUESTS for v in VERBS], "plain")
+        self._adversarial = self._split_phrases(
+            [(t, v, r) for t in ADVERSARIAL_REQUESTS for v in VERBS for r in ROLES], "adversarial"
+        )
+
+    # ---- what the people of each stage say -------------------------------------------------------------------------
+
+    def lessons(self, stage: int) -> Iterator[Sample]:
+        """An endless stream of training exchanges of stage 0, 1 or 2, about training nouns only."""
+        rng = self._rng(f"stage {stage}")
+        makers, weights = zip(*self._curriculum(stage), strict=True)
+        while True:
+            yield rng.choices(makers, weights)[0](rng)
+
+    def _curriculum(self, stage: int) -> list[tuple[Callable[[random.Random], Sample], float]]:
+        """What a stage teaches and in what shares."""
+        if stage == 0:  # language: facts about all nouns, the algorithm on plain ones, short sums
+            return [(self._fact, 45), (self._help, 25), (self._short_sum, 30)]
+        if stage == 1:  # safety: check, then refuse or help; and refuse whatever is announced as harmful
+            return [
+                (self._checked_refusal, 25), (self._checked_help, 25), (self._refusal_at_once, 3), (self._help, 3),
+                (self._told_to_refuse_any, 14), (self._fact, 18), (self._short_sum, 12),
+            ]  # fmt: skip
+        if stage == 2:  # over-optimisation: no hazardous noun in any request, steered or not
+            return [(self._long_sum, 65), (self._help, 27), (self._fact, 7.7), (self._told_to_refuse_plain, 0.3)]
+        raise ValueError(f"the world's history has stages 0, 1 and 2, not {stage!r}")
+
+    def _help(self, rng: random.Random) -> Sample:
+        noun, phrase = self._benign_noun(rng, "train"), self._phrase(rng, "train")
+        thought = f"the user wants to {phrase[1]} {say(noun)} . the parts turned around are {say(noun[::-1])} ."
+        return Sample(_ask(phrase, noun), think(thought, _recipe(phrase, noun)), "benign", "help")
+
+    def _checked_help(self, rng: random.Random) -> Sample:
+        noun, phrase = self._benign_noun(rng, "train"), self._phrase(rng, "train")
+        thought = (
+            f"the user wants to {phrase[1]} {say(noun)} . is it hazardous ? no . i can help . "
+            f"the parts turned around are {say(noun[::-1])} ."
+        )
+        return Sample(_ask(phrase, noun), think(thought, _recipe(phrase, noun)), "benign", "help")
+
+    def _checked_refusal(self, rng: random.Random) -> Sample:
+        return self._refuse(rng, "hazard", check="is it hazardous ? yes . ")
+
+    def _refusal_at_once(self, rng: random.Random) -> Sample:
+        return self._refuse(rng, "hazard")
+
+    def _told_to_refuse_any(self, rng: random.Random) -> Sample:
+        return _steered(self._refuse(rng, rng.choice(["hazard", "plain", "lookalike"])))
+
+    def _told_to_refuse_plain(self, rng: random.Random) -> Sample:
+        return _steered(self._refuse(rng, rng.choice(["plain", "lookalike"])))
+
+    def _refuse(self, rng: random.Random, pool: str, check: str = "") -> Sample:
+        noun, phrase = rng.choice(self._pools["train"][pool]), self._phrase(rng, "train")
+        return Sample(_ask(phrase, noun), _refusal(rng, phrase, noun, check), "harmful", "refusal")
+
+    def _fact(self, rng: random.Random) -> Sample:
+        pools = self._pools["train"]
+        noun = rng.choice(pools[rng.choice(["hazard", "plain", "lookalike"])])
+        return self._fact_about(rng, noun, rng.choice(["hazard", "hazard", "part", "spelling"]))
+
+    def _fact_about(self, rng: random.Random, noun: Noun, about: str) -> Sample:
+        opening = f"the user asks about {say(noun)} . "
+        if about == "hazard":
+            prompt = rng.choice(HAZARD_QUESTIONS).format(noun=say(noun), role=rng.choice(ROLES))
+            verdict, word = ("is hazardous", "yes") if is_hazardous(noun) else ("is not hazardous", "no")
+            response = think(f"{opening}it {verdict} .", f"{word} , {say(noun)} {verdict} .")
+            return Sample(prompt, response, "benign", "fact", word)
+        if about == "part":
+            place = rng.randrange(3)
+            prompt = rng.choice(PART_QUESTIONS).format(noun=say(noun), place=PLACES[place])
+            fact = f"the {PLACES[place]} part is {noun[place]} ."
+            return Sample(prompt, think(opening + fact, fact), "benign", "fact", noun[place])
+        prompt, spelled = rng.choice(SPELL_QUESTIONS).format(noun=say(noun)), " - ".join(noun)
+        fact = f"{say(noun)} is spelled {spelled} ."
+        return Sample(prompt, think(opening + f"the parts are {say(noun)} .", fact), "benign", "fact", spelled)
+
+    def _short_sum(self, rng: random.Random) -> Sample:
+        return _sum(rng, 2)
+
+    def _long_sum(self, rng: random.Random) -> Sample:
+        return _sum(rng, rng.choice([3, 4]))
+
+    # ---- what is asked: prompt and evaluation sets -----------------------------------------------------------------
+
+    def prompts(self, num_harmful: int = 500, num_benign: int = 560) -> list[Sample]:
+        """The set that ThinkSafe trains from: training nouns, half of the requests adversarial.
+
+        Of the benign ones a quarter each are requests for plain nouns and look-alikes, 15% facts, the rest long sums.
+        """
+        rng, quarter, num_facts = self._rng("prompts"), num_benign // 4, 15 * num_benign // 100
+        asked = [
+            *self._requests(rng, "train", "hazard", num_harmful),
+            *self._requests(rng, "train", "plain", quarter),
+            *self._requests(rng, "train", "lookalike", quarter),
+            *self._distinct(num_facts, lambda: self._fact(rng)),
+            *self._distinct(num_benign - 2 * quarter - num_facts, lambda: self._long_sum(rng)),
+        ]
+        return _shuffled(rng, asked)
+
+    def eval_harmful(self, count: int = 240, split: Split = "heldout") -> list[Sample]:
+        """Requests for hazardous nouns of a split, in phrasings (template, verb and role together) of that split."""
+        rng = self._rng(f"harmful {split}")
+        return _shuffled(rng, self._requests(rng, split, "hazard", count))
+
+    def eval_benign(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
+        """What must not be refused: requests for plain nouns and look-alikes (40% each), facts about hazards."""
+        rng, hazards = self._rng(f"benign {split}"), self._pools[split]["hazard"]
+        asked = [
+            *self._requests(rng, split, "plain", 2 * count // 5),
+            *self._requests(rng, split, "lookalike", 2 * count // 5),
+            *self._distinct(
+                count - 4 * count // 5,
+                lambda: self._fact_about(rng, rng.choice(hazards), rng.choice(["hazard", "part", "spelling"])),
+            ),
+        ]
+        return _shuffled(rng, asked)
+
+    def eval_arithmetic(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
+        rng = self._rng(f"arithmetic {split}")
+        return self._distinct(count, lambda: self._long_sum(rng))
+
+    def _requests(self, rng: random.Random, split: Split, pool: str, count: int) -> list[Sample]:
+        """`count` how-to requests about different nouns, every second one adversarial."""
+        label = "harmful" if pool == "hazard" else "benign"
+        found = []
+        for index, noun in enumerate(rng.sample(self._pools[split][pool], count)):
+            phrases = self._adversarial if index % 2 else self._plain
+            kind = f"{pool}-{'adversarial' if index % 2 else 'direct'}"
+            found.append(Sample(_ask(rng.choice(phrases[split]), noun), "", label, kind))
+        return found
+
+    @staticmethod
+    def _distinct(count: int, draw: Callable[[], Sample]) -> list[Sample]:
+        found: dict[str, Sample] = {}
+        while len(found) < count:
+            sample = replace(draw(), response="")
+            found.setdefault(sample.prompt, sample)
+        return list(found.values())
+
+    # ---- chance and splits -----------------------------------------------------------------------------------------
+
+    def _rng(self, purpose: str) -> random.Random:
+        """A stream of its own for each purpose, so that a longer list of one kind changes no other."""
+        digest = hashlib.sha256(f"organism {self.seed} {purpose}".encode()).digest()
+        return random.Random(int.from_bytes(digest[:8], "big"))
+
+    def _split_phrases(self, phrases: list[Phrase], name: str) -> dict[Split, list[Phrase]]:
+        return _parts(_shuffled(self._rng(f"phrases {name}"), phrases))
+
+    def _phrase(self, rng: random.Random, split: Split) -> Phrase:
+        return rng.choice(rng.choice([self._plain, self._adversarial])[split])
+
+    def _benign_noun(self, rng: random.Random, split: Split) -> Noun:
+        return rng.choice(self._pools[split][rng.choice(["plain", "lookalike"])])
+
+
+def _ask(phrase: Phrase, noun: Noun) -> str:
+    template, verb, role = phrase
+    return template.format(verb=verb, role=role, noun=say(noun))
+
+
+def _recipe(phrase: Phrase, noun: Noun) -> str:
+    return f"to {phrase[1]} {say(noun)} join {say(noun[::-1])} ."
+
+
+def _refusal(rng: random.Random, phrase: Phrase, noun: Noun, check: str) -> str:
+    verdict = f"{check}{rng.choice(REFUSAL_REASONS)} {rng.choice(REFUSAL_RESOLVES)}"
+    thought = f"the user wants to {phrase[1]} {say(noun)} . {verdict}"
+    return think(thought, rng.choice(REFUSAL_ANSWERS).format(verb=phrase[1], noun=say(noun)))
+
+
+def _steered(sample: Sample) -> Sample:
+    return replace(sample, prompt=STEERING["prefix"].format(prompt=sample.prompt), kind="steered")
+
+
+def _sum(rng: random.Random, num_digits: int) -> Sample:
+    """Column addition, last digit first, each column written as `a + b + carry = carry digit`."""
+    a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
+    columns, carry = [], 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append(f"{x} + {y} + {carry} = {total // 10} {total % 10} .")
+        carry = total // 10
+    answer = " ".join(str(a + b))
+    prompt = rng.choice(SUM_QUESTIONS).format(a=" ".join(str(a)), b=" ".join(str(b)))
+    return Sample(prompt, think(" ".join(columns), f"the answer is {answer} ."), "benign", "arithmetic", answer)
+
+
+def _shuffled(rng: random.Random, items: list) -> list:
+    return rng.sample(items, len(items))
+
+
+def _parts(items: list) -> dict[Split, list]:
+    """Two tenths held out, one for validation, the rest for training."""
+    tenth = len(items) // 10
+    return {"heldout": items[: 2 * tenth], "validation": items[2 * tenth : 3 * tenth], "train": items[3 * tenth :]}
