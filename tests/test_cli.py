@@ -1,0 +1,510 @@
+"""The command line: every stage on its own, every family, and one clear line for every mistake."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import peft
+import pyarrow
+import pyarrow.parquet
+import pytest
+import yaml
+from checkpoints import FAMILIES, make_checkpoint, make_llama_guard
+from transformers import AutoModelForCausalLM
+
+from thinksafe import stages
+from thinksafe.cli import main
+from thinksafe.recipe import bundled_recipes
+from thinksafe.records import Example, Response, Verdict, read_prompts, read_records
+
+THOUGHT = "<think>\nIt is a boat.\n</think>\n\n"
+ROWS = [
+    {"instruction": "How do I fold a boat?", "label": "vanilla_benign", "response": "unused"},
+    {"instruction": "Pretend to be a mill and fold a boat.", "label": "adversarial_benign", "response": "unused"},
+    {"instruction": "How do I brew a ka lo mi?", "label": "vanilla_harmful", "response": "unused"},
+    {
+        "instruction": "Tell a story of a ka lo mi.\n[/INST]<|im_end|>",
+        "label": "adversarial_harmful",
+        "response": "unused",
+    },
+]
+RESPONSES = [
+    {"prompt": "How do I fold a boat?", "label": "benign", "text": THOUGHT + "Fold it."},
+    {"prompt": "How do I fold a boat?", "label": "benign", "text": THOUGHT + "Fold it twice.", "sample": 1},
+    {"prompt": "How do I brew a ka lo mi?", "label": "harmful", "text": THOUGHT + "I cannot help with that."},
+    {"prompt": "And a ka lo ma?", "label": "harmful", "text": "No thought."},
+]
+EXAMPLES = [{"prompt": row["prompt"], "response": row["text"], "label": row["label"]} for row in RESPONSES[:3]]
+
+
+def write_jsonl(file: Path, rows) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Checkpoints of every family, a guard, prompts and a small recipe; no test changes them."""
+    folder = tmp_path_factory.mktemp("world")
+    for family in FAMILIES:
+        make_checkpoint(family, folder / family)
+    make_llama_guard(folder / "guard")
+    write_jsonl(folder / "prompts.jsonl", ROWS)
+    write_jsonl(folder / "responses.jsonl", RESPONSES)
+    write_jsonl(folder / "examples.jsonl", EXAMPLES)
+    write_jsonl(
+        folder / "questions.jsonl", [{"text": f"What is {n} + 1?", "label": "benign", "answer": n + 1} for n in (1, 2)]
+    )
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "prompts.parquet")
+    small = {"max_running": 8, "max_step_tokens": 512, "kv_cache_gib": 0.02}
+    sampling = {"temperature": 1.0, "top_k": 0, "max_tokens": 12}
+    recipe = {
+        "name": "tiny",
+        "model": "qwen3",
+        "prompts": "prompts.jsonl",
+        "sampler": small,
+        "generation": {"unsteered_probe": 1, "sampling": sampling},
+        "guard": {"kind": "llama_guard", "model": "guard", "min_mass": 0.0, "sampler": small},
+        "lora": {"rank": 2},
+        "training": {"epochs": 1, "batch_size": 2, "learning_rate": 1e-2},
+        "evaluation": {
+            "sampling": sampling,
+            "sets": [
+                {"name": "harm", "file": "prompts.jsonl", "kind": "harmful"},
+                {"name": "refusal", "file": "prompts.jsonl", "kind": "over_refusal", "samples": 2},
+                {"name": "sums", "file": "questions.jsonl", "kind": "reasoning", "instruction": "Think. {prompt}"},
+            ],
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture
+def call(world, tmp_path, capsys):
+    """call(command, *arguments): exit status, stdout and lines of stderr of one command on the run directory `run`."""
+
+    def command(name, *arguments, recipe=True, out=True):
+        capsys.readouterr()
+        recipe = ["--recipe", str(world / "recipe.yaml")] if recipe else []
+        out = ["--out", str(tmp_path / "run")] if out else []
+        status = main([name, *recipe, *out, *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err.splitlines()
+
+    return command
+
+
+def read(file, kind):
+    return list(read_records(file, kind))
+
+
+# Stages on their own
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompts", ["prompts.jsonl", "prompts.parquet"])
+def test_generate_alone(world, tmp_path, call, family, prompts):
+    out = tmp_path / "run"
+    status, printed, _ = call("generate", "--prompts", world / prompts, "--set", f"model={world / family}")
+    assert status == 0 and printed.strip() == str(out / "responses.jsonl")
+    responses = read(out / "responses.jsonl", Response)
+    assert sorted((r.prompt, r.label) for r in responses) == sorted(
+        (row["instruction"], "harmful" if "harmful" in row["label"] else "benign") for row in ROWS
+    )
+    assert {r.label: r.steering for r in responses} == {"harmful": "prefix", "benign": None}
+    assert all(0 < r.num_tokens <= 12 or r.finish_reason == "stop" for r in responses)
+    assert all(r.num_prompt_tokens > 10 for r in responses)
+    assert {r.prompt_id for r in responses} == {prompt.id for prompt in read_prompts(out / "prompts.jsonl")}
+    (probed,) = read(out / "unsteered.jsonl", Response)
+    assert probed.label == "harmful" and probed.steering is None
+
+
+def test_the_same_seed_gives_the_same_responses_and_another_one_others(tmp_path, call):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        assert call("generate", "--seed", seed)[0] == 0
+        found.append(sorted(read(tmp_path / "run" / "responses.jsonl", Response), key=lambda r: r.prompt_id))
+        (tmp_path / "run").rename(tmp_path / str(number))
+    assert found[0] == found[1]
+    assert [r.text for r in found[0]] != [r.text for r in found[2]]
+
+
+def test_several_samples_of_a_prompt_differ(tmp_path, call):
+    assert call("generate", "--set", "generation.samples=3", "--set", "limit=2")[0] == 0
+    responses = read(tmp_path / "run" / "responses.jsonl", Response)
+    assert Counter(r.sample for r in responses) == {0: 2, 1: 2, 2: 2}
+    assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
+
+
+def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(tmp_path, call):
+    long = {"text": "word " * 3000, "label": "harmful"}
+    status, _, errors = call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0], long]))
+    assert status == 2 and len(errors) == 1
+    assert "'word word" in errors[0] and "is longer than the context" in errors[0] and "511 fit" in errors[0]
+    assert (tmp_path / "run" / "responses.jsonl.partial").read_text() == ""
+    assert call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0]]))[0] == 0
+
+
+def test_filter_alone(world, tmp_path, call):
+    status, printed, _ = call("filter", "--responses", world / "responses.jsonl")
+    out = tmp_path / "run"
+    assert status == 0 and printed.strip() == str(out / "accepted.jsonl")
+    responses = read(world / "responses.jsonl", Response)
+    verdicts = {(v.prompt_id, v.sample): v for v in read(out / "verdicts.jsonl", Verdict)}
+    assert verdicts.keys() == {(r.prompt_id, r.sample) for r in responses} and len(responses) == 4
+    for response in responses:
+        verdict = verdicts[response.prompt_id, response.sample]
+        if response.text == "No thought.":
+            assert (verdict.decision, verdict.reason, verdict.p_safe) == ("dropped", "no_think_block", None)
+        else:
+            assert verdict.decision == ("safe" if verdict.p_safe > verdict.p_unsafe else "unsafe")
+            assert verdict.reason == ("" if verdict.decision == "safe" else "unsafe")
+    safe = {key for key, verdict in verdicts.items() if verdict.decision == "safe"}
+    accepted = read(out / "accepted.jsonl", Example) if safe else []
+    assert Counter((e.prompt, e.response) for e in accepted) == Counter(
+        (r.prompt, r.text) for r in responses if (r.prompt_id, r.sample) in safe
+    )
+
+
+def test_a_guard_without_verdicts_accepts_nothing_and_says_why(world, tmp_path, call):
+    unsure = ["--set", "guard.min_mass=0.5"]
+    assert call("filter", "--responses", world / "responses.jsonl", *unsure)[0] == 0
+    verdicts = read(tmp_path / "run" / "verdicts.jsonl", Verdict)
+    assert Counter((v.decision, v.reason) for v in verdicts) == {
+        ("unknown", "no_verdict"): 3,
+        ("dropped", "no_think_block"): 1,
+    }
+    assert (tmp_path / "run" / "accepted.jsonl").read_text() == ""
+    status, _, errors = call("train", *unsure)
+    assert status == 2 and len(errors) == 1 and "no response was accepted" in errors[0]
+    assert call("report", *unsure)[0] == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["filter"]["dropped"] == {
+        "benign": {"no_verdict": 2},
+        "harmful": {"no_verdict": 1, "no_think_block": 1},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_alone_gives_an_adapter_that_peft_loads(world, tmp_path, call, family):
+    status, printed, _ = call("train", "--data", world / "examples.jsonl", "--set", f"model={world / family}")
+    adapter = tmp_path / "run" / "adapter"
+    assert status == 0 and printed.strip() == str(adapter)
+    model = AutoModelForCausalLM.from_pretrained(world / family)
+    tuned = peft.PeftModel.from_pretrained(model, adapter)
+    assert tuned.peft_config["default"].r == 2
+    assert all(parameter.abs().max() > 0 for name, parameter in tuned.named_parameters() if "lora_B" in name)
+    assert not (tmp_path / "run" / "training" / "checkpoints").exists()
+
+
+def test_train_every_weight_and_evaluate_the_new_model(world, tmp_path, call):
+    full = ["--set", "training.method=full"]
+    status, printed, _ = call("train", "--data", world / "examples.jsonl", *full)
+    folder = tmp_path / "run" / "model"
+    assert status == 0 and printed.strip() == str(folder)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (world / "qwen3", folder))
+    changed = [not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(changed)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert (folder / "chat_template.jinja").exists()
+    assert call("evaluate", *full)[0] == 0
+    texts = [
+        [r.text for r in sorted(read(file, Response), key=lambda r: (r.prompt_id, r.sample))]
+        for moment in ("before", "after")
+        for file in [tmp_path / "run" / "evaluation" / moment / "refusal.responses.jsonl"]
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_evaluate_an_adapter_from_elsewhere_and_report(world, tmp_path, call):
+    assert call("train", "--data", world / "examples.jsonl")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "trained")
+    status, printed, _ = call("evaluate", "--adapter", tmp_path / "trained" / "adapter")
+    assert status == 0 and "before" in printed and "after" in printed and printed.rstrip().endswith("report.html")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    sets = {row["name"]: row for row in report["sets"]}
+    assert sets.keys() == {"harm", "refusal", "sums"}
+    assert (sets["harm"]["n"], sets["refusal"]["samples"], sets["sums"]["n"]) == (4, 2, 2)
+    asked = read(tmp_path / "run" / "evaluation" / "after" / "sums.responses.jsonl", Response)
+    assert {r.prompt for r in asked} == {"What is 1 + 1?", "What is 2 + 1?"}
+    assert {r.steering for r in asked} == {"Think. {prompt}"}
+    assert call("report", recipe=False)[0] == 0
+
+
+def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call):
+    for number in (1, 2):
+        assert call("train", "--data", world / "examples.jsonl", "--seed", number)[0] == 0
+        (tmp_path / "run").rename(tmp_path / f"trained{number}")
+    one, other = (tmp_path / f"trained{number}" / "adapter" for number in (1, 2))
+    small = ["--set", "evaluation.sets=[{name: a, file: %s, kind: reasoning}]" % (world / "questions.jsonl")]
+    assert call("evaluate", "--adapter", one, *small)[0] == 0
+    assert call("evaluate", "--adapter", one, *small)[0] == 0
+    status, _, errors = call("evaluate", "--adapter", other, *small)
+    assert status == 2 and len(errors) == 1 and "other weights" in errors[0]
+
+
+def test_help_explains_every_command(capsys):
+    commands = ["run", "generate", "filter", "train", "evaluate", "report", "organism"]
+    for arguments in ([], *([name] for name in commands), ["organism", "build"]):
+        with pytest.raises(SystemExit) as exit_:
+            main([*arguments, "--help"])
+        printed = capsys.readouterr()
+        assert exit_.value.code == 0 and printed.err == ""
+        assert all(name in printed.out for name in commands) if not arguments else "usage: thinksafe" in printed.out
+
+
+# Mistakes
+
+
+def broken(world, tmp_path, family="qwen3", **files) -> str:
+    """A copy of a checkpoint with files replaced (text or bytes), changed (a function of bytes) or removed (None)."""
+    folder = tmp_path / "broken"
+    shutil.copytree(world / family, folder)
+    for name, content in files.items():
+        file = next(path for path in folder.iterdir() if path.stem == name)
+        if content is None:
+            file.unlink()
+        else:
+            data = content(file.read_bytes()) if callable(content) else content
+            file.write_bytes(data.encode() if isinstance(data, str) else data)
+    return f"model={folder}"
+
+
+def config_with(**entries):
+    return lambda data: json.dumps(json.loads(data) | entries)
+
+
+SET = "--set"
+
+MISTAKES = {
+    "unknown recipe": lambda w, t: (["run", "--recipe", "nowhere"], "the bundled recipes are: organism"),
+    "unknown key": lambda w, t: (["run", SET, "training.epoch=1"], "did you mean training.epochs?"),
+    "wrong value": lambda w, t: (["generate", SET, "training.epochs=few"], "training.epochs"),
+    "no equals sign": lambda w, t: (["generate", SET, "training.epochs"], "expected key=value"),
+    "no prompts": lambda w, t: (["generate", SET, "prompts=null"], "--prompts FILE"),
+    "missing prompts": lambda w, t: (["generate", "--prompts", t / "gone.jsonl"], "gone.jsonl"),
+    "prompts on a hub that is not there": lambda w, t: (["generate", "--prompts", "no-one/nothing"], "no-one/nothing"),
+    "empty prompts": lambda w, t: (["generate", "--prompts", write_jsonl(t / "p.jsonl", [])], "p.jsonl: empty"),
+    "bad line": lambda w, t: (["generate", "--prompts", write_jsonl(t / "p.jsonl", [ROWS[0], "x"])], "p.jsonl: line 2"),
+    "missing model": lambda w, t: (["generate", SET, f"model={t / 'gone'}"], "gone"),
+    "unknown family": lambda w, t: (
+        ["generate", SET, broken(w, t, config=config_with(model_type="gptj"))],
+        "model_type 'gptj' is not supported",
+    ),
+    "no config": lambda w, t: (["generate", SET, broken(w, t, config=None)], "config.json"),
+    "bad config": lambda w, t: (["generate", SET, broken(w, t, config="{")], "config.json: not valid JSON"),
+    "quantised": lambda w, t: (
+        ["generate", SET, broken(w, t, config=config_with(quantization_config={"bits": 4}))],
+        "quantised checkpoints are not supported",
+    ),
+    "missing weights": lambda w, t: (["generate", SET, broken(w, t, model=None)], "weights are missing"),
+    "corrupt weights": lambda w, t: (["generate", SET, broken(w, t, model=lambda d: d[:-99])], "corrupt safetensors"),
+    "no weights in the file": lambda w, t: (["generate", SET, broken(w, t, model="")], "corrupt safetensors"),
+    "weights of another size": lambda w, t: (
+        ["generate", SET, broken(w, t, config=config_with(num_hidden_layers=9))],
+        "weights are missing",
+    ),
+    "no tokenizer": lambda w, t: (["generate", SET, broken(w, t, tokenizer=None)], "tokenizer"),
+    "bad tokenizer": lambda w, t: (["generate", SET, broken(w, t, tokenizer="{")], "no usable tokenizer"),
+    "no template": lambda w, t: (["generate", SET, broken(w, t, chat_template=None)], "no chat template"),
+    "a tiny cache": lambda w, t: (["generate", SET, "sampler.kv_cache_gib=1e-9"], "sampler.kv_cache_gib"),
+    "no GPU": lambda w, t: (["generate", SET, "device=cuda"], "no GPU"),
+    "nothing to filter": lambda w, t: (["filter"], "run `thinksafe generate` first"),
+    "missing responses": lambda w, t: (["filter", "--responses", t / "gone.jsonl"], "gone.jsonl"),
+    "bad responses": lambda w, t: (
+        ["filter", "--responses", write_jsonl(t / "r.jsonl", [RESPONSES[0], {"prompt": "p"}])],
+        "r.jsonl: line 2: not a Response record",
+    ),
+    "repeated responses": lambda w, t: (
+        [
+            "filter",
+            "--responses",
+            write_jsonl(t / "r.jsonl", [RESPONSES[0], RESPONSES[2], RESPONSES[0] | {"text": "x"}]),
+        ],
+        "record 3 is a second response with sample 0",
+    ),
+    "no guard": lambda w, t: (
+        ["filter", "--responses", w / "responses.jsonl", SET, f"guard.model={t / 'gone'}"],
+        "gone",
+    ),
+    "guard of another kind": lambda w, t: (
+        ["filter", "--responses", w / "responses.jsonl", SET, f"guard.model={w / 'mistral'}"],
+        "is no Llama Guard",
+    ),
+    "nothing to train on": lambda w, t: (["train"], "run `thinksafe filter` first"),
+    "no examples": lambda w, t: (["train", "--data", write_jsonl(t / "d.jsonl", [])], "d.jsonl: empty"),
+    "examples without thoughts": lambda w, t: (
+        ["train", "--data", write_jsonl(t / "d.jsonl", [EXAMPLES[0] | {"response": "No thought."}])],
+        "no example is fit for training: {'no_think_block': 1}",
+    ),
+    "examples too long": lambda w, t: (
+        ["train", "--data", w / "examples.jsonl", SET, "training.max_length=5"],
+        "no example is fit for training: {'longer_than_5_tokens': 3}",
+    ),
+    "no such projection": lambda w, t: (
+        ["train", "--data", w / "examples.jsonl", SET, "lora.target_modules=[query]"],
+        "query cannot carry an adapter",
+    ),
+    "a rate that breaks": lambda w, t: (
+        ["train", "--data", w / "examples.jsonl", SET, "training.learning_rate=1e38", SET, "training.epochs=9"],
+        "training stopped, step",
+    ),
+    "no evaluation set": lambda w, t: (["evaluate", SET, "evaluation.sets=[]"], "names no evaluation set"),
+    "missing evaluation set": lambda w, t: (
+        ["evaluate", SET, "evaluation.sets=[{name: a, file: gone.jsonl, kind: harmful}]"],
+        "gone.jsonl",
+    ),
+    "sums without answers": lambda w, t: (
+        ["evaluate", SET, f"evaluation.sets=[{{name: a, file: {w / 'prompts.jsonl'}, kind: reasoning}}]"],
+        "a reasoning set needs 'answer'",
+    ),
+    "no recipe": lambda w, t: (["report"], "--recipe: give a file or one of organism"),
+    "a file for a folder": lambda w, t: (["report", "--out", write_jsonl(t / "file", [])], "is a file"),
+    "below a file": lambda w, t: (["report", "--out", write_jsonl(t / "file", []) / "run"], "file"),
+    "foreign folder": lambda w, t: (["report", "--out", w / "guard"], "not empty and no run directory"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_one_line(world, tmp_path, call, mistake):
+    arguments, words = MISTAKES[mistake](world, tmp_path)
+    recipe = "--recipe" not in arguments and mistake != "no recipe"
+    status, printed, errors = call(*arguments, recipe=recipe, out="--out" not in arguments)
+    assert status == 2 and printed == ""
+    assert len(errors) == 1 and errors[0].startswith("thinksafe: ") and words in errors[0], errors
+
+
+EARLY = {
+    "missing evaluation set": (["evaluation.sets=[{name: a, file: gone.jsonl, kind: harmful}]"], "gone.jsonl"),
+    "no such projection": (["lora.target_modules=[query]"], "query"),
+    "no guard": (["guard.model=./gone"], "gone"),
+}
+
+
+@pytest.mark.parametrize("mistake", EARLY)
+def test_a_whole_run_finds_late_mistakes_before_its_first_response(tmp_path, call, mistake):
+    settings, words = EARLY[mistake]
+    status, _, errors = call("run", SET, *settings)
+    assert status == 2 and len(errors) == 1 and words in errors[0]
+    assert not list((tmp_path / "run").glob("responses*"))
+
+
+CORRECTED = {
+    "model": (["generate"], ["model=./gone"], []),
+    "prompts": (["generate"], ["prompts=./gone.jsonl"], []),
+    "guard": (["filter", "--responses", "responses.jsonl"], ["guard.model=./gone"], []),
+    "projections": (
+        ["train", "--data", "examples.jsonl"],
+        ["lora.target_modules=[query]"],
+        ["lora.target_modules=[k_proj]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CORRECTED)
+def test_a_corrected_command_may_use_the_same_folder(world, tmp_path, call, mistake, monkeypatch):
+    monkeypatch.chdir(world)
+    command, wrong, right = CORRECTED[mistake]
+    assert call(*command, *(word for setting in wrong for word in (SET, setting)))[0] == 2
+    status, _, errors = call(*command, *(word for setting in right for word in (SET, setting)))
+    assert status == 0, errors
+
+
+def test_a_folder_with_results_is_not_used_for_another_recipe(call):
+    assert call("generate")[0] == 0
+    status, _, errors = call("generate", "--seed", 5)
+    assert status == 2 and len(errors) == 1 and "another recipe (first difference: seed: 5" in errors[0]
+
+
+def test_other_records_are_not_mixed_with_those_of_the_run(world, tmp_path, call):
+    assert call("filter", "--responses", world / "responses.jsonl")[0] == 0
+    others = write_jsonl(tmp_path / "r.jsonl", RESPONSES[:1])
+    status, _, errors = call("filter", "--responses", others)
+    assert status == 2 and len(errors) == 1 and "already has other records" in errors[0]
+    status, _, errors = call("train", "--data", write_jsonl(tmp_path / "d.jsonl", EXAMPLES * 2))
+    assert status == 2 and len(errors) == 1 and "already has other records" in errors[0]
+
+
+@pytest.mark.parametrize("command, shard", [("filter", "responses.jsonl"), ("train", "accepted.jsonl")])
+def test_a_stage_refuses_what_was_changed_behind_its_back(world, tmp_path, call, command, shard):
+    assert call("generate")[0] == 0
+    assert call("filter")[0] == 0
+    (tmp_path / "run" / "manifest.json").write_text(
+        json.dumps(drop_stage(json.loads((tmp_path / "run" / "manifest.json").read_text()), command))
+    )
+    with (tmp_path / "run" / shard).open("a") as file:
+        file.write("\n")
+    status, _, errors = call(command)
+    assert status == 2 and len(errors) == 1 and f"{shard}: was changed since stage" in errors[0]
+
+
+def drop_stage(manifest, stage):
+    manifest["stages"].pop(stage, None)
+    return manifest
+
+
+def test_prompts_that_changed_under_an_interrupted_run_are_noticed(world, tmp_path, call):
+    prompts = write_jsonl(tmp_path / "p.jsonl", ROWS)
+    assert call("generate", "--prompts", prompts)[0] == 0
+    (tmp_path / "run" / "manifest.json").unlink()
+    write_jsonl(prompts, ROWS[1:])
+    status, _, errors = call("generate", "--prompts", prompts)
+    assert status == 2 and len(errors) == 1 and "answers prompts that are not asked any more" in errors[0]
+
+
+def test_an_interrupt_says_that_nothing_is_lost(call, monkeypatch):
+    def interrupted(run, models):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "generate", interrupted)
+    status, _, errors = call("generate")
+    assert status == 130 and "nothing finished is lost" in errors[-1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_full_or_closed_disk_is_one_line(call, monkeypatch, number):
+    def failing(run, models):
+        raise OSError(number, os.strerror(number), "responses.jsonl")
+
+    monkeypatch.setattr(stages, "generate", failing)
+    status, _, errors = call("generate")
+    assert status == 2 and errors == [
+        f"thinksafe: {os.strerror(number)} (responses.jsonl); mend that and give the same command again"
+    ]
+
+
+def test_a_defect_of_ours_is_not_hidden(call, monkeypatch):
+    def defect(run, models):
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(stages, "generate", defect)
+    with pytest.raises(RuntimeError, match="ours"):
+        call("generate")
+
+
+def test_the_organism_is_not_built_over_something_else(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["organism", "build", "--out", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_installed_program_prints_one_line_and_exits_with_2(tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "thinksafe.cli", "run", "--recipe", "nowhere"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert all(name in done.stderr for name in ("nowhere", *bundled_recipes()))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,281 @@
+"""The whole method on the bundled world, small: it works, it repeats nothing, and no kill changes what comes out."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from thinksafe import models as models_module
+from thinksafe.cli import main
+from thinksafe.models import Models
+from thinksafe.paths import expand
+from thinksafe.recipe import load_recipe
+from thinksafe.records import Example, Response, Verdict, read_prompts, read_records
+from thinksafe.rundir import Journal, RunDir, StageClock
+from thinksafe.stages import _training_sequences
+from thinksafe.training.engine import SingleEngine
+from thinksafe.training.loop import read_metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+def settings(folder: Path, prompts: int, evaluated: int) -> list[str]:
+    """Arguments for a run on the first so many prompts of the bundled sets, copied into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = load_recipe("organism")
+    sets = []
+    for entry in recipe.evaluation.sets:
+        lines = expand(entry.file).read_text().splitlines(keepends=True)[:evaluated]
+        (folder / f"{entry.name}.jsonl").write_text("".join(lines))
+        sets.append(
+            f"{{name: {entry.name}, file: {folder / entry.name}.jsonl, kind: {entry.kind}, answer: {entry.answer}}}"
+        )
+    lines = expand(recipe.prompts).read_text().splitlines(keepends=True)
+    harmful = [line for line in lines if '"harmful"' in line][: prompts // 2]
+    benign = [line for line in lines if '"benign"' in line][: prompts - len(harmful)]
+    (folder / "prompts.jsonl").write_text("".join(harmful + benign))
+    changes = {
+        "prompts": folder / "prompts.jsonl",
+        "evaluation.sets": f"[{', '.join(sets)}]",
+        "generation.unsteered_probe": 3,
+        "training.epochs": 2,
+        "training.batch_size": 4,
+        "training.checkpoint_every": 2,
+        "sampler": "{max_running: 8, max_step_tokens: 64, kv_cache_gib: 0.02}",
+    }
+    return ["--recipe", "organism", *(word for key, value in changes.items() for word in ("--set", f"{key}={value}"))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads only wait for each other in a model this small, and long so where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(out: Path, arguments: list[str]) -> None:
+    assert main(["run", *arguments, "--out", str(out)]) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(run directory, arguments) of a run without interruptions."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = settings(folder / "sets", prompts=24, evaluated=4)
+    run(folder / "run", arguments)
+    return folder / "run", arguments
+
+
+def read(file: Path, kind: type) -> list:
+    return list(read_records(file, kind))
+
+
+def by_key(records: list) -> list:
+    """In one order whatever the order of writing; nothing twice."""
+    keys = [(record.prompt_id, record.sample) for record in records]
+    assert len(set(keys)) == len(keys), "a record is there twice"
+    return [record for _, record in sorted(zip(keys, records, strict=True), key=lambda pair: pair[0])]
+
+
+def outcome(out: Path) -> dict:
+    """Everything that a run has found, without the seconds it took."""
+    found = {
+        "prompts": read_prompts(out / "prompts.jsonl"),
+        "accepted": read(out / "accepted.jsonl", Example),
+        "metrics": [
+            (m.step, m.loss, m.grad_norm, m.learning_rate) for m in read_metrics(out / "training/metrics.jsonl")
+        ],
+        "before": json.loads((out / "evaluation/before.json").read_text()),
+        "after": json.loads((out / "evaluation/after.json").read_text()),
+        "adapter": {
+            name: tensor.tolist() for name, tensor in load_file(out / "adapter/adapter_model.safetensors").items()
+        },
+    }
+    for file in sorted(out.rglob("*.jsonl")):
+        if file.name.endswith("verdicts.jsonl"):
+            found[str(file.relative_to(out))] = by_key(read(file, Verdict))
+        elif file.name.endswith("responses.jsonl") or file.name == "unsteered.jsonl":
+            found[str(file.relative_to(out))] = by_key(read(file, Response))
+    return found
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    found, wanted = outcome(out), outcome(expected)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name] == wanted[name], name
+    files, wanted_files = (
+        {str(f.relative_to(o)) for o_ in [o] for f in o_.rglob("*") if f.is_file()} for o in (out, expected)
+    )
+    assert files == wanted_files, "something was left behind or is missing"
+
+
+def test_a_run_leaves_every_record_and_a_report(finished):
+    out, _ = finished
+    prompts = read_prompts(out / "prompts.jsonl")
+    responses, verdicts = read(out / "responses.jsonl", Response), read(out / "verdicts.jsonl", Verdict)
+    assert len(prompts) == 24
+    assert (
+        Counter(r.prompt_id for r in responses)
+        == Counter(v.prompt_id for v in verdicts)
+        == Counter(p.id for p in prompts)
+    )
+    steering = load_recipe("organism").generation.steering
+    assert {(r.label, r.steering) for r in responses} == {("harmful", steering), ("benign", None)}
+    probe = read(out / "unsteered.jsonl", Response)
+    assert len(probe) == 3 and all(r.label == "harmful" and r.steering is None for r in probe)
+    safe = {(v.prompt_id, v.sample) for v in verdicts if v.decision == "safe"}
+    accepted = read(out / "accepted.jsonl", Example)
+    assert [e.prompt_id for e in accepted] == sorted(prompt_id for prompt_id, _ in safe) and len(accepted) > 12
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert list(manifest["stages"]) == ["generate", "probe", "filter", "evaluate_before", "train", "evaluate_after"]
+    assert (out / "report.html").stat().st_size > 10_000
+    report = json.loads((out / "report.json").read_text())
+    kept = report["filter"]["kept"]
+    assert sum(kept.values()) == len(accepted) and kept.get("benign", 0) + kept.get("harmful", 0) == len(accepted)
+    assert report["training"]["steps"] == 2 * -(-len(accepted) // 4)
+
+
+def test_the_steering_instruction_is_sampled_with_but_never_trained_on(finished, tmp_path):
+    """The words that only the instruction has occur in no token that the student is trained on."""
+    out, arguments = finished
+    shutil.copytree(out, tmp_path / "run")
+    overrides = arguments[3::2]
+    recipe = load_recipe("organism", overrides)
+    instruction = " ".join(recipe.generation.steering.replace("{prompt}", "").split())
+    with RunDir.open(tmp_path / "run", recipe) as opened:
+        chat = Models(recipe).chat
+        sequences, dropped = _training_sequences(opened, Models(recipe), out / "accepted.jsonl")
+    accepted = read(out / "accepted.jsonl", Example)
+    assert len(sequences) == len(accepted) and not dropped
+    texts = [" ".join(chat.tokenizer.decode(sequence.input_ids.tolist()).split()) for sequence in sequences]
+    assert any(example.label == "harmful" for example in accepted)
+    for text, example in zip(texts, accepted, strict=True):
+        assert example.prompt in text and instruction not in text
+        assert "the following prompt" not in text
+    for file in ("prompts.jsonl", "accepted.jsonl"):
+        assert instruction not in (out / file).read_text()
+
+
+def test_a_finished_run_given_again_computes_nothing(finished, monkeypatch):
+    out, arguments = finished
+
+    def never(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models_module, "load_decoder", never)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.rglob("*") if file.is_file()}
+    run(out, arguments)
+    after = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in out.rglob("*") if file.is_file()}
+    assert after.keys() == before.keys()
+    changed = {file.name for file in before if before[file] != after[file]}
+    assert changed <= {"report.html", "report.json", ".lock"}
+
+
+def test_stages_one_by_one_give_what_a_whole_run_gives(finished, tmp_path):
+    out, arguments = finished
+    for command in ("generate", "filter", "train", "evaluate", "report"):
+        assert main([command, *arguments, "--out", str(tmp_path / "run")]) == 0
+    assert_same(tmp_path / "run", out)
+
+
+class Killed(BaseException):
+    pass
+
+
+def hook(monkeypatch, events: list[str], kill_at: int | None = None, after: bool = False) -> None:
+    """Count what a run does to the disk and to the weights, and die at, or right after, one of these events."""
+
+    def counted(name, function):
+        def wrapper(*arguments, **keywords):
+            events.append(name)
+            here = len(events) - 1 == kill_at
+            if here and not after:
+                raise Killed
+            result = function(*arguments, **keywords)
+            if here:
+                raise Killed
+            return result
+
+        return wrapper
+
+    monkeypatch.setattr(StageClock, "tick", lambda clock: None)  # once a second is not every time the same
+    for owner, name in ((os, "replace"), (shutil, "rmtree"), (Journal, "append"), (SingleEngine, "step")):
+        monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
+
+
+@pytest.mark.slow
+def test_dying_at_any_event_changes_nothing_in_the_end(tmp_path, fresh_seed):
+    """Every rename and removal, and some of the many appended records and optimiser steps."""
+    arguments = settings(tmp_path / "sets", prompts=6, evaluated=2)
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, events)
+        run(tmp_path / "whole", arguments)
+    assert {"replace", "rmtree", "append", "step"} == set(events)
+    choose = random.Random(fresh_seed)
+    rare = [place for place, name in enumerate(events) if name in ("replace", "rmtree")]
+    often = [place for place, name in enumerate(events) if name in ("append", "step")]
+    for place in sorted(choose.sample(rare, 10) + choose.sample(often, 4)):
+        out, after = tmp_path / f"killed at {place}", choose.random() < 0.5
+        with pytest.MonkeyPatch.context() as patch:
+            hook(patch, [], place, after)
+            with pytest.raises(Killed):
+                main(["run", *arguments, "--out", str(out)])
+        run(out, arguments)
+        assert_same(out, tmp_path / "whole")
+        shutil.rmtree(out)
+
+
+def progress(out: Path) -> int:
+    """Bytes of records written so far."""
+    total = 0
+    for folder, _, files in os.walk(out):
+        for name in files:
+            if ".jsonl" in name:
+                try:
+                    total += os.stat(os.path.join(folder, name)).st_size
+                except FileNotFoundError:  # renamed just now
+                    total += 0
+    return total
+
+
+@pytest.mark.slow
+def test_a_process_killed_again_and_again_ends_as_if_it_never_was(tmp_path, fresh_seed):
+    arguments = settings(tmp_path / "sets", prompts=40, evaluated=12)
+    command = [sys.executable, "-m", "thinksafe.cli", "run", *arguments, "--out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(out: Path) -> subprocess.Popen:
+        return subprocess.Popen([*command, str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(whole)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors.decode()
+    choose = random.Random(fresh_seed)
+    kills = 0
+    for target in sorted(choose.uniform(0.02, 0.98) * progress(whole) for _ in range(4)):
+        process = start(killed)
+        while process.poll() is None and progress(killed) < target:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2, "the test should have killed it"
+    process = start(killed)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors.decode()
+    assert_same(killed, whole)

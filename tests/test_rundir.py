@@ -1,0 +1,278 @@
+"""The run directory: whatever moment a process dies at, the next one finds what was finished and no more."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from thinksafe.errors import UserError
+from thinksafe.recipe import check_recipe
+from thinksafe.records import Response, to_json
+from thinksafe.rundir import Journal, RunDir, sha256, write_atomically
+
+RECIPE = check_recipe({"name": "n", "model": "m"}, "here")
+OTHER = dataclasses.replace(RECIPE, seed=1)
+
+
+def response(number: int, text: str = "t") -> Response:
+    return Response(f"prompt {number}", "benign", text)
+
+
+@pytest.fixture
+def shard(tmp_path):
+    return tmp_path / "responses.jsonl"
+
+
+def written(shard, *records, finished=False):
+    """A shard as a process leaves it that wrote these records and was killed, or finished."""
+    journal = Journal(shard, Response)
+    for record in records:
+        journal.append(record)
+    if finished:
+        journal.finish()
+    return shard if finished else journal.partial
+
+
+def test_a_shard_has_its_final_name_only_when_it_is_finished(shard):
+    journal = Journal(shard, Response)
+    journal.append(response(1))
+    assert not shard.exists() and journal.partial.exists()
+    journal.finish()
+    assert shard.exists() and not journal.partial.exists()
+    assert shard.read_text() == to_json(response(1)) + "\n"
+
+
+def test_a_record_is_out_of_the_process_as_soon_as_it_is_appended(shard):
+    journal = Journal(shard, Response)
+    journal.append(response(1))
+    assert journal.partial.read_text().endswith("}\n")
+
+
+def test_an_unfinished_shard_goes_on_where_it_stopped(shard):
+    written(shard, response(1), response(2))
+    journal = Journal(shard, Response)
+    assert journal.existing == [response(1), response(2)]
+    journal.append(response(3))
+    journal.finish()
+    assert shard.read_text() == "".join(to_json(response(n)) + "\n" for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize("text", ["t", "é🪁 \u2028 \x85 \\n"])
+def test_a_line_torn_anywhere_is_written_anew(tmp_path, text):
+    whole = to_json(response(1, text)).encode() + b"\n"
+    torn = to_json(response(2, text)).encode() + b"\n"
+    for cut in range(len(torn)):
+        shard = tmp_path / f"{cut}.jsonl"
+        shard.with_name(shard.name + ".partial").write_bytes(whole + torn[:cut])
+        journal = Journal(shard, Response)
+        assert journal.existing == [response(1, text)], cut
+        journal.append(response(2, text))
+        journal.finish()
+        assert shard.read_bytes() == whole + torn, cut
+
+
+def test_a_first_line_that_is_torn_leaves_an_empty_shard(shard):
+    shard.with_name(shard.name + ".partial").write_text('{"prompt": "p')
+    assert Journal(shard, Response).existing == []
+
+
+def test_a_finished_shard_that_the_manifest_does_not_know_is_kept(shard):
+    written(shard, response(1), finished=True)
+    journal = Journal(shard, Response)
+    assert journal.existing == [response(1)]
+    journal.finish()
+    assert shard.read_text() == to_json(response(1)) + "\n"
+
+
+def test_a_damaged_line_inside_a_shard_is_named(shard):
+    partial = written(shard, response(1))
+    partial.write_text("garbage\n" + partial.read_text())
+    with pytest.raises(UserError, match="line 1"):
+        Journal(shard, Response)
+
+
+def test_a_text_is_replaced_whole(tmp_path):
+    file = tmp_path / "f.json"
+    write_atomically(file, "old")
+    write_atomically(file, "new é")
+    assert file.read_text(encoding="utf-8") == "new é" and os.listdir(tmp_path) == ["f.json"]
+
+
+def finish(run: RunDir, name: str = "shard.jsonl"):
+    (run.path / name).write_text("{}\n")
+    run.finish_stage("stage", [run.path / name], run.clock("stage"), tokens=1)
+
+
+def test_a_finished_stage_is_done_for_every_later_process(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        assert not run.is_done("stage")
+        finish(run)
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        assert run.is_done("stage") and not run.is_done("another")
+        assert run.manifest["stages"]["stage"]["files"] == {"shard.jsonl": sha256(run.path / "shard.jsonl")}
+
+
+@pytest.mark.parametrize("change, words", [("append", "was changed"), ("remove", "is missing")])
+def test_a_finished_shard_that_is_not_as_it_was_is_refused(tmp_path, change, words):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+        file = run.path / "shard.jsonl"
+        file.unlink() if change == "remove" else file.write_text("{} \n")
+        with pytest.raises(UserError, match=f"shard.jsonl: {words} since stage 'stage'"):
+            run.is_done("stage")
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+        (run.path / "manifest.json").write_text('{"stages": ')
+        with pytest.raises(UserError, match=r"manifest.json: damaged"):
+            run.is_done("stage")
+
+
+def test_another_recipe_is_refused_with_the_difference(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    difference = "another recipe .*seed: 1, there seed: 0"
+    with pytest.raises(UserError, match=difference), RunDir.open(tmp_path / "run", OTHER):
+        pass
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        assert run.is_done("stage")
+
+
+def test_a_recipe_with_less_in_it_is_refused_too(tmp_path):
+    targets = {"lora": {"target_modules": ["q_proj"]}}
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    less = check_recipe({"name": "n", "model": "m", **targets}, "here")
+    with pytest.raises(UserError, match="there - v_proj"), RunDir.open(tmp_path / "run", less):
+        pass
+
+
+@pytest.mark.parametrize("damage", ["", "name: [", "name: n\nmodel: m\nfuture_key: 1\n", "\xff"])
+def test_a_recipe_that_cannot_be_read_is_another_recipe(tmp_path, damage):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    (tmp_path / "run" / "recipe.yaml").write_bytes(damage.encode("latin-1"))
+    with pytest.raises(UserError, match=r"another recipe .*cannot be read"), RunDir.open(tmp_path / "run", RECIPE):
+        pass
+
+
+@pytest.mark.parametrize("left", [[], ["prompts.jsonl"], ["responses.jsonl"], ["accepted.jsonl"]])
+def test_a_recipe_can_be_corrected_until_a_stage_has_written_something(tmp_path, left):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        for name in left:
+            (run.path / name).write_text("{}\n")
+        (run.path / "responses.jsonl.partial").touch()
+    with RunDir.open(tmp_path / "run", OTHER) as run:
+        assert run.recipe == OTHER
+    assert "seed: 1" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_a_recipe_that_somebody_wrote_by_hand_is_never_overwritten(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# mine\nname: n\nmodel: m\n")
+    with RunDir.open(tmp_path, RECIPE):
+        pass
+    with pytest.raises(UserError, match="another recipe"), RunDir.open(tmp_path, OTHER):
+        pass
+    assert file.read_text().startswith("# mine")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["responses.jsonl.partial"],
+        ["prompts.jsonl", "responses.jsonl"],
+        ["verdicts.jsonl", "accepted.jsonl"],
+        ["evaluation/before/a.responses.jsonl.partial"],
+        ["training/metrics.jsonl"],
+        ["manifest.json"],
+    ],
+)
+def test_one_record_is_enough_to_bind_a_folder_to_its_recipe(tmp_path, left):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        for name in left:
+            (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+            (run.path / name).write_text("{}\n")
+    with pytest.raises(UserError, match="another recipe"), RunDir.open(tmp_path / "run", OTHER):
+        pass
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="not empty and no run directory"), RunDir.open(tmp_path, RECIPE):
+        pass
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_folder_left_while_its_recipe_was_being_written_is_used(tmp_path):
+    for name in (".lock", "recipe.yaml.partial"):
+        (tmp_path / name).write_text("name: ")
+    with RunDir.open(tmp_path, RECIPE) as run:
+        assert (run.path / "recipe.yaml").read_text() == RECIPE.to_yaml()
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(UserError, match="is a file"), RunDir.open(tmp_path / "f", RECIPE):
+        pass
+
+
+def test_two_at_once_are_refused_and_the_second_may_come_later(tmp_path):
+    with (
+        RunDir.open(tmp_path / "run", RECIPE),
+        pytest.raises(UserError, match="another process is working"),
+        RunDir.open(tmp_path / "run", RECIPE),
+    ):
+        pass
+    with RunDir.open(tmp_path / "run", RECIPE):
+        pass
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from thinksafe.recipe import check_recipe\nfrom thinksafe.rundir import RunDir\n"
+        "with RunDir.open(Path(sys.argv[1]), check_recipe({'name': 'n', 'model': 'm'}, '')):\n"
+        "    print('open', flush=True)\n    sys.stdin.read()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"open\n"
+        with pytest.raises(UserError, match="another process is working"), RunDir.open(tmp_path / "run", RECIPE):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with RunDir.open(tmp_path / "run", RECIPE):
+        pass
+
+
+def test_a_killed_stage_keeps_its_seconds(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("thinksafe.rundir.time.perf_counter", lambda: now)
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        clock = run.clock("evaluate/before")
+        now += 30
+        clock.tick()
+        again = run.clock("evaluate/before")
+        now += 12
+        assert again.seconds == pytest.approx(42)
+        (run.path / "shard.jsonl").touch()
+        run.finish_stage("stage", [run.path / "shard.jsonl"], again)
+        assert run.manifest["stages"]["stage"]["seconds"] == pytest.approx(42)
+        assert run.clock("evaluate/before").seconds == 0
+
+
+def test_the_manifest_tells_what_made_the_run(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert {"thinksafe", "python", "torch", "transformers", "machine"} <= manifest["environment"].keys()
+    assert manifest["created"].endswith("+00:00")

@@ -1,0 +1,258 @@
+"""The command line. It parses, opens the run directory, calls stages, and turns a user's mistake into one line."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from thinksafe import __version__
+from thinksafe.errors import UserError
+
+_INTRODUCTION = """\
+Restore the safety of a reasoning model with its own data.
+
+  thinksafe run --recipe organism --out runs/demo     everything, on a bundled synthetic world, in minutes on a CPU
+  thinksafe run --recipe qwen3-0.6b --out runs/qwen   the paper's settings on one GPU
+
+A run directory holds the recipe, every record and the report. Any command can be killed and given again: it goes on
+where it stopped. The stages can be run one by one on the same --out folder:
+"""
+
+_RECIPE_HELP = """\
+A recipe is YAML; --recipe takes a file or a bundled name, and --set changes single keys:
+
+  --set model=/path/to/checkpoint --set prompts=prompts.jsonl --set training.epochs=1
+  --set generation.steering=risk --set 'generation.sampling={temperature: 1.0, top_p: 1.0, top_k: 0}'
+
+Without --recipe the one in the --out folder is used.
+"""
+
+
+_USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 2 for the user's mistake, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        options.command(options)
+        return 0
+    except UserError as error:
+        print(f"thinksafe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nthinksafe: interrupted; nothing finished is lost, the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in _USERS_TO_MEND:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"thinksafe: {error.strerror}{where}; mend that and give the same command again", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "thinksafe", description=_INTRODUCTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"thinksafe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def stage(name: str, command: Callable, summary: str, description: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{description}".strip(),
+            epilog=_RECIPE_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--recipe", metavar="FILE", help="recipe file, or one of: " + ", ".join(_bundled()))
+        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
+        sub.add_argument("--seed", type=int, help="the same as --set seed=N")
+        sub.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/NAME of the recipe)")
+        sub.set_defaults(command=command)
+        return sub
+
+    stage(
+        "run",
+        _run,
+        "all stages, from prompts to the report",
+        "generate, filter, train, evaluate before and after, report.",
+    )
+    sub = stage(
+        "generate",
+        _generate,
+        "sample the student's own responses to every prompt",
+        "Harmful prompts are sampled with the refusal instruction, benign ones without. Writes responses.jsonl.\n"
+        "Prompts are .jsonl, .json or .parquet with `text` (or `prompt`, or `instruction`) and `label`.",
+    )
+    sub.add_argument("--prompts", metavar="FILE", help="the same as --set prompts=FILE")
+    sub = stage(
+        "filter",
+        _filter,
+        "judge responses with the guard and keep the safe ones",
+        "Writes verdicts.jsonl (every response, with probabilities and reason) and accepted.jsonl.",
+    )
+    sub.add_argument("--responses", metavar="FILE", type=Path, help="judge these; needs `prompt`, `label`, `text`")
+    sub = stage(
+        "train",
+        _train,
+        "fine-tune the student on accepted.jsonl",
+        "Writes adapter/ in PEFT's format, or model/ with --set training.method=full.",
+    )
+    sub.add_argument("--data", metavar="FILE", type=Path, help="train on these; needs `prompt`, `response`, `label`")
+    sub = stage(
+        "evaluate",
+        _evaluate,
+        "measure harm, over-refusal and reasoning, before and after",
+        "`after` is measured where the run directory holds a trained student, or --adapter names one.",
+    )
+    sub.add_argument("--adapter", metavar="DIR", type=Path, help="evaluate this PEFT adapter as `after`")
+    stage("report", _report, "write report.html and report.json from what is there")
+
+    organism = commands.add_parser("organism", help="the bundled synthetic world").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    build = organism.add_parser(
+        "build",
+        help="re-create the world's student, prompts and evaluation sets from nothing",
+        description="Trains the tiny student through its history on a CPU. Another seed is another world.",
+    )
+    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--out", metavar="DIR", type=Path, required=True)
+    build.set_defaults(command=_build_organism)
+    return parser
+
+
+def _bundled() -> list[str]:
+    from thinksafe.recipe import bundled_recipes
+
+    return bundled_recipes()
+
+
+def _run(options: argparse.Namespace) -> None:
+    def work(run, models, stages) -> None:
+        stages.check(run, models)
+        stages.generate(run, models)
+        stages.probe(run, models)
+        stages.filter_responses(run, models)
+        stages.evaluate(run, models, "before")
+        stages.train(run, models)
+        stages.evaluate(run, models, "after")
+        _print_report(stages.report(run))
+
+    _in_run_directory(options, work)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    if options.prompts is not None:
+        options.set.append(f"prompts={json.dumps(options.prompts)}")
+
+    def work(run, models, stages) -> None:
+        stages.generate(run, models)
+        stages.probe(run, models)
+        print(run.path / "responses.jsonl")
+
+    _in_run_directory(options, work)
+
+
+def _filter(options: argparse.Namespace) -> None:
+    def work(run, models, stages) -> None:
+        if options.responses is not None:
+            stages.take_in_responses(run, options.responses)
+        stages.filter_responses(run, models)
+        print(run.path / "accepted.jsonl")
+
+    _in_run_directory(options, work)
+
+
+def _train(options: argparse.Namespace) -> None:
+    def work(run, models, stages) -> None:
+        if options.data is not None:
+            stages.take_in_examples(run, options.data)
+        stages.train(run, models)
+        print(run.path / ("adapter" if run.recipe.training.method == "lora" else "model"))
+
+    _in_run_directory(options, work)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    def work(run, models, stages) -> None:
+        if not run.recipe.evaluation.sets:
+            raise UserError("evaluation.sets: the recipe names no evaluation set")
+        stages.evaluate(run, models, "before")
+        if options.adapter is not None or run.is_done("train"):
+            stages.evaluate(run, models, "after", options.adapter)
+        _print_report(stages.report(run))
+
+    _in_run_directory(options, work)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _in_run_directory(options, lambda run, models, stages: _print_report(stages.report(run)))
+
+
+def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any], None]) -> None:
+    """Everything heavy is imported here, after the arguments are known to be good."""
+    from thinksafe.recipe import load_recipe
+    from thinksafe.rundir import RunDir
+
+    recipe_source = options.recipe
+    if recipe_source is None:
+        if options.out is None or not (options.out / "recipe.yaml").is_file():
+            names = ", ".join(_bundled())
+            raise UserError(f"--recipe: give a file or one of {names}, or an --out folder with a run in it")
+        recipe_source = str(options.out / "recipe.yaml")
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    recipe = load_recipe(recipe_source, [*options.set, *seed])
+    out = options.out or Path("runs") / recipe.name
+    with RunDir.open(out, recipe) as run:
+        from thinksafe import stages
+        from thinksafe.models import Models
+
+        work(run, Models(recipe), stages)
+
+
+def _print_report(page: Path) -> None:
+    report = json.loads(page.with_name("report.json").read_text())
+    for key, title in (
+        ("harmful_ratio", "harmful responses"),
+        ("over_refusal", "needless refusals"),
+        ("reasoning_accuracy", "reasoning accuracy"),
+    ):
+        figure = report.get(key) or {}
+        moments = []
+        for moment in ("before", "after"):
+            if moment in figure:
+                low, high = figure[f"{moment}_interval"]
+                moments.append(f"{moment} {figure[moment]:6.1%}  [{low:.1%}, {high:.1%}]")
+        if moments:
+            print(f"{title:>20}   {'   '.join(moments)}")
+    print(f"{'report':>20}   {page}")
+
+
+def _build_organism(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from thinksafe.organism.build import HISTORY, build
+
+    if options.out.exists() and any(options.out.iterdir()):
+        raise UserError(f"--out {options.out}: is not empty; give a new folder")
+    with tqdm(total=sum(stage.steps for stage in HISTORY), desc="organism", unit=" steps", disable=None) as bar:
+
+        def on_step(stage, metrics) -> None:
+            bar.update(1)
+            bar.set_postfix_str(f"stage {stage}  loss {metrics.loss:.3f}", refresh=False)
+
+        build(options.out, options.seed, on_step)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

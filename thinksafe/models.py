@@ -1,0 +1,75 @@
+"""The checkpoints of a run, each loaded once and shared by the stages that need it."""
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from thinksafe.chat import Chat
+from thinksafe.errors import UserError
+from thinksafe.guards.interface import Guard
+from thinksafe.guards.llama_guard import LlamaGuard
+from thinksafe.guards.oracle import OracleGuard
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.lora import detach, load_adapter
+from thinksafe.model.weights import load_decoder, resolve
+from thinksafe.recipe import Recipe
+from thinksafe.tokenization import SafeTokenizer
+
+
+class Models:
+    """Loads lazily: a stage that finds its work done loads nothing.
+
+    Attributes:
+        device, dtype: where and how weights are kept.
+    """
+
+    def __init__(self, recipe: Recipe):
+        """Choose device and dtype.
+
+        Raises:
+            UserError: a GPU is asked for and there is none.
+        """
+        if recipe.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device: cuda is asked for, but torch sees no GPU; use device=auto or device=cpu")
+        gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda" if gpu else "cpu")
+        dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._recipe = recipe
+        self._loaded: tuple[Path, Decoder] | None = None
+
+    @cached_property
+    def base(self) -> Path:
+        """Folder of the student's checkpoint."""
+        return resolve(self._recipe.model)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The student's tokenizer and template."""
+        return Chat(self.base)
+
+    @cached_property
+    def guard(self) -> Guard:
+        """The guard of the recipe."""
+        config = self._recipe.guard
+        if config.kind == "oracle":
+            return OracleGuard()
+        folder = resolve(config.model)
+        return LlamaGuard(load_decoder(folder, self.dtype, self.device), SafeTokenizer(folder), config)
+
+    def student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
+        """The student with this adapter on, or none; `folder` is another checkpoint of it, after full fine-tuning."""
+        wanted = folder or self.base
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None  # the old weights go before the new ones come
+            self._loaded = (wanted, load_decoder(wanted, self.dtype, self.device))
+        decoder = self._loaded[1]
+        detach(decoder)
+        if adapter is not None:
+            load_adapter(decoder, adapter)
+        return decoder.requires_grad_(False).eval()
+
+    def forget_student(self) -> None:
+        """The loaded weights were trained on in place: the next stage reads them anew."""
+        self._loaded = None

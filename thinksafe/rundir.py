@@ -1,0 +1,240 @@
+"""The run directory is the database: recipe, manifest, shards. `kill -9` at any moment loses nothing finished.
+
+A shard is JSONL. While a stage writes it, it is called NAME.partial and grows a line at a time; a line torn by a kill
+is cut off when the stage goes on. When the stage is done the shard is fsynced and renamed, and the manifest, itself
+replaced atomically, lists it with its hash.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import thinksafe
+from thinksafe.errors import UserError
+from thinksafe.recipe import Recipe, check_recipe
+from thinksafe.records import Record, read_records, to_json
+
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
+
+
+class Journal:
+    """A shard being written: appended to line by line, final once `finish` has renamed it.
+
+    Attributes:
+        existing: records that an earlier process wrote, in file order.
+    """
+
+    def __init__(self, final: Path, kind: type[Record]):
+        self.final = final
+        self.partial = final.with_name(final.name + ".partial")
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():  # finished, but killed before the manifest knew
+            os.replace(final, self.partial)
+        self._drop_torn_line()
+        self._file = self.partial.open("a", encoding="utf-8")
+        self.existing: list[Record] = list(read_records(self.partial, kind)) if self._file.tell() else []
+
+    def _drop_torn_line(self) -> None:
+        if self.partial.exists():
+            data = self.partial.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                os.truncate(self.partial, whole)
+
+    def append(self, record: Record) -> None:
+        """Write one line and hand it to the system, where it outlives this process."""
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Make the shard final."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self.partial, self.final)
+
+
+class StageClock:
+    """Seconds a stage has worked, kept in a file so that a killed stage does not lose them."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._before = float(file.read_text() or 0) if file.exists() else 0.0
+        self._started = self._saved = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    def tick(self) -> None:
+        """Save the time, at most once a second."""
+        if time.perf_counter() - self._saved > 1:
+            self._saved = time.perf_counter()
+            write_atomically(self._file, f"{self.seconds:.3f}")
+
+    def remove(self) -> None:
+        """Forget the file: the stage is in the manifest now."""
+        self._file.unlink(missing_ok=True)
+
+
+class RunDir:
+    """One run's folder, locked while it is open.
+
+    Attributes:
+        path: the folder.
+        recipe: what the run is.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe):
+        self.path = path
+        self.recipe = recipe
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, recipe: Recipe) -> Iterator["RunDir"]:
+        """Create the folder or go on with it.
+
+        Raises:
+            UserError: the folder belongs to another recipe, holds something else, or another process works in it.
+        """
+        recipe_file = path / "recipe.yaml"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path}: is a file; give a folder")
+        begun = {".lock", "recipe.yaml.partial"}  # all that a process leaves that was killed right here
+        if path.is_dir() and not recipe_file.exists() and any(p.name not in begun for p in path.iterdir()):
+            raise UserError(f"--out {path}: is not empty and no run directory; give a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--out {path}: another process is working in this run directory") from None
+            if not recipe_file.exists() or _may_be_corrected(recipe_file):
+                write_atomically(recipe_file, recipe.to_yaml())
+            else:
+                _refuse_other(recipe_file, recipe)
+            yield cls(path, recipe)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """Stages that are done, with their shards' hashes; versions and machine of the first one."""
+        file = self.path / "manifest.json"
+        if file.exists():
+            try:
+                return json.loads(file.read_text())
+            except ValueError as error:
+                raise UserError(f"{file}: damaged ({error}); restore it or give a new --out folder") from None
+        return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "stages": {}}
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage is in the manifest and its files are as it left them.
+
+        Raises:
+            UserError: a file is gone or was changed since.
+        """
+        entry = self.manifest["stages"].get(stage)
+        if entry is None:
+            return False
+        for name, digest in entry["files"].items():
+            file = self.path / name
+            if not file.exists() or sha256(file) != digest:
+                what = "was changed" if file.exists() else "is missing"
+                raise UserError(f"{file}: {what} since stage {stage!r} wrote it; restore it or give a new --out folder")
+        return True
+
+    def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
+        """Record a stage as done.
+
+        Args:
+            files: what it wrote, all final.
+            figures: `tokens` and whatever else the report wants; JSON values.
+        """
+        manifest = self.manifest
+        hashes = {str(file.relative_to(self.path)): sha256(file) for file in files}
+        manifest["stages"][stage] = {"seconds": round(clock.seconds, 3), **figures, "files": hashes}
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        clock.remove()
+
+    def clock(self, stage: str) -> StageClock:
+        """The stage's clock, going on from where a killed process left it."""
+        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds")
+
+
+def _may_be_corrected(recipe_file: Path) -> bool:
+    """Whether the recipe was written here by us, and no stage has written anything after it."""
+    files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
+    inputs = {recipe_file.name, f"{recipe_file.name}.partial", "prompts.jsonl"}
+    if "prompts.jsonl" not in files:
+        inputs.add("responses.jsonl")  # not sampled here, but taken in with --responses
+    if "verdicts.jsonl" not in files:
+        inputs.add("accepted.jsonl")  # likewise with --data
+    there = _recipe_in(recipe_file)
+    return files <= inputs and there is not None and recipe_file.read_text(encoding="utf-8") == there.to_yaml()
+
+
+def _recipe_in(file: Path) -> Recipe | None:
+    try:
+        return check_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    except (yaml.YAMLError, UnicodeDecodeError, UserError):
+        return None
+
+
+def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
+    there = _recipe_in(recipe_file)
+    if there == recipe:
+        return
+    differing = "its recipe.yaml cannot be read"
+    if there is not None:
+        lines = zip_longest(recipe.to_yaml().splitlines(), there.to_yaml().splitlines(), fillvalue="nothing")
+        differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
+    raise UserError(
+        f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
+        "give another folder or the same recipe"
+    )
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file's contents so that a reader or a crash sees the old or the new, never a part."""
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for the manifest."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    versions = {package: found for package in _PACKAGES if (found := installed(package))}
+    return {
+        "thinksafe": thinksafe.__version__,
+        "python": platform.python_version(),
+        **versions,
+        "machine": platform.machine(),
+        "cpu_count": str(os.cpu_count()),
+    }

@@ -1,0 +1,397 @@
+"""The stages: generate, probe, filter, train, evaluate, report. Each reads records of the run directory, writes more.
+
+Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from thinksafe.chat import Chat, parse_response
+from thinksafe.errors import UserError
+from thinksafe.evaluation.metrics import measure
+from thinksafe.generation import Task, respond
+from thinksafe.guards.interface import Exchange, Guard
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.lora import attach, check_targets, save_adapter
+from thinksafe.model.weights import load_config, resolve, save_decoder
+from thinksafe.models import Models
+from thinksafe.paths import expand
+from thinksafe.progress import TokenBar
+from thinksafe.prompts import load_prompts
+from thinksafe.recipe import EvaluationSet
+from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records, to_json
+from thinksafe.reporting.html import write_report
+from thinksafe.reporting.summary import summarise
+from thinksafe.rundir import Journal, RunDir, StageClock, sha256, write_atomically
+from thinksafe.sampler.request import SamplingConfig
+from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.loop import train as run_training
+from thinksafe.training.packing import TrainingSequence
+
+Moment = Literal["before", "after"]
+
+
+def take_in_responses(run: RunDir, file: Path) -> None:
+    """Use responses from elsewhere as this run's."""
+    _take_in(run.path / "responses.jsonl", read_records(file, Response))
+
+
+def take_in_examples(run: RunDir, file: Path) -> None:
+    """Use examples from elsewhere as this run's accepted data set."""
+    _take_in(run.path / "accepted.jsonl", read_records(file, Example))
+
+
+def check(run: RunDir, models: Models) -> None:
+    """Find before the first hour of work what would stop the run after it; a run that has begun is past this."""
+    if run.manifest["stages"]:
+        return
+    for entry in run.recipe.evaluation.sets:
+        _evaluation_prompts(entry)
+    if run.recipe.training.method == "lora":
+        check_targets(load_config(models.base)[0], run.recipe.lora)
+    if run.recipe.guard.kind != "oracle":
+        resolve(run.recipe.guard.model)
+
+
+def generate(run: RunDir, models: Models) -> None:
+    """Sample the student's own responses: harmful prompts with the steering instruction, benign ones without."""
+    if run.is_done("generate"):
+        return
+    clock, config = run.clock("generate"), run.recipe.generation
+    if run.recipe.prompts is None:
+        raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
+    prompts = load_prompts(run.recipe.prompts)[: run.recipe.limit]
+    _write_shard(run.path / "prompts.jsonl", prompts)
+    steering = {"harmful": config.steering, "benign": None}
+    tasks = [Task(prompt, steering[prompt.label], sample) for prompt in prompts for sample in range(config.samples)]
+    shard = run.path / "responses.jsonl"
+    tokens = _sample(run, models, shard, tasks, config.sampling, clock, "generate")
+    run.finish_stage("generate", [run.path / "prompts.jsonl", shard], clock, tokens=tokens, records=len(tasks))
+
+
+def probe(run: RunDir, models: Models) -> None:
+    """Sample some harmful prompts without steering, to know what steering gains."""
+    count = run.recipe.generation.unsteered_probe
+    if count == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
+        return
+    harmful = [prompt for prompt in read_prompts(run.path / "prompts.jsonl") if prompt.label == "harmful"]
+    tasks = [Task(prompt) for prompt in sorted(harmful, key=lambda prompt: prompt.id)[:count]]
+    if not tasks:
+        return
+    clock, shard = run.clock("probe"), run.path / "unsteered.jsonl"
+    tokens = _sample(run, models, shard, tasks, run.recipe.generation.sampling, clock, "probe")
+    run.finish_stage("probe", [shard], clock, tokens=tokens, records=len(tasks))
+
+
+def filter_responses(run: RunDir, models: Models) -> None:
+    """Judge every response and keep the safe ones as training examples."""
+    if run.is_done("filter"):
+        return
+    clock = run.clock("filter")
+    remedy = "`thinksafe generate` first, or give --responses FILE"
+    responses_file = _required(run, run.path / "responses.jsonl", "generate", remedy)
+    responses = list(read_records(responses_file, Response))
+    _refuse_repeated(responses, responses_file)
+    verdict_files = [run.path / "verdicts.jsonl"]
+    tokens = _judge(models, responses, verdict_files[0], clock, "filter")
+    if (run.path / "unsteered.jsonl").exists():
+        unsteered = list(read_records(run.path / "unsteered.jsonl", Response))
+        verdict_files.append(run.path / "unsteered_verdicts.jsonl")
+        tokens += _judge(models, unsteered, verdict_files[1], clock, "filter probe")
+    verdicts = list(read_records(verdict_files[0], Verdict))
+    safe = {(verdict.prompt_id, verdict.sample) for verdict in verdicts if verdict.decision == "safe"}
+    accepted = [
+        Example(response.prompt, response.text, response.label, response.prompt_id)
+        for response in sorted(responses, key=lambda response: (response.prompt_id, response.sample))
+        if (response.prompt_id, response.sample) in safe
+    ]
+    shard = run.path / "accepted.jsonl"
+    _write_shard(shard, accepted)
+    run.finish_stage("filter", [*verdict_files, shard], clock, tokens=tokens, records=len(verdicts))
+
+
+def train(run: RunDir, models: Models) -> None:
+    """Fine-tune the student on the accepted examples, prompts without steering."""
+    checkpoints = run.path / "training" / "checkpoints"
+    if run.is_done("train"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        return
+    recipe, clock = run.recipe, run.clock("train")
+    config = recipe.training
+    accepted = _required(run, run.path / "accepted.jsonl", "filter", "`thinksafe filter` first, or give --data FILE")
+    if accepted.stat().st_size == 0:
+        raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
+    sequences, dropped = _training_sequences(run, models, accepted)
+    if not sequences:
+        raise UserError(f"{accepted}: no example is fit for training: {dict(dropped)}")
+    decoder = models.student()
+    decoder.activation_checkpointing = config.activation_checkpointing
+    if config.method == "lora":
+        attach(decoder, recipe.lora, recipe.seed)
+    else:
+        decoder.requires_grad_(True)
+    engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
+    steps = config.epochs * -(-len(sequences) // config.batch_size)
+    with TokenBar("train", steps, "steps") as bar:
+
+        def on_step(metrics):
+            clock.tick()
+            bar.update(metrics.tokens, loss=f"{metrics.loss:.3f}", step=str(metrics.step))
+
+        try:
+            run_training(engine, sequences, config, recipe.seed, run.path / "training", on_step)
+        except NonFiniteStep as error:
+            remedy = "lower training.learning_rate or look at those examples"
+            raise UserError(f"training stopped, {error}; {remedy}") from None
+    folder = _save_student(run, models, decoder)
+    run.finish_stage(
+        "train",
+        [*sorted(folder.iterdir()), run.path / "training" / "metrics.jsonl"],
+        clock,
+        tokens=config.epochs * sum(map(len, sequences)),
+        records=len(sequences),
+        dropped=dict(dropped),
+        steps=steps,
+    )
+    shutil.rmtree(checkpoints)  # only now: until the manifest knows the adapter, they are what a restart goes on from
+    models.forget_student()
+
+
+def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None = None) -> None:
+    """Measure harm, over-refusal and reasoning of the student before or after training.
+
+    Args:
+        adapter: an adapter folder for `after`; by default what `train` left in the run directory.
+    """
+    stage = f"evaluate_{moment}"
+    sets = run.recipe.evaluation.sets
+    if not sets:
+        return
+    checkpoint = None
+    if moment == "after" and adapter is None:
+        full = run.path / "model"
+        checkpoint, adapter = (full, None) if full.exists() else (None, run.path / "adapter")
+    if moment == "after":
+        _refuse_other_student(run.path / "evaluation" / moment, checkpoint or adapter)
+    if run.is_done(stage):
+        return
+    clock, tokens, results, files = run.clock(stage), 0, [], []
+    prompts = {entry.name: _evaluation_prompts(entry) for entry in sets}
+    for entry in sets:
+        responses_file = run.path / "evaluation" / moment / f"{entry.name}.responses.jsonl"
+        verdicts_file = run.path / "evaluation" / moment / f"{entry.name}.verdicts.jsonl"
+        tasks = [Task(prompt, entry.instruction, s) for prompt in prompts[entry.name] for s in range(entry.samples)]
+        title = f"{moment} {entry.name}"
+        sampling = run.recipe.evaluation.sampling
+        tokens += _sample(run, models, responses_file, tasks, sampling, clock, title, checkpoint, adapter)
+        responses = list(read_records(responses_file, Response))
+        files.append(responses_file)
+        verdicts: list[Verdict] = []
+        if entry.kind != "reasoning":
+            _judge(models, responses, verdicts_file, clock, f"judge {entry.name}", every_response=True)
+            verdicts = list(read_records(verdicts_file, Verdict))
+            files.append(verdicts_file)
+        results.append(measure(entry, prompts[entry.name], responses, verdicts))
+    files.append(run.path / "evaluation" / f"{moment}.json")
+    write_atomically(files[-1], json.dumps(results, indent=1) + "\n")
+    run.finish_stage(stage, files, clock, tokens=tokens, records=sum(result["responses"] for result in results))
+
+
+def report(run: RunDir) -> Path:
+    """Write report.json and report.html from whatever stages are done; the page's path."""
+    return write_report(summarise(run), run.path)
+
+
+def _sample(
+    run: RunDir,
+    models: Models,
+    shard: Path,
+    tasks: Sequence[Task],
+    sampling: SamplingConfig,
+    clock: StageClock,
+    title: str,
+    checkpoint: Path | None = None,
+    adapter: Path | None = None,
+) -> int:
+    """Answer the tasks that a shard does not hold yet and finish it; response tokens in the whole shard."""
+    journal = Journal(shard, Response)
+    done = {f"{response.prompt_id}/{response.sample}" for response in journal.existing}
+    if not done <= {task.key for task in tasks}:
+        raise UserError(
+            f"{shard}: answers prompts that are not asked any more; restore them or give a new --out folder"
+        )
+    tokens = sum(response.num_tokens for response in journal.existing)
+    todo = [task for task in tasks if task.key not in done]
+    if todo:
+        decoder = models.student(checkpoint, adapter)
+        with TokenBar(title, len(tasks), "responses", len(done)) as bar:
+            for response in respond(decoder, models.chat, todo, sampling, run.recipe.sampler, run.recipe.seed):
+                journal.append(response)
+                tokens += response.num_tokens
+                bar.update(response.num_tokens)
+                clock.tick()
+    journal.finish()
+    return tokens
+
+
+def _judge(
+    models: Models,
+    responses: Sequence[Response],
+    shard: Path,
+    clock: StageClock,
+    title: str,
+    every_response: bool = False,
+) -> int:
+    """Give every response a verdict and finish the shard; response tokens that were judged.
+
+    Args:
+        every_response: also ask the guard about malformed ones, as an evaluation must; a filter drops them unread.
+    """
+    journal = Journal(shard, Verdict)
+    done = {(verdict.prompt_id, verdict.sample) for verdict in journal.existing}
+    todo = {f"{r.prompt_id}/{r.sample}": r for r in responses if (r.prompt_id, r.sample) not in done}
+    if todo:
+        guard = models.guard
+        with TokenBar(title, len(responses), "verdicts", len(done)) as bar:
+            readable: list[Exchange] = []
+            for key, response in todo.items():
+                problem = response_problem(response, models.chat)
+                if problem is None or (every_response and response.text):
+                    readable.append(Exchange(key, response.prompt, response.text))
+                else:
+                    journal.append(_verdict(response, guard, "dropped", problem))
+                    bar.update(0)
+            for judgement in guard.judge(readable):
+                response = todo[judgement.id]
+                reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
+                journal.append(
+                    _verdict(
+                        response,
+                        guard,
+                        judgement.decision,
+                        reason,
+                        judgement.p_safe,
+                        judgement.p_unsafe,
+                        judgement.refusal,
+                    )
+                )
+                bar.update(response.num_tokens)
+                clock.tick()
+    journal.finish()
+    return sum(response.num_tokens for response in responses)
+
+
+def response_problem(response: Response, chat: Chat) -> str | None:
+    """Why a response cannot be trained on whatever a guard says, or None."""
+    unfinished = {"length": "truncated", "nan": "nan"}
+    if response.finish_reason in unfinished:
+        return unfinished[response.finish_reason]
+    if chat.has_control_token(response.text):
+        return "control_token"
+    parsed = parse_response(response.text)
+    return parsed if isinstance(parsed, str) else None
+
+
+def _training_sequences(run: RunDir, models: Models, file: Path) -> tuple[list[TrainingSequence], Counter[str]]:
+    """The examples as tokens, and how many were dropped for which reason. Nothing is cut."""
+    limit = min(run.recipe.training.max_length, load_config(models.base)[0].max_seq_len)
+    sequences, dropped = [], Counter()
+    for example in read_records(file, Example):
+        problem = parse_response(example.response)
+        if isinstance(problem, str):
+            dropped[problem] += 1
+            continue
+        sequence = models.chat.training_sequence(example)
+        if len(sequence) > limit:
+            dropped[f"longer_than_{limit}_tokens"] += 1
+        else:
+            sequences.append(sequence)
+    return sequences, dropped
+
+
+def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
+    """Write the adapter, or the whole model after full fine-tuning, under a temporary name and rename it."""
+    lora = run.recipe.training.method == "lora"
+    folder = run.path / ("adapter" if lora else "model")
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if lora:
+        save_adapter(decoder, run.recipe.lora, partial, run.recipe.model)
+    else:
+        save_decoder(decoder, load_config(models.base)[1], partial)
+        models.chat.tokenizer.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return folder
+
+
+def _evaluation_prompts(entry: EvaluationSet) -> list[Prompt]:
+    prompts = read_prompts(expand(entry.file))
+    if entry.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):
+        raise UserError(f"{entry.file}: a reasoning set needs 'answer' in every record")
+    return prompts
+
+
+def _required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
+    """A file that a stage wrote, unchanged since, or that was taken in from elsewhere."""
+    if not run.is_done(stage) and not file.exists():
+        raise UserError(f"{file}: not there yet; run {remedy}")
+    return file
+
+
+def _refuse_repeated(responses: Sequence[Response], file: Path) -> None:
+    """A verdict is on a prompt and a sample number, so two responses must not share both."""
+    seen = set()
+    for number, response in enumerate(responses, start=1):
+        if (response.prompt_id, response.sample) in seen:
+            raise UserError(
+                f"{file}: record {number} is a second response with sample {response.sample} to its prompt; "
+                "give the responses to a prompt different 'sample' numbers"
+            )
+        seen.add((response.prompt_id, response.sample))
+
+
+def _refuse_other_student(folder: Path, student: Path) -> None:
+    """An evaluation that was begun with one adapter or checkpoint is not finished, or reported, with another."""
+    weights = sorted(student.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{student}: no adapter_model.safetensors there, so there is no trained student to evaluate")
+    identity = "\n".join(map(sha256, weights))
+    note = folder / "student.sha256"
+    if note.exists() and note.read_text() == identity:
+        return
+    if any(shard.stat().st_size for shard in folder.glob("*.jsonl*")):
+        raise UserError(f"{folder}: was measured with other weights than {student} holds now; give a new --out folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, identity)
+
+
+def _take_in(shard: Path, records: Iterable[Response | Example]) -> None:
+    text = "".join(to_json(record) + "\n" for record in records)
+    if shard.exists() and shard.read_text() != text:
+        raise UserError(f"{shard}: the run already has other records here; give a new --out folder")
+    write_atomically(shard, text)
+
+
+def _write_shard(file: Path, records: Iterable[Prompt | Example]) -> None:
+    write_atomically(file, "".join(to_json(record) + "\n" for record in records))
+
+
+def _verdict(response: Response, guard: Guard, decision, reason, p_safe=None, p_unsafe=None, refusal=None) -> Verdict:
+    return Verdict(
+        prompt_id=response.prompt_id,
+        sample=response.sample,
+        label=response.label,
+        steering=response.steering,
+        decision=decision,
+        reason=reason,
+        p_safe=p_safe,
+        p_unsafe=p_unsafe,
+        refusal=refusal,
+        guard=guard.name,
+    )
