@@ -148,7 +148,7 @@ def test_an_unreadable_prompt_is_named_with_its_file_and_place(file, mistake):
 def test_a_torn_parquet_file_is_refused(file, tmp_path, cut):
     whole = tmp_path / "whole.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 50, "label": ["benign"] * 50}), whole)
-    with pytest.raises(UserError, match="torn.parquet: not a readable parquet file"):
+    with pytest.raises(UserError, match=r"torn\.parquet: not a readable parquet file"):
         read_prompts(file("torn.parquet", whole.read_bytes()[:cut]))
 
 
@@ -171,7 +171,7 @@ def test_a_parquet_file_without_rows_is_empty(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/where/at/all", "~/nowhere-at-all", "nowhere"])
 def test_a_missing_source_of_prompts_is_named(name):
-    with pytest.raises(UserError, match="nowhere|/no/where"):
+    with pytest.raises(UserError, match=r"nowhere|/no/where"):
         load_prompts(name)
 
 

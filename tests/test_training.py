@@ -375,7 +375,7 @@ def newest_step(out):
 DAMAGES = {
     "tensors truncated": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:-5]),
     "tensors empty": lambda c: (c / "state.safetensors").write_bytes(b""),
-    "tensors changed": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:-1] + b"\1"),
+    "tensors changed": lambda c: (f := c / "state.safetensors").write_bytes(f.read_bytes()[:-1] + b"\1"),
     "tensors missing": lambda c: (c / "state.safetensors").unlink(),
     "record truncated": lambda c: (c / "state.json").write_text((c / "state.json").read_text()[:-9]),
     "record empty": lambda c: (c / "state.json").write_text(""),
