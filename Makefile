@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 GPU    := $(shell command -v nvidia-smi)
+# Kernels are compiled with the newest Triton, in the environment, and with the oldest one supported, in a folder beside.
+OLD_TRITON := $(VENV)/triton-3.6.0
 
 # Without a GPU the tested torch goes in first, so that nothing asks for CUDA packages. Where pip knows only CUDA builds
 # of torch, point PIP_EXTRA_INDEX_URL at the CPU builds. With a GPU any torch of setup.py's bounds will do.
@@ -32,9 +34,11 @@ help:
 run: $(VENV)/installed
 	@$(BIN)/thinksafe run --recipe organism --out runs/organism
 
-test: $(VENV)/installed-test
+test: $(VENV)/installed-test $(OLD_TRITON)
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --timeout 300 --durations 10
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/test_kernels_interpreted.py
+	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/test_kernels_compiled.py
 
 gpu:
 	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
@@ -60,6 +64,9 @@ $(VENV)/installed: setup.py pyproject.toml $(VENV)/constraints.txt
 	@$(INSTALL_TORCH)
 	@$(PIP) install --constraint $(VENV)/constraints.txt --editable '$(PACKAGE)'
 	@touch $@
+
+$(OLD_TRITON): | $(BIN)/python
+	@$(PIP) install --no-deps --target $@.partial triton==3.6.0 && mv $@.partial $@
 
 $(VENV)/installed-test: $(VENV)/installed
 	@$(PIP) install --constraint $(VENV)/constraints.txt --editable '$(PACKAGE_TEST)'

@@ -18,6 +18,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "thinksafe/__init__.py").read_text(), re.MULTILINE)[1]
 
+TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"
+
 setup(
     name="thinksafe",
     version=VERSION,
@@ -47,7 +49,7 @@ setup(
         "math-verify",
     ],
     extras_require={
-        "gpu": ["triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "ruff", "setuptools"],
+        "gpu": [TRITON],
+        "test": [TRITON, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "ruff", "setuptools"],
     },
 )

@@ -71,9 +71,7 @@ def run() -> Result:
         "sampler",
         "Continuous batching wins what static batches lose to their longest response.",
         table,
-        [
-            f"{name}, random weights, {count} prompts of {_PROMPT} tokens, {tokens:,} tokens forced, {rows} rows"
-        ],
+        [f"{name}, random weights, {count} prompts of {_PROMPT} tokens, {tokens:,} tokens forced, {rows} rows"],
     )
 
 

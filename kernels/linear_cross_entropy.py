@@ -1,67 +1,344 @@
-"""Cross-entropy straight from hidden states: loss_t = logsumexp(x_t Wᵀ) - x_t · w_{y_t}, without [T, V] logits.
+"""Cross-entropy straight from hidden states, without [T, V] logits.
 
-The gradient is dX = (softmax(X Wᵀ) - onehot(y)) W, and it is formed in the forward pass chunk by chunk, so that of
-the logits only [CHUNK, V] fp32 ever exists (1,024 x 151,936 x 4 = 0.6 GB against 5 GB at T = 8k). 4TVH FLOP with a
-frozen head, 6TVH with a trainable one. Logits are fp32: rounded to bf16 they put an error of 3% on the gradient of
-confident tokens.
+    loss_t = w_t [ lse_t - (1 - s) z_ty - s mean_v z_tv + c lse_t² ],    z = X Wᵀ, s smoothing, c z-loss
+    dX_t   = w_t [ a_t p_t W - (1 - s) w_y - s mean_v w_v ],             a_t = 1 + 2 c lse_t
+
+With a frozen head this is attention with K = V = W: the pass of exp_gemm.py leaves E = exp(z - z_y) in bf16, chunk by
+chunk, and p W is E W with a row scale, so logits are never rounded and no pass over dlogits exists. The target's part
+stays in fp32: 1 - p_y is S / (1 + S) with S the others' sum, exact for confident tokens, where bf16 logits are wrong by
+3%. FLOP: 4 T V H with a frozen head, 6 T V H with a trainable one.
+
+Where `exact` is off, a vocabulary block is skipped for a block of rows in which every row has at most EPS of its
+gradient's mass there, and what was dropped is reported. Trained models put nearly all mass on few blocks; random data
+does not, and a head that trains needs the small gradients, so exact is the default there.
 """
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-CHUNK = 1024
+from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
+from thinksafe.kernels.exp_gemm import PLAIN, check_head, exp_gemm, gather_dot, on_tensor_cores
+
+CHUNK = 8192
+"""Rows whose E is held at once: 8192 * 151,936 * 2 bytes = 2.5 GB. Halved where memory runs out."""
+REFERENCE_CHUNK = 1024
+SPARSE_BLOCK_K, SPARSE_BLOCK_H = (16, 32) if INTERPRETED else (64, 256)
+EPS = 2.0**-12
+"""Share of a row's gradient mass below which a block may be skipped: what bf16 rounding of E costs anyway."""
 
 
-def reference(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Per-token loss through full logits. [T, H], [V, H], [T] int64 -> [T] fp32."""
-    return torch.nn.functional.cross_entropy((x @ weight.T).float(), target, reduction="none")
+class Stats(NamedTuple):
+    """What a call did.
+
+    Attributes:
+        normaliser: fp32 scalar, what `mean` divided by: the weights of the rows that count, summed.
+        dropped_mass: fp32 scalar, largest share of a row's gradient mass that was skipped; 0 where exact.
+        active_share: fp32 scalar, share of (row block, vocabulary block) pairs whose gradient was computed.
+        bad_row: int64 scalar, the first row with a loss that is not finite, or -1.
+    """
+
+    normaliser: Tensor
+    dropped_mass: Tensor
+    active_share: Tensor
+    bad_row: Tensor
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        for start in range(0, x.shape[0], CHUNK):
-            rows = slice(start, start + CHUNK)
-            logits = (x[rows] @ weight.T).float()
-            lse = logits.logsumexp(-1, keepdim=True)
-            column = target[rows, None]
-            total += (lse - logits.gather(-1, column)).sum()
-            if not (needs_x or needs_weight):
-                continue
-            grad_logits = logits.sub_(lse).exp_()
-            grad_logits.scatter_add_(-1, column, -torch.ones_like(lse))
-            grad_logits = grad_logits.to(x.dtype)
-            if needs_x:
-                torch.mm(grad_logits, weight, out=grad_x[rows])
-            if needs_weight:
-                grad_weight += (grad_logits.T @ x[rows]).float()
-        ctx.save_for_backward(grad_x, grad_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
+def reference(x, weight, target, row_weight, label_smoothing=0.0, z_loss=0.0) -> Tensor:
+    """Per-row weighted loss through full logits in the dtype's own precision, differentiable. -> [T]."""
+    logits = x @ weight.T
+    lse = logits.logsumexp(-1)
+    chosen = logits.gather(-1, target[:, None])[:, 0]
+    loss = lse - (1 - label_smoothing) * chosen - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    return row_weight * loss
 
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        grad_x, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_x is None else grad_x * grad_output,
-            None if grad_weight is None else (grad_weight * grad_output).to(ctx.weight_dtype),
-            None,
+
+@jit
+def _sparse_gemm_kernel(
+    e_desc, w_desc, out_ptr, blocks_ptr, counts_ptr, T, H, num_v,
+    BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out = E W over each row block's list of vocabulary blocks, fp32."""
+    block_t, block_h = tl.program_id(1), tl.program_id(0)
+    accumulator = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    steps = tl.load(counts_ptr + block_t) * (BLOCK_V // BLOCK_K)
+    for step in range(0, steps):
+        block = tl.load(blocks_ptr + block_t.to(tl.int64) * num_v + step // (BLOCK_V // BLOCK_K))
+        k = block * BLOCK_V + step % (BLOCK_V // BLOCK_K) * BLOCK_K
+        e = e_desc.load([block_t * BLOCK_T, k])
+        w = w_desc.load([k, block_h * BLOCK_H])
+        accumulator = tl.dot(e, w, accumulator, input_precision="ieee")
+    rows = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = block_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = (rows < T)[:, None] & (columns < H)[None, :]
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :], accumulator, mask=inside)
+
+
+@jit
+def _combine_kernel(
+    product_ptr, weight_ptr, target_ptr, mean_ptr, scale_ptr, own_ptr, spread_ptr, out_ptr, H,
+    SPREAD: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """dX_t = scale_t * product_t + own_t * w_y + spread_t * mean(w), one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    scale, own = tl.load(scale_ptr + row), tl.load(own_ptr + row)
+    for h in range(0, H, BLOCK_H):
+        columns = h + tl.arange(0, BLOCK_H)
+        inside = columns < H
+        grad = scale * tl.load(product_ptr + row * H + columns, mask=inside, other=0.0).to(tl.float32)
+        grad += own * tl.load(weight_ptr + target * H + columns, mask=inside, other=0.0).to(tl.float32)
+        if SPREAD:
+            grad += tl.load(spread_ptr + row) * tl.load(mean_ptr + columns, mask=inside, other=0.0)
+        tl.store(out_ptr + row * H + columns, grad, mask=inside)
+
+
+def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, grad_weight, mean_w):
+    """Loss of some rows, gradients written to grad_x and added to grad_weight where wanted; (loss, dropped, active)."""
+    needs_gradient = grad_x is not None or grad_weight is not None
+    target_logit = gather_dot(x, weight, target[:, None])[:, 0]
+    done = exp_gemm(x, weight, target, target_logit, store=needs_gradient)
+    others = done.sums.sum(0)
+    own = torch.exp(target_logit - done.shift)  # 1, but for a row whose shift is its maximum
+    total = own + others
+    nll = torch.where(own == 1, torch.log1p(others), done.shift - target_logit + torch.log(total))
+    lse = nll + target_logit
+    loss = nll + z_loss * lse.square()
+    if smoothing:
+        loss = loss + smoothing * (target_logit - x.float() @ mean_w)
+    zero, one = loss.new_zeros(()), loss.new_ones(())
+    if not needs_gradient:
+        return row_weight * loss, zero, one
+    tilt = 1 + 2 * z_loss * lse
+    scale = row_weight * tilt / total
+    # tilt * p_y - (1 - smoothing), written so that nothing cancels where p_y is close to 1.
+    own_gradient = row_weight * (-others / total + (tilt - 1) * (own / total) + smoothing)
+    dropped, active = zero, one
+    if grad_x is not None:
+        if exact:
+            product = matmul_fp32(done.e[:, : weight.shape[0]], weight)
+        else:
+            product, dropped, active = _sparse_product(done, weight, others)
+        block = min(triton.next_power_of_2(x.shape[1]), 2048)
+        _combine_kernel[(len(x),)](
+            product, weight, target, mean_w, scale, own_gradient, -smoothing * row_weight, grad_x, x.shape[1],
+            SPREAD=smoothing > 0, BLOCK_H=block, num_warps=4,
+        )  # fmt: skip
+    if grad_weight is not None:
+        # dW = Eᵀ (scale X) with the target's own gradient put into E: a scatter that no two rows share.
+        column = torch.where(scale == 0, 0.0, own_gradient / scale)
+        done.e.scatter_(1, target[:, None], column[:, None].to(done.e.dtype))
+        grad_weight += matmul_fp32(done.e[:, : weight.shape[0]].T, (scale[:, None] * x.float()).to(x.dtype))
+        if smoothing:
+            grad_weight -= (smoothing / len(weight)) * (row_weight @ x.float())
+    return row_weight * loss, dropped, active
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """A product with fp32 accumulation and fp32 result; cuBLAS has that for bf16 inputs on a GPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+
+
+def _sparse_product(done, weight: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(E W over the blocks that matter, largest dropped share of a row's mass, share of blocks computed)."""
+    num_v, T = done.sums.shape
+    num_t = triton.cdiv(T, PLAIN.block_t)
+    share = done.sums / others.clamp(min=torch.finfo(torch.float32).tiny)
+    padded = torch.zeros(num_v, num_t * PLAIN.block_t, dtype=torch.bool, device=share.device)
+    padded[:, :T] = ~(share <= EPS)  # NaN counts as active
+    active = padded.view(num_v, num_t, PLAIN.block_t).any(-1).T.contiguous()  # [row blocks, vocabulary blocks]
+    counts = active.sum(1, dtype=torch.int32)
+    blocks = torch.argsort(active.int(), dim=1, descending=True, stable=True).int()
+    H = weight.shape[1]
+    product = torch.empty(T, H, dtype=torch.float32, device=weight.device)
+    _sparse_gemm_kernel[(triton.cdiv(H, SPARSE_BLOCK_H), num_t)](
+        TensorDescriptor.from_tensor(done.e, [PLAIN.block_t, SPARSE_BLOCK_K]),
+        TensorDescriptor.from_tensor(weight, [SPARSE_BLOCK_K, SPARSE_BLOCK_H]),
+        product, blocks, counts, T, H, num_v, BLOCK_T=PLAIN.block_t, BLOCK_V=PLAIN.block_v, BLOCK_K=SPARSE_BLOCK_K,
+        BLOCK_H=SPARSE_BLOCK_H, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    row_block = torch.arange(T, device=share.device) // PLAIN.block_t
+    dropped = (share * ~active.T[:, row_block]).sum(0).max()
+    return product, dropped, active.float().mean()
+
+
+def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, grad_weight, mean_w):
+    """The same in plain torch."""
+    logits = (x @ weight.T).float()
+    lse = logits.logsumexp(-1)
+    column = target[:, None]
+    chosen = logits.gather(-1, column)[:, 0]
+    loss = lse - chosen + smoothing * (chosen - logits.mean(-1)) + z_loss * lse.square()
+    if grad_x is not None or grad_weight is not None:
+        scale = row_weight * (1 + 2 * z_loss * lse)
+        grad = (
+            logits.sub_(lse[:, None]).exp_().mul_(scale[:, None]).sub_((smoothing / len(weight)) * row_weight[:, None])
         )
+        grad.scatter_add_(-1, column, (smoothing - 1) * row_weight[:, None])
+        grad = grad.to(x.dtype)
+        if grad_x is not None:
+            torch.mm(grad, weight, out=grad_x)
+        if grad_weight is not None:
+            grad_weight += grad.T @ x
+    return row_weight * loss, loss.new_zeros(()), loss.new_ones(())
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Sum of the tokens' cross-entropies, in nats.
+@torch.library.custom_op("thinksafe::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, smoothing: float, z_loss: float, exact: bool,
+    needs_x: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(weighted loss a row, its dX, dW of their sum, [dropped mass, active share])."""
+    triton_path = on_tensor_cores(x)
+    run, chunk = (_chunk_on_triton, CHUNK) if triton_path else (_chunk_on_reference, REFERENCE_CHUNK)
+    loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+    mean_w = weight.float().mean(0) if smoothing and triton_path else None
+    dropped, active = loss.new_zeros(()), []
+    start = 0
+    while start < len(x):
+        rows = slice(start, min(start + chunk, len(x)))
+        try:
+            loss[rows], dropped_here, active_here = run(
+                x[rows], weight, target[rows], row_weight[rows], smoothing, z_loss, exact,
+                grad_x[rows] if needs_x else None, grad_weight if needs_weight else None, mean_w,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            if chunk <= 128 or needs_weight:  # a half-added dW cannot be taken back
+                raise
+            chunk //= 2
+            continue
+        dropped = torch.maximum(dropped, dropped_here)
+        active.append(active_here * (rows.stop - rows.start))
+        start = rows.stop
+    share = torch.stack(active).sum() / len(x) if active else loss.new_ones(())
+    return loss, grad_x, grad_weight, torch.stack((dropped, share))
+
+
+@_linear_cross_entropy.register_fake
+def _(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight):
+    loss = x.new_empty(len(x), dtype=torch.float32)
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+    return loss, grad_x, grad_weight, x.new_empty(2, dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output[1:3])
+    ctx.settings = inputs[4:7]
+    ctx.needs_x, ctx.needs_weight = inputs[7:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    x, weight, target, row_weight, grad_x, grad_weight = ctx.saved_tensors
+    if grad_loss is None:
+        return (None,) * 9
+    dx = (grad_x.float() * grad_loss[:, None]).to(x.dtype) if ctx.needs_x else None
+    dw = None
+    if ctx.needs_weight:
+        # dW was summed for gradients of 1; a scalar loss scales it, anything else needs the rows again.
+        if grad_loss.stride() == (0,) or len(grad_loss) < 2:
+            dw = grad_weight * grad_loss[:1].sum()
+        else:
+            weighted = row_weight * grad_loss
+            dw = _linear_cross_entropy(x, weight, target, weighted, *ctx.settings, False, True)[2]
+        dw = dw.to(weight.dtype)
+    return dx, dw, None, None, None, None, None, None, None
+
+
+_linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    exact: bool | None = None,
+) -> Tensor:
+    """Cross-entropy of X Wᵀ against targets, in nats; see `linear_cross_entropy_with_stats`."""
+    return linear_cross_entropy_with_stats(
+        x, weight, target, token_weight=token_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        z_loss=z_loss, reduction=reduction, exact=exact,
+    )[0]  # fmt: skip
+
+
+def linear_cross_entropy_with_stats(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    exact: bool | None = None,
+) -> tuple[Tensor, Stats]:
+    """Cross-entropy of X Wᵀ against targets, in nats, and what the call did.
 
     Args:
-        x: [T, H] hidden states of the tokens that count; leave masked tokens out before the call.
-        weight: [V, H], the language-model head; gets a gradient only if it requires one.
-        target: [T] int64 in [0, V).
+        x: [T, H] hidden states.
+        weight: [V, H] head, contiguous, dtype of x; gets a gradient, summed in fp32, only if it requires one.
+        target: [T] int64 in [0, V), or ignore_index.
+        token_weight: [T] non-negative, or None for 1.
+        ignore_index: rows with this target are left out before anything is computed, which waits for the device to
+            count them; None promises that there are none and does not wait.
+        label_smoothing: share of the target's probability spread over the vocabulary.
+        z_loss: coefficient of lse².
+        reduction: `mean` divides by the weights of the rows that count (a loss of 0 where there are none).
+        exact: keep every block of the gradient; None is exact for a head that trains and not for a frozen one.
 
     Returns:
-        Scalar fp32; 0 for T = 0.
+        The loss, fp32: a scalar, or [T] for `none` with 0 in ignored rows.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a setting is out of its range.
     """
-    return _LinearCrossEntropy.apply(x, weight, target)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, found {reduction!r}")
+    if not 0 <= label_smoothing < 1 or z_loss < 0:
+        raise ValueError("label_smoothing must lie in [0, 1) and z_loss must not be negative")
+    if token_weight is not None and token_weight.shape != target.shape:
+        raise ValueError(f"token_weight is {list(token_weight.shape)}, target is {list(target.shape)}")
+    num_rows, kept = len(x), None
+    if ignore_index is not None:
+        kept = (target != ignore_index).nonzero()[:, 0]
+        if len(kept) < num_rows:
+            x, target = x[kept], target[kept]
+            token_weight = None if token_weight is None else token_weight[kept]
+        else:
+            kept = None
+    check_head(x, weight, target)
+    row_weight = x.new_ones(len(x), dtype=torch.float32) if token_weight is None else token_weight.float()
+    normaliser = row_weight.sum()
+    grad = torch.is_grad_enabled()
+    needs_x, needs_weight = grad and x.requires_grad, grad and weight.requires_grad
+    exact = needs_weight if exact is None else exact
+    loss, _, _, figures = _linear_cross_entropy(
+        x.contiguous(), weight, target.contiguous(), row_weight, label_smoothing, z_loss, exact, needs_x, needs_weight
+    )
+    finite = torch.isfinite(loss.detach())
+    first_bad = (
+        torch.where(finite, len(x), torch.arange(len(x), device=x.device)).amin()
+        if len(x)
+        else finite.new_tensor(0, dtype=torch.int64)
+    )
+    bad_row = torch.where(first_bad < len(x), first_bad, -1)
+    if kept is not None and len(kept):
+        bad_row = torch.where(bad_row < 0, bad_row, kept[bad_row.clamp(min=0)])
+    stats = Stats(normaliser, figures[0], figures[1], bad_row)
+    if reduction == "none":
+        return (loss if kept is None else loss.new_zeros(num_rows).index_copy(0, kept, loss)), stats
+    total = loss.sum()
+    return (total if reduction == "sum" else total / normaliser.clamp(min=torch.finfo(torch.float32).tiny)), stats

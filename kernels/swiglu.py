@@ -1,16 +1,93 @@
-"""SwiGLU, the gate of the feed-forward block: silu(gate) * up. Reads two [T, I] tensors, writes one."""
+"""SwiGLU, the gate of the feed-forward block: y = silu(gate) * up, with silu(g) = g * σ(g).
 
+Forward reads two [T, I] tensors and writes one; backward reads three and writes two:
+    dup = dy * silu(gate),  dgate = dy * up * σ(gate) * (1 + gate * (1 - σ(gate))).
+Nothing but the inputs is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
+
+_BLOCK = 4096
+
+
+def reference(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` in plain torch."""
+    return F.silu(gate) * up
+
+
+@jit
+def _forward_kernel(gate_ptr, up_ptr, y_ptr, num_elements, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < num_elements
+    gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offsets, gate * tl.sigmoid(gate) * up, mask=inside)
+
+
+@jit
+def _backward_kernel(grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, num_elements, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < num_elements
+    grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    tl.store(grad_up_ptr + offsets, grad * gate * sigmoid, mask=inside)
+    tl.store(grad_gate_ptr + offsets, grad * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=inside)
+
+
+@torch.library.custom_op("thinksafe::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    if gate.numel():
+        _forward_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, y, gate.numel(), BLOCK=_BLOCK, num_warps=8)
+    return y
+
+
+@_swiglu.register_fake
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@torch.library.custom_op("thinksafe::swiglu_backward", mutates_args=())
+def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    if gate.numel():
+        _backward_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
+            grad, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=_BLOCK, num_warps=8
+        )
+    return grad_gate, grad_up
+
+
+@_swiglu_backward.register_fake
+def _(grad, gate, up):
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+_swiglu.register_autograd(
+    lambda ctx, grad: _swiglu_backward(grad.contiguous(), *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element.
 
     Args:
-        gate, up: [T, I], same dtype.
+        gate, up: [..., I], same shape, dtype and device.
 
     Returns:
-        [T, I].
+        [..., I].
+
+    Raises:
+        ValueError: they differ.
     """
-    return F.silu(gate) * up
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up is {up.dtype} {list(up.shape)}")
+    return _swiglu(gate.contiguous(), up.contiguous()) if on_triton(gate) else reference(gate, up)

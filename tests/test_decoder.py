@@ -85,7 +85,7 @@ def paged_logits(decoder: Decoder, sequences, prompt_lengths, *, page_size, num_
     seen = {}
     while scheduler.has_work:
         plan = scheduler.plan()
-        logits = runner.forward(plan, scheduler)
+        logits = (runner.forward(plan, scheduler) @ decoder.head.T).float()
         forced = []
         for slot, end, row in zip(plan.slots[plan.completes], plan.ends[plan.completes], logits, strict=True):
             index = int(scheduler.running[slot].request.id)

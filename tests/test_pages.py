@@ -185,27 +185,36 @@ def test_a_broken_request_ends_as_nan_and_harms_no_other(workload):
     check_workload(workload)
 
 
-@pytest.mark.parametrize(
-    "num_requests, num_slots, num_pages, max_step_tokens",
-    [
-        pytest.param(3000, 64, 400, 200, id="busy"),
-        pytest.param(400, 8, 40, 11, id="crowded: prompts are preempted half-read"),
-    ],
-)
-def test_thousands_of_requests_of_mixed_length(fresh_seed, num_requests, num_slots, num_pages, max_step_tokens):
-    rng = random.Random(fresh_seed)
-    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(60))] for _ in range(num_requests // 80)]
+def mixed_requests(rng: random.Random, num_requests: int, num_stems: int) -> list[Request]:
+    """Prompts of 1 to 79 tokens that begin with one of a few stems, responses of up to 60."""
+    stems = [[rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(60))] for _ in range(num_stems)]
     requests = []
     for index in range(num_requests):
         prompt = (*rng.choice(stems), *[rng.randrange(VOCAB_SIZE) for _ in range(1 + rng.randrange(20))])
-        stop_ids = tuple(rng.sample(range(VOCAB_SIZE), rng.randrange(4)))
+        stop_ids = tuple(rng.sample(range(VOCAB_SIZE), rng.randrange(2)))
         requests.append(Request(f"{index}", prompt, SamplingConfig(max_tokens=rng.randint(1, 60)), 0, stop_ids))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
-        scheduler = Scheduler(num_slots, num_pages, 4, max_seq_len=100, max_step_tokens=max_step_tokens)
-        got = drive(scheduler, [(0, request) for request in requests], max_steps=20_000)
+    return requests
+
+
+def test_three_thousand_requests_of_mixed_length(fresh_seed, monkeypatch):
+    monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
+    requests = mixed_requests(random.Random(fresh_seed), 3000, num_stems=30)
+    scheduler = Scheduler(num_slots=64, num_pages=400, page_size=4, max_seq_len=100, max_step_tokens=200)
+    got = drive(scheduler, [(0, request) for request in requests], max_steps=20_000)
     assert got == {request.id: rollout(request, 100) for request in requests}
     assert scheduler.preemptions > 0
+
+
+@pytest.mark.parametrize("max_step_tokens", [11, 23])
+def test_a_crowded_pool_mixes_nothing_up(fresh_seed, monkeypatch, max_step_tokens):
+    """Prompts are preempted half-read, and a slot may change hands within one step."""
+    monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
+    rng = random.Random(fresh_seed)
+    for _ in range(20):
+        requests = mixed_requests(rng, 40, num_stems=2)
+        scheduler = Scheduler(8, num_pages=40, page_size=4, max_seq_len=100, max_step_tokens=max_step_tokens)
+        got = drive(scheduler, [(0, request) for request in requests], max_steps=5000)
+        assert got == {request.id: rollout(request, 100) for request in requests}
 
 
 def test_room_for_growth_avoids_computing_tokens_twice():

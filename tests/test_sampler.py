@@ -366,15 +366,15 @@ def test_scores_of_a_broken_prompt_are_nan_and_no_others_are(poisoned):
         assert all(value < 0 for id_ in ("good", "good too") for value in scores[id_])
 
 
-def test_scores_are_nan_where_a_logit_overflows(models, monkeypatch):
-    """Else the others' log-probabilities would be a confident minus infinity."""
+def test_scores_are_nan_where_an_activation_overflows(models, monkeypatch):
+    """Else a verdict would be read out of a distribution that is none."""
     engine = engine_of(models("qwen3")[0])
     forward = engine.runner.forward
 
     def overflowing(plan, scheduler):
-        logits = forward(plan, scheduler).clone()
-        logits[scheduler.num_tokens[plan.slots[plan.completes]] == 3, 50] = torch.inf
-        return logits
+        hidden = forward(plan, scheduler).clone()
+        hidden[scheduler.num_tokens[plan.slots[plan.completes]] == 3, 50] = torch.inf
+        return hidden
 
     monkeypatch.setattr(engine.runner, "forward", overflowing)
     scores = scores_of(engine, [("bad", (1, 2, 3)), ("good", (4, 5))], (5, 6))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thinksafe.kernels.rms_norm import rms_norm
-from thinksafe.kernels.rope import inverse_frequencies, rope
+from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
+from thinksafe.kernels.rope import inverse_frequencies, qk_norm_rope, rope
 from thinksafe.kernels.swiglu import swiglu
 from thinksafe.model.config import ModelConfig
 
@@ -54,10 +54,11 @@ class DecoderLayer(nn.Module):
         k = self.project("k_proj", x).unflatten(-1, (-1, head_dim))
         v = self.project("v_proj", x).unflatten(-1, (-1, head_dim))
         if self.config.qk_norm:
-            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
-        hidden = hidden + self.project("o_proj", attention(self.index, q, k, v).flatten(-2))
-        x = rms_norm(hidden, self.mlp_norm, eps)
+            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, eps, cos, sin)
+        else:
+            q, k = rope(q, cos, sin), rope(k, cos, sin)
+        mixed = self.project("o_proj", attention(self.index, q, k, v).flatten(-2))
+        x, hidden = add_rms_norm(mixed, hidden, self.mlp_norm, eps)
         return hidden + self.project("down_proj", swiglu(self.project("gate_proj", x), self.project("up_proj", x)))
 
 

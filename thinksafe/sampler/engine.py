@@ -7,9 +7,11 @@ for completion in engine.generate(requests): ...
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from thinksafe.errors import UserError
+from thinksafe.kernels.linear_logprob import linear_logprob_of
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
@@ -76,7 +78,8 @@ class Engine:
         self.scheduler.submit(requests)
         while self.scheduler.has_work:
             plan = self.scheduler.plan()
-            logits = self.runner.forward(plan, self.scheduler)
+            hidden = self.runner.forward(plan, self.scheduler)
+            logits = (hidden @ self.decoder.head.T).float()
             yield from self.scheduler.commit(plan, self._sample(plan, logits))
 
     def score(self, prompts: Sequence[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
@@ -86,10 +89,10 @@ class Engine:
         columns = torch.tensor(token_ids, device=self.decoder.embedding.device)
         while self.scheduler.has_work:
             plan = self.scheduler.plan()
-            logits = self.runner.forward(plan, self.scheduler)
-            lse = logits.logsumexp(-1, keepdim=True)
-            logprobs = (logits[:, columns] - lse).masked_fill(~lse.isfinite(), torch.nan).cpu().numpy()
-            for row, request in self.scheduler.commit_scored(plan, ~lse.isfinite()[:, 0].cpu().numpy()):
+            hidden = self.runner.forward(plan, self.scheduler)
+            token_ids = columns.expand(len(hidden), -1)
+            logprobs = linear_logprob_of(hidden, self.decoder.head, token_ids).cpu().numpy()
+            for row, request in self.scheduler.commit_scored(plan, np.isnan(logprobs).any(-1)):
                 yield Scores(request.id, logprobs[row])
 
     def _sample(self, plan: StepPlan, logits: torch.Tensor):

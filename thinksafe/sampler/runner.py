@@ -84,7 +84,6 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, plan: StepPlan, scheduler: Scheduler) -> Tensor:
-        """Logits after the last token of every completing row, [plan.completes.sum(), V] fp32."""
+        """Hidden state of the last token of every completing row, [plan.completes.sum(), H]."""
         attention = PagedAttention(self.cache, plan, scheduler)
-        hidden = self.decoder(attention.input_ids, attention.positions, attention)
-        return (hidden[attention.last_rows] @ self.decoder.head.T).float()
+        return self.decoder(attention.input_ids, attention.positions, attention)[attention.last_rows]

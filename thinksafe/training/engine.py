@@ -55,7 +55,13 @@ class SingleEngine:
         self.decoder.train()
         for pack in packs:
             hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
-            pack_loss = linear_cross_entropy(hidden[pack.target_rows], self.decoder.head, pack.targets) / num_targets
+            # The packer left masked rows out, so nothing is counted on the device.
+            pack_loss = (
+                linear_cross_entropy(
+                    hidden[pack.target_rows], self.decoder.head, pack.targets, ignore_index=None, reduction="sum"
+                )
+                / num_targets
+            )
             pack_loss.backward()
             loss += pack_loss.detach()
         for name, parameter in self.parameters.items():

@@ -1,0 +1,118 @@
+"""Log-probabilities straight from hidden states: log p_t = x_t·w_{y_t} - logsumexp(x_t Wᵀ), without [T, V] logits.
+
+One pass over the vocabulary, 2 * T * V * H FLOP and nothing stored: exp(z - z_y) summed over all other tokens is S, and
+log p = -log1p(S), exact to fp32 however confident the model is. A guard's verdict wants a handful of tokens at one
+position; the margin between two of them needs no sum at all, two dot products a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from thinksafe.kernels.exp_gemm import check_head, exp_gemm, gather_dot, on_tensor_cores
+
+_CHUNK = 1024  # rows of logits that the reference forms at once
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Per row: `logprob` of the target in nats, and by-products of the same pass.
+
+    Attributes:
+        logprob: [T] fp32.
+        entropy: [T] fp32, of the whole distribution, in nats; None unless asked for.
+        top1: [T] int64, the most likely token (the smallest id of equals); None unless asked for.
+    """
+
+    logprob: Tensor
+    entropy: Tensor | None
+    top1: Tensor | None
+
+
+def reference(x: Tensor, weight: Tensor, target: Tensor, by_products: bool = False) -> Logprobs:
+    """The same through logits in fp32 or better, some rows at a time."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    parts = []
+    for start in range(0, max(len(x), 1), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        logprobs = (x[rows].to(dtype) @ weight.to(dtype).T).log_softmax(-1)
+        chosen = logprobs.gather(-1, target[rows, None])[:, 0]
+        entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1) if by_products else chosen
+        parts.append((chosen, entropy, logprobs.argmax(-1) if by_products else chosen))
+    logprob, entropy, top1 = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
+
+
+@torch.no_grad()
+def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bool = False) -> Logprobs:
+    """Log-probability of one token a row.
+
+    Args:
+        x: [T, H] hidden states.
+        weight: [V, H] head, contiguous, in the dtype of x.
+        target: [T] int64 in [0, V).
+        by_products: also give entropy and the most likely token.
+
+    Returns:
+        See `Logprobs`; NaN where x or the head are not finite.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or a target is out of range.
+    """
+    check_head(x, weight, target)
+    if not on_tensor_cores(x) or len(x) == 0:
+        return reference(x, weight, target, by_products)
+    x, target = x.contiguous(), target.contiguous()
+    target_logit = gather_dot(x, weight, target[:, None])[:, 0]
+    done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
+    others = done.sums.sum(0)
+    own = torch.exp(target_logit - done.shift)
+    # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
+    logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
+    if not by_products:
+        return Logprobs(logprob, None, None)
+    lse = target_logit - logprob
+    mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
+    tile = done.best.argmax(0, keepdim=True)
+    return Logprobs(logprob, lse - mean_logit, done.best_id.gather(0, tile)[0].long())
+
+
+@torch.no_grad()
+def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probabilities of a handful of tokens a row, with one exact log-sum-exp.
+
+    Args:
+        x: [T, H]; weight: [V, H]; as for `linear_logprob`.
+        token_ids: [T, K] int64 in [0, V).
+
+    Returns:
+        [T, K] fp32.
+    """
+    check_head(x, weight, token_ids)
+    if not on_tensor_cores(x) or len(x) == 0:
+        return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
+    x, token_ids = x.contiguous(), token_ids.contiguous()
+    logits = gather_dot(x, weight, token_ids)
+    # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
+    best, column = logits.max(-1)
+    done = exp_gemm(x, weight, token_ids.gather(-1, column[:, None])[:, 0], best)
+    lse = done.shift + torch.log(torch.exp(best - done.shift) + done.sums.sum(0))
+    return logits - lse[:, None]
+
+
+@torch.no_grad()
+def linear_margin(x: Tensor, weight: Tensor, token: int, other: int) -> Tensor:
+    """log p(token) - log p(other) for every row, [T] fp32: two dot products, no sum over the vocabulary."""
+    token_ids = torch.tensor([[token, other]], device=x.device).expand(len(x), 2).contiguous()
+    check_head(x, weight, token_ids)
+    logits = _chosen_logits(x, weight, token_ids)
+    return logits[:, 0] - logits[:, 1]
+
+
+def _chosen_logits(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    if on_tensor_cores(x):
+        return gather_dot(x.contiguous(), weight, token_ids.contiguous())
+    return torch.einsum("th,tkh->tk", x.float(), weight[token_ids].float())

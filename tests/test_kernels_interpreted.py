@@ -1,0 +1,318 @@
+"""The Triton kernels' arithmetic, run by Triton's interpreter on a CPU in fp32 and held against fp64.
+
+The interpreter is silently wrong in bf16, so precision in bf16 is measured on a GPU (test_kernels_gpu.py). Run with
+TRITON_INTERPRET=1: the choice between kernel and reference is made when a module is imported.
+"""
+
+import pytest
+import torch
+
+from thinksafe.kernels.dispatch import INTERPRETED
+
+if not INTERPRETED:
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from thinksafe.kernels import linear_cross_entropy as lce
+from thinksafe.kernels import linear_kl as lkl
+from thinksafe.kernels import linear_logprob as llp
+from thinksafe.kernels import rms_norm, rope, swiglu
+
+# Odd sizes on purpose: a single row, one more than a tile, a vocabulary that is no multiple of anything.
+SHAPES = [(1, 32, 33), (16, 64, 96), (17, 48, 127), (40, 32, 257)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so an element that a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def close(actual, expected, tolerance):
+    """Relative error of the whole tensor in the 2-norm."""
+    return (actual.double() - expected).norm() <= tolerance * expected.norm() + 1e-9
+
+
+def peaked(T, H, V, sharpness):
+    """Rows that point at their target with a confidence that grows from none to certain, as a trained model's do."""
+    weight = torch.randn(V, H)
+    target = torch.randint(V, (T,))
+    strength = torch.linspace(0, sharpness, T)[:, None]
+    x = torch.randn(T, H) * 0.1 + strength * weight[target] / H**0.5
+    return x, weight, target
+
+
+def fp64_loss(x, weight, target, row_weight, **settings):
+    x, weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    return x, weight, lce.reference(x, weight, target, row_weight.double(), **settings)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_and_its_gradients_equal_fp64(fresh_seed, monkeypatch, shape, settings, trainable, reduction):
+    monkeypatch.setattr(lce, "CHUNK", 32)
+    x, weight, target = peaked(*shape, sharpness=20.0)
+    token_weight, upstream = torch.rand(shape[0]) + 0.1, torch.randn(shape[0])
+    x64, weight64, rows = fp64_loss(x, weight, target, token_weight, **settings)
+    x.requires_grad_(), weight.requires_grad_(trainable)
+    loss = lce.linear_cross_entropy(
+        x, weight, target, token_weight=token_weight, reduction=reduction, exact=True, **settings
+    )
+    if reduction == "none":
+        loss, expected = (loss * upstream).sum(), (rows * upstream).sum()
+    else:
+        expected = rows.sum() / (token_weight.double().sum() if reduction == "mean" else 1)
+    loss.backward(), expected.backward()
+    assert abs(loss.item() - expected.item()) <= 1e-5 * abs(expected.item()) + 1e-5
+    assert close(x.grad, x64.grad, 2e-5)
+    if trainable:
+        assert close(weight.grad, weight64.grad, 2e-5)
+
+
+def test_confident_rows_keep_a_precise_gradient(fresh_seed):
+    x, weight, target = peaked(24, 64, 300, sharpness=60.0)
+    x64, _, rows = fp64_loss(x, weight, target, torch.ones(24))
+    x.requires_grad_()
+    lce.linear_cross_entropy(x, weight, target, reduction="sum", exact=True).backward()
+    rows.sum().backward()
+    confident = rows < 0.01
+    assert confident.any()
+    assert close(x.grad[confident], x64.grad[confident], 1e-4)
+
+
+def test_a_logit_far_above_the_target_is_no_overflow(fresh_seed):
+    x, weight, target = torch.randn(20, 64) * 30, torch.randn(50, 64), torch.randint(50, (20,))
+    x64, weight64, rows = fp64_loss(x, weight, target, torch.ones(20))
+    logits = x64 @ weight64.T
+    assert (logits.amax(1) - logits.gather(1, target[:, None])[:, 0]).max() > 88
+    x.requires_grad_()
+    loss = lce.linear_cross_entropy(x, weight, target, reduction="none", exact=True)
+    loss.sum().backward()
+    rows.sum().backward()
+    torch.testing.assert_close(loss.double(), rows, rtol=1e-5, atol=1e-4)
+    assert close(x.grad, x64.grad, 1e-4)
+
+
+def test_gradient_rows_sum_to_zero_over_the_vocabulary(fresh_seed):
+    logits, target = (torch.randn(19, 48) * 3).requires_grad_(), torch.randint(48, (19,))
+    lce.linear_cross_entropy(logits, torch.eye(48), target, reduction="sum", exact=True).backward()
+    assert logits.grad.sum(1).abs().max() < 1e-6
+
+
+def test_masked_rows_cost_nothing_and_change_nothing(fresh_seed):
+    x, weight, target = peaked(40, 32, 100, sharpness=5.0)
+    mask = torch.rand(40) < 0.4
+    ignored = torch.where(mask, -100, target)
+    whole, kept = x.clone().requires_grad_(), x[~mask].clone().requires_grad_()
+    masked = lce.linear_cross_entropy(whole, weight, ignored, exact=True)
+    compact = lce.linear_cross_entropy(kept, weight, target[~mask], exact=True)
+    masked.backward(), compact.backward()
+    assert torch.equal(masked, compact)
+    assert torch.equal(whole.grad[~mask], kept.grad)
+    assert not whole.grad[mask].any()
+
+
+def test_chunks_do_not_change_the_gradient_of_x(fresh_seed, monkeypatch):
+    x, weight, target = peaked(48, 32, 100, sharpness=5.0)
+    gradients = []
+    for chunk in (16, 32, 64):
+        monkeypatch.setattr(lce, "CHUNK", chunk)
+        leaf = x.clone().requires_grad_()
+        lce.linear_cross_entropy(leaf, weight, target, reduction="sum", exact=True).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_the_same_call_gives_the_same_bits(fresh_seed):
+    x, weight, target = peaked(33, 32, 100, sharpness=5.0)
+    runs = []
+    for _ in range(2):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = lce.linear_cross_entropy(*leaves, target)
+        runs.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_skipped_blocks_are_reported_and_harmless(fresh_seed):
+    """Most of the vocabulary far below the rest: blocks are skipped, and what they held is what the report says."""
+    T, H, V = 32, 32, 512
+    weight = torch.randn(V, H) * 0.2
+    x, target = torch.randn(T, H) * 0.2, torch.randint(32, (T,))
+    direction = torch.nn.functional.normalize(torch.randn(H), dim=0)
+    weight[:32] += 12 * direction
+    x += 2 * direction
+    x64, _, rows = fp64_loss(x, weight, target, torch.ones(T))
+    rows.sum().backward()
+    leaf = x.clone().requires_grad_()
+    loss, stats = lce.linear_cross_entropy_with_stats(leaf, weight, target, reduction="sum")
+    loss.backward()
+    assert stats.active_share < 0.2
+    assert 0 < stats.dropped_mass < 16 * lce.EPS
+    assert abs(loss.item() - rows.sum().item()) < 1e-4
+    assert close(leaf.grad, x64.grad, 10 * stats.dropped_mass.item() + 1e-6)
+
+
+def test_a_head_that_trains_is_exact_by_default(fresh_seed):
+    x, weight, target = peaked(16, 32, 200, sharpness=30.0)
+    _, stats = lce.linear_cross_entropy_with_stats(x.requires_grad_(), weight.requires_grad_(), target)
+    assert stats.dropped_mass == 0 and stats.active_share == 1
+
+
+def test_nothing_to_learn_gives_zero_and_zero_gradients():
+    weight = torch.randn(33, 32, requires_grad=True)
+    for x, target in (
+        (torch.zeros(0, 32), torch.zeros(0, dtype=torch.int64)),
+        (torch.randn(5, 32), torch.full((5,), -100)),
+    ):
+        x.requires_grad_()
+        loss, stats = lce.linear_cross_entropy_with_stats(x, weight, target)
+        gradients = torch.autograd.grad(loss, (x, weight))
+        assert loss == 0 and stats.normaliser == 0 and stats.bad_row == -1
+        assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_broken_row_is_named_and_spoils_no_other(fresh_seed, poison):
+    x, weight, target = peaked(40, 32, 100, sharpness=5.0)
+    target[3] = -100
+    clean = lce.linear_cross_entropy(x, weight, target, reduction="none")
+    x[17, 4] = poison
+    loss, stats = lce.linear_cross_entropy_with_stats(x, weight, target, reduction="none")
+    assert stats.bad_row == 17
+    assert not torch.isfinite(loss[17])
+    others = torch.arange(40) != 17
+    assert torch.equal(loss[others], clean[others])
+    assert torch.isnan(lce.linear_cross_entropy(x, weight, target))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_logprob_entropy_and_top1_equal_fp64(fresh_seed, shape, scale):
+    T, H, V = shape
+    x, weight, target = torch.randn(T, H) * scale, torch.randn(V, H), torch.randint(V, (T,))
+    expected = llp.reference(x.double(), weight.double(), target, True)
+    plain, full = (llp.linear_logprob(x, weight, target, by_products=flag) for flag in (False, True))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, scale**2)}
+    torch.testing.assert_close(plain.logprob.double(), expected.logprob, **tolerance)
+    torch.testing.assert_close(full.logprob.double(), expected.logprob, **tolerance)
+    torch.testing.assert_close(full.entropy.double(), expected.entropy, **tolerance)
+    assert torch.equal(full.top1, expected.top1)
+    ids = torch.randint(V, (T, 3))
+    several = llp.linear_logprob_of(x, weight, ids)
+    torch.testing.assert_close(several.double(), (x @ weight.T).double().log_softmax(1).gather(1, ids), **tolerance)
+    margin = llp.linear_margin(x, weight, 3, 7)
+    torch.testing.assert_close(margin, x @ (weight[3] - weight[7]), rtol=1e-4, atol=1e-4 * max(1.0, scale))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("distance", [3e-3, 0.1])
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_divergence_and_its_gradients_equal_fp64(
+    fresh_seed, monkeypatch, shape, direction, distance, own_head, reduction
+):
+    monkeypatch.setattr(lkl, "CHUNK", 16)
+    T, H, V = shape
+    x_reference, weight = torch.randn(T, H) * 0.5, torch.randn(V, H)
+    x = x_reference + distance * torch.randn(T, H)
+    weight_reference = weight + 0.1 * distance * torch.randn(V, H) if own_head else None
+    token_weight, upstream = torch.rand(T) + 0.1, torch.randn(T)
+    x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    other = weight64.detach() if weight_reference is None else weight_reference.double()
+    rows = lkl.reference(x64, x_reference.double(), weight64, other, direction) * token_weight.double()
+    x.requires_grad_(), weight.requires_grad_()
+    value = lkl.linear_kl(
+        x, x_reference, weight, weight_reference, direction=direction, token_weight=token_weight, reduction=reduction
+    )
+    if reduction == "none":
+        value, expected = (value * upstream).sum(), (rows * upstream).sum()
+    else:
+        expected = rows.sum() / token_weight.double().sum()
+    value.backward(), expected.backward()
+    # D's fp16 rounding averages out over a real vocabulary; over 33 words it leaves a part in a thousand.
+    assert abs(value.item() - expected.item()) <= 1e-5 + 1e-3 * rows.abs().max().item()
+    assert close(x.grad, x64.grad, 4e-3)
+    assert close(weight.grad, weight64.grad, 4e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("distance", [1e-3, 1e-2, 0.1])
+def test_divergence_is_precise_from_tiny_to_large(fresh_seed, direction, distance):
+    """From 1e-6 to some tenths of a nat, over a vocabulary of thousands: value to 1e-5, gradient to 4e-3."""
+    x_reference, weight, _ = peaked(16, 64, 4096, sharpness=4.0)
+    x = x_reference + distance * torch.randn_like(x_reference)
+    x64 = x.double().requires_grad_()
+    expected = lkl.reference(x64, x_reference.double(), weight.double(), direction=direction).mean()
+    value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, direction=direction)
+    value.backward(), expected.backward()
+    assert abs(value.item() - expected.item()) <= 1e-5
+    assert close(x.grad, x64.grad, 4e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_equal_models_differ_by_exactly_nothing(fresh_seed, direction):
+    x, weight = torch.randn(35, 48) * 3, torch.randn(127, 48)
+    student = x.clone().requires_grad_()
+    value = lkl.linear_kl(student, x, weight, direction=direction, reduction="none")
+    value.sum().backward()
+    assert not value.any() and not student.grad.any()
+
+
+def test_a_nan_in_either_model_is_a_nan_in_its_row(fresh_seed):
+    x, weight = torch.randn(20, 32), torch.randn(70, 32)
+    for student in (True, False):
+        broken = x.clone()
+        broken[6, 1] = float("nan")
+        value = lkl.linear_kl(broken if student else x, x if student else broken, weight, reduction="none")
+        assert torch.isnan(value).nonzero().tolist() == [[6]]
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (5, 130), (3, 7, 128), (70, 1024)])
+def test_norm_gate_and_rotation_equal_their_references(fresh_seed, shape):
+    x, other = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    weight = torch.randn(shape[-1], requires_grad=True)
+    compare(lambda: (rms_norm.rms_norm(x, weight, 1e-6),), lambda: (rms_norm.reference(x, weight, 1e-6),), (x, weight))
+    compare(
+        lambda: rms_norm.add_rms_norm(x, other, weight, 1e-6),
+        lambda: (rms_norm.reference(x + other, weight, 1e-6), x + other),
+        (x, other, weight),
+    )
+    compare(lambda: (swiglu.swiglu(x, other),), lambda: (swiglu.reference(x, other),), (x, other))
+
+
+def test_rotation_with_and_without_the_norm_equals_its_reference(fresh_seed):
+    q, k = torch.randn(37, 6, 64, requires_grad=True), torch.randn(37, 2, 64, requires_grad=True)
+    q_weight, k_weight = (torch.randn(64, requires_grad=True) for _ in range(2))
+    angle = torch.randn(37, 32)
+    cos, sin = angle.cos(), angle.sin()
+    compare(lambda: (rope.rope(q, cos, sin),), lambda: (rope.reference(q, None, 0.0, cos, sin),), (q,))
+    compare(
+        lambda: rope.qk_norm_rope(q, k, q_weight, k_weight, 1e-6, cos, sin),
+        lambda: (rope.reference(q, q_weight, 1e-6, cos, sin), rope.reference(k, k_weight, 1e-6, cos, sin)),
+        (q, k, q_weight, k_weight),
+    )
+
+
+def compare(kernel, reference, inputs):
+    """Equal outputs, and equal gradients for the same random upstream ones."""
+    outputs, expected = kernel(), reference()
+    upstream = [torch.randn_like(output) for output in expected]
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    expected_gradients = torch.autograd.grad(expected, inputs, upstream)
+    for actual, wanted in zip((*outputs, *gradients), (*expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_operators_are_registered_as_torch_wants_them():
+    x, weight, target = torch.randn(9, 32), torch.randn(40, 32), torch.randint(40, (9,))
+    ones = torch.ones(9)
+    torch.library.opcheck(
+        lce._linear_cross_entropy, (x.requires_grad_(), weight, target, ones, 0.1, 0.0, True, True, False)
+    )
+    torch.library.opcheck(lkl._linear_kl, (x, x.detach() + 0.1, weight, None, ones, "forward", True, False))
+    torch.library.opcheck(rms_norm._rms_norm, (x, None, torch.ones(32, requires_grad=True), 1e-6))
+    torch.library.opcheck(swiglu._swiglu, (x, torch.randn(9, 32, requires_grad=True)))
