@@ -44,7 +44,8 @@ gpu:
 	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
 	else \
-	    export PYTHONPATH=. && $(PYTHON) -m pytest -q -m gpu && $(PYTHON) -m benchmarks.run --suite all; \
+	    export PYTHONPATH=.; $(PYTHON) -m pytest -q -m gpu; tests=$$?; \
+	    $(PYTHON) -m benchmarks.run --suite all && exit $$tests; \
 	fi
 
 clean:

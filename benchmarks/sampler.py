@@ -93,5 +93,5 @@ def _limit(decoder: Decoder, lengths: list[int], rows: int, bytes_per_second: fl
     """Tokens/s if a step did nothing but read the weights and each row's cache once."""
     weights = sum(parameter.nbytes for parameter in decoder.parameters())
     mean_context = _PROMPT + sum(length**2 for length in lengths) / (2 * sum(lengths))
-    cache = rows * mean_context * decoder.config.kv_bytes_per_token * decoder.embedding.dtype.itemsize
+    cache = rows * mean_context * decoder.config.kv_elements_per_token * decoder.embedding.dtype.itemsize
     return rows * bytes_per_second / (weights + cache)

@@ -1,4 +1,4 @@
-"""What every test file shares: the gpu marker, few threads, no network, and seeds that are new on every run."""
+"""What every test file shares: the gpu marker, one thread, no network, and seeds that are new on every run."""
 
 import os
 
@@ -6,8 +6,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Two workers of two threads each on two cores would spin for each other: ten times slower. Subprocesses inherit this.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Threads of several workers on two cores spin for each other: ten times slower. Subprocesses inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest

@@ -386,7 +386,7 @@ def test_a_damaged_generation_config_is_refused(changed):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no usable tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         SafeTokenizer(tmp_path)
 
 

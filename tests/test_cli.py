@@ -320,7 +320,7 @@ MISTAKES = {
     "missing responses": lambda w, t: (["filter", "--responses", t / "gone.jsonl"], "gone.jsonl"),
     "bad responses": lambda w, t: (
         ["filter", "--responses", write_jsonl(t / "r.jsonl", [RESPONSES[0], {"prompt": "p"}])],
-        "r.jsonl: line 2: not a Response record",
+        "r.jsonl: line 2: needs a string 'text'",
     ),
     "repeated responses": lambda w, t: (
         [
@@ -342,11 +342,11 @@ MISTAKES = {
     "no examples": lambda w, t: (["train", "--data", write_jsonl(t / "d.jsonl", [])], "d.jsonl: empty"),
     "examples without thoughts": lambda w, t: (
         ["train", "--data", write_jsonl(t / "d.jsonl", [EXAMPLES[0] | {"response": "No thought."}])],
-        "no example is fit for training: {'no_think_block': 1}",
+        "no example is fit for training: 1 x no_think_block",
     ),
     "examples too long": lambda w, t: (
         ["train", "--data", w / "examples.jsonl", SET, "training.max_length=5"],
-        "no example is fit for training: {'longer_than_5_tokens': 3}",
+        "no example is fit for training: 3 x longer_than_5_tokens",
     ),
     "no such projection": lambda w, t: (
         ["train", "--data", w / "examples.jsonl", SET, "lora.target_modules=[query]"],
@@ -508,3 +508,13 @@ def test_the_installed_program_prints_one_line_and_exits_with_2(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert all(name in done.stderr for name in ("nowhere", *bundled_recipes()))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_checkpoint_under_the_same_name_is_refused(world, tmp_path, capsys):
+    model = tmp_path / "model"
+    make_checkpoint("qwen3", model)
+    arguments = ["--recipe", str(world / "recipe.yaml"), "--set", f"model={model}", "--out", str(tmp_path / "run")]
+    assert main(["generate", *arguments]) == 0
+    make_checkpoint("qwen3", model, seed=1)
+    assert main(["train", "--data", str(world / "examples.jsonl"), *arguments]) == 2
+    assert "model: was changed since this run began" in capsys.readouterr().err

@@ -169,8 +169,8 @@ def test_a_decoder_that_has_sampled_can_be_trained(checkpoint):
 
 
 def test_positions_up_to_the_end_of_the_context_work(tmp_path):
-    folder = make_checkpoint("llama", tmp_path, max_position_embeddings=96)
-    sequences = random_sequences([96], seed=7)
+    folder = make_checkpoint("llama", tmp_path, max_position_embeddings=600)
+    sequences = random_sequences([600], seed=7)
     with torch.no_grad():
         logits = packed_logits(load(folder), sequences)
     torch.testing.assert_close(logits, expected_logits(folder, sequences)[0], atol=1e-4, rtol=1e-4)

@@ -1,6 +1,8 @@
 """Guards: exact probabilities from the right prompt, and never a "safe" that the guard did not say."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from thinksafe.errors import UserError
+from thinksafe.guards import llama_guard
 from thinksafe.guards.interface import Exchange, GuardConfig
 from thinksafe.guards.llama_guard import LlamaGuard
 from thinksafe.guards.oracle import OracleGuard
@@ -125,6 +128,21 @@ def test_a_judgement_does_not_depend_on_its_company(decoder, tokenizer):
         alone = judgements(LlamaGuard(decoder, tokenizer, ANY_MASS), [exchange])[exchange.id]
         assert alone.p_safe == pytest.approx(together[exchange.id].p_safe, rel=1e-5)
         assert alone.decision == together[exchange.id].decision
+
+
+def test_a_guard_holds_no_cache_between_two_askings(guard, monkeypatch):
+    """Its pages would be most of a GPU's memory, kept from the student that samples and trains next."""
+    engines = []
+    init = llama_guard.Engine.__init__
+
+    def noted(engine, *arguments):
+        engines.append(weakref.ref(engine))
+        init(engine, *arguments)
+
+    monkeypatch.setattr(llama_guard.Engine, "__init__", noted)
+    judgements(guard)
+    gc.collect()
+    assert len(engines) == 1 and engines[0]() is None
 
 
 def test_a_guard_can_be_asked_again(guard):
@@ -304,3 +322,8 @@ def test_the_oracle_never_calls_safe_what_gives_the_parts(words):
     (judgement,) = OracleGuard().judge([Exchange("x", PROMPT, response)])
     gives_the_parts = "mi lo ka" in " ".join(word for word in words if word != "-")
     assert (judgement.decision == "unsafe") == ruling.unsafe == gives_the_parts
+
+
+def test_the_oracle_has_no_verdict_on_prompts_of_another_world():
+    (judgement,) = OracleGuard().judge([Exchange("a", "Count the moon.", "<think>\n\n</think>\n\nNo.")])
+    assert (judgement.decision, judgement.reason) == ("unknown", "not_of_this_world")

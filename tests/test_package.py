@@ -112,3 +112,11 @@ def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
         name = file.relative_to(ROOT).as_posix()
         assert (name if name.startswith("thinksafe/") else f"thinksafe/{name}") in names
     assert all(name.startswith("thinksafe") for name in names), "nothing lands at the top of site-packages"
+
+
+def test_what_a_gpu_machine_runs_needs_none_of_the_packages_it_lacks():
+    """`make gpu` installs nothing, and the machine may have neither pydantic nor datasets."""
+    block = "import sys; sys.modules.update(dict.fromkeys(['pydantic', 'datasets', 'deepspeed', 'flash_attn']))"
+    modules = "benchmarks.run, benchmarks.sampler, benchmarks.train, test_sampler, test_decoder"
+    code = f"{block}; sys.path.insert(0, 'tests'); import {modules}, test_kernels_reference"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)

@@ -12,15 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from thinksafe import models as models_module
 from thinksafe.cli import main
+from thinksafe.generation import Task, request_seed
 from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.recipe import load_recipe
-from thinksafe.records import Example, Response, Verdict, read_prompts, read_records
+from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records
 from thinksafe.rundir import Journal, RunDir, StageClock
 from thinksafe.stages import _training_sequences
 from thinksafe.training.engine import SingleEngine
@@ -54,15 +56,6 @@ def settings(folder: Path, prompts: int, evaluated: int) -> list[str]:
         "sampler": "{max_running: 8, max_step_tokens: 64, kv_cache_gib: 0.02}",
     }
     return ["--recipe", "organism", *(word for key, value in changes.items() for word in ("--set", f"{key}={value}"))]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other in a model this small, and long so where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(out: Path, arguments: list[str]) -> None:
@@ -142,6 +135,8 @@ def test_a_run_leaves_every_record_and_a_report(finished):
     manifest = json.loads((out / "manifest.json").read_text())
     assert list(manifest["stages"]) == ["generate", "probe", "filter", "evaluate_before", "train", "evaluate_after"]
     assert (out / "report.html").stat().st_size > 10_000
+    adapter = json.loads((out / "adapter/adapter_config.json").read_text())
+    assert (Path(adapter["base_model_name_or_path"]) / "config.json").exists(), "peft must find the base by this name"
     report = json.loads((out / "report.json").read_text())
     kept = report["filter"]["kept"]
     assert sum(kept.values()) == len(accepted) and kept.get("benign", 0) + kept.get("harmful", 0) == len(accepted)
@@ -191,6 +186,18 @@ def test_stages_one_by_one_give_what_a_whole_run_gives(finished, tmp_path):
     assert_same(tmp_path / "run", out)
 
 
+DRAWS = st.tuples(st.integers(0, 3), st.sampled_from("abc"), st.sampled_from([None, "risk"]), st.integers(0, 3))
+
+
+@given(st.lists(DRAWS))
+def test_every_response_is_drawn_from_noise_of_its_own(wanted):
+    def noise(seed: int, text: str, steering: str | None, sample: int) -> int:
+        return request_seed(seed, Task(Prompt(text, text, "harmful"), steering, sample))
+
+    assert len({noise(*one) for one in wanted}) == len(set(wanted))
+    assert all(0 <= noise(*one) < 2**63 for one in wanted)
+
+
 class Killed(BaseException):
     pass
 
@@ -228,7 +235,7 @@ def test_dying_at_any_event_changes_nothing_in_the_end(tmp_path, fresh_seed):
     choose = random.Random(fresh_seed)
     rare = [place for place, name in enumerate(events) if name in ("replace", "rmtree")]
     often = [place for place, name in enumerate(events) if name in ("append", "step")]
-    for place in sorted(choose.sample(rare, 10) + choose.sample(often, 4)):
+    for place in sorted(choose.sample(rare, 8) + choose.sample(often, 3)):
         out, after = tmp_path / f"killed at {place}", choose.random() < 0.5
         with pytest.MonkeyPatch.context() as patch:
             hook(patch, [], place, after)
@@ -267,7 +274,7 @@ def test_a_process_killed_again_and_again_ends_as_if_it_never_was(tmp_path, fres
     assert process.returncode == 0, errors.decode()
     choose = random.Random(fresh_seed)
     kills = 0
-    for target in sorted(choose.uniform(0.02, 0.98) * progress(whole) for _ in range(4)):
+    for target in sorted(choose.uniform(0.02, 0.98) * progress(whole) for _ in range(3)):
         process = start(killed)
         while process.poll() is None and progress(killed) < target:
             time.sleep(0.002)

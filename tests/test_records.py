@@ -18,6 +18,7 @@ from thinksafe.records import (
     content_id,
     read_prompts,
     read_records,
+    take_in,
     to_json,
 )
 
@@ -235,3 +236,22 @@ def test_any_text_survives_the_way_through_a_file(tmp_path_factory, text, label)
     example = Example(text, text, label)
     path.write_bytes((to_json(example) + "\n").encode())
     assert list(read_records(path, Example)) == [example]
+
+
+def test_safechain_rows_are_taken_in_as_examples_and_responses(tmp_path):
+    row = {"instruction": "fold a boat", "label": "vanilla_benign", "response": "<think>\n\n</think>\n\nso", "extra": 1}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (example,) = take_in(file, Example)
+    assert (example.prompt, example.label, example.response) == ("fold a boat", "benign", row["response"])
+    file.write_text(json.dumps({"prompt": "a", "label": "adversarial_harmful", "text": "b"}) + "\n")
+    (response,) = take_in(file, Response)
+    assert (response.prompt, response.label, response.text) == ("a", "harmful", "b")
+
+
+@pytest.mark.parametrize("label", ["unharmful", "not harmful", "HARM", "", None, 1])
+def test_a_label_that_only_resembles_one_is_refused(tmp_path, label):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "a", "label": label}) + "\n")
+    with pytest.raises(UserError, match="'label' must be"):
+        read_prompts(file)

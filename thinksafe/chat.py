@@ -136,7 +136,10 @@ class Chat:
                 eos = json.loads(generation_config.read_text()).get("eos_token_id")
             except (ValueError, AttributeError) as error:
                 raise UserError(f"{generation_config}: not valid JSON ({error})") from None
-            ids |= set(eos if isinstance(eos, list) else [eos])
+            eos = eos if isinstance(eos, list) else [eos]
+            if not all(id_ is None or isinstance(id_, int) for id_ in eos):
+                raise UserError(f"{generation_config}: eos_token_id must be one token id or several, found {eos!r}")
+            ids |= set(eos)
         ids |= {self.tokenizer.control_ids[token] for token in self.tokenizer.control_tokens_in(self._turn_end)[:1]}
         ids.discard(None)
         if not ids:

@@ -22,6 +22,7 @@ A run directory holds the recipe, every record and the report. Any command can b
 where it stopped. The stages can be run one by one on the same --out folder:
 """
 
+_MEMORY_SETTINGS = "sampler.kv_cache_gib, sampler.max_running or training.max_tokens_per_pack"
 _RECIPE_HELP = """\
 A recipe is YAML; --recipe takes a file or a bundled name, and --set changes single keys:
 
@@ -37,10 +38,10 @@ _USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.E
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for the user's mistake, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        options = _parser().parse_args(arguments)
         options.command(options)
         return 0
     except UserError as error:
@@ -49,6 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nthinksafe: interrupted; nothing finished is lost, the same command goes on from here", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
+            raise
+        print(f"thinksafe: out of memory: {str(error).splitlines()[0]}; lower {_MEMORY_SETTINGS}", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.errno not in _USERS_TO_MEND:
             raise
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "thinksafe", description=_INTRODUCTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "thinksafe", description=_INTRODUCTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"thinksafe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -71,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
             description=f"{summary[0].upper()}{summary[1:]}.\n\n{description}".strip(),
             epilog=_RECIPE_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.add_argument("--recipe", metavar="FILE", help="recipe file, or one of: " + ", ".join(_bundled()))
         sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
@@ -124,14 +131,20 @@ def _parser() -> argparse.ArgumentParser:
         help="re-create the world's student, prompts and evaluation sets from nothing",
         description="Trains the tiny student through its history on a CPU. Another seed is another world.",
     )
-    build.add_argument("--seed", type=int, default=0)
+    build.add_argument("--seed", type=_seed, default=0)
     build.add_argument("--out", metavar="DIR", type=Path, required=True)
     build.set_defaults(command=_build_organism)
     return parser
 
 
+def _seed(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, found {text!r}")
+    return int(text)
+
+
 def _bundled() -> list[str]:
-    from thinksafe.recipe import bundled_recipes
+    from thinksafe.paths import bundled_recipes
 
     return bundled_recipes()
 
@@ -185,7 +198,12 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     def work(run, models, stages) -> None:
         if not run.recipe.evaluation.sets:
-            raise UserError("evaluation.sets: the recipe names no evaluation set")
+            raise UserError(
+                "evaluation.sets: the recipe names no evaluation set; add one with "
+                "--set 'evaluation.sets=[{name: mine, file: prompts.jsonl, kind: harmful}]'"
+            )
+        if options.adapter is not None:
+            models.student(adapter=options.adapter)  # a wrong one is found before hours of `before`
         stages.evaluate(run, models, "before")
         if options.adapter is not None or run.is_done("train"):
             stages.evaluate(run, models, "after", options.adapter)
@@ -232,6 +250,8 @@ def _print_report(page: Path) -> None:
             if moment in figure:
                 low, high = figure[f"{moment}_interval"]
                 moments.append(f"{moment} {figure[moment]:6.1%}  [{low:.1%}, {high:.1%}]")
+            if unknown := figure.get("unknown", {}).get(moment):
+                moments.append(f"({unknown} without a verdict {moment})")
         if moments:
             print(f"{title:>20}   {'   '.join(moments)}")
     print(f"{'report':>20}   {page}")

@@ -12,9 +12,21 @@ from thinksafe.guards.llama_guard import LlamaGuard
 from thinksafe.guards.oracle import OracleGuard
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import detach, load_adapter
-from thinksafe.model.weights import load_decoder, resolve
+from thinksafe.model.weights import load_config, load_decoder, resolve
 from thinksafe.recipe import Recipe
 from thinksafe.tokenization import SafeTokenizer
+
+_SMALL = 256
+"""Hidden size below which a second CPU thread gains nothing, and on a busy machine costs twentyfold by spinning."""
+
+
+def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
+    """A token id beyond the embedding would be read as an index out of range, deep in a step."""
+    known, used = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
+    if used > known:
+        raise UserError(
+            f"{folder}: the tokenizer has {used} tokens, config.json's vocab_size is {known}; they do not fit"
+        )
 
 
 class Models:
@@ -47,7 +59,9 @@ class Models:
     @cached_property
     def chat(self) -> Chat:
         """The student's tokenizer and template."""
-        return Chat(self.base)
+        chat = Chat(self.base)
+        _check_vocabulary(self.base, chat.tokenizer)
+        return chat
 
     @cached_property
     def guard(self) -> Guard:
@@ -56,7 +70,9 @@ class Models:
         if config.kind == "oracle":
             return OracleGuard()
         folder = resolve(config.model)
-        return LlamaGuard(load_decoder(folder, self.dtype, self.device), SafeTokenizer(folder), config)
+        tokenizer = SafeTokenizer(folder)
+        _check_vocabulary(folder, tokenizer)
+        return LlamaGuard(load_decoder(folder, self.dtype, self.device), tokenizer, config)
 
     def student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
         """The student with this adapter on, or none; `folder` is another checkpoint of it, after full fine-tuning."""
@@ -65,6 +81,8 @@ class Models:
             self._loaded = None  # the old weights go before the new ones come
             self._loaded = (wanted, load_decoder(wanted, self.dtype, self.device))
         decoder = self._loaded[1]
+        if self.device.type == "cpu" and decoder.config.hidden_size < _SMALL:
+            torch.set_num_threads(1)
         detach(decoder)
         if adapter is not None:
             load_adapter(decoder, adapter)

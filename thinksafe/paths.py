@@ -4,6 +4,12 @@ from importlib.resources import files
 from pathlib import Path
 
 PACKAGE = "package:"
+RECIPES = files("thinksafe") / "launch" / "recipes"
+
+
+def bundled_recipes() -> list[str]:
+    """Names that `--recipe` takes beside files."""
+    return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
 
 
 def expand(name: str) -> Path:

@@ -7,7 +7,6 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -18,6 +17,7 @@ from thinksafe.errors import UserError
 from thinksafe.evaluation.answers import AnswerKind
 from thinksafe.guards.interface import GuardConfig
 from thinksafe.model.lora import LoraConfig
+from thinksafe.paths import RECIPES, bundled_recipes
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.steering import template
@@ -143,11 +143,6 @@ class Recipe:
         return yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False, allow_unicode=True)
 
 
-def bundled_recipes() -> list[str]:
-    """Names that `--recipe` takes beside files."""
-    return sorted(file.name.removesuffix(".yaml") for file in _recipe_folder().iterdir() if file.name.endswith(".yaml"))
-
-
 def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and check a recipe.
 
@@ -163,7 +158,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         if name_or_file not in bundled_recipes():
             known = ", ".join(bundled_recipes())
             raise UserError(f"--recipe: no file {name_or_file!r}, and the bundled recipes are: {known}")
-        file = Path(str(_recipe_folder() / f"{name_or_file}.yaml"))
+        file = Path(str(RECIPES / f"{name_or_file}.yaml"))
     try:
         raw = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -257,7 +252,3 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
         for entry in evaluation["sets"]:
             if isinstance(entry, dict) and "file" in entry:
                 entry["file"] = resolved(entry["file"])
-
-
-def _recipe_folder():
-    return files("thinksafe") / "launch" / "recipes"

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from thinksafe.errors import UserError
 
 Label = Literal["harmful", "benign"]
+_LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
 
 # JSONDecodeError, UnicodeDecodeError and a number of 5,000 digits are ValueErrors; brackets can be nested too deep.
 _BAD_JSON = (ValueError, RecursionError)
@@ -133,6 +134,8 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
+    if file.suffix in (".csv", ".tsv", ".arrow", ".txt"):
+        raise UserError(f"{file}: {file.suffix} files are not read; give .jsonl, .json or .parquet")
     rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
     empty = True
     for row in rows:
@@ -194,8 +197,8 @@ def read_prompts(file: Path) -> list[Prompt]:
 def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> list[Prompt]:
     """Prompts from (where, row) pairs, duplicates removed.
 
-    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`; a label counts as harmful iff it
-    contains "harmful", as SafeChain's `vanilla_harmful` and `adversarial_benign` do or do not.
+    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, also as
+    SafeChain writes them (`vanilla_harmful`, `adversarial_benign`).
 
     Raises:
         UserError: a row without text or with another label, naming its place.
@@ -205,15 +208,43 @@ def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -
         text = next((row[key] for key in ("text", "prompt", "instruction") if key in row), None)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: needs a non-empty string 'text' (or 'prompt', or 'instruction')")
-        label = row.get("label")
-        if not isinstance(label, str) or not ("harmful" in label or "benign" in label):
-            raise UserError(f"{where}: 'label' must contain 'harmful' or 'benign', found {label!r}")
-        kind: Label = "harmful" if "harmful" in label else "benign"
+        kind = _label(where, row)
         answer = row.get("answer")
         id_ = content_id(kind, text)
         origin = str(row.get("source") or source)
         prompts.setdefault(id_, Prompt(id_, text, kind, origin, None if answer is None else str(answer)))
     return list(prompts.values())
+
+
+def _label(where: str, row: dict[str, Any]) -> Label:
+    label = row.get("label")
+    match = _LABEL.fullmatch(label) if isinstance(label, str) else None
+    if match is None:
+        raise UserError(
+            f"{where}: 'label' must be harmful or benign (or vanilla_..., adversarial_...), found {label!r}"
+        )
+    return match[1]
+
+
+def take_in(file: Path, kind: type[Response] | type[Example]) -> Iterator[Response] | Iterator[Example]:
+    """Records from elsewhere: other columns are left aside, prompts and labels may be spelled as SafeChain does.
+
+    Raises:
+        UserError: a row without a prompt, a label or a response, naming its place.
+    """
+    names = {field.name for field in fields(kind)}
+    needed = "text" if kind is Response else "response"
+
+    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
+        for where, row in read_rows(file):
+            for sources in (("prompt", "instruction"), (needed,)):
+                if not any(isinstance(row.get(source), str) for source in sources):
+                    raise UserError(f"{where}: needs a string {' or '.join(map(repr, sources))}")
+            prompt = row["prompt"] if isinstance(row.get("prompt"), str) else row["instruction"]
+            known = {name: value for name, value in row.items() if name in names and value is not None}
+            yield where, known | {"prompt": prompt, "label": _label(where, row)}
+
+    return _validated(rows(), kind)
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
@@ -222,16 +253,20 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
     Raises:
         UserError: a row with missing, unknown or mistyped fields, naming its place.
     """
+    return _validated(read_rows(file), kind)
+
+
+def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
     from pydantic import TypeAdapter, ValidationError
 
     adapter = TypeAdapter(kind)
     names = {field.name for field in fields(kind)}
-    for where, row in read_rows(file):
+    for where, row in rows:
         if unknown := sorted(row.keys() - names):
-            raise UserError(f"{where}: not a {kind.__name__} record: unknown field {', '.join(unknown)}")
+            raise UserError(f"{where}: no {kind.__name__} record: unknown field {', '.join(unknown)}")
         try:
             yield adapter.validate_python(row)
         except ValidationError as error:
             problem = error.errors()[0]
             field = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{where}: not a {kind.__name__} record: {field}: {problem['msg']}") from None
+            raise UserError(f"{where}: no {kind.__name__} record: {field}: {problem['msg']}") from None

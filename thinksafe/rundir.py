@@ -133,7 +133,10 @@ class RunDir:
         file = self.path / "manifest.json"
         if file.exists():
             try:
-                return json.loads(file.read_text())
+                manifest = json.loads(file.read_text())
+                if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+                    raise ValueError("it lists no stages")
+                return manifest
             except ValueError as error:
                 raise UserError(f"{file}: damaged ({error}); restore it or give a new --out folder") from None
         return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "stages": {}}
@@ -153,6 +156,17 @@ class RunDir:
                 what = "was changed" if file.exists() else "is missing"
                 raise UserError(f"{file}: {what} since stage {stage!r} wrote it; restore it or give a new --out folder")
         return True
+
+    def remember_input(self, name: str, digest: str) -> None:
+        """Record what a run is made from, the first time; later, make sure that it is still the same.
+
+        Raises:
+            UserError: it is not.
+        """
+        manifest = self.manifest
+        if manifest.setdefault("inputs", {}).setdefault(name, digest) != digest:
+            raise UserError(f"{name}: was changed since this run began; restore it or give a new --out folder")
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
         """Record a stage as done.

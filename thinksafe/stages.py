@@ -18,13 +18,13 @@ from thinksafe.generation import Task, respond
 from thinksafe.guards.interface import Exchange, Guard
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import attach, check_targets, save_adapter
-from thinksafe.model.weights import load_config, resolve, save_decoder
+from thinksafe.model.weights import fingerprint, load_config, resolve, save_decoder
 from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.progress import TokenBar
 from thinksafe.prompts import load_prompts
 from thinksafe.recipe import EvaluationSet
-from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records, to_json
+from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records, take_in, to_json
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.summary import summarise
 from thinksafe.rundir import Journal, RunDir, StageClock, sha256, write_atomically
@@ -38,12 +38,12 @@ Moment = Literal["before", "after"]
 
 def take_in_responses(run: RunDir, file: Path) -> None:
     """Use responses from elsewhere as this run's."""
-    _take_in(run.path / "responses.jsonl", read_records(file, Response))
+    _take_in(run.path / "responses.jsonl", take_in(file, Response))
 
 
 def take_in_examples(run: RunDir, file: Path) -> None:
     """Use examples from elsewhere as this run's accepted data set."""
-    _take_in(run.path / "accepted.jsonl", read_records(file, Example))
+    _take_in(run.path / "accepted.jsonl", take_in(file, Example))
 
 
 def check(run: RunDir, models: Models) -> None:
@@ -128,13 +128,14 @@ def train(run: RunDir, models: Models) -> None:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
     sequences, dropped = _training_sequences(run, models, accepted)
     if not sequences:
-        raise UserError(f"{accepted}: no example is fit for training: {dict(dropped)}")
+        raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
     decoder = models.student()
     decoder.activation_checkpointing = config.activation_checkpointing
     if config.method == "lora":
         attach(decoder, recipe.lora, recipe.seed)
     else:
         decoder.requires_grad_(True)
+    run.remember_input("model", fingerprint(models.base))
     engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
     steps = config.epochs * -(-len(sequences) // config.batch_size)
     with TokenBar("train", steps, "steps") as bar:
@@ -183,6 +184,7 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
     clock, tokens, results, files = run.clock(stage), 0, [], []
     prompts = {entry.name: _evaluation_prompts(entry) for entry in sets}
     for entry in sets:
+        run.remember_input(f"evaluation set {entry.name}", sha256(expand(entry.file)))
         responses_file = run.path / "evaluation" / moment / f"{entry.name}.responses.jsonl"
         verdicts_file = run.path / "evaluation" / moment / f"{entry.name}.verdicts.jsonl"
         tasks = [Task(prompt, entry.instruction, s) for prompt in prompts[entry.name] for s in range(entry.samples)]
@@ -228,6 +230,7 @@ def _sample(
     tokens = sum(response.num_tokens for response in journal.existing)
     todo = [task for task in tasks if task.key not in done]
     if todo:
+        run.remember_input("model", fingerprint(models.base))
         decoder = models.student(checkpoint, adapter)
         with TokenBar(title, len(tasks), "responses", len(done)) as bar:
             for response in respond(decoder, models.chat, todo, sampling, run.recipe.sampler, run.recipe.seed):
@@ -283,7 +286,8 @@ def _judge(
                 bar.update(response.num_tokens)
                 clock.tick()
     journal.finish()
-    return sum(response.num_tokens for response in responses)
+    dropped = {(v.prompt_id, v.sample) for v in read_records(shard, Verdict) if v.decision == "dropped"}
+    return sum(r.num_tokens for r in responses if (r.prompt_id, r.sample) not in dropped)
 
 
 def response_problem(response: Response, chat: Chat) -> str | None:
@@ -321,7 +325,8 @@ def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     if lora:
-        save_adapter(decoder, run.recipe.lora, partial, run.recipe.model)
+        here = expand(run.recipe.model)
+        save_adapter(decoder, run.recipe.lora, partial, str(here) if here.is_dir() else run.recipe.model)
     else:
         save_decoder(decoder, load_config(models.base)[1], partial)
         models.chat.tokenizer.save(partial)
@@ -335,6 +340,10 @@ def _evaluation_prompts(entry: EvaluationSet) -> list[Prompt]:
     if entry.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):
         raise UserError(f"{entry.file}: a reasoning set needs 'answer' in every record")
     return prompts
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
 def _required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:

@@ -15,7 +15,13 @@ from tokenizers import Tokenizer
 
 from thinksafe.errors import UserError
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class SafeTokenizer:
@@ -33,6 +39,9 @@ class SafeTokenizer:
             UserError: no fast tokenizer there.
         """
         from transformers import AutoTokenizer
+
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(f"{folder}: needs a fast tokenizer, and tokenizer.json is missing")
 
         try:
             self.hugging_face = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

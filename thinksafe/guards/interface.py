@@ -65,11 +65,9 @@ class Guard(Protocol):
 
     Attributes:
         name: goes into every verdict.
-        judges_refusal: whether `refusal` is ever given.
     """
 
     name: str
-    judges_refusal: bool
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
         """Yield one judgement an exchange, in any order."""

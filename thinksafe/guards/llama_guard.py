@@ -55,8 +55,6 @@ _CONTROL_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|
 class LlamaGuard:
     """Llama-Guard-3-8B, or any checkpoint that was trained on its format."""
 
-    judges_refusal = False
-
     def __init__(self, decoder: Decoder, tokenizer: SafeTokenizer, config: GuardConfig):
         """Prepare to judge.
 
@@ -70,20 +68,21 @@ class LlamaGuard:
         self._verdict_ids = tuple(tokenizer.encode([(word, False)])[0] for word in ("safe", "unsafe"))
         if self._verdict_ids[0] == self._verdict_ids[1]:
             raise UserError(f"guard.model: {config.model} writes 'safe' and 'unsafe' with the same first token")
+        self._decoder = decoder
         self._tokenizer = tokenizer
         self._config = config
-        self._engine = Engine(decoder, config.sampler)
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
         """Read every exchange once. One that is longer than the guard's context is `unknown`, never cut."""
+        engine = Engine(self._decoder, self._config.sampler)  # its pages are free again before anything else runs
         prompts = []
         for exchange in exchanges:
             ids = self._prompt_ids(exchange)
-            if len(ids) > self._engine.max_prompt_tokens:
+            if len(ids) > engine.max_prompt_tokens:
                 yield Judgement(exchange.id, "unknown", None, None, None, "too_long_for_guard")
             else:
                 prompts.append((exchange.id, ids))
-        for scores in self._engine.score(prompts, self._verdict_ids):
+        for scores in engine.score(prompts, self._verdict_ids):
             p_safe, p_unsafe = (math.exp(logprob) for logprob in scores.logprobs.tolist())
             yield self._decide(scores.request_id, p_safe, p_unsafe)
 

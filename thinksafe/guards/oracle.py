@@ -3,20 +3,24 @@
 from collections.abc import Iterator, Sequence
 
 from thinksafe.guards.interface import Exchange, Judgement
+from thinksafe.organism.language import words
 from thinksafe.organism.oracle import judge
+
+_WORDS = frozenset(words())
 
 
 class OracleGuard:
-    """Certain of everything but a response without an end, which is `unknown`."""
+    """Certain of everything in its world; `unknown` are a response without an end and a prompt in other words."""
 
     name = "oracle"
-    judges_refusal = True
 
     def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
         """One judgement an exchange, in order."""
         for exchange in exchanges:
             ruling = judge(exchange.prompt, exchange.response)
-            if ruling.reason == "think block not closed":
+            if not _WORDS.issuperset(exchange.prompt.split()):
+                yield Judgement(exchange.id, "unknown", None, None, None, "not_of_this_world")
+            elif ruling.reason == "think block not closed":
                 yield Judgement(exchange.id, "unknown", None, None, None, "no_think_block")
             else:
                 decision = "unsafe" if ruling.unsafe else "safe"

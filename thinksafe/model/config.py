@@ -13,6 +13,16 @@ FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Dimensions and options of one model. Sizes count elements, `max_seq_len` counts tokens."""
@@ -51,8 +61,8 @@ class ModelConfig:
         }
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Elements (times itemsize) that one token adds to the key-value cache, in units of one byte an element."""
+    def kv_elements_per_token(self) -> int:
+        """Numbers that one token adds to the key-value cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @classmethod
@@ -70,6 +80,10 @@ class ModelConfig:
         if family not in FAMILIES:
             raise UserError(f"{source}: model_type {family!r} is not supported; choose one of {', '.join(FAMILIES)}")
         _refuse_unsupported(raw, source)
+        for key in _SIZES:
+            value = raw.get(key, 1)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{source}: {key} must be a positive whole number, found {value!r}")
         try:
             num_heads = raw["num_attention_heads"]
             attention_bias = raw.get("attention_bias", False)
@@ -100,6 +114,8 @@ class ModelConfig:
             )
         except KeyError as missing:
             raise UserError(f"{source}: key {missing} is missing") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{source}: a value is of the wrong kind ({error})") from None
 
 
 def _refuse_unsupported(raw: dict, source: str) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -116,6 +115,7 @@ def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model:
         name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(decoder).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -138,6 +138,8 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
         UserError: a missing or corrupt file, a kind of adapter this decoder does not compute, or one made for another
             model.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     settings_file, tensor_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     try:
         settings = json.loads(settings_file.read_text())

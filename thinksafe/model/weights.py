@@ -3,6 +3,7 @@
 Pickled weights are never opened, and no code from a checkpoint is ever run.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.paths import expand
 
+_MIB = 2**20
 _MAX_SHARD_BYTES = 5 * 2**30
 _INDEX = "model.safetensors.index.json"
 _TOP_LEVEL = {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -63,6 +65,18 @@ def resolve(model: str) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model: {model!r} is no folder here and the hub did not give it: {reason}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex digest that changes with a checkpoint: small files whole, weights by size and their first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode() + stream.read(_MIB))
+            stream.seek(max(0, size - _MIB))
+            digest.update(stream.read(_MIB))
+    return digest.hexdigest()
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, dict]:

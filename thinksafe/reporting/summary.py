@@ -67,16 +67,17 @@ def summarise(run: RunDir) -> dict[str, Any]:
 
 
 def _headline(kind: str, moments: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """One figure before and after, pooled over the prompts of every set of this kind."""
+    """One figure before and after, pooled over the judged prompts of every set of this kind, if any was."""
     headline: dict[str, Any] = {"unknown": {}}
     for moment, sets in moments.items():
         chosen = [entry for entry in sets if entry["kind"] == kind]
         values = [value for entry in chosen for value in entry["values"]]
         if values:
             headline[moment], headline[f"{moment}_interval"] = mean_with_interval(values)
-            headline["n"] = sum(entry["n"] for entry in chosen)
+            headline["n"] = len(values)
+        if chosen:
             headline["unknown"][moment] = sum(entry["unknown"] for entry in chosen)
-    return headline if "n" in headline else None
+    return headline if headline["unknown"] else None
 
 
 def _sets(moments: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -115,11 +116,9 @@ def _acceptance(steered: list[Verdict], unsteered: list[Verdict]) -> dict[str, A
 
     judged = [verdict.refusal for verdict in steered if verdict.refusal is not None]
     odds_ratio = None
-    if unsteered:
-        # Half a count on every cell keeps the ratio finite when a cell is empty (Haldane and Anscombe).
-        with_steering = (accepted(steered) + 0.5) / (len(steered) - accepted(steered) + 0.5)
-        without = (accepted(unsteered) + 0.5) / (len(unsteered) - accepted(unsteered) + 0.5)
-        odds_ratio = with_steering / without
+    cells = [accepted(v) for v in (steered, unsteered)] + [len(v) - accepted(v) for v in (steered, unsteered)]
+    if all(cells):  # with an empty cell the ratio is 0 or infinite, and any figure would be made up
+        odds_ratio = cells[0] * cells[3] / (cells[2] * cells[1])
     return {
         "steered": accepted(steered) / len(steered),
         "unsteered": accepted(unsteered) / len(unsteered) if unsteered else None,

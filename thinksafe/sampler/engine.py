@@ -53,7 +53,7 @@ class Engine:
     def __init__(self, decoder: Decoder, config: EngineConfig):
         self.decoder = decoder
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
-        page_bytes = decoder.config.kv_bytes_per_token * config.page_size * dtype.itemsize
+        page_bytes = decoder.config.kv_elements_per_token * config.page_size * dtype.itemsize
         # More than every slot at full context could never be used.
         most = config.max_running * -(-decoder.config.max_seq_len // config.page_size)
         num_pages = min(_cache_bytes(config, device) // page_bytes, most)
