@@ -225,6 +225,8 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
     if recipe_source is None:
         if options.out is None or not (options.out / "recipe.yaml").is_file():
             names = ", ".join(_bundled())
+            if options.out is not None and options.out.exists():
+                raise UserError(f"--out {options.out}: holds no run; give --recipe FILE or one of {names}")
             raise UserError(f"--recipe: give a file or one of {names}, or an --out folder with a run in it")
         recipe_source = str(options.out / "recipe.yaml")
     seed = [] if options.seed is None else [f"seed={options.seed}"]

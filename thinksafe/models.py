@@ -69,7 +69,7 @@ class Models:
         config = self._recipe.guard
         if config.kind == "oracle":
             return OracleGuard()
-        folder = resolve(config.model)
+        folder = resolve(config.model, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
         return LlamaGuard(load_decoder(folder, self.dtype, self.device), tokenizer, config)

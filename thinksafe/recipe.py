@@ -169,7 +169,7 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(raw, override)
     _resolve_paths(raw, Path.cwd())
-    return check_recipe(raw, str(file))
+    return check_recipe(raw, f"{file} with --set" if overrides else str(file))
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:

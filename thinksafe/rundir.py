@@ -215,7 +215,7 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
         differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
     raise UserError(
         f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
-        "give another folder or the same recipe"
+        "give another folder, or the same recipe; records can be taken over with --responses and --data"
     )
 
 

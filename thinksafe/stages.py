@@ -55,7 +55,7 @@ def check(run: RunDir, models: Models) -> None:
     if run.recipe.training.method == "lora":
         check_targets(load_config(models.base)[0], run.recipe.lora)
     if run.recipe.guard.kind != "oracle":
-        resolve(run.recipe.guard.model)
+        resolve(run.recipe.guard.model, "guard.model")
 
 
 def generate(run: RunDir, models: Models) -> None:
@@ -206,6 +206,8 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
 
 def report(run: RunDir) -> Path:
     """Write report.json and report.html from whatever stages are done; the page's path."""
+    if not run.manifest["stages"]:
+        raise UserError(f"{run.path}: no stage is done yet, so there is nothing to report")
     return write_report(summarise(run), run.path)
 
 

@@ -47,8 +47,11 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{layer}.{projection_path(projection)}.{'bias' if projection != parameter else 'weight'}"
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, key: str = "model") -> Path:
     """A folder as it is, or a name on the Hugging Face hub, fetched once without pickles or code.
+
+    Args:
+        key: the recipe's key that names it, for error messages.
 
     Raises:
         UserError: neither a folder nor a model that the hub knows.
@@ -57,14 +60,14 @@ def resolve(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"model: no folder {model!r}; give a checkpoint folder or a hub name such as Qwen/Qwen3-0.6B")
+        raise UserError(f"{key}: no folder {model!r}; give a checkpoint folder or a hub name such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model: {model!r} is no folder here and the hub did not give it: {reason}") from error
+        raise UserError(f"{key}: {model!r} is no folder here and the hub did not give it: {reason}") from error
 
 
 def fingerprint(folder: Path) -> str:
