@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.harness import device_name, table, write
 
-SUITES = ("sampler", "train")
+SUITES = ("loss", "sampler", "train")
 
 
 def main() -> None:
@@ -23,12 +23,16 @@ def main() -> None:
     written = []
     for name in SUITES if chosen == "all" else [chosen]:
         result = importlib.import_module(f"benchmarks.{name}").run()
+        if not result.rows:
+            print(f"## {name}\n{result.claim}\n")
+            continue
         file = write(result, f"python -m benchmarks.run --suite {name}")
         print(f"## {name} on {device_name()}\n{result.claim}\n\n{table(result.rows)}\n")
         print("\n".join(result.notes) + "\n")
         ratio = max(row.get("ThinkSafe is faster by", 1.0) for row in result.rows)
         written.append({"suite": name, "ThinkSafe is faster by": ratio, "results": file.name})
-    print(table(written))
+    if written:
+        print(table(written))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def crowded(monkeypatch):
 
 def pool_of(decoder: Decoder, num_pages: int, page_size: int) -> float:
     """GiB that hold this many pages."""
-    return num_pages * page_size * decoder.config.kv_bytes_per_token * decoder.embedding.dtype.itemsize / 2**30
+    return num_pages * page_size * decoder.config.kv_elements_per_token * decoder.embedding.dtype.itemsize / 2**30
 
 
 def engine_of(decoder: Decoder, *, page_size=16, num_pages=None, max_running=16, max_step_tokens=256) -> Engine:

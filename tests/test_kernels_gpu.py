@@ -1,0 +1,138 @@
+"""The Triton kernels on a GPU in bf16, held against fp64: what the interpreter cannot show."""
+
+import pytest
+import torch
+
+from thinksafe.kernels import linear_cross_entropy as lce
+from thinksafe.kernels import linear_kl as lkl
+from thinksafe.kernels import linear_logprob as llp
+from thinksafe.kernels import rms_norm, rope, swiglu
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(1, 128, 50257), (127, 256, 151_669), (129, 1024, 151_936), (300, 64, 127)]
+
+
+def peaked(T, H, V, sharpness=40.0):
+    """bf16 rows that point at their target with a confidence from none to certain, and bf16 weights."""
+    weight = torch.randn(V, H, device="cuda", dtype=torch.bfloat16)
+    target = torch.randint(V, (T,), device="cuda")
+    strength = torch.linspace(0, sharpness, T, device="cuda")[:, None]
+    x = torch.randn(T, H, device="cuda") * 0.1 + strength * weight[target].float() / H
+    return x.bfloat16(), weight, target
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_cross_entropy_is_closer_to_fp64_than_the_caps(fresh_seed, shape, trainable, exact):
+    x, weight, target = peaked(*shape)
+    x64, weight64 = x.double().requires_grad_(), weight.double().requires_grad_()
+    rows = lce.reference(x64, weight64, target, torch.ones(shape[0], device="cuda", dtype=torch.float64))
+    rows.mean().backward()
+    x.requires_grad_(), weight.requires_grad_(trainable)
+    loss, stats = lce.linear_cross_entropy_with_stats(x, weight, target, exact=exact)
+    loss.backward()
+    assert abs(loss.item() - rows.mean().item()) <= 1e-5 * rows.mean().item() + 1e-5
+    assert relative(x.grad, x64.grad) < 3e-3 + stats.dropped_mass.item()
+    if trainable:
+        assert relative(weight.grad, weight64.grad) < 5e-3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logprobs_equal_fp64(fresh_seed, shape):
+    x, weight, target = peaked(*shape)
+    expected = llp.reference(x.double(), weight.double(), target, True)
+    actual = llp.linear_logprob(x, weight, target, by_products=True)
+    torch.testing.assert_close(actual.logprob.double(), expected.logprob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual.top1, expected.top1)
+    ids = torch.randint(shape[2], (shape[0], 3), device="cuda")
+    exact = (x.double() @ weight.double().T).log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(llp.linear_logprob_of(x, weight, ids).double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("distance", [1e-2, 0.1, 0.5])
+@pytest.mark.parametrize("own_head", [False, True])
+def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, distance, own_head):
+    x_reference, weight, _ = peaked(129, 1024, 32_000, sharpness=20.0)
+    x = (x_reference.float() + distance * torch.randn(129, 1024, device="cuda") / 32).bfloat16()
+    head = (weight.float() * 1.001).bfloat16() if own_head else None
+    x64 = x.double().requires_grad_()
+    other = weight.double() if head is None else head.double()
+    expected = lkl.reference(x64, x_reference.double(), weight.double(), other, direction).mean()
+    expected.backward()
+    value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, head, direction=direction)
+    value.backward()
+    assert abs(value.item() - expected.item()) <= 1e-5 + 1e-3 * expected.item()
+    assert relative(x.grad, x64.grad) < 4e-3
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_equal_models_differ_by_exactly_nothing(fresh_seed, direction):
+    x, weight, _ = peaked(200, 256, 50_257)
+    student = x.clone().requires_grad_()
+    value = lkl.linear_kl(student, x, weight, direction=direction, reduction="none")
+    value.sum().backward()
+    assert not value.any() and not student.grad.any()
+
+
+def test_index_arithmetic_beyond_two_to_the_31(fresh_seed):
+    """T * V of one chunk stays below it, the rows of E do not: 16,384 rows of 151,936 columns."""
+    x, weight, target = peaked(16_384, 128, 151_936)
+    default = lce.CHUNK
+    try:
+        lce.CHUNK = 16_384
+        leaf = x.clone().requires_grad_()
+        lce.linear_cross_entropy(leaf, weight, target, reduction="sum", exact=True).backward()
+    finally:
+        lce.CHUNK = default
+    tail = slice(16_300, None)
+    x64 = x[tail].double().requires_grad_()
+    ones = torch.ones(84, device="cuda", dtype=torch.float64)
+    lce.reference(x64, weight.double(), target[tail], ones).sum().backward()
+    assert relative(leaf.grad[tail], x64.grad) < 3e-3
+
+
+@pytest.mark.parametrize("hidden", [128, 1024, 2048, 4096, 5120])
+def test_norm_and_gate_equal_their_references(fresh_seed, hidden):
+    make = lambda: torch.randn(513, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)  # noqa: E731
+    x, other, weight = make(), make(), torch.randn(hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    for kernel, reference, inputs in (
+        (lambda *a: rms_norm.rms_norm(*a, 1e-6), lambda *a: rms_norm.reference(*a, 1e-6), (x, weight)),
+        (swiglu.swiglu, swiglu.reference, (x, other)),
+    ):
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        upstream = torch.randn(513, hidden, device="cuda", dtype=torch.bfloat16)
+        wanted = reference(*exact)
+        found = kernel(*inputs)
+        assert relative(found, wanted) < 5e-3
+        gradients = torch.autograd.grad(found, inputs, upstream)
+        for actual, expected in zip(gradients, torch.autograd.grad(wanted, exact, upstream.double()), strict=True):
+            assert relative(actual, expected) < 1e-2
+
+
+def test_rotation_equals_its_reference(fresh_seed):
+    q = torch.randn(301, 16, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    angle = torch.randn(301, 64, device="cuda")
+    upstream = torch.randn_like(q)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (q, weight)]
+    found = rope.qk_norm_rope(q, q, weight, weight, 1e-6, angle.cos(), angle.sin())[0]
+    wanted = rope.reference(*exact, 1e-6, angle.cos(), angle.sin())
+    assert relative(found, wanted) < 5e-3
+    gradients = torch.autograd.grad(found, (q, weight), upstream)
+    for actual, expected in zip(gradients, torch.autograd.grad(wanted, exact, upstream.double()), strict=True):
+        assert relative(actual, expected) < 1e-2
+
+
+def test_a_step_runs_under_torch_compile(fresh_seed):
+    x, weight, target = peaked(64, 256, 4096)
+    x.requires_grad_()
+    compiled = torch.compile(lambda x: lce.linear_cross_entropy(x, weight, target, ignore_index=None), fullgraph=True)
+    torch.testing.assert_close(compiled(x), lce.linear_cross_entropy(x, weight, target, ignore_index=None))
