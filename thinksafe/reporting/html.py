@@ -7,7 +7,6 @@ Every string of a run passes Jinja's escaping, and no response text is ever part
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from importlib.resources import files
@@ -18,6 +17,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from thinksafe.reporting.figures import length_histogram, loss_curve
+from thinksafe.rundir import write_atomically
 
 # The three figures of the headline: key, what its card says, what a sentence calls it, and which way is better.
 HEADLINE = (
@@ -225,13 +225,3 @@ def readable_json(value: Any) -> str:
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     # Strings hold no raw line breaks in JSON, so a bracket before one is a list.
     return re.sub(r"\[\n([-+\d.eEnul,\s]+)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes to a new file beside `path`, on disk before it takes the name: a reader sees the old text or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
