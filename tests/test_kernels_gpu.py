@@ -70,7 +70,7 @@ def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, dista
     value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, head, direction=direction)
     value.backward()
     assert abs(value.item() - expected.item()) <= 1e-5 + 1e-3 * expected.item()
-    assert relative(x.grad, x64.grad) < 4e-3
+    assert relative(x.grad, x64.grad) < (4e-3 if expected < 0.02 else 1e-2)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
