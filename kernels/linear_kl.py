@@ -302,9 +302,9 @@ def linear_kl(
 
     Args:
         x_student: [T, H] hidden states, gets a gradient.
-        x_reference: [T, H_r] the reference's, a constant.
+        x_reference: [T, H] the reference's, a constant; of the same hidden size, since one loop forms both logits.
         weight: [V, H] head, contiguous; gets a gradient, summed in fp32, only if it requires one.
-        weight_reference: [V, H_r] the reference's own head, a constant, or None where both share `weight`.
+        weight_reference: [V, H] the reference's own head, a constant, or None where both share `weight`.
         direction: `forward` KL(reference‖student), `reverse` KL(student‖reference), or `jsd`.
         token_weight: [T] non-negative, or None for 1.
         reduction: `mean` divides by the weights' sum (0 for no rows).
@@ -322,6 +322,8 @@ def linear_kl(
     check_head(x_reference, weight if weight_reference is None else weight_reference, rows[: len(x_reference)])
     if len(x_reference) != len(x_student) or (weight_reference is not None and len(weight_reference) != len(weight)):
         raise ValueError("student and reference must have the same rows and the same vocabulary")
+    if x_reference.shape[1] != x_student.shape[1]:
+        raise ValueError(f"hidden sizes differ: student {x_student.shape[1]}, reference {x_reference.shape[1]}")
     if token_weight is not None and token_weight.shape != x_student.shape[:1]:
         raise ValueError(f"token_weight is {list(token_weight.shape)}, x has {len(x_student)} rows")
     row_weight = (

@@ -317,3 +317,8 @@ def test_operators_are_registered_as_torch_wants_them():
     torch.library.opcheck(lkl._linear_kl, (x, x.detach() + 0.1, weight, None, ones, "forward", True, False))
     torch.library.opcheck(rms_norm._rms_norm, (x, None, torch.ones(32, requires_grad=True), 1e-6))
     torch.library.opcheck(swiglu._swiglu, (x, torch.randn(9, 32, requires_grad=True)))
+
+
+def test_models_of_different_hidden_sizes_are_refused():
+    with pytest.raises(ValueError, match="hidden sizes differ"):
+        lkl.linear_kl(torch.randn(4, 32), torch.randn(4, 48), torch.randn(40, 32), torch.randn(40, 48))
