@@ -44,12 +44,13 @@ gpu:
 	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
 	else \
+	    if command -v nvcc >/dev/null; then $(PYTHON) csrc/build.py; fi; \
 	    export PYTHONPATH=.; $(PYTHON) -m pytest -q -m gpu; tests=$$?; \
 	    $(PYTHON) -m benchmarks.run --suite all && exit $$tests; \
 	fi
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs build dist *.egg-info thinksafe/libthinksafe.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installing is skipped while the files that decide what is installed stay as they are.
@@ -60,7 +61,7 @@ $(BIN)/python:
 $(VENV)/constraints.txt: constraints.txt | $(BIN)/python
 	@$(if $(GPU),grep -v '^torch==' $<,cat $<) > $@
 
-$(VENV)/installed: setup.py pyproject.toml $(VENV)/constraints.txt
+$(VENV)/installed: setup.py pyproject.toml $(VENV)/constraints.txt $(wildcard csrc/*)
 	@echo 'installing into $(VENV) (minutes the first time)'
 	@$(INSTALL_TORCH)
 	@$(PIP) install --constraint $(VENV)/constraints.txt --editable '$(PACKAGE)'

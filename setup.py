@@ -8,15 +8,39 @@ purpose: transformers imports the Hugging Face package `kernels`, and where Pyth
 folder `kernels/` with an `__init__.py` would be found in its place and break `import transformers`. Without that file
 the folder can only be a namespace portion, which any installed `kernels` outranks wherever it stands on the path, and
 which transformers does not mistake for an installation. tests/test_package.py holds both.
+
+`csrc/` is compiled where there is nvcc and left out where there is none: plain torch then does the same, slower.
 """
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import build as csrc  # noqa: E402
+
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "thinksafe/__init__.py").read_text(), re.MULTILINE)[1]
+
+
+class BuildWithNvcc(build_ext):
+    """csrc/ as one plain library, which Python loads with ctypes: it depends on no version of torch or Python."""
+
+    def build_extension(self, extension):
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            csrc.build(library)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"nvcc could not compile csrc/:\n{error.stdout}") from None
+
+    def get_ext_filename(self, fullname):
+        return fullname.replace(".", "/") + ".so"
+
 
 TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
@@ -32,6 +56,8 @@ setup(
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html"],
     },
+    ext_modules=[Extension("thinksafe.libthinksafe", [])] if csrc.nvcc() else [],
+    cmdclass={"build_ext": BuildWithNvcc},
     entry_points={"console_scripts": ["thinksafe = thinksafe.cli:main"]},
     install_requires=[
         "torch>=2.11",

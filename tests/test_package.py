@@ -89,17 +89,18 @@ def test_kernel_modules_exist_once():
 def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
     """Built without isolation, so that no test needs the network."""
     source = tmp_path / "source"
-    for folder in ("thinksafe", "kernels", "launch"):
+    for folder in ("thinksafe", "kernels", "launch", "csrc"):
         shutil.copytree(
             ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
         )
-    for file in ("setup.py", "pyproject.toml"):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in"):
         shutil.copy(ROOT / file, source)
     code = f"from setuptools.build_meta import build_wheel; build_wheel({str(tmp_path)!r})"
     python(code, cwd=source)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
 
+    assert ("thinksafe/libthinksafe.so" in names) == (shutil.which("nvcc") is not None)
     expected = [
         file
         for pattern in ("thinksafe/**/*.py", "thinksafe/organism/bundle/**/*", "thinksafe/reporting/*.html")
@@ -112,6 +113,26 @@ def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
         name = file.relative_to(ROOT).as_posix()
         assert (name if name.startswith("thinksafe/") else f"thinksafe/{name}") in names
     assert all(name.startswith("thinksafe") for name in names), "nothing lands at the top of site-packages"
+
+
+def test_without_nvcc_the_package_installs_without_the_cuda_kernels(tmp_path):
+    code = "import setuptools; setuptools.setup = lambda **keywords: print(keywords['ext_modules']); import setup"
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_cuda_that_does_not_compile_stops_the_installation_with_what_nvcc_says(tmp_path):
+    """Going on would leave a GPU's owner with a slow sampler and no word of why."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'sampling.cu(1): error: no such thing'\nexit 2\n")
+    nvcc.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.strip().endswith("nvcc could not compile csrc/:\nsampling.cu(1): error: no such thing")
+    assert "Traceback" not in done.stderr
 
 
 def test_what_a_gpu_machine_runs_needs_none_of_the_packages_it_lacks():
