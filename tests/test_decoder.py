@@ -77,21 +77,30 @@ def paged_logits(decoder: Decoder, sequences, prompt_lengths, *, page_size, num_
 
     A position is there where the scheduler asked for its logits: the prompt's last token and every one after it.
     """
-    runner = Runner(decoder, num_pages, page_size)
     scheduler = Scheduler(len(sequences), num_pages, page_size, decoder.config.max_seq_len, max_step_tokens)
+    seen = {}
+
+    class Replay(Runner):
+        """Notes the logits and draws the token that comes next in the sequence."""
+
+        def _draw(self, hidden, slots, positions):
+            logits, forced = (hidden @ decoder.head.T).float(), []
+            for slot, end, row in zip(slots.tolist(), positions.tolist(), logits, strict=True):
+                index = int(scheduler.running[slot].request.id)
+                seen[index, end - 1] = row
+                forced.append(int(sequences[index][end]) if end < len(sequences[index]) else 0)
+            tokens = torch.tensor(forced, dtype=torch.int64, device=slots.device)
+            self.last_token[slots] = tokens
+            return tokens, torch.zeros(len(forced))
+
+    runner = Replay(decoder, scheduler)
+    runner._graphs = None  # a graph would not come back to Python
     for index, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         sampling = SamplingConfig(max_tokens=len(sequence) - prompt_length + 1)
         scheduler.submit([Request(str(index), tuple(sequence[:prompt_length].tolist()), sampling, 0, ())])
-    seen = {}
     while scheduler.has_work:
         plan = scheduler.plan()
-        logits = (runner.forward(plan, scheduler) @ decoder.head.T).float()
-        forced = []
-        for slot, end, row in zip(plan.slots[plan.completes], plan.ends[plan.completes], logits, strict=True):
-            index = int(scheduler.running[slot].request.id)
-            seen[index, int(end) - 1] = row
-            forced.append(int(sequences[index][end]) if end < len(sequences[index]) else 0)
-        scheduler.commit(plan, np.array(forced, dtype=np.int64))
+        scheduler.commit(plan, *runner.draw(plan).fetch())
     return seen, scheduler
 
 

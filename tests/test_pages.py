@@ -5,16 +5,17 @@ written for, so a row that reads a wrong, stale or missing entry is found out at
 """
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from thinksafe.sampler import runner
+from thinksafe.kernels import paged_attention
 from thinksafe.sampler import scheduler as scheduler_module
 from thinksafe.sampler.pages import PagePool, prefix_digests
 from thinksafe.sampler.request import Completion, Request, SamplingConfig
@@ -44,40 +45,54 @@ def rollout(request: Request, room: int) -> Completion:
     for token in request.prompt:
         state = extend(state, token)
     response: list[int] = []
+    logprobs: list[float] = []
     while (token := next_token(state)) not in request.stop_ids:
         response.append(token)
+        logprobs.append(float(logprob_of(np.array(state))))
         if len(response) == request.sampling.max_tokens or len(request.prompt) + len(response) == room:
-            return Completion(request.id, tuple(response), "length")
+            return Completion(request.id, tuple(response), "length", tuple(logprobs))
         state = extend(state, token)
-    return Completion(request.id, tuple(response), "stop")
+    return Completion(request.id, tuple(response), "stop", tuple(logprobs))
 
 
 class FakeRunner:
-    """Steps like the real one (all rows write, then all rows read) and checks what it is asked to do."""
+    """A device: it has page table and newest tokens from the plans alone, and checks what it is asked to do."""
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self.cache = np.full(scheduler.capacity_tokens, STALE, dtype=np.int64)
+        self.cache = np.full(len(scheduler.pool.owners) * scheduler.page_size, STALE, dtype=np.int64)
+        self.page_table = np.full_like(scheduler.page_table, -1)
+        self.last_token = np.full(len(scheduler.epoch), -1)
         self.states: dict[str, list[int]] = {}  # of every context of a request, once it was computed
+        self.requests: dict[tuple[int, int], str] = {}  # (slot, epoch) -> request
 
-    def forward(self, plan: StepPlan) -> np.ndarray:
-        """The next token of every completing row."""
+    def forward(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """The next token of every completing row, and a log-probability that is a function of it and its context."""
         scheduler = self.scheduler
-        assert 0 < plan.num_tokens <= scheduler.max_step_tokens
-        assert len(set(plan.slots.tolist())) == len(plan.slots)
+        assert 0 < len(plan.slots) == len(set(plan.slots.tolist()))
+        assert plan.is_decode or plan.num_tokens <= scheduler.max_step_tokens
+        for slot in plan.joined.tolist():
+            self.requests[slot, int(scheduler.epoch[slot])] = scheduler.running[slot].request.id
+        for slot, index, page in plan.new_pages.tolist():
+            self.page_table[slot, index] = page
         counts = plan.ends - plan.starts
-        assert (counts[: plan.num_decodes] == 1).all() and (counts[plan.num_decodes :] > 1).all()
-        assert (plan.starts == scheduler.num_computed[plan.slots]).all()
+        assert (counts >= 1).all() and (not plan.is_decode or (counts == 1).all())
         rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.ends.tolist(), strict=True))
-        check_written_pages(scheduler, rows)
+        self._check_written_pages(rows)
 
         entries, expected = {}, {}
-        for slot, start, end in rows:
+        for (slot, start, end), epoch in zip(rows, plan.epochs.tolist(), strict=True):
             positions = np.arange(end)
-            pages = scheduler.page_table[slot, positions // scheduler.page_size]
+            pages = self.page_table[slot, positions // scheduler.page_size]
             entries[slot] = pages * scheduler.page_size + positions % scheduler.page_size
-            expected[slot] = self._expected(slot, end)
-            broken = POISON in scheduler.tokens[slot, start:end]
+            tokens = self.last_token[slot : slot + 1] if plan.is_decode else scheduler.tokens[slot, start:end]
+            states = self.states.setdefault(self.requests[slot, epoch], [])
+            del states[start:]
+            shared = scheduler.tokens[slot, len(states) : start]  # computed by another request
+            for token in (*shared.tolist(), *tokens.tolist()):
+                states.append(extend(states[-1] if states else 0, token))
+            expected[slot] = np.array(states)
+            broken = POISON in tokens or -1 in tokens
             self.cache[entries[slot][start:]] = NAN if broken else expected[slot][start:]
         spreading = True
         while spreading:
@@ -88,26 +103,26 @@ class FakeRunner:
                 if (seen == NAN).any() and not (seen[start:] == NAN).all():
                     self.cache[entries[slot][start:]] = NAN
                     spreading = True
-        completing = plan.slots[plan.completes].tolist()
-        return np.array([next_token(int(self.cache[entries[slot][-1]])) for slot in completing], dtype=np.int64)
+        completing = plan.slots[plan.completes]
+        states = np.array([int(self.cache[entries[slot][-1]]) for slot in completing.tolist()], dtype=np.int64)
+        tokens = np.array([next_token(state) for state in states.tolist()], dtype=np.int64)
+        self.last_token[completing] = tokens
+        return tokens, logprob_of(states)
 
-    def _expected(self, slot: int, end: int) -> np.ndarray:
-        states = self.states.setdefault(self.scheduler.running[slot].request.id, [])
-        for token in self.scheduler.tokens[slot, len(states) : end].tolist():
-            states.append(extend(states[-1] if states else 0, token))
-        return np.array(states[:end])
+    def _check_written_pages(self, rows: list[tuple[int, int, int]]) -> None:
+        """A page is written by one row, and whoever else owns it has it behind itself, read-only."""
+        size, written, scheduler = self.scheduler.page_size, {}, self.scheduler
+        for slot, start, end in rows:
+            for page in self.page_table[slot, start // size : -(-end // size)].tolist():
+                assert page not in written, "two rows write the same page"
+                written[page] = slot
+        for slot in scheduler.running:
+            for index, page in enumerate(scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()):
+                assert written.get(page, slot) == slot or scheduler.num_computed[slot] >= (index + 1) * size
 
 
-def check_written_pages(scheduler: Scheduler, rows: list[tuple[int, int, int]]) -> None:
-    """A page is written by one row, and whoever else owns it has it behind itself, read-only."""
-    size, written = scheduler.page_size, {}
-    for slot, start, end in rows:
-        for page in scheduler.page_table[slot, start // size : -(-end // size)].tolist():
-            assert page not in written, "two rows write the same page"
-            written[page] = slot
-    for slot in scheduler.running:
-        for index, page in enumerate(scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()):
-            assert written.get(page, slot) == slot or scheduler.num_computed[slot] >= (index + 1) * size
+def logprob_of(states: np.ndarray) -> np.ndarray:
+    return (-(states % 1000) / 8).astype(np.float32)
 
 
 def check_conservation(scheduler: Scheduler) -> None:
@@ -123,19 +138,31 @@ def check_conservation(scheduler: Scheduler) -> None:
     assert sorted([*owned, *pool._blank, *pool._idle]) == list(range(len(pool.owners)))
 
 
-def drive(scheduler: Scheduler, arrivals: Iterable[tuple[int, Request]], max_steps: int) -> dict[str, Completion]:
-    """Answer requests that arrive at given steps; every one once, all pages free in the end."""
+def drive(
+    scheduler: Scheduler, arrivals: Iterable[tuple[int, Request]], max_steps: int, lag: int = 1
+) -> dict[str, Completion]:
+    """Answer requests that arrive at given steps; every one once, all pages free in the end.
+
+    Args:
+        lag: passes that run ahead of what is committed.
+    """
     fake = FakeRunner(scheduler)
-    to_come = sorted(arrivals, key=lambda arrival: arrival[0], reverse=True)
+    in_flight: deque = deque()
+    to_come = deque(sorted(arrivals, key=lambda arrival: arrival[0]))
     completions: list[Completion] = []
     step = 0
-    while scheduler.has_work or to_come:
-        while to_come and (to_come[-1][0] <= step or not scheduler.has_work):
-            scheduler.submit([to_come.pop()[1]])
+    while scheduler.has_work or to_come or in_flight:
+        while to_come and (to_come[0][0] <= step or not scheduler.has_work):
+            scheduler.submit([to_come.popleft()[1]])
         plan = scheduler.plan()
         check_conservation(scheduler)
-        completions += scheduler.commit(plan, fake.forward(plan))
-        check_conservation(scheduler)
+        if plan is not None:
+            in_flight.append((plan, fake.forward(plan)))
+        if plan is None or len(in_flight) > lag:
+            oldest, results = in_flight.popleft()
+            completions += scheduler.commit(oldest, *results)
+            check_conservation(scheduler)
+        assert scheduler.num_in_flight == len(in_flight)
         step += 1
         assert step <= max_steps, "no end in sight"
     assert scheduler.pool.available == len(scheduler.pool.owners)
@@ -146,7 +173,7 @@ def drive(scheduler: Scheduler, arrivals: Iterable[tuple[int, Request]], max_ste
 
 @st.composite
 def workloads(draw, tokens):
-    """A scheduler's settings, the room kept for growth, and requests with the step of their arrival."""
+    """A scheduler's settings, room kept for growth, passes ahead, and requests with the step of their arrival."""
     page_size, num_slots = draw(st.integers(1, 5)), draw(st.integers(1, 6))
     num_pages = draw(st.integers(-(-4 // page_size), 24))
     max_seq_len = draw(st.integers(4, 60))
@@ -160,17 +187,18 @@ def workloads(draw, tokens):
         stop_ids = tuple(draw(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=4)))
         arrivals.append((draw(st.integers(0, 20)), Request(f"{index}", prompt, sampling, 0, stop_ids)))
     settings_ = (num_slots, num_pages, page_size, max_seq_len, draw(st.integers(1, 40)))
-    return settings_, draw(st.integers(1, 40)), arrivals
+    return settings_, draw(st.integers(1, 40)), draw(st.integers(0, 3)), arrivals
 
 
 def check_workload(workload) -> None:
-    settings_, growth, arrivals = workload
+    settings_, growth, lag, arrivals = workload
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler_module, "_GROWTH_TOKENS", growth)
         scheduler = Scheduler(*settings_)
-        got = drive(scheduler, arrivals, max_steps=5000)
-    room = min(scheduler.max_seq_len, scheduler.capacity_tokens)
-    assert got == {request.id: rollout(request, room) for _, request in arrivals}
+        got = drive(scheduler, arrivals, max_steps=5000, lag=lag)
+    expected = {request.id: rollout(request, scheduler.max_seq_len) for _, request in arrivals}
+    assert got == expected
+    assert all(got[id_].logprobs == completion.logprobs for id_, completion in expected.items())
 
 
 @settings(max_examples=250, deadline=None)
@@ -238,11 +266,7 @@ def test_requests_are_admitted_in_order_of_arrival():
     scheduler = Scheduler(num_slots=4, num_pages=20, page_size=4, max_seq_len=80, max_step_tokens=64)
     large = Request("large", tuple(range(60)), SamplingConfig(max_tokens=4), 0, ())
     small = [Request(f"{i}", (i, i), SamplingConfig(max_tokens=30), 0, ()) for i in range(40)]
-    scheduler.submit([small[0], small[1], large, *small[2:]])
-    fake, finished = FakeRunner(scheduler), []
-    while scheduler.has_work:
-        plan = scheduler.plan()
-        finished += [completion.request_id for completion in scheduler.commit(plan, fake.forward(plan))]
+    finished = list(drive(scheduler, [(0, request) for request in [small[0], small[1], large, *small[2:]]], 2000))
     assert finished.index("large") <= 2
 
 
@@ -343,8 +367,8 @@ def test_digests_are_equal_exactly_where_the_whole_prefix_is(a, b, page_size):
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 2000))
 def test_decoding_rows_are_batched_by_length_within_the_bound(lengths, bound):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_DECODE_BATCH_TOKENS", bound)
-        batches = runner._similar_lengths(np.array(lengths, dtype=np.int64))
+        patch.setattr(paged_attention, "_BATCH_TOKENS", bound)
+        batches = paged_attention._similar_lengths(torch.tensor(lengths, dtype=torch.int64))
     assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= bound

@@ -1,5 +1,6 @@
 """The sampler answers as transformers would, one request alone, whatever the cache, the batch and the order."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thinksafe.errors import UserError
@@ -15,7 +18,9 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_decoder
 from thinksafe.sampler import scheduler as scheduler_module
 from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.loops import CHECK_EVERY, ends_in_a_loop
 from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.runner import bucket
 
 GREEDY = SamplingConfig(temperature=0, max_tokens=24)
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, top_k=30, max_tokens=24)
@@ -280,6 +285,96 @@ def test_sampled_tokens_are_drawn_from_the_logits_of_transformers_at_their_own_p
         assert tuple(sample(logits, *columns, positions)[0].tolist()) == tokens
 
 
+@pytest.mark.parametrize("passes_ahead", [1, 2, 3])
+def test_running_ahead_of_the_results_changes_nothing(models, crowded, passes_ahead):
+    """As on a GPU: the next passes are planned before it is known whether a response has ended."""
+    decoder, _ = models("qwen3")
+    requests = make_requests(PROMPTS, SAMPLED)
+    expected = answers(engine_of(decoder), requests)
+    assert {completion.finish_reason for completion in expected.values()} == {"stop", "length"}
+    for page_size, max_step_tokens, max_running, num_pages, runs_out in SWEEP.values():
+        settings = {"page_size": page_size, "max_step_tokens": max_step_tokens, "max_running": max_running}
+        engine = engine_of(decoder, **settings, num_pages=num_pages)
+        engine.passes_ahead = passes_ahead
+        assert answers(engine, requests) == expected
+        assert not runs_out or engine.scheduler.preemptions > 0
+
+
+def test_padding_rows_are_inert(models):
+    """A CUDA graph decodes a fixed number of rows; those left over name a slot and a page that nobody ever has."""
+    decoder, _ = models("qwen3")
+    requests = make_requests(PROMPTS, SAMPLED)
+    expected = answers(engine_of(decoder), requests)
+    engine = engine_of(decoder, page_size=4, num_pages=100)
+    inputs, widths = engine.runner.decode_inputs, []
+
+    def padded(plan, num_rows):
+        widths.append((num_rows, bucket(num_rows)))
+        return inputs(plan, bucket(num_rows))
+
+    engine.runner.decode_inputs = padded
+    draw = engine.runner.draw
+    engine.runner.draw = lambda plan: cut(draw(plan), plan.completes.sum())
+    assert answers(engine, requests) == expected
+    assert any(rows < wide for rows, wide in widths)
+    assert (engine.runner.page_table[-1] == engine.runner.spare_page).all()
+
+
+def cut(results, num_rows):
+    results._tensors = [tensor[:num_rows] for tensor in results._tensors]
+    return results
+
+
+def test_graphs_come_in_few_sizes():
+    sizes = [bucket(rows) for rows in range(1, 513)]
+    assert all(size >= rows for rows, size in enumerate(sizes, start=1))
+    assert sorted(set(sizes)) == [1, 2, 4, 8, 16, *range(32, 513, 32)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_transformers(models, family):
+    """Of the model's own distribution, also where tokens are drawn from a truncated one, and after a preemption."""
+    decoder, model = models(family)
+    requests = make_requests(PROMPTS[3:9], SAMPLED, stop_ids=())
+    engine = engine_of(decoder, page_size=4, num_pages=40)
+    for completion in answers(engine, requests).values():
+        request = next(request for request in requests if request.id == completion.request_id)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*request.prompt, *completion.tokens]])).logits[
+                0, len(request.prompt) - 1 : -1
+            ]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(completion.tokens)[:, None])
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_response_that_repeats_itself_ends_as_a_loop_if_asked(models):
+    """A model without context repeats itself at once: greedy decoding of one whose attention adds nothing."""
+    decoder, _ = models("qwen3")
+    looping = copy.deepcopy(decoder)
+    for layer in looping.layers:
+        layer.o_proj.zero_()
+        layer.down_proj.zero_()
+    sampling = SamplingConfig(temperature=0, max_tokens=200)
+    requests = make_requests([SHARED], sampling, stop_ids=())
+    (free,) = answers(engine_of(looping), requests).values()
+    assert (free.finish_reason, len(free.tokens)) == ("length", 200)
+    (stopped,) = answers(engine_of(looping), make_requests([SHARED], replace(sampling, stop_loops=True), ())).values()
+    assert (stopped.finish_reason, stopped.tokens) == ("loop", free.tokens[:CHECK_EVERY])
+    long_ones = make_requests(PROMPTS, replace(SAMPLED, max_tokens=200, stop_loops=True), ())
+    assert {c.finish_reason for c in answers(engine_of(decoder), long_ones).values()} == {"length"}
+
+
+@given(st.integers(0, 2**31), st.integers(1, 300), st.integers(1, 10), st.integers(0, 400))
+@settings(max_examples=200, deadline=None)
+def test_a_loop_is_eight_equal_blocks_at_the_end(seed, period, repeats, before):
+    generator = np.random.default_rng(seed)
+    block = generator.permutation(10_000)[:period]  # no token twice, so no shorter period
+    tokens = np.concatenate((generator.integers(10_000, 20_000, before), np.tile(block, repeats)))
+    fits = any(multiple % period == 0 and repeats * period >= 8 * multiple for multiple in range(8, 257))
+    assert ends_in_a_loop(tokens) == fits
+    assert not ends_in_a_loop(np.append(tokens, 20_000))
+
+
 def test_greedy_and_sampled_requests_share_a_batch(models):
     decoder, _ = models("mistral")
     kinds = [GREEDY, SAMPLED, replace(SAMPLED, top_k=0), replace(SAMPLED, top_p=1.0, temperature=0.3)]
@@ -369,14 +464,14 @@ def test_scores_of_a_broken_prompt_are_nan_and_no_others_are(poisoned):
 def test_scores_are_nan_where_an_activation_overflows(models, monkeypatch):
     """Else a verdict would be read out of a distribution that is none."""
     engine = engine_of(models("qwen3")[0])
-    forward = engine.runner.forward
+    read = engine.runner._read
 
-    def overflowing(plan, scheduler):
-        hidden = forward(plan, scheduler).clone()
-        hidden[scheduler.num_tokens[plan.slots[plan.completes]] == 3, 50] = torch.inf
+    def overflowing(plan):
+        hidden = read(plan).clone()
+        hidden[plan.ends[plan.completes] == 3, 50] = torch.inf
         return hidden
 
-    monkeypatch.setattr(engine.runner, "forward", overflowing)
+    monkeypatch.setattr(engine.runner, "_read", overflowing)
     scores = scores_of(engine, [("bad", (1, 2, 3)), ("good", (4, 5))], (5, 6))
     assert all(math.isnan(value) for value in scores["bad"])
     assert all(math.isfinite(value) for value in scores["good"])
@@ -396,7 +491,6 @@ def test_one_engine_generates_and_scores_in_turn(models):
         {"max_running": 0},
         {"page_size": 0},
         {"max_step_tokens": 0},
-        {"max_running": 300, "max_step_tokens": 200},
         {"kv_cache_gib": -1.0},
     ],
 )

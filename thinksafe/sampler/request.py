@@ -1,11 +1,11 @@
 """What goes into the sampler and what comes out: token ids only. It knows nothing of text, prompts or guards."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "nan"]
+FinishReason = Literal["stop", "length", "loop", "nan"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class SamplingConfig:
         top_p: probability mass of the nucleus, after top_k; 1 is off.
         top_k: candidates kept; 0 is off.
         max_tokens: response tokens at most.
+        stop_loops: end a response that only repeats itself, a block of up to 256 tokens eight times back to back.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -25,6 +26,7 @@ class SamplingConfig:
     top_p: float = 0.95
     top_k: int = 20
     max_tokens: int = 16_384
+    stop_loops: bool = False
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -62,12 +64,16 @@ class Completion:
 
     Attributes:
         tokens: response ids, the stop token left out.
-        finish_reason: `stop`, `length` (max_tokens or the context is full) or `nan` (the model's logits broke).
+        finish_reason: `stop`, `length` (max_tokens or the context is full), `loop` (see `SamplingConfig.stop_loops`) or
+            `nan` (the model's logits broke).
+        logprobs: of each token under the model, before temperature and truncation. Their last digits depend on the
+            batch, so equality does not ask for them.
     """
 
     request_id: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason
+    logprobs: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,89 +1,225 @@
-"""The model's side of a step: the page cache and one forward pass over the planned rows.
+"""The model's side of a pass: the page cache, and what the device must remember between passes.
 
-Each layer first writes the new tokens' keys and values into the cache, then attends: rows with a single token in
-batches of similar length, longer rows (prompts) one by one.
+The newest token of every response stays on the device, and a decode pass reads it there: the host only says which
+slots and positions, so it need not have seen the tokens of the pass before. Settings and page tables are sent when a
+request joins or gets a page. On a GPU a decode pass is one copy to the device, one CUDA graph and one copy back.
 """
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.linear_cross_entropy import matmul_fp32
+from thinksafe.kernels.linear_logprob import linear_logprob_of
+from thinksafe.kernels.native import library
 from thinksafe.kernels.paged_attention import paged_decode, paged_prefill, write_kv
+from thinksafe.kernels.sampling import sample
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
 
-_DECODE_BATCH_TOKENS = 2**17
-"""Context tokens, padding included, that one batch of decoding rows copies out of the cache: 0.5 GB a layer at 8
-key-value heads of 128 in bf16. Without a bound one row of 16k tokens would pad 255 others to its length."""
+
+@dataclass(frozen=True)
+class DecodeAttention:
+    """One new token a row against the row's pages, as the decoder calls it.
+
+    Attributes:
+        cache: [num_layers, 2, num_pages, page_size, num_kv_heads, D].
+        page_table: [B, W] int64.
+        positions: [B] int64, of the new tokens.
+    """
+
+    cache: Tensor
+    page_table: Tensor
+    positions: Tensor
+    cache_slots: Tensor = field(init=False)
+
+    def __post_init__(self):
+        page_size = self.cache.shape[3]
+        pages = self.page_table.gather(1, (self.positions // page_size)[:, None])[:, 0]
+        object.__setattr__(self, "cache_slots", pages * page_size + self.positions % page_size)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache[layer]
+        write_kv(keys, values, k, v, self.cache_slots)
+        return paged_decode(q, keys, values, self.page_table, self.positions + 1)
 
 
-class PagedAttention:
-    """Attention of one step's rows, as the decoder calls it. Everything that depends on the plan is made once."""
+class PrefillAttention:
+    """Stretches of several sequences, end to end, each against its own pages. All rows write before any row attends,
+    so a row may read pages that another one fills in the same pass."""
 
-    def __init__(self, cache: Tensor, plan: StepPlan, scheduler: Scheduler):
+    def __init__(self, cache: Tensor, plan: StepPlan, page_table: np.ndarray):
         device, page_size = cache.device, cache.shape[3]
         self.cache = cache
-        self.num_decodes = plan.num_decodes
         counts = plan.ends - plan.starts
+        firsts = np.cumsum(counts) - counts
         row = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + plan.starts[row]
-        pages = scheduler.page_table[plan.slots[row], positions // page_size]
-        self.cache_slots = torch.from_numpy(pages * page_size + positions % page_size).to(device)
-        self.positions = torch.from_numpy(positions).to(device)
-        self.input_ids = torch.from_numpy(scheduler.tokens[plan.slots[row], positions]).to(device, torch.int64)
-        self.last_rows = torch.from_numpy((np.cumsum(counts) - 1)[plan.completes]).to(device)
-
-        self.decodes: list[tuple[Tensor, Tensor, Tensor]] = []
-        lengths = plan.ends[: self.num_decodes]
-        for rows in _similar_lengths(lengths):
-            width = -(-int(lengths[rows].max()) // page_size)
-            pages = scheduler.page_table[plan.slots[rows], :width]
-            self.decodes.append(tuple(torch.from_numpy(part).to(device) for part in (rows, pages, lengths[rows])))
-        self.prefills: list[tuple[int, int, Tensor, int]] = []
-        start = self.num_decodes
-        for slot, end, count in zip(plan.slots.tolist(), plan.ends.tolist(), counts.tolist(), strict=True):
-            if count > 1:
-                pages = torch.from_numpy(scheduler.page_table[slot, : -(-end // page_size)]).to(device)
-                self.prefills.append((start, start + count, pages, end))
-                start += count
+        positions = np.arange(len(row)) - firsts[row] + plan.starts[row]
+        self.slots, self.host_positions = plan.slots[row], positions
+        pages = page_table[self.slots, positions // page_size]
+        self.cache_slots = upload(pages * page_size + positions % page_size, device)
+        self.positions = upload(positions, device)
+        self.last_rows = upload((np.cumsum(counts) - 1)[plan.completes], device)
+        self.rows = [
+            (first, first + count, upload(page_table[slot, : -(-end // page_size)], device), end)
+            for slot, first, count, end in zip(
+                *(part.tolist() for part in (plan.slots, firsts, counts, plan.ends)), strict=True
+            )
+        ]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache[layer]
         write_kv(keys, values, k, v, self.cache_slots)
         out = torch.empty_like(q)
-        for rows, pages, seq_lens in self.decodes:
-            out[rows] = paged_decode(q[rows], keys, values, pages, seq_lens)
-        for start, end, pages, seq_len in self.prefills:
+        for start, end, pages, seq_len in self.rows:
             out[start:end] = paged_prefill(q[start:end], keys, values, pages, seq_len)
         return out
 
 
-def _similar_lengths(lengths: np.ndarray) -> list[np.ndarray]:
-    """Indices in batches, shortest first, each at most _DECODE_BATCH_TOKENS when padded to its longest."""
-    order = np.argsort(lengths, kind="stable")
-    batches, start = [], 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > _DECODE_BATCH_TOKENS:
-            batches.append(order[start:end])
-            start = end
-    return batches
+class Results:
+    """Tensors on their way to the host."""
+
+    def __init__(self, *tensors: Tensor):
+        self._done = None
+        self._tensors = tensors
+        if tensors[0].is_cuda:
+            self._tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
+            for host, tensor in zip(self._tensors, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def fetch(self) -> list[np.ndarray]:
+        """The values, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        return [tensor.numpy() for tensor in self._tensors]
 
 
 class Runner:
-    """A decoder with a page cache.
+    """A decoder with a page cache and the newest token and settings of every slot.
+
+    Row `num_slots` of every table is the padding of CUDA graphs: a slot that is never occupied, on a page that is never
+    given out.
 
     Attributes:
-        cache: [num_layers, 2, num_pages, page_size, num_kv_heads, D], keys and values.
+        cache: [num_layers, 2, num_pages + 1, page_size, num_kv_heads, D], keys and values.
     """
 
-    def __init__(self, decoder: Decoder, num_pages: int, page_size: int):
-        config = decoder.config
-        self.decoder = decoder
-        shape = (config.num_layers, 2, num_pages, page_size, config.num_kv_heads, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=decoder.embedding.dtype, device=decoder.embedding.device)
+    def __init__(self, decoder: Decoder, scheduler: Scheduler):
+        config, weights = decoder.config, decoder.embedding
+        self.decoder, self.scheduler, self.device = decoder, scheduler, weights.device
+        num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
+        shape = (config.num_layers, 2, num_pages + 1, scheduler.page_size, config.num_kv_heads, config.head_dim)
+        self.cache = torch.zeros(shape, dtype=weights.dtype, device=self.device)
+        self.spare_slot, self.spare_page = num_slots, num_pages
+
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(num_slots + 1, dtype=dtype, device=self.device)
+
+        width = scheduler.page_table.shape[1]
+        self.page_table = torch.full((num_slots + 1, width), num_pages, device=self.device)
+        self.last_token, self.seed, self.top_k = (column(torch.int64) for _ in range(3))
+        self.temperature, self.top_p = (column(torch.float32) for _ in range(2))
+        self._graphs: dict[int, _DecodeGraph] | None = None
+        if self.device.type == "cuda" and library() is not None:
+            self._graphs = {}
 
     @torch.inference_mode()
-    def forward(self, plan: StepPlan, scheduler: Scheduler) -> Tensor:
+    def draw(self, plan: StepPlan) -> Results:
+        """Compute a pass and draw a token behind every completing row: [N] int64 tokens, [N] fp32 log-probabilities."""
+        if not plan.is_decode:
+            self._join(plan)
+            ends = upload(plan.ends[plan.completes], self.device)
+            return Results(*self._draw(self._read(plan), upload(plan.slots[plan.completes], self.device), ends))
+        num_rows = len(plan.slots)
+        if self._graphs is None:
+            return Results(*self.decode(upload(self.decode_inputs(plan, num_rows), self.device)))
+        padded = bucket(num_rows)
+        if padded not in self._graphs:
+            self._graphs[padded] = _DecodeGraph(self, padded)
+        tokens, logprobs = self._graphs[padded](self.decode_inputs(plan, padded))
+        return Results(tokens[:num_rows], logprobs[:num_rows])
+
+    @torch.inference_mode()
+    def score(self, plan: StepPlan, token_ids: Tensor) -> Results:
+        """Compute a pass over prompts: [N, K] fp32, log-probabilities of `token_ids` behind every completing row."""
+        self._join(plan)
+        hidden = self._read(plan)
+        return Results(linear_logprob_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1)))
+
+    def decode_inputs(self, plan: StepPlan, num_rows: int) -> np.ndarray:
+        """[5, num_rows] int64: slot and position of every row, and slot, index and page of every new page-table entry,
+        of which a decode pass has at most one a row. What is left over names the spare slot and page."""
+        inputs = np.zeros((5, num_rows), dtype=np.int64)
+        inputs[[0, 2]], inputs[4] = self.spare_slot, self.spare_page
+        inputs[0, : len(plan.slots)] = plan.slots
+        inputs[1, : len(plan.slots)] = plan.starts
+        inputs[2:, : len(plan.new_pages)] = plan.new_pages.T
+        return inputs
+
+    def decode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """One token for every row of `decode_inputs`. Reads and writes nothing on the host, so a graph can hold it."""
+        slots, positions, *entry, page = inputs
+        self.page_table[tuple(entry)] = page
+        attention = DecodeAttention(self.cache, self.page_table[slots], positions)
+        hidden = self.decoder(self.last_token[slots], positions, attention)
+        return self._draw(hidden, slots, positions + 1)
+
+    def _read(self, plan: StepPlan) -> Tensor:
         """Hidden state of the last token of every completing row, [plan.completes.sum(), H]."""
-        attention = PagedAttention(self.cache, plan, scheduler)
-        return self.decoder(attention.input_ids, attention.positions, attention)[attention.last_rows]
+        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table)
+        tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
+        hidden = self.decoder(upload(tokens, self.device), attention.positions, attention)
+        return hidden[attention.last_rows]
+
+    def _draw(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        # In fp32: rounded to bf16, logits are off by 0.03 and more, which changes two draws in a hundred.
+        logits = matmul_fp32(hidden, self.decoder.head.T)
+        settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
+        tokens, logprobs = sample(logits, *settings, positions)
+        self.last_token[slots] = tokens.clamp(min=0)  # -1, of a broken row, would be no index in a pass run ahead
+        return tokens, logprobs
+
+    def _join(self, plan: StepPlan) -> None:
+        """Send what the device must know of new occupants and their pages."""
+        slots = upload(plan.joined, self.device)
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            getattr(self, name)[slots] = upload(getattr(self.scheduler, name)[plan.joined], self.device)
+        slots, indices, pages = upload(plan.new_pages.T, self.device)
+        self.page_table[slots, indices] = pages
+
+
+class _DecodeGraph:
+    """A decode pass for a fixed number of rows, recorded once and replayed."""
+
+    def __init__(self, runner: Runner, num_rows: int):
+        nobody = np.zeros((5, num_rows), dtype=np.int64)
+        nobody[[0, 2]], nobody[4] = runner.spare_slot, runner.spare_page
+        self.inputs = torch.from_numpy(nobody).to(runner.device)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # compiles kernels and makes tables, which cannot be recorded
+            runner.decode(self.inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = runner.decode(self.inputs)
+
+    def __call__(self, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
+        self.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
+        self.graph.replay()
+        return self.outputs
+
+
+def bucket(num_rows: int) -> int:
+    """Rows of the graph that serves so many: powers of two up to 32, then multiples of 32."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 32 else -(-num_rows // 32) * 32
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """To the device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,9 +1,12 @@
-"""Who computes what in the next step. No torch, no model: token counts and page numbers only.
+"""Who computes what in the next pass. No torch, no model: token counts and page numbers only.
 
-Every running sequence has tokens (`num_tokens`) of which some are in the cache (`num_computed`). A step computes the
-rest: one token where a sequence decodes, a chunk where its prompt is still being read, so requests join and leave at
-every step and recomputing a preempted one is nothing special. State lies in arrays by slot, so that planning 500
-sequences costs a handful of numpy calls.
+A pass either reads prompts, packed up to a budget, or continues every running response by one token. A plan states
+what will have been computed as if it were done, so the next one can be made while the device still works: how long
+each sequence is then is certain, which token it ends with is not, and no plan asks. `commit` learns the tokens, in
+order, some passes later. A response that turned out to have ended before is computed once too often; its slot has
+another epoch by then, so the result is dropped.
+
+State lies in arrays by slot: planning 500 sequences is a handful of numpy calls.
 """
 
 from collections import deque
@@ -12,42 +15,53 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from thinksafe.sampler.loops import CHECK_EVERY, ends_in_a_loop
 from thinksafe.sampler.pages import PagePool, prefix_digests
 from thinksafe.sampler.request import Completion, FinishReason, Request
 
 _GROWTH_TOKENS = 256
 """Room kept free per running sequence when another is admitted: fewer preemptions than admitting on the prompt
 alone, which recomputes 40% of all tokens, and fuller batches than reserving max_tokens."""
+_ADMIT_TOGETHER = 16
+"""Requests to wait for before prompts are read: a pass over the weights for one prompt delays all running responses."""
+_NO_TOKEN = -2
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Tokens to compute: rows in order, the rows with a single token first.
+    """One pass over the model.
 
     Attributes:
-        slots, starts, ends: [R]; row r computes tokens starts[r] to ends[r] of the sequence in slots[r].
-        completes: [R] bool; the row reaches its sequence's last token, so its logits are wanted.
+        is_decode: every row is the newest token of a response, whose id may be known to the device alone; else rows
+            are stretches of known tokens.
+        slots, starts, ends: [R] int64; row r computes tokens starts[r] to ends[r] of the sequence in slots[r].
+        completes: [R] bool; a token is to be drawn behind the row's last.
+        epochs: [R] int64, which occupant of the slot is meant.
+        joined: [J] int64, slots with a new occupant since the last plan.
+        new_pages: [N, 3] int64, page-table entries made since the last plan: slot, index, page.
     """
 
+    is_decode: bool
     slots: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
     completes: np.ndarray
+    epochs: np.ndarray
+    joined: np.ndarray
+    new_pages: np.ndarray
 
     @property
     def num_tokens(self) -> int:
         return int((self.ends - self.starts).sum())
 
-    @property
-    def num_decodes(self) -> int:
-        """Leading rows with exactly one token."""
-        return int((self.ends - self.starts == 1).sum())
-
 
 @dataclass
-class _Waiting:
+class _Sequence:
+    """A request and what is known of its response: a preempted one comes back with the tokens it had."""
+
     request: Request
     tokens: list[int]
+    logprobs: list[float] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
 
 
@@ -55,32 +69,42 @@ class Scheduler:
     """Slots, pages and the queue.
 
     Attributes:
-        tokens: [num_slots, max_seq_len] int32, prompt and response of each running sequence.
-        num_tokens, num_computed: [num_slots] int64.
+        tokens: [num_slots, max_seq_len] int32, prompt and committed response of each running sequence.
+        num_computed: [num_slots] int64, tokens in the cache once all plans are done.
         page_table: [num_slots, max pages a sequence] int64.
+        num_in_flight: plans that are not committed.
     """
 
     def __init__(self, num_slots: int, num_pages: int, page_size: int, max_seq_len: int, max_step_tokens: int):
         self.page_size = page_size
-        self.max_seq_len = max_seq_len
         self.max_step_tokens = max_step_tokens
         self.pool = PagePool(num_pages)
-        self.capacity_tokens = num_pages * page_size
-        self.tokens = np.zeros((num_slots, max_seq_len), dtype=np.int32)
-        self.num_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.max_seq_len = min(max_seq_len, num_pages * page_size)
+        # Untouched parts of the large arrays take no memory.
+        self.tokens = np.zeros((num_slots, self.max_seq_len), dtype=np.int32)
+        self.logprobs = np.zeros((num_slots, self.max_seq_len), dtype=np.float32)
+        self.num_prompt = np.zeros(num_slots, dtype=np.int64)
+        self.num_known = np.zeros(num_slots, dtype=np.int64)  # tokens at admission, read as a prompt
         self.num_computed = np.zeros(num_slots, dtype=np.int64)
+        self.limit = np.zeros(num_slots, dtype=np.int64)  # length at which a response is cut; 0 in a free slot
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
-        self.limit = np.zeros(num_slots, dtype=np.int64)
-        self.page_table = np.zeros((num_slots, -(-max_seq_len // page_size)), dtype=np.int64)
+        self.page_table = np.zeros((num_slots, -(-self.max_seq_len // page_size)), dtype=np.int64)
+        self.epoch = np.zeros(num_slots, dtype=np.int64)
+        self.stop_ids = np.full((num_slots, 1), _NO_TOKEN, dtype=np.int64)
+        self.stop_loops = np.zeros(num_slots, dtype=bool)
         self.seed = np.zeros(num_slots, dtype=np.int64)
         self.temperature = np.zeros(num_slots, dtype=np.float32)
         self.top_k = np.zeros(num_slots, dtype=np.int64)
         self.top_p = np.ones(num_slots, dtype=np.float32)
-        self.running: dict[int, _Waiting] = {}  # slot -> sequence, in order of admission
-        self.waiting: deque[_Waiting] = deque()
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self.running: dict[int, _Sequence] = {}  # slot -> sequence, in order of admission
+        self.waiting: deque[_Sequence] = deque()
+        self.num_in_flight = 0
         self.computed_tokens = 0
         self.preemptions = 0
+        self._reading: list[int] = []  # slots whose prompt is not wholly computed
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._joined: list[int] = []
+        self._new_pages: list[tuple[int, int, int]] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests: all of them, or none.
@@ -94,50 +118,42 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def plan(self) -> StepPlan:
-        """Decide the next step and give its rows the pages they write to. Older sequences go first."""
-        budget = self.max_step_tokens
-        running = np.fromiter(self.running, dtype=np.int64, count=len(self.running))
-        next_token = self.num_computed[running]
-        has_page = next_token < self.num_pages[running] * self.page_size
-        simple = (self.num_tokens[running] - next_token == 1) & has_page
-        decodes = running[simple][:budget]
-        budget -= len(decodes)
-        rows: list[tuple[int, int, int]] = []
-        for slot in running[~simple].tolist():
-            if slot in self.running and budget > 0:
-                budget -= self._schedule(slot, budget, rows)
-        # Before anyone is admitted, perhaps to the slot of a sequence that was just preempted.
-        still_running = np.fromiter((slot in self.running for slot in decodes.tolist()), dtype=bool, count=len(decodes))
-        decodes = decodes[still_running]
-        while self.waiting and self._free_slots and budget > 0 and self._admits(self.waiting[0]):
-            budget -= self._schedule(self._admit(self.waiting.popleft()), budget, rows)
-        rows.sort(key=lambda row: row[2] - row[1] > 1)
-        others = np.array(rows, dtype=np.int64).reshape(-1, 3)
-        slots = np.concatenate((decodes, others[:, 0]))
-        starts = np.concatenate((self.num_computed[decodes], others[:, 1]))
-        ends = np.concatenate((self.num_computed[decodes] + 1, others[:, 2]))
-        return StepPlan(slots, starts, ends, ends == self.num_tokens[slots])
+    def plan(self) -> StepPlan | None:
+        """The next pass, its pages given out; None where nothing can be planned before something is committed."""
+        if self._reading or self._should_admit():
+            return self._read_prompts()
+        return self._continue_responses()
 
-    def commit(self, plan: StepPlan, sampled: np.ndarray) -> list[Completion]:
-        """Take in a step's results.
+    def commit(self, plan: StepPlan, sampled: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        """Take in the results of the oldest plan that is in flight.
 
         Args:
             sampled: [plan.completes.sum()] int64, a token for every completing row; -1 where the logits broke.
+            logprobs: [plan.completes.sum()] fp32, of those tokens.
 
         Returns:
             The sequences that are finished, their slots and pages freed.
         """
-        self._mark_computed(plan)
-        slots = plan.slots[plan.completes]
-        lengths = self.num_tokens[slots]
-        self.tokens[slots, lengths] = sampled
-        self.num_tokens[slots] = lengths + (sampled >= 0)
-        return [
-            self._finish(slot, reason)
-            for slot, token in zip(slots.tolist(), sampled.tolist(), strict=True)
-            if not (token < 0 and self._retry_alone(slot)) and (reason := self._finish_reason(slot, token))
-        ]
+        index, slots, ends = self._land(plan)
+        sampled = sampled[index]
+        self.tokens[slots, ends] = sampled
+        self.logprobs[slots, ends] = logprobs[index]
+        stopped = (self.stop_ids[slots] == sampled[:, None]).any(-1)
+        over = stopped | (sampled < 0) | (ends + 1 >= self.limit[slots])
+        look = self.stop_loops[slots] & ((ends + 1 - self.num_prompt[slots]) % CHECK_EVERY == 0)
+        completions = []
+        for row in np.flatnonzero(over | look).tolist():
+            slot, end = int(slots[row]), int(ends[row])
+            if sampled[row] < 0:
+                if not self._retry_alone(slot, end):
+                    completions.append(self._finish(slot, end, "nan"))
+            elif stopped[row]:
+                completions.append(self._finish(slot, end, "stop"))
+            elif look[row] and ends_in_a_loop(self.tokens[slot, self.num_prompt[slot] : end + 1]):
+                completions.append(self._finish(slot, end + 1, "loop"))
+            elif over[row]:
+                completions.append(self._finish(slot, end + 1, "length"))
+        return completions
 
     def commit_scored(self, plan: StepPlan, broken: np.ndarray) -> list[tuple[int, Request]]:
         """Like `commit` where only the prompt's last logits are wanted, so that every completing row is finished.
@@ -148,110 +164,160 @@ class Scheduler:
         Returns:
             The finished requests, each with its index among the completing rows.
         """
-        self._mark_computed(plan)
-        slots = plan.slots[plan.completes]
         finished = []
-        for index, slot in enumerate(slots.tolist()):
-            if not (broken[index] and self._retry_alone(slot)):
-                finished.append((index, self.running[slot].request))
+        for row, slot, end in zip(*(part.tolist() for part in self._land(plan)), strict=True):
+            if not (broken[row] and self._retry_alone(slot, end)):
+                finished.append((row, self.running[slot].request))
                 self._free(slot)
         return finished
 
-    def _sequence(self, request: Request) -> _Waiting:
+    def _sequence(self, request: Request) -> _Sequence:
         length = len(request.prompt)
         if length == 0:
             raise ValueError("the prompt is empty")
-        room = min(self.max_seq_len, self.capacity_tokens)
-        if length >= room:
-            raise ValueError(f"the prompt has {length} tokens, the context holds {room} with the response")
+        if length >= self.max_seq_len:
+            raise ValueError(f"the prompt has {length} tokens, the context holds {self.max_seq_len} with the response")
         digests = prefix_digests(request.prompt[:-1], self.page_size)  # the last token is always computed: its logits
-        return _Waiting(request, list(request.prompt), digests)
+        return _Sequence(request, list(request.prompt), digests=digests)
 
-    def _mark_computed(self, plan: StepPlan) -> None:
-        self.num_computed[plan.slots] = plan.ends
-        self.computed_tokens += plan.num_tokens
-
-    def _schedule(self, slot: int, budget: int, rows: list[tuple[int, int, int]]) -> int:
-        """Add a row for up to `budget` pending tokens of a sequence; the number of them, 0 if it had to make room."""
-        start = int(self.num_computed[slot])
-        end = min(int(self.num_tokens[slot]), start + budget)
-        if not self._grow(slot, end):
-            return 0
-        self._register(slot, start, end)
-        rows.append((slot, start, end))
-        return end - start
-
-    def _finish_reason(self, slot: int, token: int) -> FinishReason | None:
-        if token < 0:
-            return "nan"
-        if token in self.running[slot].request.stop_ids:
-            return "stop"
-        return "length" if self.num_tokens[slot] >= self.limit[slot] else None
-
-    def _finish(self, slot: int, reason: FinishReason) -> Completion:
-        request = self.running[slot].request
-        end = int(self.num_tokens[slot]) - (reason == "stop")
-        response = self.tokens[slot, len(request.prompt) : end]
-        self._free(slot)
-        return Completion(request.id, tuple(response.tolist()), reason)
-
-    def _admits(self, candidate: _Waiting) -> bool:
+    def _should_admit(self) -> bool:
+        """Whether enough requests can join for a pass of their own."""
+        if not self.waiting or not self._free_slots:
+            return False
         if not self.running:
-            return True  # alone it fits: `submit` made sure
+            return True  # alone the first fits: `submit` made sure
+        wanted = min(_ADMIT_TOGETHER, len(self.waiting), -(-len(self.epoch) // 4))
+        if len(self._free_slots) < wanted:
+            return False
+        candidates = [self.waiting[index] for index in range(wanted)]
+        return self.pool.available >= self._reserved() + sum(map(self._pages_to_admit, candidates))
+
+    def _pages_to_admit(self, candidate: _Sequence) -> int:
+        """Pages for its tokens and some growth, less those it shares with someone who runs."""
         shared = self.pool.shared_prefix(candidate.digests)
         already_owned = int((self.pool.owners[shared] > 0).sum()) if shared else 0
         length = len(candidate.tokens) + min(candidate.request.sampling.max_tokens, _GROWTH_TOKENS)
-        needed = -(-min(length, self.max_seq_len) // self.page_size) - already_owned
-        slots = np.fromiter(self.running, dtype=np.int64, count=len(self.running))
-        future = np.minimum(self.limit[slots], self.num_tokens[slots] + _GROWTH_TOKENS)
-        reserved = int((-(-future // self.page_size) - self.num_pages[slots]).clip(min=0).sum())
-        return self.pool.available >= needed + reserved
+        return -(-min(length, self.max_seq_len) // self.page_size) - already_owned
 
-    def _admit(self, sequence: _Waiting) -> int:
+    def _reserved(self) -> int:
+        """Pages that running sequences will still take for some growth each."""
+        occupied = self.limit > 0
+        length = np.maximum(self.num_known, self.num_computed + 1)[occupied]
+        future = np.minimum(self.limit[occupied], length + _GROWTH_TOKENS)
+        return int((-(-future // self.page_size) - self.num_pages[occupied]).clip(min=0).sum())
+
+    def _read_prompts(self) -> StepPlan:
+        """Stretches of prompts up to the budget: those begun before, then those of requests that are admitted now."""
+        budget, rows = self.max_step_tokens, []
+        slots = deque(self._reading)
+        while budget:
+            if not slots:
+                if not (self.waiting and self._free_slots):
+                    break
+                if self.running and self.pool.available < self._reserved() + self._pages_to_admit(self.waiting[0]):
+                    break
+                slots.append(self._admit(self.waiting.popleft()))
+            slot = slots.popleft()
+            start = int(self.num_computed[slot])
+            end = min(int(self.num_known[slot]), start + budget)
+            self._register(slot, start, end)
+            self.num_computed[slot] = end
+            if end == self.num_known[slot]:
+                self._reading.remove(slot)
+            rows.append((slot, start, end))
+            budget -= end - start
+        slots, starts, ends = np.array(rows, dtype=np.int64).T
+        return self._planned(False, slots, starts, ends, ends == self.num_known[slots])
+
+    def _continue_responses(self) -> StepPlan | None:
+        """One token for every response that is not cut off by its length yet."""
+        while True:
+            ready = (self.num_computed >= self.num_known) & (self.num_computed + 1 < self.limit)
+            slots = np.flatnonzero(ready)
+            starts = self.num_computed[slots]
+            growing = slots[starts == self.num_pages[slots] * self.page_size]
+            if len(growing) <= self.pool.available:
+                break
+            if self.num_in_flight:
+                return None  # whoever makes room must not have tokens that nobody knows yet
+            youngest = next(reversed(self.running))
+            self._requeue(youngest, int(self.num_computed[youngest]) + 1)
+            self.preemptions += 1
+        if not len(slots):
+            return None
+        for slot in growing.tolist():
+            self._add_page(slot, self.pool.allocate())
+        self.num_computed[slots] += 1
+        return self._planned(True, slots, starts, starts + 1, np.ones(len(slots), dtype=bool))
+
+    def _planned(self, is_decode: bool, slots, starts, ends, completes) -> StepPlan:
+        self.num_in_flight += 1
+        self.computed_tokens += int((ends - starts).sum())
+        joined = np.array(self._joined, dtype=np.int64)
+        new_pages = np.array(self._new_pages, dtype=np.int64).reshape(-1, 3)
+        self._joined.clear()
+        self._new_pages.clear()
+        return StepPlan(is_decode, slots, starts, ends, completes, self.epoch[slots], joined, new_pages)
+
+    def _land(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the completing rows whose sequence still runs: index among all completing rows, slot, end."""
+        self.num_in_flight -= 1
+        slots = plan.slots[plan.completes]
+        index = np.flatnonzero(self.epoch[slots] == plan.epochs[plan.completes])
+        return index, slots[index], plan.ends[plan.completes][index]
+
+    def _finish(self, slot: int, end: int, reason: FinishReason) -> Completion:
+        request = self.running[slot].request
+        response = slice(len(request.prompt), end)
+        tokens, logprobs = self.tokens[slot, response].tolist(), self.logprobs[slot, response].tolist()
+        self._free(slot)
+        return Completion(request.id, tuple(tokens), reason, tuple(logprobs))
+
+    def _admit(self, sequence: _Sequence) -> int:
         slot = self._free_slots.pop()
         request, sampling = sequence.request, sequence.request.sampling
+        length, num_prompt = len(sequence.tokens), len(request.prompt)
         self.running[slot] = sequence
-        self.tokens[slot, : len(sequence.tokens)] = sequence.tokens
-        self.num_tokens[slot] = len(sequence.tokens)
-        room = min(self.max_seq_len, self.capacity_tokens)
-        self.limit[slot] = min(len(request.prompt) + sampling.max_tokens, room)
+        self.tokens[slot, :length] = sequence.tokens
+        self.logprobs[slot, num_prompt:length] = sequence.logprobs
+        self.num_prompt[slot] = num_prompt
+        self.num_known[slot] = length
+        self.limit[slot] = min(num_prompt + sampling.max_tokens, self.max_seq_len)
+        missing = len(request.stop_ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=_NO_TOKEN)
+        self.stop_ids[slot] = _NO_TOKEN
+        self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
+        self.stop_loops[slot] = sampling.stop_loops
         self.seed[slot] = request.seed
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = sampling.top_k
         self.top_p[slot] = sampling.top_p
         shared = self.pool.shared_prefix(sequence.digests)
-        for index, page in enumerate(shared):
+        for page in shared:
             self.pool.take(page)
-            self.page_table[slot, index] = page
-        self.num_pages[slot] = len(shared)
+            self._add_page(slot, page)
+        for _ in range(len(shared), -(-length // self.page_size)):
+            self._add_page(slot, self.pool.allocate())
         self.num_computed[slot] = len(shared) * self.page_size
+        self._joined.append(slot)
+        self._reading.append(slot)
         return slot
 
-    def _grow(self, slot: int, end: int) -> bool:
-        """Own pages for tokens up to `end`. Preempts the youngest others, or the sequence itself, when none is left."""
-        while self.num_pages[slot] * self.page_size < end:
-            if self.pool.available == 0:
-                youngest = next(reversed(self.running))
-                self._preempt(youngest)
-                if youngest == slot:
-                    return False
-                continue
-            self.page_table[slot, self.num_pages[slot]] = self.pool.allocate()
-            self.num_pages[slot] += 1
-        return True
+    def _add_page(self, slot: int, page: int) -> None:
+        index = int(self.num_pages[slot])
+        self.page_table[slot, index] = page
+        self.num_pages[slot] = index + 1
+        self._new_pages.append((slot, index, page))
 
     def _register(self, slot: int, start: int, end: int) -> None:
-        """Offer the prompt pages that this step completes. A row admitted into the same step may already read them:
+        """Offer the prompt pages that this pass completes. A row admitted into the same pass may already read them:
         in every layer all rows write before any row attends."""
         digests = self.running[slot].digests
         for index in range(start // self.page_size, min(end // self.page_size, len(digests))):
             self.pool.register(int(self.page_table[slot, index]), digests[index])
 
-    def _preempt(self, slot: int) -> None:
-        self._requeue(slot)
-        self.preemptions += 1
-
-    def _retry_alone(self, slot: int) -> bool:
+    def _retry_alone(self, slot: int, end: int) -> bool:
         """Compute a sequence whose last logits broke once more, on pages of its own: a neighbour that broke may have
         written the shared ones, since attention spreads NaN to all tokens of a chunk. False if nothing was shared."""
         sequence = self.running[slot]
@@ -260,12 +326,14 @@ class Scheduler:
         for page in self.page_table[slot, : self.num_pages[slot]].tolist():
             self.pool.forget(page)
         sequence.digests = []
-        self._requeue(slot)
+        self._requeue(slot, end)
         return True
 
-    def _requeue(self, slot: int) -> None:
+    def _requeue(self, slot: int, length: int) -> None:
+        """Put a sequence back to the front of the queue with its first `length` tokens, all of them committed."""
         sequence = self.running[slot]
-        sequence.tokens = self.tokens[slot, : self.num_tokens[slot]].tolist()
+        sequence.tokens = self.tokens[slot, :length].tolist()
+        sequence.logprobs = self.logprobs[slot, len(sequence.request.prompt) : length].tolist()
         self._free(slot)
         self.waiting.appendleft(sequence)
 
@@ -274,4 +342,6 @@ class Scheduler:
         for page in self.page_table[slot, : self.num_pages[slot]].tolist():
             self.pool.release(page)
         self.num_pages[slot] = 0
+        self.limit[slot] = 0
+        self.epoch[slot] += 1
         self._free_slots.append(slot)
