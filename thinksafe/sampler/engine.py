@@ -16,6 +16,7 @@ import torch
 
 from thinksafe.errors import UserError
 from thinksafe.model.decoder import Decoder
+from thinksafe.sampler.limits import hardware_of, pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.runner import Results, Runner
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
@@ -48,7 +49,12 @@ class EngineConfig:
 
 
 class Engine:
-    """A decoder ready to answer requests. Create it when it is needed: the page pool is allocated at once."""
+    """A decoder ready to answer requests. Create it when it is needed: the page pool is allocated at once.
+
+    Attributes:
+        hardware: what the device can do, or None where nobody has measured it.
+        limit_seconds: the least time that all passes so far could have taken on it.
+    """
 
     def __init__(self, decoder: Decoder, config: EngineConfig):
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
@@ -62,6 +68,7 @@ class Engine:
             config.max_running, num_pages, config.page_size, decoder.config.max_seq_len, config.max_step_tokens
         )
         self.runner = Runner(decoder, self.scheduler)
+        self.hardware, self.limit_seconds = hardware_of(device), 0.0
         self.passes_ahead = 1 if device.type == "cuda" else 0
 
     @property
@@ -95,6 +102,11 @@ class Engine:
             plan = self.scheduler.plan()
             if plan is not None:
                 in_flight.append((plan, launch(plan)))
+                if self.hardware:
+                    decoder = self.runner.decoder
+                    self.limit_seconds += pass_seconds(
+                        plan, decoder.config, decoder.embedding.element_size(), self.hardware
+                    )
             if plan is None or len(in_flight) > self.passes_ahead:
                 plan, results = in_flight.popleft()
                 yield plan, results.fetch()
