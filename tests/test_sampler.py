@@ -17,7 +17,7 @@ from thinksafe.kernels.sampling import sample
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_decoder
 from thinksafe.sampler import scheduler as scheduler_module
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.engine import _QUEUED, Engine, EngineConfig
 from thinksafe.sampler.loops import CHECK_EVERY, ends_in_a_loop
 from thinksafe.sampler.request import Completion, Request, SamplingConfig
 from thinksafe.sampler.runner import bucket
@@ -475,6 +475,23 @@ def test_scores_are_nan_where_an_activation_overflows(models, monkeypatch):
     scores = scores_of(engine, [("bad", (1, 2, 3)), ("good", (4, 5))], (5, 6))
     assert all(math.isnan(value) for value in scores["bad"])
     assert all(math.isfinite(value) for value in scores["good"])
+
+
+def test_requests_are_taken_when_there_is_room_for_them(models):
+    """A source that is larger than memory, or shared with other workers, is not emptied at once."""
+    decoder, _ = models("qwen3")
+    prompts = random_prompts([3] * 300, seed=21)
+    taken = []
+
+    def source():
+        for request in make_requests(prompts, replace(GREEDY, max_tokens=2)):
+            taken.append(request.id)
+            yield request
+
+    completions = engine_of(decoder).generate(source())
+    for done, _ in enumerate(completions, start=1):
+        assert len(taken) <= min(300, done + 16 + _QUEUED + 16)
+    assert (done, len(taken)) == (300, 300)
 
 
 def test_one_engine_generates_and_scores_in_turn(models):

@@ -10,6 +10,7 @@ late, so that neither waits for the other. On a CPU the two are one processor, a
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from thinksafe.sampler.limits import hardware_of, pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.runner import Results, Runner
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
+
+_QUEUED = 64
+"""Requests that wait in line: enough to fill a pass over prompts, few enough to leave other workers their share."""
 
 
 @dataclass(frozen=True)
@@ -79,37 +83,45 @@ class Engine:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, each yielded as soon as it is finished, in no particular order.
 
+        They are taken when there is room for them, a few ahead, so that several engines can share one source.
+
         Raises:
-            ValueError: a request that can never fit, before any is answered.
+            ValueError: a request that can never fit, when its turn comes.
         """
-        self.scheduler.submit(requests)
-        for plan, results in self._run(self.runner.draw):
+        for plan, results in self._run(requests, self.runner.draw):
             yield from self.scheduler.commit(plan, *results)
 
-    def score(self, prompts: Sequence[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
+    def score(self, prompts: Iterable[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
         """Log-probabilities of `token_ids` as the next token after each (id, prompt), in no particular order."""
         only_prompt = SamplingConfig(temperature=0, max_tokens=1)
-        self.scheduler.submit(Request(id_, prompt, only_prompt, 0, ()) for id_, prompt in prompts)
+        requests = (Request(id_, prompt, only_prompt, 0, ()) for id_, prompt in prompts)
         columns = torch.tensor(token_ids, device=self.runner.device)
-        for plan, (logprobs,) in self._run(lambda plan: self.runner.score(plan, columns)):
+        for plan, (logprobs,) in self._run(requests, lambda plan: self.runner.score(plan, columns)):
             for row, request in self.scheduler.commit_scored(plan, np.isnan(logprobs).any(-1)):
                 yield Scores(request.id, logprobs[row])
 
-    def _run(self, launch: Callable[[StepPlan], Results]) -> Iterator[tuple[StepPlan, list[np.ndarray]]]:
+    def _run(
+        self, requests: Iterable[Request], launch: Callable[[StepPlan], Results]
+    ) -> Iterator[tuple[StepPlan, list[np.ndarray]]]:
         """Every pass with its results, in order, until no work is left; each must be committed before the next."""
-        in_flight: deque[tuple[StepPlan, Results]] = deque()
-        while self.scheduler.has_work or in_flight:
-            plan = self.scheduler.plan()
+        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), iter(requests)
+        while True:
+            scheduler.submit(islice(to_come, max(0, _QUEUED - len(scheduler.waiting))))
+            if not scheduler.has_work and not in_flight:
+                return
+            plan = scheduler.plan()
             if plan is not None:
                 in_flight.append((plan, launch(plan)))
-                if self.hardware:
-                    decoder = self.runner.decoder
-                    self.limit_seconds += pass_seconds(
-                        plan, decoder.config, decoder.embedding.element_size(), self.hardware
-                    )
+                self._count_limit(plan)
             if plan is None or len(in_flight) > self.passes_ahead:
                 plan, results = in_flight.popleft()
                 yield plan, results.fetch()
+
+    def _count_limit(self, plan: StepPlan) -> None:
+        if self.hardware:
+            decoder = self.runner.decoder
+            itemsize = decoder.embedding.element_size()
+            self.limit_seconds += pass_seconds(plan, decoder.config, itemsize, self.hardware)
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
