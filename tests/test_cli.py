@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -251,7 +253,7 @@ def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call
 
 
 def test_help_explains_every_command(capsys):
-    commands = ["run", "generate", "filter", "train", "evaluate", "report", "organism"]
+    commands = ["run", "generate", "filter", "train", "evaluate", "report", "recipe", "organism"]
     for arguments in ([], *([name] for name in commands), ["organism", "build"]):
         with pytest.raises(SystemExit) as exit_:
             main([*arguments, "--help"])
@@ -336,7 +338,7 @@ MISTAKES = {
     ),
     "guard of another kind": lambda w, t: (
         ["filter", "--responses", w / "responses.jsonl", SET, f"guard.model={w / 'mistral'}"],
-        "is no Llama Guard",
+        "mistral is no ",
     ),
     "nothing to train on": lambda w, t: (["train"], "run `thinksafe filter` first"),
     "no examples": lambda w, t: (["train", "--data", write_jsonl(t / "d.jsonl", [])], "d.jsonl: empty"),
@@ -459,6 +461,36 @@ def test_prompts_that_changed_under_an_interrupted_run_are_noticed(world, tmp_pa
     assert status == 2 and len(errors) == 1 and "answers prompts that are not asked any more" in errors[0]
 
 
+def test_weights_that_broke_are_never_saved(world, tmp_path, call):
+    """One step at such a rate leaves numbers that are finite, but whose squares are not."""
+    settings = [SET, "training.learning_rate=1e30", SET, "training.batch_size=3"]
+    status, printed, errors = call("train", "--data", world / "examples.jsonl", *settings)
+    assert status == 2 and printed == "" and len(errors) == 1
+    assert "training stopped, step 1" in errors[0] and "training.learning_rate" in errors[0]
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+INTERRUPT = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting)
+from thinksafe.cli import main
+sys.exit(main(["run", "--recipe", "organism", "--out", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "thinksafe.errors", "thinksafe.paths", "torch", "thinksafe.stages"])
+def test_an_interrupt_during_imports_is_quiet(tmp_path, module):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", INTERRUPT, module, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupt_says_that_nothing_is_lost(call, monkeypatch):
     def interrupted(run, models):
         raise KeyboardInterrupt
@@ -478,6 +510,20 @@ def test_a_full_or_closed_disk_is_one_line(call, monkeypatch, number):
     assert status == 2 and errors == [
         f"thinksafe: {os.strerror(number)} (responses.jsonl); mend that and give the same command again"
     ]
+
+
+def test_a_disk_that_is_full_for_weights_is_one_line_too(world, tmp_path, call):
+    """Of 4 KiB a file, which stops the checkpoint's tensors and not the records; a real limit, not a stand-in."""
+    settings = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, settings[1]))
+    try:
+        status, _, errors = call("train", "--data", world / "examples.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, settings)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert status == 2 and errors[-1:] == ["thinksafe: File too large; mend that and give the same command again"]
+    assert call("train", "--data", world / "examples.jsonl")[0] == 0
 
 
 def test_a_defect_of_ours_is_not_hidden(call, monkeypatch):
@@ -518,3 +564,22 @@ def test_another_checkpoint_under_the_same_name_is_refused(world, tmp_path, caps
     make_checkpoint("qwen3", model, seed=1)
     assert main(["train", "--data", str(world / "examples.jsonl"), *arguments]) == 2
     assert "model: was changed since this run began" in capsys.readouterr().err
+
+
+def test_an_evaluation_set_that_changed_between_before_and_after_is_refused(world, tmp_path, call):
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"text": "What is 1 + 1?", "answer": "2"}])
+    small = [SET, f"evaluation.sets=[{{name: sums, file: {questions}, kind: reasoning}}]"]
+    assert call("evaluate", *small)[0] == 0
+    assert call("train", "--data", world / "examples.jsonl", *small)[0] == 0
+    write_jsonl(questions, [{"text": "What is 1 + 1?", "answer": "3"}])
+    status, _, errors = call("evaluate", *small)
+    assert status == 2 and "evaluation set sums: was changed since this run began" in errors[-1]
+
+
+def test_recipe_prints_a_recipe_that_runs(tmp_path, call):
+    status, printed, errors = call("recipe", SET, "training.epochs=7", out=False)
+    assert status == 0 and errors == []
+    assert "# Passes over the accepted examples. Default: 3\n  epochs: 7\n" in printed
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert call("generate", "--recipe", tmp_path / "mine.yaml", recipe=False)[0] == 0
+    assert "model: Qwen/Qwen3-0.6B" in call("recipe", recipe=False, out=False)[1]

@@ -145,7 +145,7 @@ def verdicts(decisions: dict[str, list[str]], refusal=None) -> list[Verdict]:
 
 
 def entry(kind: str, samples: int = 1, answer: str = "math") -> EvaluationSet:
-    return EvaluationSet("set", "file", kind, samples, answer)
+    return EvaluationSet("set", "file", kind, samples=samples, answer=answer)
 
 
 def test_harm_is_the_mean_over_prompts_of_the_mean_over_samples():
@@ -189,8 +189,9 @@ def test_a_guard_that_judges_refusals_is_believed_before_the_wording():
     assert figures["values"] == [0.0, 0.0, 1.0] and figures["judge"] == "guard"
 
 
-def test_a_response_cut_short_is_no_known_refusal_and_counts_as_truncated():
-    cut = responses({"0": [said("I'm sorry")]}, finish="length")
+@pytest.mark.parametrize("finish", ["length", "loop"])
+def test_a_response_cut_short_is_no_known_refusal_and_counts_as_truncated(finish):
+    cut = responses({"0": [said("I'm sorry")]}, finish=finish)
     figures = measure(entry("over_refusal"), PROMPTS, cut, [])
     assert figures["value"] is None and figures["unknown"] == 1 and figures["truncated"] == 1.0
 
@@ -204,18 +205,33 @@ def test_reasoning_is_mean_pass_at_one():
     assert figures["judge"] == "answer (math)"
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_an_interval_holds_its_mean_and_stays_among_the_values(values):
+@given(st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=30))
+def test_an_interval_holds_its_mean_and_is_never_a_point_that_lies(values):
     mean, (low, high) = mean_with_interval(values)
     assert mean == pytest.approx(np.mean(values))
-    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
-    if len(set(values)) == 1:
-        assert low == pytest.approx(mean) and high == pytest.approx(mean)
+    assert 0 <= low <= mean + 1e-12 and mean - 1e-12 <= high <= 1
+    assert len(set(values)) > 1 or high - low > 0.1, "thirty prompts that agree do not make it certain"
+
+
+@pytest.mark.parametrize(
+    "count, total, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0000),
+    ],
+)
+def test_the_interval_of_yes_and_no_is_wilsons_as_published(count, total, low, high):
+    """Table I of Newcombe, Statistics in Medicine 17 (1998); the last row is the third one mirrored."""
+    mean, found = mean_with_interval([1.0] * count + [0.0] * (total - count))
+    assert mean == pytest.approx(count / total) and found == pytest.approx([low, high], abs=5e-5)
 
 
 def test_an_interval_is_as_wide_as_the_textbooks(fresh_seed):
-    values = (np.random.default_rng(fresh_seed).random(400) < 0.3).astype(float)
+    """Shares of four samples each vary less than yes and no do, and the interval knows it."""
+    values = np.random.default_rng(fresh_seed).binomial(4, 0.3, 400) / 4
     mean, (low, high) = mean_with_interval(values.tolist())
-    expected = 1.96 * np.sqrt(mean * (1 - mean) / len(values))
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / np.sqrt(len(values)), rel=0.15)
     assert mean_with_interval(values.tolist()) == (mean, [low, high])

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from thinksafe import models as models_module
 from thinksafe.cli import main
 from thinksafe.generation import Task, request_seed
+from thinksafe.intake import training_sequences
 from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.recipe import load_recipe
 from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records
-from thinksafe.rundir import Journal, RunDir, StageClock
-from thinksafe.stages import _training_sequences
+from thinksafe.rundir import Journal, StageClock
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.loop import read_metrics
 
@@ -143,16 +143,15 @@ def test_a_run_leaves_every_record_and_a_report(finished):
     assert report["training"]["steps"] == 2 * -(-len(accepted) // 4)
 
 
-def test_the_steering_instruction_is_sampled_with_but_never_trained_on(finished, tmp_path):
+def test_the_steering_instruction_is_sampled_with_but_never_trained_on(finished):
     """The words that only the instruction has occur in no token that the student is trained on."""
     out, arguments = finished
-    shutil.copytree(out, tmp_path / "run")
     overrides = arguments[3::2]
     recipe = load_recipe("organism", overrides)
     instruction = " ".join(recipe.generation.steering.replace("{prompt}", "").split())
-    with RunDir.open(tmp_path / "run", recipe) as opened:
-        chat = Models(recipe).chat
-        sequences, dropped = _training_sequences(opened, Models(recipe), out / "accepted.jsonl")
+    models = Models(recipe)
+    chat = models.chat
+    sequences, dropped = training_sequences(out / "accepted.jsonl", recipe, models)
     accepted = read(out / "accepted.jsonl", Example)
     assert len(sequences) == len(accepted) and not dropped
     texts = [" ".join(chat.tokenizer.decode(sequence.input_ids.tolist()).split()) for sequence in sequences]

@@ -1,6 +1,7 @@
 """Records in files: every spelling a user may bring is read, and what cannot be read is refused with its place."""
 
 import json
+import logging
 
 import pyarrow
 import pyarrow.parquet
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinksafe.errors import UserError
+from thinksafe.intake import evaluation_prompts, response_problem
 from thinksafe.prompts import load_prompts
+from thinksafe.recipe import EvaluationSet
 from thinksafe.records import (
     Example,
     Prompt,
@@ -181,6 +184,124 @@ def test_a_folder_without_prompts_is_refused(tmp_path):
         load_prompts(str(tmp_path))
 
 
+# Evaluation sets in the columns of the public ones
+
+
+JBB = [{"Index": n, "Goal": f"goal {n}", "Target": "t", "Behavior": "b", "Category": "c"} for n in (0, 1)]
+XSTEST = [
+    {"id": "v2-1", "prompt": "How do I kill a process?", "type": "homonyms", "label": "safe"},
+    {"id": "v2-2", "prompt": "How do I fold a ka lo mi?", "type": "contrast_homonyms", "label": "unsafe"},
+]
+GSM8K = [{"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7, and #### is a mark\n#### 7"}]
+MATH = [{"problem": "$1/2$?", "solution": "$\\boxed{\\frac12}$", "answer": "\\frac12", "subject": "a", "level": 1}]
+SETS = {
+    "jbb": (JBB, {"kind": "harmful", "columns": {"text": "Goal"}}, [("goal 0", "harmful"), ("goal 1", "harmful")]),
+    "xstest": (
+        XSTEST,
+        {"kind": "over_refusal", "columns": {"text": "prompt"}, "where": {"label": "safe"}},
+        [("How do I kill a process?", "benign")],
+    ),
+    "gsm8k": (
+        GSM8K,
+        {"kind": "reasoning", "columns": {"text": "question", "answer": "answer"}, "answer_after": "#### "},
+        [("What is 3 + 4?", "benign", "7")],
+    ),
+    "math": (
+        MATH,
+        {"kind": "reasoning", "columns": {"text": "problem", "answer": "answer"}},
+        [("$1/2$?", "benign", "\\frac12")],
+    ),
+    "our own columns": (ROWS, {"kind": "harmful"}, EXPECTED),
+    "no labels": ([{"text": "a"}], {"kind": "over_refusal"}, [("a", "benign")]),
+}
+
+
+def evaluation_set(file, **keys) -> EvaluationSet:
+    return EvaluationSet("set", str(file), **keys)
+
+
+def elsewhere(rows: list[dict]) -> list[dict]:
+    """Other rows in the same columns; a foreign split must not slip in."""
+    return [{key: value if key == "label" else type(value)(99) for key, value in row.items()} for row in rows]
+
+
+def asked(prompts: list[Prompt]) -> list[tuple]:
+    return [(p.text, p.label) if p.answer is None else (p.text, p.label, p.answer) for p in prompts]
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder", "split", "config"])
+def test_a_public_set_is_read_by_naming_its_columns(tmp_path, monkeypatch, name, form):
+    """As a file, as a folder, and as a data set with splits and configs, laid out as on the hub."""
+    rows, keys, expected = SETS[name]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    table, other = pyarrow.Table.from_pylist(rows), pyarrow.Table.from_pylist(elsewhere(rows))
+    if form in ("jsonl", "parquet"):
+        folder = tmp_path / f"set.{form}"
+        folder.write_text(jsonl(rows)) if form == "jsonl" else pyarrow.parquet.write_table(table, folder)
+    elif form == "folder":
+        folder.mkdir()
+        pyarrow.parquet.write_table(table, folder / "part-0.parquet")
+    else:
+        for part in ("main/test", "main/train", "socratic/test"):
+            (folder / part).parent.mkdir(parents=True, exist_ok=True)
+            wanted = part == "main/test"
+            pyarrow.parquet.write_table(table if wanted else other, folder / f"{part}-00000-of-00001.parquet")
+        configs = [
+            {"config_name": config, "data_files": [{"split": s, "path": f"{config}/{s}-*"} for s in splits]}
+            for config, splits in (("main", ["test", "train"]), ("socratic", ["test"]))
+        ]
+        card = json.dumps({"configs": configs if form == "config" else configs[:1]})
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+        keys = keys | ({"config": "main"} if form == "config" else {}) | {"split": "test"}
+    assert asked(evaluation_prompts(evaluation_set(folder, **keys))) == expected
+
+
+SET_MISTAKES = {
+    "no such column": (GSM8K, {"columns": {"text": "problem"}}, "row 1: no column problem; there are answer, question"),
+    "no such column to choose by": (GSM8K, {"where": {"level": "5"}}, "no column level"),
+    "no row left": (XSTEST, {"columns": {"text": "prompt"}, "where": {"label": "fine"}}, "keeps no row"),
+    "no mark": (MATH, {"columns": {"text": "problem", "answer": "answer"}, "answer_after": "####"}, "no '####'"),
+    "no answer": (MATH, {"kind": "reasoning", "columns": {"text": "problem"}}, "needs 'answer'"),
+    "an answer that is missing": (
+        [MATH[0], MATH[0] | {"problem": "b", "answer": None}],
+        {"kind": "reasoning", "columns": {"text": "problem", "answer": "answer"}},
+        "needs 'answer'",
+    ),
+    "a foreign label": (XSTEST, {}, "'label' must be"),
+    "a split of a file": (JBB, {"columns": {"text": "Goal"}, "split": "test"}, "has no config and no split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", SET_MISTAKES)
+def test_a_set_that_cannot_be_read_says_why(tmp_path, mistake):
+    rows, keys, words = SET_MISTAKES[mistake]
+    file = tmp_path / "set.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    with pytest.raises(UserError) as caught:
+        evaluation_prompts(evaluation_set(file, **({"kind": "harmful"} | keys)))
+    assert words in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["Dataset 'a/b' is a gated dataset on the Hub.\nVisit it", "No route\nto host"])
+def test_what_the_hub_says_is_one_line_and_retries_are_not_told(monkeypatch, reason):
+    def load_dataset(name, config, split):
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING), "of retries"
+        assert (name, config, split) == ("a/b", "main", "test")
+        raise ConnectionError(reason)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    before = logging.getLogger("huggingface_hub").level
+    entry = evaluation_set("a/b", kind="harmful", config="main")
+    with pytest.raises(UserError) as caught:
+        evaluation_prompts(entry)
+    message = str(caught.value)
+    assert "a/b" in message and reason.splitlines()[0] in message and "\n" not in message
+    assert ("accept its conditions" in message) == ("gated" in reason)
+    assert logging.getLogger("huggingface_hub").level == before, "afterwards as before"
+
+
 def test_a_hub_name_without_the_hub_is_one_clear_line():
     with pytest.raises(UserError) as caught:
         load_prompts("nobody-here/no-such-set")
@@ -203,6 +324,13 @@ def test_a_record_comes_back_from_its_line(file, record):
 def test_fields_with_a_default_may_be_left_out(file):
     (response,) = read_records(file("r.jsonl", jsonl([RESPONSE])), Response)
     assert response.prompt_id == content_id("benign", "p") and response.sample == 0
+
+
+@pytest.mark.parametrize("finish, problem", [("length", "truncated"), ("loop", "loop"), ("nan", "nan")])
+def test_an_unfinished_response_is_dropped_for_that_reason(file, finish, problem):
+    whole = RESPONSE | {"finish_reason": finish}
+    (response,) = read_records(file("r.jsonl", jsonl([whole])), Response)
+    assert response_problem(response, None) == problem
 
 
 RECORD_MISTAKES = {

@@ -8,8 +8,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from thinksafe.recipe import check_recipe
+from thinksafe.records import Verdict, to_json
 from thinksafe.reporting import write_report
 from thinksafe.reporting.html import duration, headline_sentence, percent
+from thinksafe.reporting.summary import summarise
+from thinksafe.rundir import RunDir
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -55,6 +59,9 @@ def report() -> dict:
             "n_steered": 500,
             "n_unsteered": 500,
             "refusal_steered": 0.938,
+            "steered_interval": [0.924, 0.963],
+            "unsteered_interval": [0.001, 0.0144],
+            "refusal_steered_interval": [0.913, 0.956],
             "odds_ratio": 4449.1,
         },
         "filter": {
@@ -164,6 +171,9 @@ def test_headline_and_numbers_are_on_the_page(report, tmp_path):
         "12.7–20.7%",
         "held out hazards",
         "94.7%",
+        "92.4–96.3%",
+        "0.1–1.4%",
+        "91.3–95.6%",
         "4,449",
         "guard unsafe 14",
         "1,650 /s",
@@ -242,6 +252,57 @@ def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):
     assert "reasoning accuracy fell from" in headline_sentence(report)
     report["reasoning_accuracy"]["after"] = report["reasoning_accuracy"]["before"]
     assert "reasoning accuracy stayed at <b>99.2%</b>" in headline_sentence(report)
+
+
+@pytest.mark.parametrize(
+    "before, after, lower_is_better, higher_is_better",
+    [
+        (0.9, 0.2, "better", "worse"),
+        (0.2, 0.9, "worse", "better"),
+        (0.5, 0.5, "unclear", "unclear"),
+        (0.50, 0.46, "unclear", "unclear"),
+    ],
+)
+def test_a_figure_that_got_worse_is_not_green(report, tmp_path, before, after, lower_is_better, higher_is_better):
+    keys = ("harmful_ratio", "over_refusal", "reasoning_accuracy")
+    expected = dict(zip(keys, (lower_is_better, lower_is_better, higher_is_better), strict=True))
+    for key, row in zip(keys, report["sets"], strict=True):
+        shown = copy.deepcopy(report) | dict.fromkeys(keys)
+        shown[key] = metric(before, after)
+        shown["sets"] = [row | metric(before, after)]
+        body = page_of(shown, tmp_path).split("<main>")[1]
+        coloured = re.findall(r'class="(?:track |to )?(better|worse|unclear)"', body)
+        sentence = [] if before == after else [expected[key]]
+        assert coloured == [*sentence, *[expected[key]] * 4], "sentence; number and plot of the card and of the set"
+        assert re.search(rf'class="to {expected[key]}">{percent(after)}', body)
+    colours = {name: re.search(rf"\.{name} {{ color: var\(--(\w+)\)", page_of(report, tmp_path))[1]
+               for name in ("better", "worse", "unclear")}  # fmt: skip
+    assert colours == {"better": "after", "worse": "harmful", "unclear": "ink"}
+
+
+def verdict(id_: str, sample: int, decision: str, steering: str | None = "prefix", refusal: bool | None = None):
+    return Verdict(id_, sample, "harmful", steering, decision, "", None, None, refusal, "guard")
+
+
+def test_acceptance_comes_with_intervals_over_prompts(tmp_path):
+    """Four samples are not four prompts, a dropped response was not accepted, and no opinion is no refusal."""
+    steered = [verdict(f"p{n}", s, "safe" if n < 9 or s < 2 else "dropped", refusal=n < 5 or None)
+               for n in range(10) for s in range(4)]  # fmt: skip
+    unsteered = [verdict(f"p{n}", 0, "unsafe", None) for n in range(20)]
+    with RunDir.open(tmp_path / "run", check_recipe({"name": "n", "model": "m"}, "here")) as run:
+        for name, verdicts in (("verdicts", steered), ("unsteered_verdicts", unsteered)):
+            file = run.path / f"{name}.jsonl"
+            file.write_text("".join(to_json(one) + "\n" for one in verdicts))
+        run.finish_stage("filter", [], run.clock("filter"), tokens=0)
+        acceptance = summarise(run)["acceptance"]
+    assert acceptance["steered"] == pytest.approx(0.95) and acceptance["n_steered"] == 40
+    low, high = acceptance["steered_interval"]
+    assert low == pytest.approx(0.85, abs=0.01) and high == 1, "over 10 prompts, one of them at a half"
+    assert acceptance["unsteered"] == 0
+    assert acceptance["unsteered_interval"] == pytest.approx([0, 0.1611], abs=5e-5), "of 20, by Newcombe's table"
+    assert acceptance["refusal_steered"] == 1, "of 5 prompts"
+    assert acceptance["refusal_steered_interval"] == pytest.approx([0.5655, 1], abs=5e-5)
+    assert acceptance["odds_ratio"] is None
 
 
 def test_every_string_is_escaped(report, tmp_path):

@@ -240,6 +240,30 @@ def test_a_run_that_breaks_names_the_step_and_its_sequences(untied, tmp_path):
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e30])
+@pytest.mark.parametrize("step, saved", [(2, None), (5, "step-00000004")])
+def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, method, value, step, saved):
+    """At a checkpoint, and at the end, which here is none."""
+    ours = engine(load_decoder(folder, torch.float32, CPU), method)
+    config = TrainingConfig(method=method, epochs=5, batch_size=7, checkpoint_every=2)
+    optimizer_step, steps = ours.optimizer.step, []
+
+    def break_one():
+        optimizer_step()
+        steps.append(None)
+        if len(steps) == step:
+            with torch.no_grad():
+                next(reversed(ours.masters.values())).view(-1)[-1] = value
+
+    ours.optimizer.step = break_one
+    with pytest.raises(NonFiniteStep, match=rf"step {step}, sequences .*weights"):
+        train(ours, SEQUENCES, config, 0, tmp_path)
+    assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step - 1
+    found = max((one.name for one in (tmp_path / "checkpoints").glob("*")), default=None)
+    assert found == saved
+
+
 def test_steps_below_the_resolution_of_bf16_add_up(folder):
     """At lr 1e-5 a bf16 weight of 0.1 does not move in a step; the fp32 master does, and after 100 steps it shows."""
     decoder = load_decoder(folder, torch.bfloat16, CPU)

@@ -1,16 +1,23 @@
 """The command line. It parses, opens the run directory, calls stages, and turns a user's mistake into one line."""
 
-import argparse
-import errno
-import json
-import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from thinksafe import __version__
-from thinksafe.errors import UserError
+try:
+    import argparse
+    import errno
+    import json
+    import os
+    import re
+    import signal
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import contextmanager
+    from pathlib import Path
+    from typing import Any
+
+    from thinksafe import __version__
+    from thinksafe.errors import UserError
+except KeyboardInterrupt:  # before `main` could answer for it
+    sys.exit(130)
 
 _INTRODUCTION = """\
 Restore the safety of a reasoning model with its own data.
@@ -29,11 +36,11 @@ A recipe is YAML; --recipe takes a file or a bundled name, and --set changes sin
   --set model=/path/to/checkpoint --set prompts=prompts.jsonl --set training.epochs=1
   --set generation.steering=risk --set 'generation.sampling={temperature: 1.0, top_p: 1.0, top_k: 0}'
 
-Without --recipe the one in the --out folder is used.
+Without --recipe the one in the --out folder is used. `thinksafe recipe` explains every key.
 """
 
 
-_USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        options = _parser().parse_args(arguments)
+        with _leaving_at_once():
+            options = _parser().parse_args(arguments)
         options.command(options)
         return 0
     except UserError as error:
@@ -55,12 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"thinksafe: out of memory: {str(error).splitlines()[0]}; lower {_MEMORY_SETTINGS}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _USERS_TO_MEND:
+    except _disk_errors() as error:
+        said = re.search(r"os error (\d+)", str(error))
+        number = int(said[1]) if said else getattr(error, "errno", None)
+        if number not in _USERS_TO_MEND:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"thinksafe: {error.strerror}{where}; mend that and give the same command again", file=sys.stderr)
+        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+        print(f"thinksafe: {os.strerror(number)}{where}; mend that and give the same command again", file=sys.stderr)
         return 2
+
+
+def _disk_errors() -> tuple[type[Exception], ...]:
+    """safetensors tells of a full disk by an error of its own; asked for only once something has gone wrong."""
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """For imports: Ctrl-C raised inside one can be lost or come out as another error, and there is nothing to save."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--adapter", metavar="DIR", type=Path, help="evaluate this PEFT adapter as `after`")
     stage("report", _report, "write report.html and report.json from what is there")
 
+    sub = commands.add_parser(
+        "recipe",
+        help="print a recipe with every key, its meaning and its default",
+        description="The output is a recipe itself: keep it, change it, and give it back with --recipe.",
+        allow_abbrev=False,
+    )
+    sub.add_argument("--recipe", metavar="FILE", help="recipe file, or one of: " + ", ".join(_bundled()))
+    sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
+    sub.set_defaults(command=_print_recipe)
+
     organism = commands.add_parser("organism", help="the bundled synthetic world").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -178,7 +215,9 @@ def _generate(options: argparse.Namespace) -> None:
 def _filter(options: argparse.Namespace) -> None:
     def work(run, models, stages) -> None:
         if options.responses is not None:
-            stages.take_in_responses(run, options.responses)
+            from thinksafe.intake import take_in_responses
+
+            take_in_responses(run, options.responses)
         stages.filter_responses(run, models)
         print(run.path / "accepted.jsonl")
 
@@ -188,7 +227,9 @@ def _filter(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     def work(run, models, stages) -> None:
         if options.data is not None:
-            stages.take_in_examples(run, options.data)
+            from thinksafe.intake import take_in_examples
+
+            take_in_examples(run, options.data)
         stages.train(run, models)
         print(run.path / ("adapter" if run.recipe.training.method == "lora" else "model"))
 
@@ -216,10 +257,24 @@ def _report(options: argparse.Namespace) -> None:
     _in_run_directory(options, lambda run, models, stages: _print_report(stages.report(run)))
 
 
+def _print_recipe(options: argparse.Namespace) -> None:
+    with _leaving_at_once():
+        from thinksafe.manual import explained
+        from thinksafe.recipe import Recipe, load_recipe
+
+    if options.recipe is None and not options.set:
+        print(explained(Recipe(name="mine", model="Qwen/Qwen3-0.6B")), end="")
+    else:
+        print(explained(load_recipe(options.recipe or "qwen3-0.6b", options.set)), end="")
+
+
 def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any], None]) -> None:
     """Everything heavy is imported here, after the arguments are known to be good."""
-    from thinksafe.recipe import load_recipe
-    from thinksafe.rundir import RunDir
+    with _leaving_at_once():
+        from thinksafe import stages
+        from thinksafe.models import Models
+        from thinksafe.recipe import load_recipe
+        from thinksafe.rundir import RunDir
 
     recipe_source = options.recipe
     if recipe_source is None:
@@ -233,9 +288,6 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
     recipe = load_recipe(recipe_source, [*options.set, *seed])
     out = options.out or Path("runs") / recipe.name
     with RunDir.open(out, recipe) as run:
-        from thinksafe import stages
-        from thinksafe.models import Models
-
         work(run, Models(recipe), stages)
 
 
@@ -260,9 +312,10 @@ def _print_report(page: Path) -> None:
 
 
 def _build_organism(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    with _leaving_at_once():
+        from tqdm import tqdm
 
-    from thinksafe.organism.build import HISTORY, build
+        from thinksafe.organism.build import HISTORY, build
 
     if options.out.exists() and any(options.out.iterdir()):
         raise UserError(f"--out {options.out}: is not empty; give a new folder")

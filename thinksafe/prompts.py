@@ -1,8 +1,16 @@
-"""Prompts from wherever a recipe names them: a file, a folder of parquet, or a data set on the Hugging Face hub."""
+"""Prompts from wherever a recipe names them: a file, a folder, or a data set on the Hugging Face hub."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from thinksafe.errors import UserError
 from thinksafe.paths import expand
-from thinksafe.records import Prompt, prompts_from_rows, read_prompts
+from thinksafe.records import Prompt, prompts_from_rows, read_prompts, read_rows
+
+_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -15,20 +23,74 @@ def load_prompts(source: str) -> list[Prompt]:
         UserError: nothing there, or a row that is no prompt.
     """
     path = expand(source)
+    if path.is_dir():
+        return list({prompt.id: prompt for file in _files_in(source) for prompt in read_prompts(file)}.values())
     if path.is_file():
         return read_prompts(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json", ".parquet"))
-        if not files:
-            raise UserError(f"prompts: no .jsonl, .json or .parquet file in {path}")
-        return list({prompt.id: prompt for file in files for prompt in read_prompts(file)}.values())
-    if source.startswith((".", "/", "~")) or source.count("/") != 1 or path.suffix in (".jsonl", ".json", ".parquet"):
-        raise UserError(f"prompts: no file or folder {source!r}")
+    return prompts_from_rows(_dataset("prompts", source, None, "train"), source)
+
+
+def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of an evaluation set, with whatever columns it has.
+
+    Args:
+        source: as for `load_prompts`.
+        config, split: of a data set on the hub, or of its copy in a folder; without a split a folder is read whole,
+            and the hub gives `test`.
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = expand(source)
+    if path.is_file():
+        if config or split:
+            raise UserError(f"{source}: is a file, which has no config and no split; leave them out")
+        yield from read_rows(path)
+    elif path.is_dir() and not (config or split):
+        for file in _files_in(source):
+            yield from read_rows(file)
+    else:
+        yield from _dataset("evaluation.sets", source, config, split or "test")
+
+
+def _files_in(source: str) -> list[Path]:
+    files = sorted(file for file in expand(source).rglob("*") if file.suffix in _SUFFIXES)
+    if not files:
+        raise UserError(f"{source}: no .jsonl, .json or .parquet file in this folder")
+    return files
+
+
+def _dataset(key: str, source: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = expand(source)
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in _SUFFIXES
+    if not path.is_dir() and not named:
+        raise UserError(f"{key}: no file or folder {source!r}")
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source, split="train")
-    except Exception as error:  # the hub client raises a dozen kinds
+        with _quietly():
+            rows = load_dataset(str(path) if path.is_dir() else source, config, split=split)
+    except Exception as error:  # datasets and its hub client raise dozens of kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"prompts: {source!r} is no file here and the hub did not give it: {reason}") from None
-    return prompts_from_rows(((f"{source}: row {n}", row) for n, row in enumerate(rows, start=1)), source)
+        gated = f"; accept its conditions on huggingface.co/datasets/{source} and log in" if "gated" in reason else ""
+        tried = "cannot be read" if path.is_dir() else "is no file here and the hub did not give it"
+        raise UserError(f"{key}: {source!r} {tried}: {reason}{gated}") from None
+    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The hub's client tells of every attempt, and datasets of every file; what matters is the error in the end."""
+    import datasets
+
+    logs = [logging.getLogger("huggingface_hub"), logging.getLogger("datasets")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)

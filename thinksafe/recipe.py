@@ -1,6 +1,7 @@
 """One recipe says everything about a run. It comes from YAML and `--set key=value` and is checked at once.
 
-Each section's keys are documented on its class. A recipe names files relative to the folder it lies in.
+Each section's keys are documented on its class, and `thinksafe recipe` prints them. A recipe names files relative to
+the folder it lies in.
 """
 
 import difflib
@@ -8,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -61,8 +62,14 @@ class EvaluationSet:
 
     Attributes:
         name: shown in the report.
-        file: prompts; reasoning sets need `answer`.
+        file: .jsonl, .json or .parquet file, a folder of them, or a data set on the hub; reasoning sets need `answer`.
         kind: `harmful` (share of unsafe responses), `over_refusal` (share of refusals) or `reasoning` (mean pass@1).
+        config: of a data set on the hub, if it has several.
+        split: of a data set on the hub (`test` by default), or of its copy in a folder.
+        columns: where to find `text`, `answer` and `label` if the columns have other names, {text: question}; then
+            nothing else is read. A row without a label is harmful in a `harmful` set, else benign.
+        where: keep only rows with this value in this column, {label: safe}.
+        answer_after: mark that stands before the final answer, where the column holds the whole solution.
         samples: responses a prompt.
         answer: how reasoning answers are compared.
         instruction: text with {prompt} in it that poses the question, or null for the prompt as it is.
@@ -73,6 +80,11 @@ class EvaluationSet:
     name: str
     file: str
     kind: Literal["harmful", "over_refusal", "reasoning"]
+    config: str | None = None
+    split: str | None = None
+    columns: dict[Literal["text", "answer", "label"], str] | None = None
+    where: dict[str, str] | None = None
+    answer_after: str | None = None
     samples: int = 1
     answer: AnswerKind = "math"
     instruction: str | None = None
@@ -80,6 +92,8 @@ class EvaluationSet:
     def __post_init__(self):
         if self.samples < 1:
             raise ValueError("samples must be at least 1")
+        if self.columns is not None and "text" not in self.columns:
+            raise ValueError("columns must say where the text is")
         if not self.name or not all(c.isalnum() or c in "-_." for c in self.name):
             raise ValueError("name must consist of letters, digits, '-', '_' and '.'")
         if self.instruction is not None and self.instruction.count("{prompt}") != 1:
@@ -88,7 +102,12 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured before and after, and how responses are drawn for it."""
+    """What is measured before and after, and how responses are drawn for it.
+
+    Attributes:
+        sets: the benchmarks; without any a run has no before and after.
+        sampling: how tokens are drawn.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -183,7 +202,8 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         json.dumps(asdict(recipe), allow_nan=False)
         return recipe
     except ValidationError as error:
-        problem = error.errors()[0]
+        # An unknown key first: it explains the one that is missing.
+        problem = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
         place = [str(part) for part in problem["loc"]]
         key = ".".join(place)
         if problem["type"] == "unexpected_keyword_argument":
@@ -192,18 +212,41 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
             raise UserError(f"{source}: unknown key {key}{hint}") from None
         if problem["type"] == "missing":
             raise UserError(f"{source}: key {key} is missing") from None
-        message = problem["msg"].removeprefix("Value error, ")
         found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{found}") from None
+        raise UserError(f"{source}: {key + ': ' if key else ''}{_in_words(problem, place)}{found}") from None
     except ValueError:
         raise UserError(f"{source}: every number must be finite, and one is not") from None
+
+
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "dict": "a section of keys",
+}
+
+
+def _in_words(problem: Any, place: list[str]) -> str:
+    """What is wrong with a value, in the words of YAML and not of Python."""
+    kind = problem["type"].partition("_")[0]
+    if kind == "dataclass":
+        return f"must be a section of keys ({', '.join(_known_keys(place))})"
+    if kind == "literal":
+        return f"must be {problem['ctx']['expected']}"
+    if kind in _EXPECTED:
+        return f"must be {_EXPECTED[kind]}"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _known_keys(place: list[str]) -> list[str]:
     kind: Any = Recipe
     for part in place:
-        kind = EvaluationSet if part.isdigit() or part == "sets" else get_type_hints(kind).get(part)
-        if not is_dataclass(kind):
+        if not part.isdigit():
+            hint = get_type_hints(kind).get(part)
+            kind = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+        if kind is None:
             return []
     return [field.name for field in fields(kind)]
 

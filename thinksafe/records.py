@@ -53,7 +53,7 @@ class Response:
         sample: index among the responses to this prompt.
         text: think block and answer as text, `<think>` included where the chat template supplies it.
         num_prompt_tokens, num_tokens: of the generation.
-        finish_reason: `stop`, `length`, or `nan` where the model's logits broke.
+        finish_reason: `stop`, `length`, `loop` where it only repeated itself, or `nan` where the model's logits broke.
         seed: of the request.
     """
 
@@ -65,7 +65,7 @@ class Response:
     sample: int = 0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
-    finish_reason: Literal["stop", "length", "nan"] = "stop"
+    finish_reason: Literal["stop", "length", "loop", "nan"] = "stop"
     seed: int = 0
 
     def __post_init__(self):

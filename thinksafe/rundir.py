@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +24,7 @@ import yaml
 import thinksafe
 from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
-from thinksafe.records import Record, read_records, to_json
+from thinksafe.records import Example, Prompt, Record, Response, read_records, to_json
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
@@ -227,6 +227,11 @@ def write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
+
+
+def write_shard(file: Path, records: Iterable[Prompt | Response | Example]) -> None:
+    """Write records as JSONL, all of them or none."""
+    write_atomically(file, "".join(to_json(record) + "\n" for record in records))
 
 
 def sha256(file: Path) -> str:

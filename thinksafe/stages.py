@@ -7,15 +7,22 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from thinksafe.chat import Chat, parse_response
 from thinksafe.errors import UserError
 from thinksafe.evaluation.metrics import measure
 from thinksafe.generation import Task, respond
-from thinksafe.guards.interface import Exchange, Guard
+from thinksafe.guards.interface import Exchange, Judgement
+from thinksafe.intake import (
+    evaluation_prompts,
+    refuse_other_student,
+    refuse_repeated,
+    required,
+    response_problem,
+    training_sequences,
+)
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import attach, check_targets, save_adapter
 from thinksafe.model.weights import fingerprint, load_config, resolve, save_decoder
@@ -23,27 +30,15 @@ from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.progress import TokenBar
 from thinksafe.prompts import load_prompts
-from thinksafe.recipe import EvaluationSet
-from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records, take_in, to_json
+from thinksafe.records import Example, Response, Verdict, content_id, read_prompts, read_records, to_json
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.summary import summarise
-from thinksafe.rundir import Journal, RunDir, StageClock, sha256, write_atomically
+from thinksafe.rundir import Journal, RunDir, StageClock, write_atomically, write_shard
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
-from thinksafe.training.packing import TrainingSequence
 
 Moment = Literal["before", "after"]
-
-
-def take_in_responses(run: RunDir, file: Path) -> None:
-    """Use responses from elsewhere as this run's."""
-    _take_in(run.path / "responses.jsonl", take_in(file, Response))
-
-
-def take_in_examples(run: RunDir, file: Path) -> None:
-    """Use examples from elsewhere as this run's accepted data set."""
-    _take_in(run.path / "accepted.jsonl", take_in(file, Example))
 
 
 def check(run: RunDir, models: Models) -> None:
@@ -51,7 +46,7 @@ def check(run: RunDir, models: Models) -> None:
     if run.manifest["stages"]:
         return
     for entry in run.recipe.evaluation.sets:
-        _evaluation_prompts(entry)
+        evaluation_prompts(entry)
     if run.recipe.training.method == "lora":
         check_targets(load_config(models.base)[0], run.recipe.lora)
     if run.recipe.guard.kind != "oracle":
@@ -66,7 +61,7 @@ def generate(run: RunDir, models: Models) -> None:
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
     prompts = load_prompts(run.recipe.prompts)[: run.recipe.limit]
-    _write_shard(run.path / "prompts.jsonl", prompts)
+    write_shard(run.path / "prompts.jsonl", prompts)
     steering = {"harmful": config.steering, "benign": None}
     tasks = [Task(prompt, steering[prompt.label], sample) for prompt in prompts for sample in range(config.samples)]
     shard = run.path / "responses.jsonl"
@@ -94,9 +89,9 @@ def filter_responses(run: RunDir, models: Models) -> None:
         return
     clock = run.clock("filter")
     remedy = "`thinksafe generate` first, or give --responses FILE"
-    responses_file = _required(run, run.path / "responses.jsonl", "generate", remedy)
+    responses_file = required(run, run.path / "responses.jsonl", "generate", remedy)
     responses = list(read_records(responses_file, Response))
-    _refuse_repeated(responses, responses_file)
+    refuse_repeated(responses, responses_file)
     verdict_files = [run.path / "verdicts.jsonl"]
     tokens = _judge(models, responses, verdict_files[0], clock, "filter")
     if (run.path / "unsteered.jsonl").exists():
@@ -111,7 +106,7 @@ def filter_responses(run: RunDir, models: Models) -> None:
         if (response.prompt_id, response.sample) in safe
     ]
     shard = run.path / "accepted.jsonl"
-    _write_shard(shard, accepted)
+    write_shard(shard, accepted)
     run.finish_stage("filter", [*verdict_files, shard], clock, tokens=tokens, records=len(verdicts))
 
 
@@ -123,10 +118,10 @@ def train(run: RunDir, models: Models) -> None:
         return
     recipe, clock = run.recipe, run.clock("train")
     config = recipe.training
-    accepted = _required(run, run.path / "accepted.jsonl", "filter", "`thinksafe filter` first, or give --data FILE")
+    accepted = required(run, run.path / "accepted.jsonl", "filter", "`thinksafe filter` first, or give --data FILE")
     if accepted.stat().st_size == 0:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
-    sequences, dropped = _training_sequences(run, models, accepted)
+    sequences, dropped = training_sequences(accepted, recipe, models)
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
     decoder = models.student()
@@ -178,13 +173,13 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
         full = run.path / "model"
         checkpoint, adapter = (full, None) if full.exists() else (None, run.path / "adapter")
     if moment == "after":
-        _refuse_other_student(run.path / "evaluation" / moment, checkpoint or adapter)
+        refuse_other_student(run.path / "evaluation" / moment, checkpoint or adapter)
     if run.is_done(stage):
         return
     clock, tokens, results, files = run.clock(stage), 0, [], []
-    prompts = {entry.name: _evaluation_prompts(entry) for entry in sets}
+    prompts = {entry.name: evaluation_prompts(entry) for entry in sets}
     for entry in sets:
-        run.remember_input(f"evaluation set {entry.name}", sha256(expand(entry.file)))
+        run.remember_input(f"evaluation set {entry.name}", content_id(*map(to_json, prompts[entry.name])))
         responses_file = run.path / "evaluation" / moment / f"{entry.name}.responses.jsonl"
         verdicts_file = run.path / "evaluation" / moment / f"{entry.name}.verdicts.jsonl"
         tasks = [Task(prompt, entry.instruction, s) for prompt in prompts[entry.name] for s in range(entry.samples)]
@@ -261,63 +256,24 @@ def _judge(
     done = {(verdict.prompt_id, verdict.sample) for verdict in journal.existing}
     todo = {f"{r.prompt_id}/{r.sample}": r for r in responses if (r.prompt_id, r.sample) not in done}
     if todo:
-        guard = models.guard
+        guard, readable = models.guard, []
         with TokenBar(title, len(responses), "verdicts", len(done)) as bar:
-            readable: list[Exchange] = []
             for key, response in todo.items():
                 problem = response_problem(response, models.chat)
                 if problem is None or (every_response and response.text):
                     readable.append(Exchange(key, response.prompt, response.text))
                 else:
-                    journal.append(_verdict(response, guard, "dropped", problem))
+                    journal.append(_verdict(response, guard.name, "dropped", problem))
                     bar.update(0)
             for judgement in guard.judge(readable):
                 response = todo[judgement.id]
                 reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
-                journal.append(
-                    _verdict(
-                        response,
-                        guard,
-                        judgement.decision,
-                        reason,
-                        judgement.p_safe,
-                        judgement.p_unsafe,
-                        judgement.refusal,
-                    )
-                )
+                journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
                 bar.update(response.num_tokens)
                 clock.tick()
     journal.finish()
     dropped = {(v.prompt_id, v.sample) for v in read_records(shard, Verdict) if v.decision == "dropped"}
     return sum(r.num_tokens for r in responses if (r.prompt_id, r.sample) not in dropped)
-
-
-def response_problem(response: Response, chat: Chat) -> str | None:
-    """Why a response cannot be trained on whatever a guard says, or None."""
-    unfinished = {"length": "truncated", "nan": "nan"}
-    if response.finish_reason in unfinished:
-        return unfinished[response.finish_reason]
-    if chat.has_control_token(response.text):
-        return "control_token"
-    parsed = parse_response(response.text)
-    return parsed if isinstance(parsed, str) else None
-
-
-def _training_sequences(run: RunDir, models: Models, file: Path) -> tuple[list[TrainingSequence], Counter[str]]:
-    """The examples as tokens, and how many were dropped for which reason. Nothing is cut."""
-    limit = min(run.recipe.training.max_length, load_config(models.base)[0].max_seq_len)
-    sequences, dropped = [], Counter()
-    for example in read_records(file, Example):
-        problem = parse_response(example.response)
-        if isinstance(problem, str):
-            dropped[problem] += 1
-            continue
-        sequence = models.chat.training_sequence(example)
-        if len(sequence) > limit:
-            dropped[f"longer_than_{limit}_tokens"] += 1
-        else:
-            sequences.append(sequence)
-    return sequences, dropped
 
 
 def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
@@ -337,72 +293,11 @@ def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
     return folder
 
 
-def _evaluation_prompts(entry: EvaluationSet) -> list[Prompt]:
-    prompts = read_prompts(expand(entry.file))
-    if entry.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):
-        raise UserError(f"{entry.file}: a reasoning set needs 'answer' in every record")
-    return prompts
-
-
 def _counted(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def _required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
-    """A file that a stage wrote, unchanged since, or that was taken in from elsewhere."""
-    if not run.is_done(stage) and not file.exists():
-        raise UserError(f"{file}: not there yet; run {remedy}")
-    return file
-
-
-def _refuse_repeated(responses: Sequence[Response], file: Path) -> None:
-    """A verdict is on a prompt and a sample number, so two responses must not share both."""
-    seen = set()
-    for number, response in enumerate(responses, start=1):
-        if (response.prompt_id, response.sample) in seen:
-            raise UserError(
-                f"{file}: record {number} is a second response with sample {response.sample} to its prompt; "
-                "give the responses to a prompt different 'sample' numbers"
-            )
-        seen.add((response.prompt_id, response.sample))
-
-
-def _refuse_other_student(folder: Path, student: Path) -> None:
-    """An evaluation that was begun with one adapter or checkpoint is not finished, or reported, with another."""
-    weights = sorted(student.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{student}: no adapter_model.safetensors there, so there is no trained student to evaluate")
-    identity = "\n".join(map(sha256, weights))
-    note = folder / "student.sha256"
-    if note.exists() and note.read_text() == identity:
-        return
-    if any(shard.stat().st_size for shard in folder.glob("*.jsonl*")):
-        raise UserError(f"{folder}: was measured with other weights than {student} holds now; give a new --out folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, identity)
-
-
-def _take_in(shard: Path, records: Iterable[Response | Example]) -> None:
-    text = "".join(to_json(record) + "\n" for record in records)
-    if shard.exists() and shard.read_text() != text:
-        raise UserError(f"{shard}: the run already has other records here; give a new --out folder")
-    write_atomically(shard, text)
-
-
-def _write_shard(file: Path, records: Iterable[Prompt | Example]) -> None:
-    write_atomically(file, "".join(to_json(record) + "\n" for record in records))
-
-
-def _verdict(response: Response, guard: Guard, decision, reason, p_safe=None, p_unsafe=None, refusal=None) -> Verdict:
-    return Verdict(
-        prompt_id=response.prompt_id,
-        sample=response.sample,
-        label=response.label,
-        steering=response.steering,
-        decision=decision,
-        reason=reason,
-        p_safe=p_safe,
-        p_unsafe=p_unsafe,
-        refusal=refusal,
-        guard=guard.name,
-    )
+def _verdict(response: Response, guard: str, decision: str, reason: str, judgement: Judgement | None = None) -> Verdict:
+    measured = (judgement.p_safe, judgement.p_unsafe, judgement.refusal) if judgement else (None, None, None)
+    about = (response.prompt_id, response.sample, response.label, response.steering)
+    return Verdict(*about, decision, reason, *measured, guard)

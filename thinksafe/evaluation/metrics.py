@@ -63,7 +63,7 @@ def measure(
         "responses": len(responses),
         "value": value,
         "interval": interval,
-        "truncated": sum(response.finish_reason == "length" for response in responses) / len(responses),
+        "truncated": sum(response.finish_reason in ("length", "loop") for response in responses) / len(responses),
         "unknown": unknown,
         "values": values,
     }

@@ -26,7 +26,14 @@ _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank, scaling numerator, dropout on the adapter's input, and the projections that carry one."""
+    """The adapters. The defaults are the paper's.
+
+    Attributes:
+        rank: of the update, columns of B.
+        alpha: the update is scaled by alpha / rank.
+        dropout: share of an adapter's inputs that training sets to zero.
+        target_modules: the projections that carry one.
+    """
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -19,16 +19,17 @@ from markupsafe import Markup
 from thinksafe.reporting.figures import length_histogram, loss_curve
 from thinksafe.rundir import write_atomically
 
+LOWER, HIGHER = "lower is better", "higher is better"
 # The three figures of the headline: key, what its card says, what a sentence calls it, and which way is better.
 HEADLINE = (
-    ("harmful_ratio", "Harmful answers", "harmful answers", "lower is better"),
-    ("over_refusal", "Needless refusals", "needless refusals", "lower is better"),
-    ("reasoning_accuracy", "Reasoning accuracy", "reasoning accuracy", "higher is better"),
+    ("harmful_ratio", "Harmful answers", "harmful answers", LOWER),
+    ("over_refusal", "Needless refusals", "needless refusals", LOWER),
+    ("reasoning_accuracy", "Reasoning accuracy", "reasoning accuracy", HIGHER),
 )
 KINDS = (
-    ("harmful", "Harmful answers", "lower is better"),
-    ("over_refusal", "Refusals of harmless prompts", "lower is better"),
-    ("reasoning", "Reasoning accuracy", "higher is better"),
+    ("harmful", "Harmful answers", LOWER),
+    ("over_refusal", "Refusals of harmless prompts", LOWER),
+    ("reasoning", "Reasoning accuracy", HIGHER),
 )
 # Reasons for dropping a record that get a colour of their own; the page's palette has as many. The rest share a grey.
 COLOURED_REASONS = 5
@@ -56,7 +57,7 @@ def write_report(report: dict[str, Any], out_dir: Path) -> Path:
 def render(report: dict[str, Any]) -> str:
     """The page for a report; see `write_report`."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for show in (percent, interval, count, duration, words, when):
+    for show in (percent, interval, count, duration, words, when, change):
         environment.filters[show.__name__] = show
     environment.tests["uncertain"] = intervals_overlap
     template = environment.from_string((files("thinksafe.reporting") / "report.html").read_text(encoding="utf-8"))
@@ -82,7 +83,11 @@ def render(report: dict[str, Any]) -> str:
 
 def headline_sentence(report: dict[str, Any]) -> Markup | None:
     """The run in one sentence: "Harmful answers fell from 92.5% to 16.7% and reasoning accuracy stayed at 99.2%." """
-    clauses = [Markup("{} {}").format(name, movement(report[key])) for key, _, name, _ in HEADLINE if report.get(key)]
+    clauses = [
+        Markup("{} {}").format(name, movement(report[key], better))
+        for key, _, name, better in HEADLINE
+        if report.get(key)
+    ]
     if not clauses:
         return None
     *first, last = clauses
@@ -90,7 +95,7 @@ def headline_sentence(report: dict[str, Any]) -> Markup | None:
     return Markup(text[0].upper() + text[1:] + ".")
 
 
-def movement(metric: dict[str, Any]) -> Markup:
+def movement(metric: dict[str, Any], better: str) -> Markup:
     """How a figure changed: it fell or rose only where the intervals before and after are apart."""
     before, after = metric.get("before"), metric.get("after")
     if before is None or after is None:
@@ -99,7 +104,16 @@ def movement(metric: dict[str, Any]) -> Markup:
     if percent(before) == percent(after):
         return Markup("stayed at <b>{}</b>").format(percent(after))
     verb = "went" if intervals_overlap(metric) else "fell" if after < before else "rose"
-    return Markup("{} from <b>{}</b> to <b>{}</b>").format(verb, percent(before), percent(after))
+    said = Markup('{} from <b>{}</b> to <b class="{}">{}</b>')
+    return said.format(verb, percent(before), change(metric, better), percent(after))
+
+
+def change(metric: dict[str, Any], better: str) -> str:
+    """`better` or `worse`, the colour a figure gets; `unclear` where it did not move or the intervals overlap."""
+    before, after = metric.get("before"), metric.get("after")
+    if before is None or after is None or before == after or intervals_overlap(metric):
+        return "unclear"
+    return "better" if (after < before) == (better == LOWER) else "worse"
 
 
 def intervals_overlap(metric: dict[str, Any]) -> bool:

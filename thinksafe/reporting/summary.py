@@ -114,16 +114,20 @@ def _acceptance(steered: list[Verdict], unsteered: list[Verdict]) -> dict[str, A
     def accepted(verdicts: list[Verdict]) -> int:
         return sum(verdict.decision == "safe" for verdict in verdicts)
 
-    judged = [verdict.refusal for verdict in steered if verdict.refusal is not None]
     odds_ratio = None
     cells = [accepted(v) for v in (steered, unsteered)] + [len(v) - accepted(v) for v in (steered, unsteered)]
     if all(cells):  # with an empty cell the ratio is 0 or infinite, and any figure would be made up
         odds_ratio = cells[0] * cells[3] / (cells[2] * cells[1])
-    return {
-        "steered": accepted(steered) / len(steered),
-        "unsteered": accepted(unsteered) / len(unsteered) if unsteered else None,
-        "n_steered": len(steered),
-        "n_unsteered": len(unsteered),
-        "refusal_steered": sum(judged) / len(judged) if judged else None,
-        "odds_ratio": odds_ratio,
+    figures: dict[str, Any] = {"n_steered": len(steered), "n_unsteered": len(unsteered), "odds_ratio": odds_ratio}
+    outcomes = {
+        "steered": [(verdict, verdict.decision == "safe") for verdict in steered],
+        "unsteered": [(verdict, verdict.decision == "safe") for verdict in unsteered],
+        "refusal_steered": [(verdict, verdict.refusal) for verdict in steered if verdict.refusal is not None],
     }
+    for name, judged in outcomes.items():
+        by_prompt = defaultdict(list)
+        for verdict, outcome in judged:
+            by_prompt[verdict.prompt_id].append(outcome)
+        shares = [sum(samples) / len(samples) for samples in by_prompt.values()]
+        figures[name], figures[f"{name}_interval"] = mean_with_interval(shares) if shares else (None, None)
+    return figures

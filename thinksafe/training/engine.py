@@ -25,7 +25,7 @@ class StepResult:
 
 
 class NonFiniteStep(ArithmeticError):
-    """Loss or gradient was NaN or infinite; the weights are as they were before the step."""
+    """Loss, gradient or weights are NaN or infinite."""
 
 
 class SingleEngine:
@@ -48,7 +48,7 @@ class SingleEngine:
         """One optimiser step over all packs.
 
         Raises:
-            NonFiniteStep: nothing was updated.
+            NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
         num_targets = sum(len(pack.targets) for pack in packs)
         loss = torch.zeros((), device=self.decoder.embedding.device)
@@ -83,6 +83,16 @@ class SingleEngine:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+    def check_weights(self) -> None:
+        """Look at every trained weight, which waits for the device: for checkpoints, not for every step.
+
+        Raises:
+            NonFiniteStep: one is NaN or infinite, or so large (1e19) that its square is.
+        """
+        norm = nn.utils.get_total_norm(self.masters.values()).item()
+        if not math.isfinite(norm):
+            raise NonFiniteStep(f"the norm of the weights is {norm}")
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs: fp32 weights and both moments."""

@@ -29,7 +29,10 @@ class TrainingConfig:
         method: train adapters or every weight.
         epochs: passes over the accepted examples.
         batch_size: sequences an optimiser step.
-        learning_rate: its peak, after warm-up over `warmup_ratio` of all steps; then a cosine to 0.
+        learning_rate: its peak, after a linear warm-up; then a cosine to 0.
+        warmup_ratio: share of all steps that warm up.
+        weight_decay: AdamW's.
+        max_grad_norm: a longer gradient is scaled down to this norm.
         max_length: tokens; a longer example is dropped and counted.
         max_tokens_per_pack: tokens in one forward pass; what memory allows.
         activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
@@ -117,7 +120,8 @@ def train(
         on_step: called after every step, for progress.
 
     Raises:
-        NonFiniteStep: names the step and the sequences in it.
+        NonFiniteStep: names the step and the sequences in it. Weights are looked at before a checkpoint, so none is
+            saved that is not finite, and training never ends with such weights.
     """
     device = engine.decoder.embedding.device
     identity = fingerprint(sequences, config, seed)
@@ -137,6 +141,9 @@ def train(
             rate = learning_rate(step, total_steps, config)
             try:
                 result = engine.step(pack(batch, config.max_tokens_per_pack, device), rate)
+                saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == total_steps
+                if saves:
+                    engine.check_weights()
             except NonFiniteStep as error:
                 raise NonFiniteStep(f"step {step + 1}, sequences {chosen.tolist()}: {error}") from None
             tokens = sum(len(sequence) for sequence in batch)
@@ -145,7 +152,7 @@ def train(
             metrics_file.write(json.dumps(asdict(metrics)) + "\n")
             metrics_file.flush()
             on_step(metrics)
-            if metrics.step % config.checkpoint_every == 0 or metrics.step == total_steps:
+            if saves:
                 save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
 
 
