@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.harness import table
-from thinksafe.kernels import exp_gemm, linear_cross_entropy, linear_kl, rms_norm, rope, swiglu
+from benchmarks.index_ranges import Ranges, index_ranges
+from thinksafe.kernels import (
+    exp_gemm,
+    kv_write,
+    linear_cross_entropy,
+    linear_kl,
+    paged_attention,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+# A call too large for any GPU of today, so that every product of a row and a width passes 2^31.
+T, H, V, HEADS, INTERMEDIATE = 2**22, 8192, 151_936, 64, 25_600
+PROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,11 @@ class Build:
     Attributes:
         arguments: argument -> Triton type, for everything that is not a constant.
         constants: constexpr arguments.
-        tensor_cores: whether it must use wgmma and the tensor memory accelerator.
+        sizes: integer argument -> its value in the largest call; None where indices come out of a page table, which
+            are tested on memory of more than 2^31 elements instead.
+        programs: that call's grid.
+        loads: pointer argument -> the largest index that is read there.
+        uses: the `Figures` that must not be 0: the instructions it is written for.
     """
 
     name: str
@@ -36,22 +54,30 @@ class Build:
     arguments: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
+    sizes: dict[str, int] | None = None
+    programs: tuple[int, ...] = ()
+    loads: dict[str, int] = field(default_factory=dict)
     num_stages: int = 3
-    tensor_cores: bool = False
+    uses: tuple[str, ...] = ("wide_loads",)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Per thread: registers, bytes of stack (spills). Per program: bytes of shared memory. Counts of instructions."""
+    """Per thread: registers, bytes of stack (spills). Per program: bytes of shared memory. Counts of instructions.
+
+    largest_offset, in elements, is that of the largest call; faults are the 32-bit integers that overflow in it."""
 
     registers: int
     stack_bytes: int
     spill_instructions: int
     shared_bytes: int
     wgmma: int
+    mma: int
     tma_loads: int
+    wide_copies: int
     wide_loads: int
-    offsets_64_bit: bool
+    largest_offset: int | None
+    index_faults: int | None
 
 
 def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:
@@ -93,10 +119,31 @@ def builds() -> list[Build]:
                     "GROUP": tiles.group,
                 },
                 tiles.num_warps,
+                {"T": T, "V": V, "H": H},
+                (PROCESSORS,),
+                {"target_ptr": V, "gate_ptr": 1},
                 tiles.num_stages,
-                tensor_cores=True,
+                uses=("wgmma", "tma_loads"),
             )
         )
+    found.append(
+        Build(
+            "exp_gemm chosen logits",
+            exp_gemm._gather_dot_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16"),
+                "ids_ptr": "*i64",
+                "out_ptr": "*fp32",
+                "K": "i32",
+                "H": "i32",
+            },
+            {"BLOCK_H": 2048},
+            4,
+            {"K": 8, "H": H},
+            (8 * T,),
+            {"ids_ptr": V},
+        )
+    )
     tiles = linear_kl.TILES
     for shared_head in (True, False):
         x, w = descriptor(tiles.block_t, tiles.block_h), descriptor(tiles.block_v, tiles.block_h)
@@ -112,9 +159,9 @@ def builds() -> list[Build]:
                     "e_desc": descriptor(tiles.block_t, tiles.block_v),
                     "d_desc": descriptor(tiles.block_t, tiles.block_v, "fp16"),
                     **dict.fromkeys(
-                        ("best_ptr", "sum_ptr", "tilt_ptr", "student_best_ptr", "student_sum_ptr"), "*fp32"
+                        ("best_ptr", "sum_ptr", "pivot_ptr", "tilt_ptr", "student_best_ptr", "student_sum_ptr"), "*fp32"
                     ),
-                    **dict.fromkeys(("T", "V", "H"), "i32"),
+                    **dict.fromkeys(("T", "V", "H", "H_reference"), "i32"),
                 },
                 {
                     "SHARED_HEAD": shared_head,
@@ -125,10 +172,14 @@ def builds() -> list[Build]:
                     "GROUP": tiles.group,
                 },
                 tiles.num_warps,
-                linear_kl.num_stages(shared_head),
-                tensor_cores=True,
+                {"T": T, "V": V, "H": H, "H_reference": H},
+                (PROCESSORS,),
+                {},
+                tiles.num_stages,
+                uses=("wgmma", "tma_loads"),
             )
         )
+    width = triton.cdiv(V, tiles.block_v)
     for direction in ("forward", "reverse", "jsd"):
         for write in (False, True):
             found.append(
@@ -148,7 +199,9 @@ def builds() -> list[Build]:
                         "BLOCK_T": linear_kl.ELEMENTWISE_ROWS,
                         "BLOCK_V": tiles.block_v,
                     },
-                    num_warps=8,
+                    8,
+                    {"T": T, "V": V, "width": width * tiles.block_v},
+                    (width, T // linear_kl.ELEMENTWISE_ROWS),
                 )
             )
     block_t, block_v = exp_gemm.PLAIN.block_t, exp_gemm.PLAIN.block_v
@@ -166,8 +219,11 @@ def builds() -> list[Build]:
                 **dict.fromkeys(("T", "H", "num_v"), "i32"),
             },
             {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k, "BLOCK_H": block_h},
-            num_warps=8,
-            tensor_cores=True,
+            8,
+            {"T": T, "H": H, "num_v": triton.cdiv(V, block_v)},
+            (H // block_h, T // block_t),
+            {"blocks_ptr": triton.cdiv(V, block_v), "counts_ptr": triton.cdiv(V, block_v)},
+            uses=("wgmma", "tma_loads"),
         )
     )
     for spread in (False, True):
@@ -184,11 +240,15 @@ def builds() -> list[Build]:
                     "H": "i32",
                 },
                 {"SPREAD": spread, "BLOCK_H": 2048},
-                num_warps=4,
+                4,
+                {"H": H},
+                (T,),
+                {"target_ptr": V},
             )
         )
     for hidden in (1024, 2048, 4096):
         tile, num_warps = rms_norm._tile(hidden)
+        blocks = T // tile["ROWS"]
         for residual in (False, True):
             found.append(
                 Build(
@@ -203,6 +263,8 @@ def builds() -> list[Build]:
                     },
                     {"HAS_RESIDUAL": residual, **tile},
                     num_warps,
+                    {"num_rows": T, "H": hidden},
+                    (blocks,),
                 )
             )
         found.append(
@@ -216,9 +278,13 @@ def builds() -> list[Build]:
                 },
                 {"HAS_GRAD_SUM": True, "NEEDS_WEIGHT": True, **tile},
                 num_warps,
+                {"num_rows": T, "H": hidden, "num_blocks": blocks},
+                (1024,),
             )
         )
     rotation = {"ROWS": rope.TILE // 64, "HALF": 64}
+    heads = {"num_rows": T * HEADS, "num_heads": HEADS}
+    blocks = T * HEADS // rotation["ROWS"]
     angles = dict.fromkeys(("cos_ptr", "sin_ptr", "rstd_ptr"), "*fp32")
     for norm in (False, True):
         name = "qk_norm_rope" if norm else "rope"
@@ -234,7 +300,9 @@ def builds() -> list[Build]:
                     "eps": "fp32",
                 },
                 {"NORM": norm, **rotation},
-                num_warps=4,
+                4,
+                heads,
+                (blocks,),
             )
         )
         found.append(
@@ -248,7 +316,9 @@ def builds() -> list[Build]:
                     **dict.fromkeys(("num_rows", "num_heads", "num_blocks"), "i32"),
                 },
                 {"NORM": norm, "NEEDS_WEIGHT": norm, **rotation},
-                num_warps=4,
+                4,
+                heads | {"num_blocks": blocks},
+                (1024,),
             )
         )
     tensors = ("gate_ptr", "up_ptr", "y_ptr")
@@ -258,7 +328,9 @@ def builds() -> list[Build]:
             swiglu._forward_kernel,
             {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
             {"BLOCK": swiglu._BLOCK},
-            num_warps=8,
+            8,
+            {"num_elements": T * INTERMEDIATE},
+            (T * INTERMEDIATE // swiglu._BLOCK,),
         )
     )
     tensors = ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
@@ -268,14 +340,118 @@ def builds() -> list[Build]:
             swiglu._backward_kernel,
             {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
             {"BLOCK": swiglu._BLOCK},
-            num_warps=8,
+            8,
+            {"num_elements": T * INTERMEDIATE},
+            (T * INTERMEDIATE // swiglu._BLOCK,),
         )
     )
+    return found + paged_attention_builds()
+
+
+def paged_attention_builds() -> list[Build]:
+    """The sampler's kernels, for the groups and pages of the families served."""
+    found = [
+        Build(
+            "paged_decode work",
+            paged_attention._work_kernel,
+            {"seq_lens_ptr": "*i64", "work_ptr": "*i32", "num_rows": "i32", "max_splits": "i32"},
+            {"SPLIT": paged_attention.SPLIT, "BLOCK_B": 512},
+            num_warps=4,
+        )
+    ]
+    caches = {
+        **dict.fromkeys(("q_ptr", "key_ptr", "value_ptr", "out_ptr"), "*bf16"),
+        **dict.fromkeys(("page_table_ptr", "seq_lens_ptr"), "*i64"),
+        **dict.fromkeys(("work_ptr", "tiles_ptr", "cu_seqlens_ptr"), "*i32"),
+        **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
+        "scale": "fp32",
+        **dict.fromkeys(("width", "num_kv_heads", "max_splits"), "i32"),
+    }
+
+    def arguments(kernel: Any) -> dict[str, str]:
+        return {name: kind for name, kind in caches.items() if name in kernel.arg_names}
+
+    for group, D, page_size in ((2, 128, 64), (4, 128, 64), (8, 128, 64), (7, 64, 64), (2, 128, 16)):
+        name = f"{group} heads a group, D={D}, pages of {page_size}"
+        sizes = {"GROUP": group, "D": D, "BLOCK_D": D}
+        padded = triton.next_power_of_2(group)
+        tiles = paged_attention.DECODE[2]
+        found.append(
+            Build(
+                f"paged_decode {name}",
+                paged_attention._decode_kernel,
+                arguments(paged_attention._decode_kernel),
+                {
+                    **sizes,
+                    "PAGE_SIZE": page_size,
+                    "SPLIT": paged_attention.SPLIT,
+                    "BLOCK_G": max(padded, tiles.rows),
+                    "BLOCK_N": tiles.tokens,
+                },
+                tiles.num_warps,
+                num_stages=tiles.num_stages,
+                uses=("mma", "wide_copies"),
+            )
+        )
+        tiles = paged_attention.PREFILL[2]
+        found.append(
+            Build(
+                f"paged_prefill {name}",
+                paged_attention._prefill_kernel,
+                arguments(paged_attention._prefill_kernel),
+                {**sizes, "PAGE_SIZE": page_size, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens},
+                tiles.num_warps,
+                num_stages=tiles.num_stages,
+                uses=("wgmma", "wide_copies"),
+            )
+        )
+        if page_size == 64:
+            found.append(
+                Build(
+                    f"paged_decode combine {name}",
+                    paged_attention._combine_kernel,
+                    arguments(paged_attention._combine_kernel),
+                    {
+                        **sizes,
+                        "SPLIT": paged_attention.SPLIT,
+                        "BLOCK_S": paged_attention.MAX_SPLITS,
+                        "BLOCK_G": padded,
+                    },
+                    num_warps=1,
+                )
+            )
+    for num_heads, num_kv_heads, norm in ((16, 8, True), (64, 8, True), (28, 4, False)):
+        found.append(
+            Build(
+                f"norm_rope_write_kv {num_heads} and {num_kv_heads} heads{'' if norm else ', no norm'}",
+                kv_write._norm_rope_write_kernel,
+                {
+                    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16"),
+                    **dict.fromkeys(("out_ptr", "key_ptr", "value_ptr"), "*bf16"),
+                    **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+                    "slots_ptr": "*i64",
+                    "num_heads": "i32",
+                    "num_kv_heads": "i32",
+                    "eps": "fp32",
+                },
+                {
+                    "NORM": norm,
+                    "PAGE_SIZE": 64,
+                    "BLOCK_Q": triton.next_power_of_2(num_heads),
+                    "BLOCK_KV": triton.next_power_of_2(num_kv_heads),
+                    "HALF": 64,
+                },
+                4,
+                {"num_heads": num_heads, "num_kv_heads": num_kv_heads},
+                (T,),
+                {"slots_ptr": 2**31},
+            )
+        )
     return found
 
 
-def compile_for_hopper(build: Build) -> Figures:
-    """Compile for sm_90a; no GPU is needed, ptxas and cuobjdump ship with Triton."""
+def compile_for_hopper(build: Build) -> Any:
+    """Triton's compiled kernel for sm_90a; no GPU is needed."""
     signature = {name: build.arguments.get(name, "constexpr") for name in build.kernel.arg_names}
     # As at a real launch: pointers and sizes that are multiples of 16 may be read 16 bytes at a time.
     aligned = {
@@ -285,7 +461,16 @@ def compile_for_hopper(build: Build) -> Figures:
     }
     source = ASTSource(build.kernel, signature, build.constants, aligned)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def ranges(build: Build, ttir: str) -> Ranges:
+    """The kernel's integers in the largest call."""
+    return index_ranges(ttir, build.sizes, build.programs, build.loads)
+
+
+def figures(build: Build, compiled: Any) -> Figures:
+    """What the compiler made of it; ptxas and cuobjdump ship with Triton."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -296,15 +481,19 @@ def compile_for_hopper(build: Build) -> Figures:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = dump("-res-usage"), dump("-sass")
+    indices = ranges(build, compiled.asm["ttir"]) if build.sizes else None
     return Figures(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared_bytes=compiled.metadata.shared,
         wgmma=code.count("HGMMA"),
+        mma=len(re.findall(r"\bHMMA", code)),
         tma_loads=code.count("UTMALDG"),
+        wide_copies=len(re.findall(r"LDGSTS\S*\.128", code)),
         wide_loads=code.count("LDG.E.128"),
-        offsets_64_bit=bool(re.search(r"arith\.(muli|extsi).*i64", compiled.asm["ttir"])),
+        largest_offset=indices and indices.largest_offset,
+        index_faults=indices and len(indices.faults),
     )
 
 
@@ -312,8 +501,8 @@ def main() -> None:
     """Compile everything, print the table, write the figures."""
     rows = []
     for build in builds():
-        figures = compile_for_hopper(build)
-        rows.append({"kernel": build.name, "warps": build.num_warps, **vars(figures)})
+        row = figures(build, compile_for_hopper(build))
+        rows.append({"kernel": build.name, "warps": build.num_warps, **vars(row)})
     print(table(rows))
     folder = Path(__file__).parent / "results" / "sm_90a"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,73 +1,134 @@
-"""Kernels on the language-model head against plain torch, at Qwen3's vocabulary and real hidden sizes.
+"""Cross-entropy and log-probabilities on the language-model head, at Qwen3's vocabulary and real hidden sizes.
 
-The floor counts FLOP at 790 TFLOP/s bf16, the rate of a large cuBLAS product on an H200: 2 T V H a pass. Data is both
-peaked, as a trained model's, and random, since skipping blocks pays on the first alone. A GPU is needed: on a CPU the
-reference runs on both sides.
+The floor counts FLOP at 790 TFLOP/s bf16, the rate of a large cuBLAS product on an H200: 2 T V H a pass, one pass for
+scoring, two for a loss with a frozen head, three where the head trains. Data is both peaked, as a trained model's, and
+random, since skipping blocks pays on the first alone. Errors are of dX (of the log-probability where nothing has a
+gradient) against fp64 on 64 rows.
 """
-
-import statistics
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from benchmarks.harness import Result, interleaved
+from benchmarks.harness import Measured, Result, measure, peer, progress
+from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
-from thinksafe.kernels.linear_kl import linear_kl
 from thinksafe.kernels.linear_logprob import linear_logprob
 
-_V, _RATE = 151_936, 790e12
+RATE = 790e12
+_CHECKED_ROWS = 64
 
 
 def run() -> Result:
-    """Measure every operation at T = 8,192."""
+    """T = 8,192 with frozen and trainable head, T = 32,768 with a frozen one."""
     if not torch.cuda.is_available():
-        return Result("loss", "Needs a GPU; nothing was measured.", [])
-    rows = []
-    for hidden in (1024, 2048, 4096):
-        for data in ("peaked", "random"):
-            rows += _at(8192, hidden, data)
-    return Result(
-        "loss", "Logits stay in registers.", rows, [f"V = {_V:,}, bf16, T = 8,192, frozen head, medians of 5"]
-    )
+        return Result("loss", "Needs a GPU: on a CPU both sides run plain torch, so nothing was measured.", [])
+    rows, notes = [], ["medians of 5 calls, forward and backward; bf16; V = 151,936"]
+    peers = {name: peer(name, notes) for name in ("liger_kernel.transformers.functional", "cut_cross_entropy")}
+    peers["quack"] = peer("quack.linear_cross_entropy", notes)
+    compiled = torch.compile(_eager)
+    for T, heads in ((8192, (False, True)), (32_768, (False,))):
+        for hidden in (1024, 2048, 4096):
+            for data in ("peaked", "random"):
+                for trainable in heads:
+                    progress(f"loss: T {T:,}, H {hidden}, {data}, {'trainable' if trainable else 'frozen'} head")
+                    rows += _at(*head_case(T, hidden, data, "cuda"), data, trainable, peers, compiled, notes)
+    return Result("loss", "Logits stay in registers; what is frozen or negligible is not computed.", rows, notes)
 
 
-def _at(T: int, H: int, data: str) -> list[dict]:
-    weight = torch.randn(_V, H, device="cuda", dtype=torch.bfloat16) / H**0.5
-    target = torch.randint(_V, (T,), device="cuda")
-    noise = torch.randn(T, H, device="cuda")
-    x = (noise + 12 * H**0.5 * weight[target].float() if data == "peaked" else noise).bfloat16().requires_grad_()
-    near = (x.detach().float() + 0.02 * torch.randn(T, H, device="cuda")).bfloat16()
+def _eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy((x @ weight.T).float(), target)
 
-    def backward(loss: torch.Tensor) -> None:
-        x.grad = None
-        loss.backward()
 
-    def torch_kl() -> None:
-        for part in range(0, T, 1024):  # in one piece two fp32 copies of the logits would take 20 GB
-            chosen = slice(part, part + 1024)
-            student = (x[chosen] @ weight.T).float().log_softmax(-1)
-            other = (near[chosen] @ weight.T).float().log_softmax(-1)
-            backward(F.kl_div(student, other, log_target=True, reduction="sum"))
+def _at(x, weight, target, data, trainable, peers, compiled, notes) -> list[dict]:
+    (T, H), V = x.shape, len(weight)
+    x.requires_grad_(), weight.requires_grad_(trainable)
+    liger, cce, quack = peers.values()
 
-    variants = {
-        "linear_logprob": (1, lambda: linear_logprob(x.detach(), weight, target)),
-        "linear_cross_entropy exact": (2, lambda: backward(_ours(x, weight, target, True))),
-        "linear_cross_entropy": (2, lambda: backward(_ours(x, weight, target, False))),
-        "torch cross_entropy": (2, lambda: backward(F.cross_entropy((x @ weight.T).float(), target))),
-        "linear_kl": (3, lambda: backward(linear_kl(x, near, weight))),
-        "torch kl_div, chunks of 1,024": (3, torch_kl),
+    def training(loss):
+        def work() -> None:
+            x.grad = weight.grad = None
+            loss().backward()
+
+        return work
+
+    losses = {
+        "ThinkSafe": lambda: linear_cross_entropy(x, weight, target, ignore_index=None, exact=True),
+        "torch": lambda: _eager(x, weight, target),
+        "torch.compile": lambda: compiled(x, weight, target),
     }
-    times = interleaved({name: work for name, (_, work) in variants.items()}, rounds=5)
-    active = linear_cross_entropy_with_stats(x, weight, target, ignore_index=None, exact=False)[1].active_share.item()
+    if not trainable:
+        losses["ThinkSafe, skipping"] = lambda: linear_cross_entropy(x, weight, target, ignore_index=None, exact=False)
+    if liger:
+        losses["Liger-Kernel"] = lambda: liger.liger_fused_linear_cross_entropy(x, weight, target)
+    if cce:
+        losses["cut-cross-entropy"] = lambda: cce.linear_cross_entropy(x, weight, target)
+        losses["cut-cross-entropy, exact"] = lambda: cce.linear_cross_entropy(x, weight, target, impl="cce_exact")
+    if quack:
+        losses["QuACK"] = lambda: quack.chunked_linear_cross_entropy(x, weight, target)
+    variants = {name: training(loss) for name, loss in losses.items()}
+    checked = torch.randperm(T, device=x.device)[:_CHECKED_ROWS]
+    exact_gradient, exact_logprob = _in_fp64(x, weight, target, checked)
+    errors = {}
+
+    def check(name: str) -> None:
+        errors[name] = relative_error(x.grad[checked].double() * T, exact_gradient)
+
+    measured = measure(variants, 5, notes, check)
+    x.grad = weight.grad = None
+    common = {"T": T, "H": H, "data": data, "head": "trainable" if trainable else "frozen"}
     rows = []
-    for name, (passes, _) in variants.items():
-        floor = passes * 2 * T * _V * H / _RATE
-        seconds = statistics.median(times[name])
-        row = {"H": H, "data": data, "variant": name, "ms": 1e3 * seconds, "floor ms": 1e3 * floor}
-        row |= {"share of the floor": floor / seconds, "TFLOP/s": passes * 2 * T * _V * H / seconds / 1e12}
-        rows.append(row | ({"blocks computed": active} if name == "linear_cross_entropy" else {}))
+    for name, found in measured.items():
+        row = common | {"variant": name} | figures(found, (3 if trainable else 2) * 2 * T * V * H)
+        row["error of dX"] = errors[name]
+        if name == "ThinkSafe, skipping":
+            stats = linear_cross_entropy_with_stats(x, weight, target, ignore_index=None, exact=False)[1]
+            row |= {"rho": stats.active_share.item(), "dropped mass": stats.dropped_mass.item()}
+        rows.append(row)
+    if not trainable:
+        rows += _scoring(x.detach(), weight, target, checked, exact_logprob, common, notes)
     return rows
 
 
-def _ours(x, weight, target, exact: bool) -> torch.Tensor:
-    return linear_cross_entropy(x, weight, target, ignore_index=None, exact=exact)
+def _scoring(x, weight, target, checked, exact, common, notes) -> list[dict]:
+    """Log-probabilities of the targets, no gradients; torch needs [T, V] logits for it."""
+    found = {}
+
+    def ours() -> None:
+        found["ThinkSafe, scoring"] = linear_logprob(x, weight, target).logprob
+
+    @torch.no_grad()
+    def eager() -> None:
+        found["torch, scoring"] = -F.cross_entropy((x @ weight.T).float(), target, reduction="none")
+
+    rows = []
+    for name, taken in measure({"ThinkSafe, scoring": ours, "torch, scoring": eager}, 5, notes).items():
+        error = (found[name][checked].double() - exact).abs().max().item()
+        row = common | {"variant": name} | figures(taken, 2 * x.numel() * len(weight))
+        rows.append(row | {"error of log p": error})
+    return rows
+
+
+def _in_fp64(x: Tensor, weight: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of each chosen row's own loss, its target's log-probability)."""
+    weight = weight.detach().double()
+    logprobs = (x[rows].detach().double() @ weight.T).log_softmax(-1)
+    chosen = target[rows, None]
+    grad = logprobs.exp().scatter_add(-1, chosen, torch.full_like(chosen, -1, dtype=torch.float64))
+    return grad @ weight, logprobs.gather(-1, chosen)[:, 0]
+
+
+def figures(found: Measured, flop: float) -> dict:
+    """Time and memory beside the floor that the counted FLOP set."""
+    return {
+        "ms": 1e3 * found.seconds,
+        "floor ms": 1e3 * flop / RATE,
+        "share of the floor": flop / RATE / found.seconds,
+        "TFLOP/s": flop / found.seconds / 1e12,
+        "peak GB": found.peak_bytes / 1e9,
+    }
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """In the 2-norm."""
+    return ((found - exact).norm() / exact.norm()).item()

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.harness import device_name, table, write
 
-SUITES = ("loss", "sampler", "train")
+SUITES = ("loss", "divergence", "elementwise", "sampler", "train")
 
 
 def main() -> None:

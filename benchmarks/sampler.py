@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from benchmarks.harness import Result, interleaved, seconds
 from benchmarks.shapes import MODELS, response_lengths
-from thinksafe.kernels.linear_cross_entropy import matmul_fp32
+from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.sampling import sample
+from thinksafe.model.attention import Rotation
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import hugging_face_name
@@ -141,13 +142,14 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
     q = torch.randn(rows, config.num_heads, config.head_dim, device=device, dtype=dtype)
     kv = torch.randn(rows, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
     attention = DecodeAttention(runner.cache, runner.page_table[slots], positions)
+    rotation = Rotation(None, None, config.rms_norm_eps, *decoder._rotation(positions))
     hidden = torch.randn(rows, config.hidden_size, device=device, dtype=dtype)
     logits = matmul_fp32(hidden, decoder.head.T)
     columns = (runner.temperature[slots], runner.top_k[slots], runner.top_p[slots], runner.seed[slots], positions)
 
     def layers_of_attention() -> None:
         for layer in range(config.num_layers):
-            attention(layer, q, kv, kv)
+            attention(layer, q, kv, kv, rotation)
 
     graph = runner._graphs[bucket(rows)].graph.replay if runner._graphs else None
     on_device = _median_seconds(graph or (lambda: runner.decode(inputs)))

@@ -1,6 +1,10 @@
-"""The models and length distributions that every suite shares: real shapes with random weights."""
+"""The models, length distributions and hidden states that suites share: real shapes with random weights."""
 
 import numpy as np
+import torch
+
+VOCABULARY = 151_936
+"""Qwen3's."""
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool) -> dict:
@@ -51,3 +55,25 @@ def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[i
     sigma = 0.8
     draws = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(draws, 1, longest).astype(int).tolist()
+
+
+def head_case(T: int, H: int, data: str, device: str, vocabulary: int = VOCABULARY) -> tuple[torch.Tensor, ...]:
+    """(hidden states [T, H], head [V, H], targets [T]), bf16, as a language-model head sees them.
+
+    `random` is noise: every token is about as likely as any other. `peaked` is what a trained model gives: a Zipf law
+    over token ids, which frequent tokens lead as in a byte-pair vocabulary, and rows whose confidence in their target
+    runs from none to certain.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(vocabulary, H, device=device, generator=generator) / H**0.5
+    noise = torch.randn(T, H, device=device, generator=generator)
+    if data == "random":
+        target = torch.randint(vocabulary, (T,), device=device, generator=generator)
+        return noise.bfloat16(), weight.bfloat16(), target
+    log_frequency = -1.2 * torch.log(torch.arange(vocabulary, device=device) + 10.0)
+    target = torch.multinomial(log_frequency.exp(), T, replacement=True, generator=generator)
+    strength = torch.rand(T, 1, device=device, generator=generator) * 24
+    x = 2 * noise + strength * weight[target]
+    # The last hidden dimension carries the law.
+    x[:, -1], weight[:, -1] = 1.0, log_frequency
+    return x.bfloat16(), weight.bfloat16(), target

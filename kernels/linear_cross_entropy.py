@@ -20,6 +20,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.chunked_loss import (
+    empty_gradients,
+    first_bad_row,
+    matmul_fp32,
+    over_chunks,
+    reduced,
+    scaled_gradients,
+)
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
 from thinksafe.kernels.exp_gemm import PLAIN, check_head, exp_gemm, gather_dot, on_tensor_cores
 
@@ -96,9 +104,9 @@ def _combine_kernel(
         tl.store(out_ptr + row * H + columns, grad, mask=inside)
 
 
-def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, grad_weight, mean_w):
-    """Loss of some rows, gradients written to grad_x and added to grad_weight where wanted; (loss, dropped, active)."""
-    needs_gradient = grad_x is not None or grad_weight is not None
+def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, needs_weight, mean_w):
+    """((loss, dropped, active), dW or None) of some rows; dX goes to grad_x unless that is None."""
+    needs_gradient = grad_x is not None or needs_weight
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
     done = exp_gemm(x, weight, target, target_logit, store=needs_gradient)
     others = done.sums.sum(0)
@@ -111,12 +119,12 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, gr
         loss = loss + smoothing * (target_logit - x.float() @ mean_w)
     zero, one = loss.new_zeros(()), loss.new_ones(())
     if not needs_gradient:
-        return row_weight * loss, zero, one
+        return (row_weight * loss, zero, one), None
     tilt = 1 + 2 * z_loss * lse
     scale = row_weight * tilt / total
     # tilt * p_y - (1 - smoothing), written so that nothing cancels where p_y is close to 1.
     own_gradient = row_weight * (-others / total + (tilt - 1) * (own / total) + smoothing)
-    dropped, active = zero, one
+    dropped, active, grad_weight = zero, one, None
     if grad_x is not None:
         if exact:
             product = matmul_fp32(done.e[:, : weight.shape[0]], weight)
@@ -127,19 +135,14 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, gr
             product, weight, target, mean_w, scale, own_gradient, -smoothing * row_weight, grad_x, x.shape[1],
             SPREAD=smoothing > 0, BLOCK_H=block, num_warps=4,
         )  # fmt: skip
-    if grad_weight is not None:
+    if needs_weight:
         # dW = Eᵀ (scale X) with the target's own gradient put into E: a scatter that no two rows share.
         column = torch.where(scale == 0, 0.0, own_gradient / scale)
         done.e.scatter_(1, target[:, None], column[:, None].to(done.e.dtype))
-        grad_weight += matmul_fp32(done.e[:, : weight.shape[0]].T, (scale[:, None] * x.float()).to(x.dtype))
+        grad_weight = matmul_fp32(done.e[:, : weight.shape[0]].T, (scale[:, None] * x.float()).to(x.dtype))
         if smoothing:
             grad_weight -= (smoothing / len(weight)) * (row_weight @ x.float())
-    return row_weight * loss, dropped, active
-
-
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """A product with fp32 accumulation and fp32 result; cuBLAS has that for bf16 inputs on a GPU."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
+    return (row_weight * loss, dropped, active), grad_weight
 
 
 def _sparse_product(done, weight: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,14 +168,15 @@ def _sparse_product(done, weight: Tensor, others: Tensor) -> tuple[Tensor, Tenso
     return product, dropped, active.float().mean()
 
 
-def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, grad_weight, mean_w):
+def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, needs_weight, mean_w):
     """The same in plain torch."""
     logits = (x @ weight.T).float()
     lse = logits.logsumexp(-1)
     column = target[:, None]
     chosen = logits.gather(-1, column)[:, 0]
     loss = lse - chosen + smoothing * (chosen - logits.mean(-1)) + z_loss * lse.square()
-    if grad_x is not None or grad_weight is not None:
+    grad_weight = None
+    if grad_x is not None or needs_weight:
         scale = row_weight * (1 + 2 * z_loss * lse)
         grad = (
             logits.sub_(lse[:, None]).exp_().mul_(scale[:, None]).sub_((smoothing / len(weight)) * row_weight[:, None])
@@ -181,9 +185,9 @@ def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact,
         grad = grad.to(x.dtype)
         if grad_x is not None:
             torch.mm(grad, weight, out=grad_x)
-        if grad_weight is not None:
-            grad_weight += grad.T @ x
-    return row_weight * loss, loss.new_zeros(()), loss.new_ones(())
+        if needs_weight:
+            grad_weight = grad.T @ x
+    return (row_weight * loss, loss.new_zeros(()), loss.new_ones(())), grad_weight
 
 
 @torch.library.custom_op("thinksafe::linear_cross_entropy", mutates_args=())
@@ -194,37 +198,22 @@ def _linear_cross_entropy(
     """(weighted loss a row, its dX, dW of their sum, [dropped mass, active share])."""
     triton_path = on_tensor_cores(x)
     run, chunk = (_chunk_on_triton, CHUNK) if triton_path else (_chunk_on_reference, REFERENCE_CHUNK)
-    loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+    grad_x, grad_weight = empty_gradients(x, weight, needs_x, needs_weight)
     mean_w = weight.float().mean(0) if smoothing and triton_path else None
-    dropped, active = loss.new_zeros(()), []
-    start = 0
-    while start < len(x):
-        rows = slice(start, min(start + chunk, len(x)))
-        try:
-            loss[rows], dropped_here, active_here = run(
-                x[rows], weight, target[rows], row_weight[rows], smoothing, z_loss, exact,
-                grad_x[rows] if needs_x else None, grad_weight if needs_weight else None, mean_w,
-            )  # fmt: skip
-        except torch.OutOfMemoryError:
-            if chunk <= 128 or needs_weight:  # a half-added dW cannot be taken back
-                raise
-            chunk //= 2
-            continue
-        dropped = torch.maximum(dropped, dropped_here)
-        active.append(active_here * (rows.stop - rows.start))
-        start = rows.stop
-    share = torch.stack(active).sum() / len(x) if active else loss.new_ones(())
-    return loss, grad_x, grad_weight, torch.stack((dropped, share))
+    chunks = over_chunks(len(x), chunk, grad_weight, lambda rows: run(
+        x[rows], weight, target[rows], row_weight[rows], smoothing, z_loss, exact, grad_x[rows] if needs_x else None,
+        needs_weight, mean_w,
+    ))  # fmt: skip
+    if not chunks:
+        return row_weight.clone(), grad_x, grad_weight, row_weight.new_tensor([0.0, 1.0])
+    losses, dropped, active = zip(*chunks, strict=True)
+    rows_computed = sum(share * len(loss) for loss, share in zip(losses, active, strict=True))
+    return torch.cat(losses), grad_x, grad_weight, torch.stack((torch.stack(dropped).amax(), rows_computed / len(x)))
 
 
 @_linear_cross_entropy.register_fake
 def _(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight):
-    loss = x.new_empty(len(x), dtype=torch.float32)
-    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
-    return loss, grad_x, grad_weight, x.new_empty(2, dtype=torch.float32)
+    return torch.empty_like(row_weight), *empty_gradients(x, weight, needs_x, needs_weight), row_weight.new_empty(2)
 
 
 def _setup_context(ctx, inputs, output):
@@ -238,17 +227,11 @@ def _backward(ctx, grad_loss, *_):
     x, weight, target, row_weight, grad_x, grad_weight = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 9
-    dx = (grad_x.float() * grad_loss[:, None]).to(x.dtype) if ctx.needs_x else None
-    dw = None
-    if ctx.needs_weight:
-        # dW was summed for gradients of 1; a scalar loss scales it, anything else needs the rows again.
-        if grad_loss.stride() == (0,) or len(grad_loss) < 2:
-            dw = grad_weight * grad_loss[:1].sum()
-        else:
-            weighted = row_weight * grad_loss
-            dw = _linear_cross_entropy(x, weight, target, weighted, *ctx.settings, False, True)[2]
-        dw = dw.to(weight.dtype)
-    return dx, dw, None, None, None, None, None, None, None
+    dx, dw = scaled_gradients(
+        grad_loss, grad_x if ctx.needs_x else None, grad_weight if ctx.needs_weight else None,
+        lambda: _linear_cross_entropy(x, weight, target, row_weight * grad_loss, *ctx.settings, False, True)[2],
+    )  # fmt: skip
+    return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -328,17 +311,11 @@ def linear_cross_entropy_with_stats(
     loss, _, _, figures = _linear_cross_entropy(
         x.contiguous(), weight, target.contiguous(), row_weight, label_smoothing, z_loss, exact, needs_x, needs_weight
     )
-    finite = torch.isfinite(loss.detach())
-    first_bad = (
-        torch.where(finite, len(x), torch.arange(len(x), device=x.device)).amin()
-        if len(x)
-        else finite.new_tensor(0, dtype=torch.int64)
-    )
-    bad_row = torch.where(first_bad < len(x), first_bad, -1)
+    bad_row = first_bad_row(loss)
     if kept is not None and len(kept):
         bad_row = torch.where(bad_row < 0, bad_row, kept[bad_row.clamp(min=0)])
     stats = Stats(normaliser, figures[0], figures[1], bad_row)
-    if reduction == "none":
-        return (loss if kept is None else loss.new_zeros(num_rows).index_copy(0, kept, loss)), stats
-    total = loss.sum()
-    return (total if reduction == "sum" else total / normaliser.clamp(min=torch.finfo(torch.float32).tiny)), stats
+    loss = reduced(loss, normaliser, reduction)
+    if reduction == "none" and kept is not None:
+        loss = loss.new_zeros(num_rows).index_copy(0, kept, loss)
+    return loss, stats

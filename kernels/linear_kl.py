@@ -7,10 +7,11 @@ from the pair (p_r, L), p_s = p_r e^L:
     jsd      ½ KL(r‖m) + ½ KL(s‖m), m the mean         dz_s = p_s (h - Σ p_s h),  h = ½ (log 2 - log(1 + e^-L))
 A first pass over the vocabulary forms both models' logits in registers, sharing each tile of the head between them, and
 stores E = exp(z_r - tile maximum) in bf16 and D in fp16: 4 bytes an element, where bf16 logits of both would be the
-same bytes and, near the reference, all noise (a gradient error of 220% at a KL of 3e-5, against 0.25%; at a tenth of a
-nat D is some units large, and its rounding leaves up to 0.5%). Δ is formed from Σ p_r (e^D - 1), so nothing cancels:
-equal models give a value and a gradient of exactly 0. A second, elementwise pass turns the pair into the value and, in
-place, into dz_s. FLOP: 6 T V H with a frozen head, 8 T V H where it trains.
+same bytes and, near the reference, all noise (a gradient error of 220% at a KL of 3e-5, against 0.25%). Δ is formed
+from the D that was stored, as the D of a likely token plus log(1 + Σ p_r (e^(D - that) - 1)). So nothing cancels, and
+what rounding moves the likely tokens by moves Δ alike: equal models give a value and a gradient of exactly 0, and far
+apart, where D is some units large, a gradient is as precise as near by. A second, elementwise pass turns the pair into
+the value and, in place, into dz_s. FLOP: 6 T V H with a frozen head, 8 T V H where it trains.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.chunked_loss import empty_gradients, matmul_fp32, over_chunks, reduced, scaled_gradients
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
 from thinksafe.kernels.exp_gemm import LOG2E, Tiles, check_head, num_processors, on_tensor_cores
-from thinksafe.kernels.linear_cross_entropy import matmul_fp32
 
 Direction = Literal["forward", "reverse", "jsd"]
 
@@ -32,11 +33,6 @@ CHUNK = 4096
 REFERENCE_CHUNK = 512
 ELEMENTWISE_ROWS = 16 if INTERPRETED else 32
 TILES = Tiles(16, 32, 32, 2, 4, 1) if INTERPRETED else Tiles(128, 128, 64, 8, 8, 3)
-
-
-def num_stages(shared_head: bool) -> int:
-    """A second head's tiles take the shared memory of one pipeline stage: 262,200 bytes at three, of 232,448."""
-    return TILES.num_stages if shared_head else TILES.num_stages - 1
 
 
 def reference(x_student, x_reference, weight, weight_reference=None, direction: Direction = "forward") -> Tensor:
@@ -66,7 +62,7 @@ def _expm1_minus(x):
 @jit
 def _pair_gemm_kernel(
     student_desc, reference_desc, weight_desc, weight_reference_desc, e_desc, d_desc,
-    best_ptr, sum_ptr, tilt_ptr, student_best_ptr, student_sum_ptr, T, V, H,
+    best_ptr, sum_ptr, pivot_ptr, tilt_ptr, student_best_ptr, student_sum_ptr, T, V, H, H_reference,
     SHARED_HEAD: tl.constexpr, LOG2E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -82,10 +78,14 @@ def _pair_gemm_kernel(
             w = weight_desc.load([block_v * BLOCK_V, h])
             x = student_desc.load([block_t * BLOCK_T, h])
             z_student = tl.dot(x, w.T, z_student, input_precision="ieee")
-            if not SHARED_HEAD:
+            if SHARED_HEAD:
+                x = reference_desc.load([block_t * BLOCK_T, h])
+                z_reference = tl.dot(x, w.T, z_reference, input_precision="ieee")
+        if not SHARED_HEAD:
+            for h in range(0, H_reference, BLOCK_H):
                 w = weight_reference_desc.load([block_v * BLOCK_V, h])
-            x = reference_desc.load([block_t * BLOCK_T, h])
-            z_reference = tl.dot(x, w.T, z_reference, input_precision="ieee")
+                x = reference_desc.load([block_t * BLOCK_T, h])
+                z_reference = tl.dot(x, w.T, z_reference, input_precision="ieee")
         rows = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
         columns = (block_v * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
         inside = rows < T
@@ -100,12 +100,15 @@ def _pair_gemm_kernel(
         difference = tl.where(difference > 60000.0, 60000.0, tl.where(difference < -60000.0, -60000.0, difference))
         rounded = difference.to(tl.float16)
         d_desc.store([block_t * BLOCK_T, block_v * BLOCK_V], rounded)
+        kept = rounded.to(tl.float32)
         best = tl.max(tl.where(columns < V, z_reference, float("-inf")), axis=1)
+        pivot = tl.max(tl.where(z_reference == best[:, None], kept, float("-inf")), axis=1)
         e = tl.where(columns < V, tl.exp2((z_reference - best[:, None]) * LOG2E), 0.0)
         e_desc.store([block_t * BLOCK_T, block_v * BLOCK_V], e.to(e_desc.dtype))
         tl.store(best_ptr + out, best, mask=inside)
+        tl.store(pivot_ptr + out, pivot, mask=inside)
         tl.store(sum_ptr + out, tl.sum(e, axis=1), mask=inside)
-        kept = rounded.to(tl.float32)
+        kept -= pivot[:, None]
         grown = tl.where(tl.abs(kept) < 0.25, kept + _expm1_minus(kept), tl.exp(kept) - 1)
         tl.store(tilt_ptr + out, tl.sum(tl.where(e == 0, 0.0, e * grown), axis=1), mask=inside)
 
@@ -159,11 +162,11 @@ def _divergence_kernel(
         tl.store(value_ptr + out, tl.sum(tl.where(e == 0, 0.0, term), axis=1), mask=rows < T)
 
 
-def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction, row_weight, grad_x, grad_weight):
-    """Weighted divergence a row; gradients written to grad_x and added to grad_weight where wanted."""
+def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction, row_weight, grad_x, needs_weight):
+    """(weighted divergence, dW or None) of some rows; dX goes to grad_x unless that is None."""
     (T, H), V = x_student.shape, weight.shape[0]
     shape = (triton.cdiv(V, TILES.block_v), T)
-    best, sums, tilt, student_best, student_sums = (x_student.new_empty(shape, dtype=torch.float32) for _ in range(5))
+    best, sums, pivot, tilt, student_best, student_sums = x_student.new_empty((6, *shape), dtype=torch.float32)
     width = shape[0] * TILES.block_v
     e = x_student.new_empty(T, width)
     d = x_student.new_empty(T, width, dtype=torch.float16)
@@ -178,17 +181,20 @@ def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction
         weight_desc if weight_reference is None else TensorDescriptor.from_tensor(weight_reference, columns),
         TensorDescriptor.from_tensor(e, out),
         TensorDescriptor.from_tensor(d, out),
-        best, sums, tilt, student_best, student_sums, T, V, H,
+        best, sums, pivot, tilt, student_best, student_sums, T, V, H, x_reference.shape[1],
         SHARED_HEAD=weight_reference is None, LOG2E=LOG2E, BLOCK_T=TILES.block_t, BLOCK_V=TILES.block_v,
         BLOCK_H=TILES.block_h, GROUP=TILES.group, num_warps=TILES.num_warps,
-        num_stages=num_stages(weight_reference is None),
+        num_stages=TILES.num_stages,
     )  # fmt: skip
     lse = torch.logsumexp(best + sums.log(), 0)
     log_scale = best - lse  # turns a tile's E into probabilities
+    # From one likely token's D, which the reference's most likely tile knows.
+    start = pivot.gather(0, best.argmax(0, keepdim=True))
+    apart = pivot - start
+    shift = (log_scale.exp() * (sums * torch.expm1(apart) + tilt * torch.exp(apart))).sum(0)
+    # Beyond fp32, a student's token is 88 nats more likely than it was, and the two lse are precise enough.
     student_lse = torch.logsumexp(student_best + student_sums.log(), 0)
-    shift = (log_scale.exp() * tilt).sum(0)
-    # For models near each other, which is where it matters; a large or infinite sum falls back to the two lse.
-    delta = torch.where(shift.abs() < 1, torch.log1p(shift), student_lse - lse)
+    delta = torch.where(torch.isfinite(shift), start[0] + torch.log1p(shift), student_lse - lse)
     value, mean = torch.empty_like(sums), torch.zeros_like(sums)
 
     def elementwise(write: bool, row_mean: Tensor) -> None:
@@ -197,7 +203,7 @@ def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction
             DIRECTION=direction, WRITE=write, BLOCK_T=ELEMENTWISE_ROWS, BLOCK_V=TILES.block_v, num_warps=8,
         )  # fmt: skip
 
-    wants_gradient = grad_x is not None or grad_weight is not None
+    wants_gradient = grad_x is not None or needs_weight
     if direction == "forward":
         elementwise(wants_gradient, delta)
     else:
@@ -206,27 +212,28 @@ def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction
             elementwise(True, value.sum(0) if direction == "reverse" else mean.sum(0))
     if grad_x is not None:
         grad_x.copy_(matmul_fp32(e[:, :V], weight))
-    if grad_weight is not None:
-        grad_weight += matmul_fp32(e[:, :V].T, x_student)
-    return row_weight * value.sum(0)
+    return row_weight * value.sum(0), matmul_fp32(e[:, :V].T, x_student) if needs_weight else None
 
 
-def _chunk_on_reference(x_student, x_reference, weight, weight_reference, direction, row_weight, grad_x, grad_weight):
-    """The same in plain torch, through autograd over fp32 logits."""
+def _chunk_on_reference(x_student, x_reference, weight, weight_reference, direction, row_weight, grad_x, needs_weight):
+    """The same in plain torch; inside an operator autograd sees nothing, so the gradients are written out."""
     other = (x_reference @ (weight if weight_reference is None else weight_reference).T).float().log_softmax(-1)
-    logits = (x_student @ weight.T).float()
-    wants_gradient = grad_x is not None or grad_weight is not None
-    with torch.set_grad_enabled(wants_gradient):
-        logits.requires_grad_(wants_gradient)
-        value = row_weight * _divergence(logits.log_softmax(-1), other, direction)
-    if wants_gradient:
-        (grad,) = torch.autograd.grad(value.sum(), logits)
-        grad = grad.to(weight.dtype)
+    student = (x_student @ weight.T).float().log_softmax(-1)
+    value, grad_weight = row_weight * _divergence(student, other, direction), None
+    if grad_x is not None or needs_weight:
+        ratio = student - other
+        if direction == "forward":
+            grad = other.exp() * torch.expm1(ratio)
+        else:
+            slope = ratio if direction == "reverse" else 0.5 * (math.log(2) - torch.nn.functional.softplus(-ratio))
+            p_student = student.exp()
+            grad = p_student * (slope - (p_student * slope).sum(-1, keepdim=True))
+        grad = (row_weight[:, None] * grad).to(weight.dtype)
         if grad_x is not None:
             torch.mm(grad, weight, out=grad_x)
-        if grad_weight is not None:
-            grad_weight += grad.T @ x_student
-    return value.detach()
+        if needs_weight:
+            grad_weight = grad.T @ x_student
+    return value, grad_weight
 
 
 @torch.library.custom_op("thinksafe::linear_kl", mutates_args=())
@@ -236,31 +243,17 @@ def _linear_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(weighted divergence a row, its dX, dW of their sum)."""
     run, chunk = (_chunk_on_triton, CHUNK) if on_tensor_cores(x_student) else (_chunk_on_reference, REFERENCE_CHUNK)
-    value = torch.empty(len(x_student), dtype=torch.float32, device=x_student.device)
-    grad_x = torch.empty_like(x_student) if needs_x else x_student.new_empty(0)
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
-    start = 0
-    while start < len(x_student):
-        rows = slice(start, min(start + chunk, len(x_student)))
-        try:
-            value[rows] = run(
-                x_student[rows], x_reference[rows], weight, weight_reference, direction, row_weight[rows],
-                grad_x[rows] if needs_x else None, grad_weight if needs_weight else None,
-            )  # fmt: skip
-        except torch.OutOfMemoryError:
-            if chunk <= 128 or needs_weight:  # a half-added dW cannot be taken back
-                raise
-            chunk //= 2
-            continue
-        start = rows.stop
-    return value, grad_x, grad_weight
+    grad_x, grad_weight = empty_gradients(x_student, weight, needs_x, needs_weight)
+    values = over_chunks(len(x_student), chunk, grad_weight, lambda rows: run(
+        x_student[rows], x_reference[rows], weight, weight_reference, direction, row_weight[rows],
+        grad_x[rows] if needs_x else None, needs_weight,
+    ))  # fmt: skip
+    return torch.cat(values) if values else row_weight.clone(), grad_x, grad_weight
 
 
 @_linear_kl.register_fake
 def _(x_student, x_reference, weight, weight_reference, row_weight, direction, needs_x, needs_weight):
-    grad_x = torch.empty_like(x_student) if needs_x else x_student.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
-    return x_student.new_empty(len(x_student), dtype=torch.float32), grad_x, grad_weight
+    return torch.empty_like(row_weight), *empty_gradients(x_student, weight, needs_x, needs_weight)
 
 
 def _setup_context(ctx, inputs, output):
@@ -273,16 +266,11 @@ def _backward(ctx, grad_value, *_):
     *inputs, row_weight, grad_x, grad_weight = ctx.saved_tensors
     if grad_value is None:
         return (None,) * 8
-    dx = (grad_x.float() * grad_value[:, None]).to(grad_x.dtype) if ctx.needs_x else None
-    dw = None
-    if ctx.needs_weight:
-        # dW was summed for gradients of 1; a scalar loss scales it, anything else needs the rows again.
-        if grad_value.stride() == (0,) or len(grad_value) < 2:
-            dw = grad_weight * grad_value[:1].sum()
-        else:
-            dw = _linear_kl(*inputs, row_weight * grad_value, ctx.direction, False, True)[2]
-        dw = dw.to(inputs[2].dtype)
-    return dx, None, dw, None, None, None, None, None
+    dx, dw = scaled_gradients(
+        grad_value, grad_x if ctx.needs_x else None, grad_weight if ctx.needs_weight else None,
+        lambda: _linear_kl(*inputs, row_weight * grad_value, ctx.direction, False, True)[2],
+    )  # fmt: skip
+    return dx, None, None if dw is None else dw.to(inputs[2].dtype), None, None, None, None, None
 
 
 _linear_kl.register_autograd(_backward, setup_context=_setup_context)
@@ -302,15 +290,18 @@ def linear_kl(
 
     Args:
         x_student: [T, H] hidden states, gets a gradient.
-        x_reference: [T, H] the reference's, a constant; of the same hidden size, since one loop forms both logits.
+        x_reference: [T, H'] the reference's, a constant; H' may differ from H where the reference has its own head.
         weight: [V, H] head, contiguous; gets a gradient, summed in fp32, only if it requires one.
-        weight_reference: [V, H] the reference's own head, a constant, or None where both share `weight`.
+        weight_reference: [V, H'] the reference's own head, a constant, or None where both share `weight`.
         direction: `forward` KL(reference‖student), `reverse` KL(student‖reference), or `jsd`.
         token_weight: [T] non-negative, or None for 1.
         reduction: `mean` divides by the weights' sum (0 for no rows).
 
     Returns:
-        fp32: a scalar, or [T] for `none`. Where student equals reference, exactly 0 with a gradient of exactly 0.
+        fp32: a scalar, or [T] for `none`. Where student equals reference, exactly 0 with a gradient of exactly 0. A
+        row of states that are not finite is NaN; `first_bad_row` of chunked_loss.py names it, given the rows. On a
+        GPU a token more than 88 nats less likely than its neighbours, by the reference, counts as impossible, and a
+        student more than 88 nats away has a rough value.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a word is unknown.
@@ -322,8 +313,6 @@ def linear_kl(
     check_head(x_reference, weight if weight_reference is None else weight_reference, rows[: len(x_reference)])
     if len(x_reference) != len(x_student) or (weight_reference is not None and len(weight_reference) != len(weight)):
         raise ValueError("student and reference must have the same rows and the same vocabulary")
-    if x_reference.shape[1] != x_student.shape[1]:
-        raise ValueError(f"hidden sizes differ: student {x_student.shape[1]}, reference {x_reference.shape[1]}")
     if token_weight is not None and token_weight.shape != x_student.shape[:1]:
         raise ValueError(f"token_weight is {list(token_weight.shape)}, x has {len(x_student)} rows")
     row_weight = (
@@ -335,7 +324,4 @@ def linear_kl(
         None if weight_reference is None else weight_reference.detach(), row_weight, direction,
         grad and x_student.requires_grad, grad and weight.requires_grad,
     )[0]  # fmt: skip
-    if reduction == "none":
-        return value
-    total = value.sum()
-    return total if reduction == "sum" else total / row_weight.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return reduced(value, row_weight.sum(), reduction)

@@ -1,55 +1,89 @@
 """Attention against a paged key-value cache, for new tokens of many sequences at once.
 
-A sequence's context lies in pages scattered over one pool; its row of `page_table` lists them in order. Decoding
-reads every byte of K and V once a step, so this operation, not the weights, bounds long generations:
-2 * context * num_kv_heads * D * itemsize bytes a sequence and layer. This plain form copies what it reads.
+A sequence's context lies in pages scattered over one pool; its row of `page_table` lists them in order. In a page a
+head's tokens lie together, [page_size, D], so that a tile is one contiguous read: 16 KB at 64 tokens of 128 in bf16.
+
+Decoding reads every byte of K and V once a step, so this operation, not the weights, bounds long generations:
+2 * context * num_kv_heads * D * itemsize bytes a sequence and layer. A context is cut into splits of SPLIT tokens, an
+own program for each split and KV head, and the partial results are combined. The cut depends on the sequence's own
+length, not on the batch, and so does every bit of the result. Rows of 100 and of 16,000 tokens share a batch, and the
+lengths are known to the device alone: persistent programs walk a list of splits that `decode_work` makes there.
+
+Reading prompts is bound by FLOP, 4 * D a query head and visible (query, key) pair. A tile of queries first passes over
+the keys before all of them, among those any prefix that other sequences share, without mask arithmetic, then over the
+causal remainder.
+
+In both, the query heads of one KV group are rows of one tile, so that K and V are read once for all of them.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thinksafe.kernels.dispatch import INTERPRETED, jit, on_triton, tl, triton
+
+SPLIT = 512
+MAX_SPLITS = 32
+"""Contexts up to SPLIT * MAX_SPLITS = 16k tokens are cut every SPLIT tokens, longer ones every so many times SPLIT that
+MAX_SPLITS are enough: it bounds the memory of partial results, 0.3 GB for 512 rows of 32 heads."""
+LOG2E = 1.4426950408889634
+_PROGRAMS_PER_PROCESSOR = 3
+"""Decoding programs that fit, by shared memory (72 KB each): while one begins or ends a split, the others read."""
 _BATCH_TOKENS = 2**17
-"""Context tokens, padding included, that one batch of decoding rows copies out of the cache: 0.5 GB a layer at 8
-key-value heads of 128 in bf16. Without a bound one row of 16k tokens would pad 255 others to its length."""
+"""Context tokens, padding included, that the reference copies out of the cache at once."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One configuration: rows (query head, token) and context tokens of a tile, warps a program, pipeline stages."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
+
+DECODE = {2: Tiles(16, 64, 4, 3), 4: Tiles(16, 64, 4, 2)}
+PREFILL = {2: Tiles(128, 64, 8, 3), 4: Tiles(16, 32, 8, 2)}
+"""By itemsize. 64 rows a tile in bf16 would read K and V from the L2 faster than it can give them. fp32 is there for
+exactness, not speed: it runs without tensor cores."""
 
 
 def write_kv(key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Store new keys and values.
 
     Args:
-        key_cache, value_cache: [num_pages, page_size, num_kv_heads, D], changed in place.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
         k, v: [T, num_kv_heads, D].
         slots: [T] int64, page * page_size + offset of each token; no two alike.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, k)
-    value_cache.flatten(0, 1).index_copy_(0, slots, v)
+    num_heads, page_size, D = key_cache.shape[1:]
+    heads = torch.arange(num_heads, device=slots.device)
+    rows = ((slots // page_size)[:, None] * num_heads + heads) * page_size + (slots % page_size)[:, None]
+    for cache, new in ((key_cache, k), (value_cache, v)):
+        cache.view(-1, D).index_copy_(0, rows.flatten(), new.flatten(0, 1))
 
 
-def paged_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> Tensor:
-    """One new token a sequence against its whole context, itself included.
-
-    Args:
-        q: [B, num_heads, D].
-        key_cache, value_cache: [num_pages, page_size, num_kv_heads, D].
-        page_table: [B, W] int64; entries past a sequence's last page may be any valid page.
-        seq_lens: [B] int64, at least 1.
-
-    Returns:
-        [B, num_heads, D].
-    """
-    out = torch.empty_like(q)
+def reference_decode(q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> Tensor:
+    """`paged_decode` in plain torch, rows of similar length together: padded copies of what the rows see."""
+    out = torch.zeros_like(q)
     for rows in _similar_lengths(seq_lens):
         out[rows] = _decode_padded(q[rows], key_cache, value_cache, page_table[rows], seq_lens[rows])
     return out
 
 
 def _similar_lengths(seq_lens: Tensor) -> list[Tensor]:
-    """Rows in batches, shortest first, each at most _BATCH_TOKENS when padded to its longest."""
+    """Rows with a context in batches, shortest first, each at most _BATCH_TOKENS when padded to its longest."""
     order = seq_lens.argsort(stable=True)
     lengths = seq_lens[order].tolist()
-    batches, start = [], 0
-    for end in range(1, len(lengths) + 1):
+    start = lengths.count(0)
+    batches = []
+    for end in range(start + 1, len(lengths) + 1):
         if end == len(lengths) or (end + 1 - start) * lengths[end] > _BATCH_TOKENS:
             batches.append(order[start:end])
             start = end
@@ -57,39 +91,364 @@ def _similar_lengths(seq_lens: Tensor) -> list[Tensor]:
 
 
 def _decode_padded(q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor) -> Tensor:
-    page_size = key_cache.shape[1]
-    page_table = page_table[:, : -(-int(seq_lens.max()) // page_size)]
-    positions = torch.arange(page_table.shape[1] * page_size, device=q.device)
-    visible = positions < seq_lens[:, None]
-    slots = (page_table[:, :, None] * page_size + positions[:page_size]).flatten(1)
-    # Behind its last token lies anything, even NaN, which no mask undoes (0 * NaN): the first token stands in.
-    slots = torch.where(visible, slots, slots[:, :1])
-    k, v = _gather(key_cache.flatten(0, 1), slots), _gather(value_cache.flatten(0, 1), slots)
+    visible = torch.arange(int(seq_lens.max()), device=q.device) < seq_lens[:, None]
+    k, v = _contexts(key_cache, value_cache, page_table, visible)
     out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=visible[:, None, None], enable_gqa=True)
     return out[:, :, 0]
 
 
-def _gather(cache: Tensor, index: Tensor) -> Tensor:
-    """Rows of [N, ..., num_kv_heads, D] named by [B, W] -> [B, num_kv_heads, tokens, D]."""
-    rows = cache.index_select(0, index.flatten())  # twice as fast as cache[index] on a CPU
-    return rows.view(len(index), -1, *cache.shape[-2:]).transpose(1, 2)
+def _contexts(key_cache: Tensor, value_cache: Tensor, page_table: Tensor, visible: Tensor) -> list[Tensor]:
+    """Copies of keys and values, [B, num_kv_heads, L, D] each; page_table [B, W], visible [B, L]."""
+    _, num_heads, page_size, D = key_cache.shape
+    token = torch.arange(visible.shape[1], device=visible.device)
+    heads = torch.arange(num_heads, device=visible.device)[:, None]
+    rows = page_table[:, token // page_size] * (num_heads * page_size) + token % page_size
+    # Behind its last token lies anything, even NaN, which no mask undoes (0 * NaN): the first token stands in.
+    rows = torch.where(visible, rows, rows[:, :1])[:, None] + heads * page_size
+    shape = (*rows.shape, D)
+    return [cache.view(-1, D).index_select(0, rows.flatten()).view(shape) for cache in (key_cache, value_cache)]
 
 
-def paged_prefill(q: Tensor, key_cache: Tensor, value_cache: Tensor, pages: Tensor, seq_len: int) -> Tensor:
-    """Consecutive new tokens of one sequence, the last of them at position seq_len - 1, causal.
+def reference_prefill(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor
+) -> Tensor:
+    """`paged_prefill` in plain torch, one sequence at a time."""
+    out = torch.empty_like(q)
+    bounds = cu_seqlens.tolist()
+    for row, (start, end, seq_len) in enumerate(zip(bounds, bounds[1:], seq_lens.tolist(), strict=False)):
+        position = torch.arange(seq_len, device=q.device)
+        everything = torch.ones(1, seq_len, dtype=torch.bool, device=q.device)
+        k, v = _contexts(key_cache, value_cache, page_table[row : row + 1], everything)
+        visible = position <= position[seq_len - (end - start) :, None]
+        queries = q[start:end].transpose(0, 1)[None]
+        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=visible, enable_gqa=True)
+        out[start:end] = attended[0].transpose(0, 1)
+    return out
+
+
+@jit
+def _split_length(seq_len, max_splits, SPLIT: tl.constexpr):
+    """Tokens of each split of such a context; the last one has what is left."""
+    return tl.maximum(tl.cdiv(tl.cdiv(seq_len, max_splits), SPLIT), 1) * SPLIT
+
+
+@jit
+def _work_kernel(seq_lens_ptr, work_ptr, num_rows, max_splits, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr):
+    rows = tl.arange(0, BLOCK_B)
+    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0).to(tl.int32)
+    num_splits = tl.cdiv(seq_lens, _split_length(seq_lens, max_splits, SPLIT))
+    first = tl.cumsum(num_splits, 0) - num_splits
+    tl.store(work_ptr, tl.sum(num_splits, 0))
+    for split in range(max_splits):
+        tl.store(work_ptr + 1 + first + split, rows * max_splits + split, mask=split < num_splits)
+
+
+@jit
+def _cache_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where tokens start to start + BLOCK_N of a context lie, in rows of D elements. A loop asks for the next tile's
+    while it loads this one: a page number must not be waited for."""
+    if PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(pages_ptr + start // PAGE_SIZE, mask=start < seq_len, other=0).to(tl.int64)
+        return (page * num_kv_heads + head) * PAGE_SIZE + start % PAGE_SIZE + tl.arange(0, BLOCK_N)
+    else:
+        tokens = start + tl.arange(0, BLOCK_N)
+        pages = tl.load(pages_ptr + tokens // PAGE_SIZE, mask=tokens < seq_len, other=0).to(tl.int64)
+        return (pages * num_kv_heads + head) * PAGE_SIZE + tokens % PAGE_SIZE
+
+
+@jit
+def _absorb(scores, v, best, total, acc):
+    """One tile of the online softmax, in powers of two: row maxima, row sums and weighted values so far."""
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(best - higher)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return higher, total, acc
+
+
+@jit
+def _decode_kernel(
+    q_ptr, key_ptr, value_ptr, page_table_ptr, seq_lens_ptr, work_ptr, out_ptr, partial_ptr, lse_ptr,
+    scale, width, num_kv_heads, max_splits,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    num_heads = num_kv_heads * GROUP
+    group, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    inside = (group < GROUP)[:, None] & (columns < D)[None, :]
+    for unit in range(tl.program_id(0), tl.load(work_ptr) * num_kv_heads, tl.num_programs(0)):
+        item, head = tl.load(work_ptr + 1 + unit // num_kv_heads), unit % num_kv_heads
+        row, split = (item // max_splits).to(tl.int64), item % max_splits
+        seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
+        length = _split_length(seq_len, max_splits, SPLIT)
+        heads = head * GROUP + group
+        q = tl.load(q_ptr + (row * num_heads + heads)[:, None] * D + columns[None, :], mask=inside, other=0.0)
+        best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        pages_ptr = page_table_ptr + row * width
+        first = split * length
+        rows = _cache_rows(pages_ptr, first, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+        for start in range(first, min(first + length, seq_len), BLOCK_N):
+            tokens = start + tl.arange(0, BLOCK_N)
+            offsets = rows[:, None] * D + columns[None, :]
+            rows = _cache_rows(pages_ptr, start + BLOCK_N, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+            # Behind the last token lies anything, even NaN: it is not read.
+            written = (tokens < seq_len)[:, None] & (columns < D)[None, :]
+            k = tl.load(key_ptr + offsets, mask=written, other=0.0)
+            v = tl.load(value_ptr + offsets, mask=written, other=0.0)
+            scores = tl.dot(q, k.T, input_precision="ieee") * scale
+            scores = tl.where((tokens < seq_len)[None, :], scores, float("-inf"))
+            best, total, acc = _absorb(scores, v, best, total, acc)
+        acc = acc / total[:, None]
+        if length >= seq_len:  # the only split
+            tl.store(out_ptr + (row * num_heads + heads)[:, None] * D + columns[None, :], acc, mask=inside)
+        else:
+            slots = item.to(tl.int64) * num_heads + heads
+            tl.store(partial_ptr + slots[:, None] * D + columns[None, :], acc, mask=inside)
+            tl.store(lse_ptr + slots, best + tl.log2(total), mask=group < GROUP)
+
+
+@jit
+def _combine_kernel(
+    seq_lens_ptr, partial_ptr, lse_ptr, out_ptr, num_kv_heads, max_splits,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One row and KV head: the mean of its splits, each weighted with 2^lse. A row without context becomes zero."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
+    num_splits = tl.cdiv(seq_len, _split_length(seq_len, max_splits, SPLIT))
+    if num_splits != 1:
+        num_heads = num_kv_heads * GROUP
+        group, columns, splits = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+        heads = head * GROUP + group
+        first = row * max_splits
+        inside = (group < GROUP)[:, None] & (columns < D)[None, :]
+        there = (splits < num_splits)[:, None] & (group < GROUP)[None, :]
+        all_slots = (first + splits)[:, None] * num_heads + heads[None, :]
+        best = tl.max(tl.load(lse_ptr + all_slots, mask=there, other=float("-inf")), axis=0)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        for split in range(num_splits):
+            slots = (first + split) * num_heads + heads
+            weight = tl.exp2(tl.load(lse_ptr + slots, mask=group < GROUP, other=0.0) - best)
+            total += weight
+            partial = tl.load(partial_ptr + slots[:, None] * D + columns[None, :], mask=inside, other=0.0)
+            acc += weight[:, None] * partial
+        acc = tl.where(num_splits > 0, acc / total[:, None], 0.0)
+        tl.store(out_ptr + (row * num_heads + heads)[:, None] * D + columns[None, :], acc, mask=inside)
+
+
+@jit
+def _attend(
+    q, key_ptr, value_ptr, pages_ptr, rows, first, last, seq_len, position, head, num_kv_heads, scale, best, total, acc,
+    CAUSAL: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The online softmax of a tile of queries, carried from key `first` to key `last`."""
+    columns = tl.arange(0, BLOCK_D)
+    for start in range(first, last, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        offsets = rows[:, None] * D + columns[None, :]
+        rows = _cache_rows(pages_ptr, start + BLOCK_N, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+        written = (columns < D)[None, :]
+        if CAUSAL:  # behind the last token lies anything, even NaN: it is not read
+            written = written & (tokens < seq_len)[:, None]
+        k = tl.load(key_ptr + offsets, mask=written, other=0.0)
+        v = tl.load(value_ptr + offsets, mask=written, other=0.0)
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale
+        if CAUSAL:
+            scores = tl.where(tokens[None, :] <= position[:, None], scores, float("-inf"))
+        best, total, acc = _absorb(scores, v, best, total, acc)
+    return rows, best, total, acc
+
+
+@jit
+def _prefill_kernel(
+    q_ptr, key_ptr, value_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr, tiles_ptr, out_ptr,
+    scale, width, num_kv_heads,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # Heads of one tile lie next to each other in the grid, tiles in the order of the list.
+    tile, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    row = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
+    begin = tl.load(cu_seqlens_ptr + row)
+    count = tl.load(cu_seqlens_ptr + row + 1) - begin
+    seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
+    # Rows of the tile are (token, head of the group), the heads of a token together.
+    member = tl.load(tiles_ptr + 2 * tile + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, heads = member // GROUP, head * GROUP + member % GROUP
+    columns = tl.arange(0, BLOCK_D)
+    inside = (token < count)[:, None] & (columns < D)[None, :]
+    at = ((begin + token).to(tl.int64) * (num_kv_heads * GROUP) + heads)[:, None] * D + columns[None, :]
+    q = tl.load(q_ptr + at, mask=inside, other=0.0)
+    position = seq_len - count + token
+    unmasked = (tl.min(position, axis=0) + 1) // BLOCK_N * BLOCK_N  # all queries see all of these keys
+    last = tl.minimum(tl.max(position, axis=0) + 1, seq_len)
+    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    pages_ptr = page_table_ptr + row * width
+    rows = _cache_rows(pages_ptr, 0, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+    rows, best, total, acc = _attend(
+        q, key_ptr, value_ptr, pages_ptr, rows, 0, unmasked, seq_len, position, head, num_kv_heads, scale,
+        best, total, acc, False, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    rows, best, total, acc = _attend(
+        q, key_ptr, value_ptr, pages_ptr, rows, unmasked, last, seq_len, position, head, num_kv_heads, scale,
+        best, total, acc, True, D, PAGE_SIZE, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    tl.store(out_ptr + at, acc / total[:, None], mask=inside)
+
+
+def decode_work(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
+    """The splits that `paged_decode` works through, in a form that only it reads: the same for all layers of a step.
 
     Args:
-        q: [T, num_heads, D].
-        key_cache, value_cache: [num_pages, page_size, num_kv_heads, D].
-        pages: [W] int64, W * page_size >= seq_len.
-        seq_len: context length, new tokens included.
+        seq_lens: [B] int64.
+        max_seq_len: what `page_table` has room for, W * page_size.
+
+    Returns:
+        [1 + B * splits] int32, or None on the CPU.
+    """
+    if not on_triton(seq_lens):
+        return None
+    max_splits = min(MAX_SPLITS, triton.cdiv(max_seq_len, SPLIT))
+    work = torch.empty(1 + len(seq_lens) * max_splits, dtype=torch.int32, device=seq_lens.device)
+    block = triton.next_power_of_2(max(len(seq_lens), 1))
+    _work_kernel[(1,)](seq_lens, work, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block, num_warps=4)
+    return work
+
+
+def paged_decode(
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor, work: Tensor | None = None
+) -> Tensor:
+    """One new token a sequence against its whole context, itself included. Nothing waits for the device.
+
+    Args:
+        q: [B, num_heads, D].
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D].
+        page_table: [B, W] int64; entries past a sequence's last page may be any valid page.
+        seq_lens: [B] int64; 0 for a row that sees nothing and becomes zero.
+        work: of `decode_work`, where it was made before for other layers.
+
+    Returns:
+        [B, num_heads, D].
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check(q, key_cache, value_cache, page_table)
+    if not on_triton(q):
+        return reference_decode(q, key_cache, value_cache, page_table, seq_lens)
+    (B, num_heads, D), (_, num_kv_heads, page_size, _), width = q.shape, key_cache.shape, page_table.shape[1]
+    q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
+    out = torch.empty_like(q)
+    if not B:
+        return out
+    if work is None:
+        work = decode_work(seq_lens, width * page_size)
+    tiles, max_splits = DECODE[q.element_size()], (len(work) - 1) // B
+    partial = q.new_empty(B * max_splits, num_heads, D, dtype=torch.float32)
+    lse = q.new_empty(B * max_splits, num_heads, dtype=torch.float32)
+    group = num_heads // num_kv_heads
+    sizes = {"GROUP": group, "D": D, "SPLIT": SPLIT, "BLOCK_D": max(triton.next_power_of_2(D), 16)}
+    num_programs = min(B * max_splits * num_kv_heads, _num_programs(q.device))
+    _decode_kernel[(num_programs,)](
+        q, key_cache, value_cache, page_table, seq_lens, work, out, partial, lse,
+        D**-0.5 * LOG2E, width, num_kv_heads, max_splits,
+        PAGE_SIZE=page_size, BLOCK_G=max(triton.next_power_of_2(group), tiles.rows), BLOCK_N=tiles.tokens, **sizes,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    _combine_kernel[(B, num_kv_heads)](
+        seq_lens, partial, lse, out, num_kv_heads, max_splits,
+        BLOCK_S=triton.next_power_of_2(max_splits), BLOCK_G=triton.next_power_of_2(group), **sizes, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def _num_programs(device: torch.device) -> int:
+    if INTERPRETED:
+        return 3
+    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def prefill_tiles(lengths: np.ndarray, seq_lens: np.ndarray, group: int, itemsize: int) -> np.ndarray:
+    """The tiles of queries that `paged_prefill` works through, those with most keys to see first: a long one started
+    last would end alone. Made on the host, which plans the pass anyway.
+
+    Args:
+        lengths, seq_lens: [R] int64, new tokens and context of each sequence.
+        group: query heads a KV head.
+        itemsize: bytes an element of the queries.
+
+    Returns:
+        [N, 2] int32, sequence and number of the tile in it.
+    """
+    rows = PREFILL[itemsize].rows
+    counts = -(-lengths * group // rows)
+    sequence = np.repeat(np.arange(len(lengths)), counts)
+    tile = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    keys = np.minimum((seq_lens - lengths)[sequence] + (tile + 1) * rows // group, seq_lens[sequence])
+    order = np.argsort(-keys, kind="stable")
+    return np.stack((sequence, tile), axis=1)[order].astype(np.int32)
+
+
+def paged_prefill(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    seq_lens: Tensor,
+    tiles: Tensor,
+) -> Tensor:
+    """Consecutive new tokens of several sequences, the last of each at position seq_len - 1, causal.
+
+    Args:
+        q: [T, num_heads, D], the sequences end to end.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], the new tokens' own keys and values in it.
+        page_table: [R, W] int64; entries past a sequence's last page may be any valid page.
+        cu_seqlens: [R+1] int32; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1] of q.
+        seq_lens: [R] int64, context lengths, new tokens included.
+        tiles: [N, 2] int32, of `prefill_tiles`.
 
     Returns:
         [T, num_heads, D].
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
-    k = _gather(key_cache, pages[None])[:, :, :seq_len]
-    v = _gather(value_cache, pages[None])[:, :, :seq_len]
-    query_position = torch.arange(seq_len - q.shape[0], seq_len, device=q.device)
-    visible = torch.arange(seq_len, device=q.device) <= query_position[:, None]
-    out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, attn_mask=visible, enable_gqa=True)
-    return out[0].transpose(0, 1)
+    _check(q, key_cache, value_cache, page_table)
+    if not on_triton(q):
+        return reference_prefill(q, key_cache, value_cache, page_table, cu_seqlens, seq_lens)
+    (_, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
+    q, page_table = q.contiguous(), page_table.contiguous()
+    out = torch.empty_like(q)
+    config = PREFILL[q.element_size()]
+    if len(tiles):
+        _prefill_kernel[(len(tiles) * num_kv_heads,)](
+            q, key_cache, value_cache, page_table, cu_seqlens, seq_lens, tiles, out,
+            D**-0.5 * LOG2E, page_table.shape[1], num_kv_heads,
+            GROUP=num_heads // num_kv_heads, D=D, PAGE_SIZE=page_size, BLOCK_M=config.rows, BLOCK_N=config.tokens,
+            BLOCK_D=max(triton.next_power_of_2(D), 16), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out
+
+
+def _check(q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor) -> None:
+    if key_cache.shape != value_cache.shape or not (key_cache.is_contiguous() and value_cache.is_contiguous()):
+        raise ValueError(
+            f"caches are {list(key_cache.shape)} and {list(value_cache.shape)}: expected equal, contiguous"
+        )
+    if q.shape[2] != key_cache.shape[3] or q.shape[1] % key_cache.shape[1]:
+        raise ValueError(
+            f"q is {list(q.shape)}, a cache is {list(key_cache.shape)}: expected [.., num_heads, D] and [num_pages, "
+            "num_kv_heads, page_size, D], num_heads a multiple of num_kv_heads"
+        )
+    if q.dtype != key_cache.dtype:
+        raise ValueError(f"q is {q.dtype}, the cache is {key_cache.dtype}; both must be the same")
+    if page_table.dtype != torch.int64:
+        raise ValueError(f"page_table is {page_table.dtype}, not int64")

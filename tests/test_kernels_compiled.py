@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.compiled import builds, compile_for_hopper
+from benchmarks.compiled import builds, compile_for_hopper, figures, ranges
 from thinksafe.kernels.dispatch import INTERPRETED
 
 if INTERPRETED:
@@ -17,13 +17,27 @@ SHARED_MEMORY_LIMIT = 232_448
 """Bytes a program may use on sm_90; the compiler lets more pass, and the launch fails."""
 
 
-@pytest.mark.parametrize("build", builds(), ids=lambda build: build.name)
+@pytest.fixture(params=builds(), ids=lambda build: build.name, scope="module")
+def build(request):
+    """A build and what was compiled from it."""
+    return request.param, compile_for_hopper(request.param)
+
+
 def test_kernel_compiles_without_spills_within_shared_memory_and_with_the_intended_instructions(build):
-    figures = compile_for_hopper(build)
-    assert figures.stack_bytes == 0 and figures.spill_instructions == 0
-    assert figures.shared_bytes <= SHARED_MEMORY_LIMIT
-    assert figures.offsets_64_bit, "T * V and T * H pass 2^31"
-    if build.tensor_cores:
-        assert figures.wgmma > 0 and figures.tma_loads > 0
-    else:
-        assert figures.wide_loads > 0, "memory-bound kernels read 16 bytes at a time"
+    found = figures(*build)
+    assert found.stack_bytes == 0 and found.spill_instructions == 0
+    assert found.shared_bytes <= SHARED_MEMORY_LIMIT
+    for name in build[0].uses:
+        assert getattr(found, name) > 0, name
+
+
+def test_indices_beyond_two_to_the_31_are_formed_in_64_bits(build):
+    """Followed through the IR for a call of 4M rows: nothing overflows, and with its 64-bit integers cut to 32 bits
+    every kernel is caught."""
+    build, compiled = build
+    if build.sizes is None:
+        pytest.skip("tested on memory of that size in test_paged_attention.py")
+    indices = ranges(build, compiled.asm["ttir"])
+    assert indices.largest_offset > 2**31
+    assert indices.faults == []
+    assert ranges(build, compiled.asm["ttir"].replace("i64", "i32")).faults

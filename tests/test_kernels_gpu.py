@@ -58,11 +58,17 @@ def test_logprobs_equal_fp64(fresh_seed, shape):
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("distance", [1e-2, 0.1, 0.5])
-@pytest.mark.parametrize("own_head", [False, True])
-def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, distance, own_head):
+@pytest.mark.parametrize("reference_hidden", [None, 1024, 1536])
+def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, distance, reference_hidden):
+    """One head, a head of its own, and a head of its own over wider states, of which the rest changes little."""
     x_reference, weight, _ = peaked(129, 1024, 32_000, sharpness=20.0)
     x = (x_reference.float() + distance * torch.randn(129, 1024, device="cuda") / 32).bfloat16()
-    head = (weight.float() * 1.001).bfloat16() if own_head else None
+    head = None
+    if reference_hidden:
+        rest = (reference_hidden - 1024) * [0.01 * distance]
+        x_reference = torch.cat((x_reference, x_reference.new_tensor([rest]).expand(129, -1)), -1)
+        head = torch.randn(32_000, reference_hidden, device="cuda", dtype=torch.bfloat16)
+        head[:, :1024] = (weight.float() * 1.001).bfloat16()
     x64 = x.double().requires_grad_()
     other = weight.double() if head is None else head.double()
     expected = lkl.reference(x64, x_reference.double(), weight.double(), other, direction).mean()
@@ -70,7 +76,7 @@ def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, dista
     value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, head, direction=direction)
     value.backward()
     assert abs(value.item() - expected.item()) <= 1e-5 + 1e-3 * expected.item()
-    assert relative(x.grad, x64.grad) < (4e-3 if expected < 0.02 else 1e-2)
+    assert relative(x.grad, x64.grad) < (4e-3 if expected < 1 else 1e-2)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -97,6 +103,26 @@ def test_index_arithmetic_beyond_two_to_the_31(fresh_seed):
     ones = torch.ones(84, device="cuda", dtype=torch.float64)
     lce.reference(x64, weight.double(), target[tail], ones).sum().backward()
     assert relative(leaf.grad[tail], x64.grad) < 3e-3
+
+
+def test_a_chunk_too_large_for_the_memory_is_halved(fresh_seed):
+    """E of 8,192 rows takes 2.5 GB; with 1 GB to spare the result is the same, dW included."""
+    x, weight, target = peaked(8192, 128, 151_936)
+
+    def gradients():
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        return torch.autograd.grad(lce.linear_cross_entropy(*leaves, target, ignore_index=None), leaves)
+
+    expected = [gradient.double() for gradient in gradients()]
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 2**30
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        found = gradients()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert relative(actual, wanted) < 3e-3
 
 
 @pytest.mark.parametrize("hidden", [128, 1024, 2048, 4096, 5120])

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from out_of_memory import OutOfMemoryAt
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from thinksafe.kernels import chunked_loss
 from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
+from thinksafe.kernels import linear_kl as linear_kl_module
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.kernels.packed_attention import packed_attention
 from thinksafe.kernels.packed_attention import reference as packed_attention_reference
-from thinksafe.kernels.paged_attention import paged_decode, paged_prefill, write_kv
 from thinksafe.kernels.rms_norm import rms_norm
 from thinksafe.kernels.rope import inverse_frequencies, rope
 from thinksafe.kernels.swiglu import swiglu
@@ -102,6 +102,81 @@ def test_linear_cross_entropy_survives_huge_logits():
     torch.testing.assert_close(x.grad.double(), grad_x, rtol=1e-3, atol=1e-3)
 
 
+# Linear KL and what the losses share
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("hidden", [24, 40])
+def test_linear_kl_value_and_gradients_are_exact(monkeypatch, direction, hidden):
+    """In chunks of 8 rows, from a reference of the same hidden size or a larger one with its own head."""
+    monkeypatch.setattr(linear_kl_module, "REFERENCE_CHUNK", 8)
+    x, weight = randn(20, 24, seed=1).requires_grad_(), randn(50, 24, seed=2).requires_grad_()
+    x_reference, weight_reference = randn(20, hidden, seed=3), randn(50, hidden, seed=4)
+    x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    student = (x64 @ weight64.T).log_softmax(-1)
+    other = (x_reference.double() @ weight_reference.double().T).log_softmax(-1)
+    middle = torch.logaddexp(student, other) - math.log(2)
+    terms = {  # the definitions, as sums over the vocabulary
+        "forward": [(1.0, other, student)],
+        "reverse": [(1.0, student, other)],
+        "jsd": [(0.5, other, middle), (0.5, student, middle)],
+    }[direction]
+    expected = sum(scale * (p.exp() * (p - q)).sum(-1).mean() for scale, p, q in terms)
+    value = linear_kl_module.linear_kl(x, x_reference, weight, weight_reference, direction=direction)
+    value.backward(), expected.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "divergence"])
+def test_memory_may_run_out_anywhere_in_a_chunk(monkeypatch, loss):
+    """The chunk is halved and the result is that of an untroubled run: no row of dW is counted twice."""
+    module = linear_cross_entropy_module if loss == "cross-entropy" else linear_kl_module
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 4)
+    monkeypatch.setattr(module, "REFERENCE_CHUNK", 8)
+    x, weight, target = cross_entropy_case(20)
+
+    def run(call):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        failure = OutOfMemoryAt(call)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_chunk_on_reference", failure.during(module._chunk_on_reference))
+            if loss == "divergence":
+                value = linear_kl_module.linear_kl(leaves[0], x.flip(0), leaves[1])
+            else:
+                value = linear_cross_entropy(*leaves, target, label_smoothing=0.1)
+        value.backward()
+        return failure.fired, [value.detach(), *(leaf.grad for leaf in leaves)]
+
+    _, expected = run(10_000)
+    call = 0
+    while (outcome := run(call))[0]:
+        for found, wanted in zip(outcome[1], expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        call += 1
+    assert call > 20
+
+
+def test_memory_that_never_suffices_is_an_error_and_no_endless_loop():
+    def run(rows):
+        sizes.append(rows.stop - rows.start)
+        raise torch.OutOfMemoryError("injected")
+
+    sizes = []
+    with pytest.raises(torch.OutOfMemoryError):
+        chunked_loss.over_chunks(2000, 1024, torch.zeros(0), run)
+    assert sizes == [1024, 512, 256, 128]
+
+
+def test_the_first_bad_row_is_named():
+    rows = torch.tensor([0.0, 1.0, math.inf, 2.0, math.nan])
+    assert chunked_loss.first_bad_row(rows) == 2
+    assert chunked_loss.first_bad_row(rows[3:]) == 1
+    assert chunked_loss.first_bad_row(rows[:2]) == -1
+    assert chunked_loss.first_bad_row(rows[:0]) == -1
+
+
 # Packed attention
 
 
@@ -153,53 +228,6 @@ def test_packed_sequences_do_not_see_their_neighbours():
     k[6:15], v[6:15] = torch.nan, torch.nan
     after = packed_attention(q, k, v, cu_seqlens, 9)
     assert torch.equal(after[:6], before[:6]) and torch.equal(after[15:], before[15:])
-
-
-# Paged attention
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(1, 20), min_size=1, max_size=5),
-    st.integers(1, 7),
-    st.sampled_from([(4, 4), (4, 2), (3, 1)]),
-    st.integers(0, 2**31),
-)
-def test_paged_attention_equals_packed_attention(lengths, page_size, heads, seed):
-    """Prefill in any two chunks, and decode, from pages scattered over a pool that is full of NaN."""
-    q, k, v, cu_seqlens = attention_case(lengths, *heads, 8)
-    expected = packed_attention(q, k, v, cu_seqlens, max(lengths)).split(lengths)
-    generator = torch.Generator().manual_seed(seed)
-    width = -(-max(lengths) // page_size) + 1
-    page_table = torch.randperm(len(lengths) * width + 3, generator=generator)[: len(lengths) * width]
-    page_table = page_table.view(len(lengths), width)
-    cache = torch.full((2, len(lengths) * width + 3, page_size, heads[1], 8), torch.nan)
-    slots = torch.cat(
-        [
-            table[torch.arange(n) // page_size] * page_size + torch.arange(n) % page_size
-            for table, n in zip(page_table, lengths, strict=True)
-        ]
-    )
-    write_kv(*cache, k, v, slots)
-
-    last = torch.stack([part[-1] for part in q.split(lengths)])
-    out = paged_decode(last, *cache, page_table, torch.tensor(lengths))
-    torch.testing.assert_close(out, torch.stack([part[-1] for part in expected]), rtol=1e-5, atol=1e-5)
-    for queries, pages, n, whole in zip(q.split(lengths), page_table, lengths, expected, strict=True):
-        start = int(torch.randint(n, (), generator=generator))
-        out = paged_prefill(queries[start:], *cache, pages, n)
-        torch.testing.assert_close(out, whole[start:], rtol=1e-5, atol=1e-5)
-
-
-def test_write_kv_writes_its_slots_and_nothing_else():
-    cache = torch.zeros(2, 4, 3, 2, 5)
-    k, v = randn(3, 2, 5, seed=1), randn(3, 2, 5, seed=2)
-    write_kv(*cache, k, v, torch.tensor([11, 0, 4]))
-    for written, new in zip(cache, (k, v), strict=True):
-        assert torch.equal(written[3, 2], new[0])
-        assert torch.equal(written[0, 0], new[1])
-        assert torch.equal(written[1, 1], new[2])
-    assert (cache != 0).sum() == 2 * 3 * 2 * 5
 
 
 # Rotary embedding, norm, activation

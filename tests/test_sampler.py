@@ -506,7 +506,7 @@ def test_one_engine_generates_and_scores_in_turn(models):
     "settings",
     [
         {"max_running": 0},
-        {"page_size": 0},
+        {"page_size": -1},
         {"max_step_tokens": 0},
         {"kv_cache_gib": -1.0},
     ],

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from thinksafe.chat import Chat
 from thinksafe.errors import UserError
-from thinksafe.model.decoder import Decoder
 from thinksafe.records import Prompt, Response
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import Request, SamplingConfig
 from thinksafe.steering import steer, template
 
@@ -34,14 +33,13 @@ def request_seed(seed: int, task: Task) -> int:
 
 
 def respond(
-    decoder: Decoder, chat: Chat, tasks: Iterable[Task], sampling: SamplingConfig, config: EngineConfig, seed: int
+    engine: Engine, chat: Chat, tasks: Iterable[Task], sampling: SamplingConfig, seed: int
 ) -> Iterator[Response]:
     """Sample one response a task, each yielded as soon as it is finished.
 
     Raises:
         UserError: a prompt that leaves no room for a response, before anything is sampled.
     """
-    engine = Engine(decoder, config)
     waiting: dict[str, tuple[Task, Request]] = {}
     for task in tasks:
         text = steer(template(task.steering), task.prompt.text) if task.steering else task.prompt.text

@@ -26,6 +26,12 @@ class TokenBar(AbstractContextManager):
             shown = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
             self._bar.set_postfix_str("  ".join(shown), refresh=False)
 
+    def share_of_limit(self, least_seconds: float) -> dict[str, str]:
+        """How close the work so far came to what the hardware allows: a figure for `update`, where that is known."""
+        if not least_seconds:
+            return {}
+        return {"share of the limit": f"{least_seconds / (time.perf_counter() - self._started):.0%}"}
+
     def __exit__(self, *error) -> None:
         seconds = time.perf_counter() - self._started
         self._bar.close()

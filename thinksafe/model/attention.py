@@ -1,11 +1,40 @@
-"""The packed form of attention, as the decoder calls it. The paged form lives with the sampler's cache."""
+"""How the decoder calls attention, and the packed form of it. The paged form lives with the sampler's cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from thinksafe.kernels.packed_attention import packed_attention
+from thinksafe.kernels.rope import qk_norm_rope, rope
+
+
+class Rotation(NamedTuple):
+    """What a layer does to queries and keys before they meet: Qwen3's norm of every head, then the rotation.
+
+    Attributes:
+        q_weight, k_weight: [D], gains of the norm, or None for families without it.
+        eps: of the norm.
+        cos, sin: [T, D/2] fp32, of the tokens' positions.
+    """
+
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    eps: float
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_weight is None:
+            return rope(q, self.cos, self.sin), rope(k, self.cos, self.sin)
+        return qk_norm_rope(q, k, *self)
+
+
+Attention = Callable[[int, Tensor, Tensor, Tensor, Rotation], Tensor]
+"""(layer index, q [T, num_heads, D], k [T, num_kv_heads, D], v likewise, rotation of q and k) -> [T, num_heads, D]. The
+rotation is left to it, since a cache is best written in the same pass."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +55,8 @@ class PackedAttention:
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
         return cls(cu_seqlens, max(lengths, default=0))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
+        q, k = rotation(q, k)
         return packed_attention(q, k, v, self.cu_seqlens, self.max_seqlen)
 
 

@@ -5,20 +5,16 @@ it, and is either causal attention within packed sequences (training) or attenti
 A layer is one module with raw parameters, since a sharding engine gathers module by module.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
-from thinksafe.kernels.rope import inverse_frequencies, qk_norm_rope, rope
+from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.swiglu import swiglu
+from thinksafe.model.attention import Attention, Rotation
 from thinksafe.model.config import ModelConfig
-
-Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer index, q [T, num_heads, D], k [T, num_kv_heads, D], v likewise) -> [T, num_heads, D]."""
 
 
 class DecoderLayer(nn.Module):
@@ -53,11 +49,8 @@ class DecoderLayer(nn.Module):
         q = self.project("q_proj", x).unflatten(-1, (-1, head_dim))
         k = self.project("k_proj", x).unflatten(-1, (-1, head_dim))
         v = self.project("v_proj", x).unflatten(-1, (-1, head_dim))
-        if self.config.qk_norm:
-            q, k = qk_norm_rope(q, k, self.q_norm, self.k_norm, eps, cos, sin)
-        else:
-            q, k = rope(q, cos, sin), rope(k, cos, sin)
-        mixed = self.project("o_proj", attention(self.index, q, k, v).flatten(-2))
+        rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
+        mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2))
         x, hidden = add_rms_norm(mixed, hidden, self.mlp_norm, eps)
         return hidden + self.project("down_proj", swiglu(self.project("gate_proj", x), self.project("up_proj", x)))
 

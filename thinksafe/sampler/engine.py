@@ -33,7 +33,8 @@ class EngineConfig:
     Attributes:
         max_running: sequences in a step.
         max_step_tokens: tokens of prompts in a pass; longer prompts are read in chunks.
-        page_size: tokens a cache page; prefixes are shared in whole pages.
+        page_size: tokens a cache page; prefixes are shared in whole pages. 0 takes 64 on a GPU, where a page of one
+            head is a tile of the kernels, and 16 on a CPU.
         kv_cache_gib: size of the page pool; 0 takes 85% of a GPU's free memory, or 1 GiB of a CPU's.
     """
 
@@ -41,15 +42,16 @@ class EngineConfig:
 
     max_running: int = 256
     max_step_tokens: int = 8192
-    page_size: int = 16
+    page_size: int = 0
     kv_cache_gib: float = 0.0
 
     def __post_init__(self):
-        for name in ("max_running", "max_step_tokens", "page_size"):
+        for name in ("max_running", "max_step_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.kv_cache_gib < 0:
-            raise ValueError("kv_cache_gib must not be negative")
+        for name in ("page_size", "kv_cache_gib"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
 
 
 class Engine:
@@ -62,14 +64,15 @@ class Engine:
 
     def __init__(self, decoder: Decoder, config: EngineConfig):
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
-        page_bytes = decoder.config.kv_elements_per_token * config.page_size * dtype.itemsize
+        page_size = config.page_size or (64 if device.type == "cuda" else 16)
+        page_bytes = decoder.config.kv_elements_per_token * page_size * dtype.itemsize
         # More than every slot at full context could never be used.
-        most = config.max_running * -(-decoder.config.max_seq_len // config.page_size)
+        most = config.max_running * -(-decoder.config.max_seq_len // page_size)
         num_pages = min(_cache_bytes(config, device) // page_bytes, most)
-        if num_pages * config.page_size < 2:
+        if num_pages * page_size < 2:
             raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache")
         self.scheduler = Scheduler(
-            config.max_running, num_pages, config.page_size, decoder.config.max_seq_len, config.max_step_tokens
+            config.max_running, num_pages, page_size, decoder.config.max_seq_len, config.max_step_tokens
         )
         self.runner = Runner(decoder, self.scheduler)
         self.hardware, self.limit_seconds = hardware_of(device), 0.0

@@ -5,77 +5,64 @@ slots and positions, so it need not have seen the tokens of the pass before. Set
 request joins or gets a page. On a GPU a decode pass is one copy to the device, one CUDA graph and one copy back.
 """
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.linear_cross_entropy import matmul_fp32
+from thinksafe.kernels.chunked_loss import matmul_fp32
+from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.linear_logprob import linear_logprob_of
 from thinksafe.kernels.native import library
-from thinksafe.kernels.paged_attention import paged_decode, paged_prefill, write_kv
+from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles
 from thinksafe.kernels.sampling import sample
+from thinksafe.model.attention import Rotation
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
 
 
-@dataclass(frozen=True)
 class DecodeAttention:
-    """One new token a row against the row's pages, as the decoder calls it.
+    """One new token a row against the row's pages, as the decoder calls it."""
 
-    Attributes:
-        cache: [num_layers, 2, num_pages, page_size, num_kv_heads, D].
-        page_table: [B, W] int64.
-        positions: [B] int64, of the new tokens.
-    """
+    def __init__(self, cache: Tensor, page_table: Tensor, positions: Tensor):
+        """cache: as the runner's; page_table: [B, W] int64; positions: [B] int64, of the new tokens."""
+        page_size = cache.shape[4]
+        pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0]
+        self.cache, self.page_table, self.seq_lens = cache, page_table, positions + 1
+        self.cache_slots = pages * page_size + positions % page_size
+        self.work = decode_work(self.seq_lens, page_table.shape[1] * page_size)
 
-    cache: Tensor
-    page_table: Tensor
-    positions: Tensor
-    cache_slots: Tensor = field(init=False)
-
-    def __post_init__(self):
-        page_size = self.cache.shape[3]
-        pages = self.page_table.gather(1, (self.positions // page_size)[:, None])[:, 0]
-        object.__setattr__(self, "cache_slots", pages * page_size + self.positions % page_size)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         keys, values = self.cache[layer]
-        write_kv(keys, values, k, v, self.cache_slots)
-        return paged_decode(q, keys, values, self.page_table, self.positions + 1)
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots)
+        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.work)
 
 
 class PrefillAttention:
     """Stretches of several sequences, end to end, each against its own pages. All rows write before any row attends,
     so a row may read pages that another one fills in the same pass."""
 
-    def __init__(self, cache: Tensor, plan: StepPlan, page_table: np.ndarray):
-        device, page_size = cache.device, cache.shape[3]
+    def __init__(self, cache: Tensor, plan: StepPlan, page_table: np.ndarray, group: int):
+        """group: query heads a key-value head."""
+        device, page_size = cache.device, cache.shape[4]
         self.cache = cache
         counts = plan.ends - plan.starts
-        firsts = np.cumsum(counts) - counts
+        cu_seqlens = np.concatenate(([0], np.cumsum(counts)))
         row = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(row)) - firsts[row] + plan.starts[row]
+        positions = np.arange(len(row)) - cu_seqlens[row] + plan.starts[row]
         self.slots, self.host_positions = plan.slots[row], positions
         pages = page_table[self.slots, positions // page_size]
         self.cache_slots = upload(pages * page_size + positions % page_size, device)
         self.positions = upload(positions, device)
-        self.last_rows = upload((np.cumsum(counts) - 1)[plan.completes], device)
-        self.rows = [
-            (first, first + count, upload(page_table[slot, : -(-end // page_size)], device), end)
-            for slot, first, count, end in zip(
-                *(part.tolist() for part in (plan.slots, firsts, counts, plan.ends)), strict=True
-            )
-        ]
+        self.last_rows = upload((cu_seqlens[1:] - 1)[plan.completes], device)
+        width = -(-int(plan.ends.max()) // page_size)
+        tiles = prefill_tiles(counts, plan.ends, group, cache.element_size())
+        arrays = (page_table[plan.slots, :width], cu_seqlens.astype(np.int32), plan.ends, tiles)
+        self.rows = [upload(array, device) for array in arrays]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         keys, values = self.cache[layer]
-        write_kv(keys, values, k, v, self.cache_slots)
-        out = torch.empty_like(q)
-        for start, end, pages, seq_len in self.rows:
-            out[start:end] = paged_prefill(q[start:end], keys, values, pages, seq_len)
-        return out
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots)
+        return paged_prefill(q, keys, values, *self.rows)
 
 
 class Results:
@@ -105,14 +92,14 @@ class Runner:
     given out.
 
     Attributes:
-        cache: [num_layers, 2, num_pages + 1, page_size, num_kv_heads, D], keys and values.
+        cache: [num_layers, 2, num_pages + 1, num_kv_heads, page_size, D], keys and values.
     """
 
     def __init__(self, decoder: Decoder, scheduler: Scheduler):
         config, weights = decoder.config, decoder.embedding
         self.decoder, self.scheduler, self.device = decoder, scheduler, weights.device
         num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
-        shape = (config.num_layers, 2, num_pages + 1, scheduler.page_size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, num_pages + 1, config.num_kv_heads, scheduler.page_size, config.head_dim)
         self.cache = torch.zeros(shape, dtype=weights.dtype, device=self.device)
         self.spare_slot, self.spare_page = num_slots, num_pages
 
@@ -126,6 +113,7 @@ class Runner:
         self._graphs: dict[int, _DecodeGraph] | None = None
         if self.device.type == "cuda" and library() is not None:
             self._graphs = {}
+            self.graph_memory = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at a time
 
     @torch.inference_mode()
     def draw(self, plan: StepPlan) -> Results:
@@ -170,7 +158,9 @@ class Runner:
 
     def _read(self, plan: StepPlan) -> Tensor:
         """Hidden state of the last token of every completing row, [plan.completes.sum(), H]."""
-        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table)
+        config = self.decoder.config
+        group = config.num_heads // config.num_kv_heads
+        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table, group)
         tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
         hidden = self.decoder(upload(tokens, self.device), attention.positions, attention)
         return hidden[attention.last_rows]
@@ -205,7 +195,7 @@ class _DecodeGraph:
             runner.decode(self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=runner.graph_memory):
             self.outputs = runner.decode(self.inputs)
 
     def __call__(self, inputs: np.ndarray) -> tuple[Tensor, Tensor]:

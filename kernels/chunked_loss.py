@@ -1,0 +1,97 @@
+"""What the losses on a language-model head share: rows in chunks, gradients in the forward pass, and a backward that
+scales them.
+
+A chunk's [rows, V] arrays are the only large ones, so they are held for some rows at a time, and for half as many where
+memory runs out. The gradients for an upstream gradient of 1 are formed while those arrays exist; a row's dX scales with
+its upstream gradient, and dW, a sum over rows, with that of a scalar loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_CHUNK = 128
+"""Rows below which halving a chunk again frees next to nothing."""
+
+
+def empty_gradients(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
+    """(dX in the dtype of x, dW in fp32), each of no elements where it is not needed."""
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+    return grad_x, grad_weight
+
+
+def over_chunks(
+    num_rows: int, chunk: int, grad_weight: Tensor, run: Callable[[slice], tuple[Any, Tensor | None]]
+) -> list[Any]:
+    """Run every chunk of rows, with half the rows from where memory runs out.
+
+    Args:
+        grad_weight: the sum over chunks, overwritten.
+        run: takes rows and returns (anything, the rows' part of dW or None). It may be called again for rows that it
+            has seen, so what it writes elsewhere must be written anew, not added to.
+
+    Returns:
+        What `run` returned first, for one chunk after another.
+
+    Raises:
+        torch.OutOfMemoryError: not even MIN_CHUNK rows fit.
+    """
+    done, start = [], 0
+    grad_weight.zero_()
+    while start < num_rows:
+        rows = slice(start, min(start + chunk, num_rows))
+        try:
+            result, part = run(rows)
+        except torch.OutOfMemoryError:
+            if chunk <= MIN_CHUNK:
+                raise
+            chunk //= 2
+            continue
+        if part is not None:
+            # Last, and in place, so that it cannot fail half done; the part's memory is free for the next chunk.
+            grad_weight += part
+            del part
+        done.append(result)
+        start = rows.stop
+    return done
+
+
+def scaled_gradients(
+    upstream: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, again: Callable[[], Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dX, dW in fp32) for the upstream gradient [T] from those for 1, None from None.
+
+    `again` computes dW anew from rows weighted by the upstream gradient.
+    """
+    dx = None if grad_x is None else (grad_x.float() * upstream[:, None]).to(grad_x.dtype)
+    if grad_weight is None:
+        return dx, None
+    # A scalar loss arrives as one expanded number and scales the sum; anything else needs the rows again.
+    is_scalar = upstream.stride() == (0,) or len(upstream) < 2
+    return dx, grad_weight * upstream[:1].sum() if is_scalar else again()
+
+
+def reduced(loss: Tensor, normaliser: Tensor, reduction: str) -> Tensor:
+    """Weighted row losses [T] as they are (`none`), summed, or divided by the weights' sum (0 for no rows)."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / normaliser.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def first_bad_row(loss: Tensor) -> Tensor:
+    """The first row of [T] that is NaN or infinite, or -1; int64 scalar, without a wait for the device."""
+    rows = torch.arange(len(loss) + 1, device=loss.device)
+    bad = torch.cat((~torch.isfinite(loss.detach()), rows.new_ones(1, dtype=torch.bool)))
+    row = torch.where(bad, rows, len(loss)).amin()
+    return torch.where(row < len(loss), row, -1)
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """A product with fp32 accumulation and fp32 result; cuBLAS has that for bf16 inputs on a GPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()

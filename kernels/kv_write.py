@@ -1,0 +1,119 @@
+"""Norm and rotation of q and k, and the way of k and v into the page cache, in one launch.
+
+Apart, a decode step launches four kernels a layer here and moves k three times; one launch reads q, k and v once and
+writes each where it is read next: 2 * T * (num_heads + 2 * num_kv_heads) * D * itemsize bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
+from thinksafe.kernels.paged_attention import write_kv
+from thinksafe.kernels.rope import reference as rope_reference
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor,
+    sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    """`norm_rope_write_kv` in plain torch."""
+    write_kv(key_cache, value_cache, rope_reference(k, k_weight, eps, cos, sin), v, slots)
+    return rope_reference(q, q_weight, eps, cos, sin)
+
+
+@jit
+def _rotated(
+    x_ptr, weight_ptr, token, num_heads, cos, sin, eps, NORM: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr
+):
+    """Both halves of every head of a token, [BLOCK_H, HALF] fp32 each, so that a pair lies in one thread."""
+    heads, pairs = tl.arange(0, BLOCK_H), tl.arange(0, HALF)
+    inside = (heads < num_heads)[:, None]
+    at = (token * num_heads + heads)[:, None] * (2 * HALF) + pairs[None, :]
+    first = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        rstd = 1 / tl.sqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / (2 * HALF) + eps)
+        first *= rstd[:, None] * tl.load(weight_ptr + pairs).to(tl.float32)[None, :]
+        second *= rstd[:, None] * tl.load(weight_ptr + HALF + pairs).to(tl.float32)[None, :]
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@jit
+def _norm_rope_write_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, out_ptr, key_ptr, value_ptr,
+    num_heads, num_kv_heads, eps,
+    NORM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """One token."""
+    token, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
+    cos = tl.load(cos_ptr + token * HALF + pairs)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + pairs)[None, :]
+    heads = tl.arange(0, BLOCK_Q)
+    first, second = _rotated(q_ptr, q_weight_ptr, token, num_heads, cos, sin, eps, NORM, BLOCK_Q, HALF)
+    to = (token * num_heads + heads)[:, None] * (2 * HALF) + pairs[None, :]
+    tl.store(out_ptr + to, first, mask=(heads < num_heads)[:, None])
+    tl.store(out_ptr + to + HALF, second, mask=(heads < num_heads)[:, None])
+
+    slot, heads = tl.load(slots_ptr + token), tl.arange(0, BLOCK_KV)
+    inside = (heads < num_kv_heads)[:, None]
+    rows = (slot // PAGE_SIZE * num_kv_heads + heads) * PAGE_SIZE + slot % PAGE_SIZE
+    first, second = _rotated(k_ptr, k_weight_ptr, token, num_kv_heads, cos, sin, eps, NORM, BLOCK_KV, HALF)
+    to = rows[:, None] * (2 * HALF) + pairs[None, :]
+    tl.store(key_ptr + to, first, mask=inside)
+    tl.store(key_ptr + to + HALF, second, mask=inside)
+
+    columns = tl.arange(0, 2 * HALF)
+    at = (token * num_kv_heads + heads)[:, None] * (2 * HALF) + columns[None, :]
+    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    tl.store(value_ptr + rows[:, None] * (2 * HALF) + columns[None, :], v, mask=inside)
+
+
+def norm_rope_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Normalise and rotate q and k, and store k and v. Not differentiable.
+
+    Args:
+        q: [T, num_heads, D]; k, v: [T, num_kv_heads, D], as projected. D a power of two on a GPU.
+        q_weight, k_weight: [D], gains, or None for models without this norm.
+        eps: added to the mean square.
+        cos, sin: [T, D/2] fp32.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
+        slots: [T] int64, page * page_size + offset of each token; no two alike.
+
+    Returns:
+        q, [T, num_heads, D].
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    (T, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
+    if not (k.shape == v.shape == (T, num_kv_heads, D)) or cos.shape != (T, D // 2) or slots.shape != (T,):
+        raise ValueError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, cos {list(cos.shape)}, slots "
+            f"{list(slots.shape)}: expected [T, heads, D], k and v alike, [T, D/2] and [T]"
+        )
+    if not on_triton(q):
+        return reference(q, k, v, q_weight, k_weight, eps, cos, sin, key_cache, value_cache, slots)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if T:
+        block_q, block_kv = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
+        _norm_rope_write_kernel[(T,)](
+            q.contiguous(), k.contiguous(), v.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(),
+            slots, out, key_cache, value_cache, num_heads, num_kv_heads, eps,
+            NORM=q_weight is not None, PAGE_SIZE=page_size, BLOCK_Q=block_q, BLOCK_KV=block_kv, HALF=D // 2,
+            num_warps=4,
+        )  # fmt: skip
+    return out
