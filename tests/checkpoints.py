@@ -30,6 +30,17 @@ Okay, the user wants to know whether bread dough should rise twice. It should, b
 I cannot help with that request. Instead, here is what the conversation is about: categories, assessment and policy.
 """
 
+# Words that a guard's vocabulary holds whole, as the public ones do: verdicts, and the numbers of categories.
+_GUARDS_REPLIES = """\
+Harmful request: yes yes yes yes
+Response refusal: no no no no
+Harmful response: n/a n/a
+S1 S2 S3 S4 S5 S6 S7 S8 S9 S10 S11 S12 S13 S14
+Safety: Safe, Unsafe, Controversial.
+Categories: None, Violent, Non-violent, Sexual, PII, Suicide, Unethical, Politically, Copyright.
+Refusal: Yes. No.
+"""
+
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512}
 _DIMENSIONS = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.2, "rms_norm_eps": 1e-6, **_SIZES, **_ATTENTION}
@@ -85,6 +96,13 @@ _TEMPLATES = {
 {%- endfor -%}""",
 }
 
+_QWEN3GUARD_TEMPLATE = """\
+{{- '<|im_start|>user\\nTask: Check the last message by the policy.\\n\\n<BEGIN CONVERSATION>\\n\\n' -}}
+{%- for turn in messages -%}
+{{- turn.role | upper + ': ' + turn.content.split('</think>')[-1] + '\\n\\n' -}}
+{%- endfor -%}
+{{- '<END CONVERSATION><|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' -}}"""
+
 
 def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Path:
     """Write a checkpoint as `save_pretrained` does: fp32 weights, config, tokenizer, template, generation config.
@@ -112,7 +130,25 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Pa
 
 def make_llama_guard(folder: Path, seed: int = 0, **overrides) -> Path:
     """A checkpoint that can be asked in Llama Guard's format, with room for its prompt; its verdicts are random."""
-    return make_checkpoint("llama", folder, seed, **{"max_position_embeddings": 4096, **overrides})
+    return _make_guard("llama", folder, seed, overrides)
+
+
+def make_wildguard(folder: Path, seed: int = 0, **overrides) -> Path:
+    """The same for WildGuard's format, on Mistral's kind of vocabulary."""
+    return _make_guard("mistral", folder, seed, overrides)
+
+
+def make_qwen3guard(folder: Path, seed: int = 0, **overrides) -> Path:
+    """The same for Qwen3Guard's, whose chat template shows two turns and its policy around them."""
+    _make_guard("qwen3", folder, seed, overrides)
+    (folder / "chat_template.jinja").write_text(_QWEN3GUARD_TEMPLATE)
+    return folder
+
+
+def _make_guard(family: str, folder: Path, seed: int, overrides: dict) -> Path:
+    make_checkpoint(family, folder, seed, **{"max_position_embeddings": 4096, **overrides})
+    make_tokenizer(family, _GUARDS_REPLIES).save_pretrained(folder)
+    return Path(folder)
 
 
 def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -130,14 +166,19 @@ def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     return model
 
 
-def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """The family's control tokens and pre-processing around merges learnt from a few harmless sentences."""
+def make_tokenizer(family: str, often: str = "") -> PreTrainedTokenizerFast:
+    """The family's control tokens and pre-processing around merges learnt from a few harmless sentences.
+
+    Args:
+        often: text whose words come to be tokens of their own.
+    """
+    lines = _CORPUS.splitlines() + often.splitlines() * 50
     begin, end, padding, others = _CONTROL_TOKENS[family]
     special = [token for token in (begin, end, padding, *others) if token]
     if family == "mistral":
-        backend = _sentencepiece_tokenizer(special)
+        backend = _sentencepiece_tokenizer(special, lines)
     else:
-        backend = _byte_level_tokenizer()
+        backend = _byte_level_tokenizer(lines)
         if family == "qwen3":
             backend.normalizer = normalizers.NFC()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -156,24 +197,24 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_level_tokenizer() -> Tokenizer:
+def _byte_level_tokenizer(lines: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_PLAIN_PIECES, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(_CORPUS.splitlines(), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 
-def _sentencepiece_tokenizer(special: list[str]) -> Tokenizer:
+def _sentencepiece_tokenizer(special: list[str], lines: list[str]) -> Tokenizer:
     """As converted from sentencepiece: control tokens first, in the model's own vocabulary, then all bytes."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     room = _PLAIN_PIECES - len(bytes_) - len(special)
-    learner.train_from_iterator(_CORPUS.splitlines(), trainers.BpeTrainer(vocab_size=room, show_progress=False))
+    learner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=room, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     pieces = ["<unk>", *special, *bytes_, *learnt["vocab"]]
     vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}

@@ -385,6 +385,20 @@ def test_a_damaged_generation_config_is_refused(changed):
         Chat(changed("llama", generation_config='{"eos_token_id": '))
 
 
+def test_what_a_template_shows_around_two_turns(chats):
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    assert chats["qwen3"].user_turn == ("<|im_start|>user\n", tail)
+    assert chats["qwen3"].two_turns() == ["<|im_start|>user\n", tail, tail]
+
+
+@pytest.mark.parametrize("shown", ["messages[:1]", "messages[1:]", "messages + messages[:1]", "messages[::-1]"])
+def test_a_template_that_does_not_show_two_turns_in_order_is_refused(changed, shown):
+    text = "{% if messages | length == 1 %}{{ messages[0].content }}{% else %}{% for m in " + shown
+    chat = Chat(changed("llama", template=text + " %}{{ m.content }}{% endfor %}{% endif %}"))
+    with pytest.raises(UserError, match="does not show a user's turn and its answer"):
+        chat.two_turns()
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         SafeTokenizer(tmp_path)
@@ -409,3 +423,65 @@ def test_other_kinds_of_tokenizers_are_as_safe(tmp_path, kind):
     assert [id_ for id_ in ids if id_ in tokenizer.control_ids.values()] == [end, end]
     if kind == "unigram":
         assert tokenizer.decode(ids).count("<|end|>") == 3
+
+
+# Sentencepiece's space before the first word of a text
+
+
+def sentencepiece(tmp_path, kind: str) -> SafeTokenizer:
+    """The ways in which public checkpoints spell it: Mistral v0.3, older files of Llama 2 and Mistral, and without."""
+    spec = json.loads(make_tokenizer("mistral").backend_tokenizer.to_str())
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    if kind == "legacy":
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+        spec["pre_tokenizer"] = None
+    elif kind == "sequence":
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [metaspace]}
+    else:
+        spec["pre_tokenizer"] = metaspace | {"prepend_scheme": kind}
+    backend = Tokenizer.from_str(json.dumps(spec))
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    return SafeTokenizer(tmp_path)
+
+
+SENTENCEPIECE = ["first", "sequence", "always", "never", "legacy"]
+BEGINNINGS = [
+    "<s><|user|>\n[INST] You",
+    "<s>[INST]no space[/INST] yes</s>",
+    "no token",
+    "a[INST]b",
+    " </s>a",
+    "<s>",
+    "",
+]
+
+
+@pytest.mark.parametrize("kind", SENTENCEPIECE)
+@pytest.mark.parametrize("text", BEGINNINGS)
+def test_a_space_is_put_before_the_first_word_where_transformers_puts_it(tmp_path, kind, text):
+    tokenizer = sentencepiece(tmp_path, kind)
+    expected = tokenizer.hugging_face(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode([(text, True)]) == expected
+
+
+@pytest.fixture(scope="module")
+def sentencepieces(tmp_path_factory):
+    return [sentencepiece(tmp_path_factory.mktemp(kind), kind) for kind in SENTENCEPIECE]
+
+
+@given(pieces=st.lists(st.sampled_from(["<s>", "</s>", "[INST]", " ", "\n", "word", " word", "▁", "é"])))
+def test_any_order_of_tokens_and_words_has_the_ids_of_transformers(sentencepieces, pieces):
+    for tokenizer in sentencepieces:
+        expected = tokenizer.hugging_face("".join(pieces), add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode([("".join(pieces), True)]) == expected
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spans_cover_a_text_in_order(chats, family, text):
+    tokenizer, at = chats[family].tokenizer, 0
+    for start, end in tokenizer.spans(text):
+        assert start <= end and not text[at:start].strip()
+        at = max(at, end)
+    assert not text[at:].strip()

@@ -6,6 +6,7 @@ an assistant turn is never rendered through the template, since templates drop p
 """
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,7 @@ class Chat:
 
     Attributes:
         stop_ids: tokens that end the model's turn.
+        user_turn: what stands before a user's message and after it, up to where the model's turn begins.
         supplies_think: the prompt already ends with an open think block.
     """
 
@@ -61,20 +63,27 @@ class Chat:
         self.folder = folder
         if not self.tokenizer.hugging_face.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja to the folder")
-        marker = secrets.token_hex(8)
-        rendered = self._render([{"role": "user", "content": marker}], True)
-        if rendered.count(marker) != 1:
-            raise UserError(f"{folder}: the chat template does not show a user's message exactly once")
-        self._head, self._tail = rendered.split(marker)
-        if "<｜Assistant｜>" in self._tail and THINK_OPEN not in self._tail:
-            self._tail += f"{THINK_OPEN}\n"  # early R1-Distill templates leave out what the model expects
-        self.supplies_think = self._tail.rstrip().endswith(THINK_OPEN)
+        head, tail = self._around(["user"], "the chat template does not show a user's message exactly once")
+        if "<｜Assistant｜>" in tail and THINK_OPEN not in tail:
+            tail += f"{THINK_OPEN}\n"  # early R1-Distill templates leave out what the model expects
+        self.user_turn = head, tail
+        self.supplies_think = tail.rstrip().endswith(THINK_OPEN)
         self.stop_ids = self._stop_ids()
 
     def prompt_ids(self, user_text: str) -> list[int]:
         """Ids up to where the model's turn begins."""
-        text = user_text.strip() if self._template_strips else user_text
-        return self.tokenizer.encode([(self._head, True), (text, False), (self._tail, True)])
+        text = user_text.strip() if self.template_strips else user_text
+        head, tail = self.user_turn
+        return self.tokenizer.encode([(head, True), (text, False), (tail, True)])
+
+    def two_turns(self) -> list[str]:
+        """What the template writes before a user's message, between it and the assistant's, and after, up to where
+        the model's turn begins: how a guard whose template holds its policy is asked.
+
+        Raises:
+            UserError: the template does not show both.
+        """
+        return self._around(["user", "assistant"], "the chat template does not show a user's turn and its answer")
 
     def response_ids(self, text: str) -> list[int]:
         """Ids of a canonical response as the model would have to write it after `prompt_ids`, turn end included.
@@ -107,7 +116,8 @@ class Chat:
         return any(token not in (THINK_OPEN, THINK_CLOSE) for token in self.tokenizer.control_tokens_in(text))
 
     @cached_property
-    def _template_strips(self) -> bool:
+    def template_strips(self) -> bool:
+        """Whether outer white space of a message is left out."""
         marker = secrets.token_hex(8)
         return f" {marker} " not in self._render([{"role": "user", "content": f" {marker} "}], True)
 
@@ -118,6 +128,15 @@ class Chat:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         end = self._render(turns, False).rpartition(marker)[2]
         return end if self.tokenizer.control_tokens_in(end) else self.tokenizer.hugging_face.eos_token or ""
+
+    def _around(self, roles: list[str], problem: str) -> list[str]:
+        """The template's text around one message of each role, in order."""
+        markers = [secrets.token_hex(8) for _ in roles]
+        turns = [{"role": role, "content": marker} for role, marker in zip(roles, markers, strict=True)]
+        found = re.split(f"({'|'.join(markers)})", self._render(turns, True))
+        if found[1::2] != markers:
+            raise UserError(f"{self.folder}: {problem}")
+        return found[::2]
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:

@@ -7,9 +7,8 @@ import torch
 
 from thinksafe.chat import Chat
 from thinksafe.errors import UserError
+from thinksafe.guards.build import build_guard
 from thinksafe.guards.interface import Guard
-from thinksafe.guards.llama_guard import LlamaGuard
-from thinksafe.guards.oracle import OracleGuard
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import detach, load_adapter
 from thinksafe.model.weights import load_config, load_decoder, resolve
@@ -66,13 +65,14 @@ class Models:
     @cached_property
     def guard(self) -> Guard:
         """The guard of the recipe."""
-        config = self._recipe.guard
-        if config.kind == "oracle":
-            return OracleGuard()
-        folder = resolve(config.model, "guard.model")
+        return build_guard(self._recipe.guard, self._judge)
+
+    def _judge(self, name: str) -> tuple[Decoder, SafeTokenizer]:
+        """A checkpoint that judges."""
+        folder = resolve(name, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
-        return LlamaGuard(load_decoder(folder, self.dtype, self.device), tokenizer, config)
+        return load_decoder(folder, self.dtype, self.device), tokenizer
 
     def student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
         """The student with this adapter on, or none; `folder` is another checkpoint of it, after full fine-tuning."""

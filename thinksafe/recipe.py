@@ -288,8 +288,12 @@ def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
     for key in ("model", "prompts"):
         if key in raw:
             raw[key] = resolved(raw[key])
-    if isinstance(raw.get("guard"), dict) and "model" in raw["guard"]:
-        raw["guard"]["model"] = resolved(raw["guard"]["model"])
+    guards = [raw.get("guard")]
+    for guard in guards:
+        if isinstance(guard, dict):
+            guards += guard["members"] if isinstance(guard.get("members"), list) else []
+            if "model" in guard:
+                guard["model"] = resolved(guard["model"])
     evaluation = raw.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("sets"), list):
         for entry in evaluation["sets"]:

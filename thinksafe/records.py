@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -81,6 +81,9 @@ class Verdict:
         reason: why it is not, or empty.
         p_safe, p_unsafe: the guard's probabilities at the verdict position; None where no guard was asked.
         refusal: whether the response refuses; None where the guard cannot tell.
+        category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.
+        windows: how many pieces of the response were judged; the probabilities are of the worst.
+        labels: probabilities of whatever else the guard says, by its meaning.
     """
 
     prompt_id: str
@@ -93,6 +96,9 @@ class Verdict:
     p_unsafe: float | None
     refusal: bool | None
     guard: str
+    category: str = ""
+    windows: int = 1
+    labels: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from thinksafe.records import Example, Response, Verdict, content_id, read_promp
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.summary import summarise
 from thinksafe.rundir import Journal, RunDir, StageClock, write_atomically, write_shard
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
@@ -49,8 +50,8 @@ def check(run: RunDir, models: Models) -> None:
         evaluation_prompts(entry)
     if run.recipe.training.method == "lora":
         check_targets(load_config(models.base)[0], run.recipe.lora)
-    if run.recipe.guard.kind != "oracle":
-        resolve(run.recipe.guard.model, "guard.model")
+    for name in run.recipe.guard.checkpoints:
+        resolve(name, "guard.model")
 
 
 def generate(run: RunDir, models: Models) -> None:
@@ -228,12 +229,12 @@ def _sample(
     todo = [task for task in tasks if task.key not in done]
     if todo:
         run.remember_input("model", fingerprint(models.base))
-        decoder = models.student(checkpoint, adapter)
+        engine = Engine(models.student(checkpoint, adapter), run.recipe.sampler)
         with TokenBar(title, len(tasks), "responses", len(done)) as bar:
-            for response in respond(decoder, models.chat, todo, sampling, run.recipe.sampler, run.recipe.seed):
+            for response in respond(engine, models.chat, todo, sampling, run.recipe.seed):
                 journal.append(response)
                 tokens += response.num_tokens
-                bar.update(response.num_tokens)
+                bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
                 clock.tick()
     journal.finish()
     return tokens
@@ -298,6 +299,8 @@ def _counted(reasons: Counter[str]) -> str:
 
 
 def _verdict(response: Response, guard: str, decision: str, reason: str, judgement: Judgement | None = None) -> Verdict:
-    measured = (judgement.p_safe, judgement.p_unsafe, judgement.refusal) if judgement else (None, None, None)
-    about = (response.prompt_id, response.sample, response.label, response.steering)
-    return Verdict(*about, decision, reason, *measured, guard)
+    about = (response.prompt_id, response.sample, response.label, response.steering, decision, reason)
+    if judgement is None:
+        return Verdict(*about, None, None, None, guard, windows=0)
+    measured = (judgement.p_safe, judgement.p_unsafe, judgement.refusal)
+    return Verdict(*about, *measured, guard, judgement.category, judgement.windows, dict(judgement.labels))

@@ -3,12 +3,14 @@
 What a template wrote may hold control tokens; what a user, a data set or a model wrote is tokenised by a copy of the
 tokenizer that has none, so `<|im_end|>` in a prompt is ten ordinary characters. Between two control tokens, trusted
 text and data are tokenised together, as the original tokenizer does: harmless text gets exactly the ids it gets from
-transformers.
+transformers. Tokenizers of sentencepiece's kind put a space before the first word of a text, and only there: what
+follows a control token is no beginning.
 """
 
 import json
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -56,6 +58,9 @@ class SafeTokenizer:
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self._plain = _without_control_tokens(backend)
+        self._within = _without_leading_space(self._plain)
+        # A guard asks several questions about one long text, and a template's own text is everybody's.
+        self._plain_ids = lru_cache(1024)(self._plain_ids)
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
         """Ids of (text, trusted) parts: control tokens in trusted text become ids, all else is plain text."""
@@ -65,12 +70,16 @@ class SafeTokenizer:
             pieces = self._control.split(text) if trusted else [text]
             for index, piece in enumerate(pieces):
                 if index % 2:  # re.split puts what matched at the odd places
-                    ids += self._plain_ids(pending)
+                    ids += self._plain_ids(pending, not ids)
                     ids.append(self.control_ids[piece])
                     pending = ""
                 else:
                     pending += piece
-        return ids + self._plain_ids(pending)
+        return ids + self._plain_ids(pending, not ids)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) in characters of every token of a plain text; bytes of one character share its span."""
+        return self._within.encode(text, add_special_tokens=False).offsets
 
     def control_tokens_in(self, text: str) -> list[str]:
         """The control tokens that are spelled out in a text, in order."""
@@ -86,8 +95,9 @@ class SafeTokenizer:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder / name)
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids if text else []
+    def _plain_ids(self, text: str, begins: bool) -> list[int]:
+        tokenizer = self._plain if begins else self._within
+        return tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
 
 def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
@@ -106,4 +116,14 @@ def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
             [f"\x00control {id_}\x00", -1e9] if piece in control - keep else [piece, score]
             for id_, (piece, score) in enumerate(model["vocab"])
         ]
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def _without_leading_space(tokenizer: Tokenizer) -> Tokenizer:
+    """For text that does not begin where a text begins."""
+    spec = json.loads(tokenizer.to_str())
+    pre_tokenizer = spec["pre_tokenizer"] or {}
+    for step in (pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())):
+        if step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
     return Tokenizer.from_str(json.dumps(spec))

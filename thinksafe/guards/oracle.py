@@ -1,6 +1,6 @@
 """The organism's guard: rules instead of a model. It is the only guard that knows the synthetic world."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from thinksafe.guards.interface import Exchange, Judgement
 from thinksafe.organism.language import words
@@ -14,7 +14,7 @@ class OracleGuard:
 
     name = "oracle"
 
-    def judge(self, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
+    def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
         """One judgement an exchange, in order."""
         for exchange in exchanges:
             ruling = judge(exchange.prompt, exchange.response)
