@@ -43,6 +43,7 @@ class BuildWithNvcc(build_ext):
 
 
 TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"
+DEEPSPEED = "deepspeed>=0.19.8"
 
 setup(
     name="thinksafe",
@@ -76,6 +77,17 @@ setup(
     ],
     extras_require={
         "gpu": [TRITON],
-        "test": [TRITON, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft", "ruff", "setuptools"],
+        "deepspeed": [DEEPSPEED],
+        "test": [
+            TRITON,
+            DEEPSPEED,
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "peft",
+            "ruff",
+            "setuptools",
+        ],
     },
 )

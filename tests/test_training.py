@@ -397,10 +397,10 @@ def newest_step(out):
 
 
 DAMAGES = {
-    "tensors truncated": lambda c: (c / "state.safetensors").write_bytes((c / "state.safetensors").read_bytes()[:-5]),
-    "tensors empty": lambda c: (c / "state.safetensors").write_bytes(b""),
-    "tensors changed": lambda c: (f := c / "state.safetensors").write_bytes(f.read_bytes()[:-1] + b"\1"),
-    "tensors missing": lambda c: (c / "state.safetensors").unlink(),
+    "tensors truncated": lambda c: (f := c / "state-0.safetensors").write_bytes(f.read_bytes()[:-5]),
+    "tensors empty": lambda c: (c / "state-0.safetensors").write_bytes(b""),
+    "tensors changed": lambda c: (f := c / "state-0.safetensors").write_bytes(f.read_bytes()[:-1] + b"\1"),
+    "tensors missing": lambda c: (c / "state-0.safetensors").unlink(),
     "record truncated": lambda c: (c / "state.json").write_text((c / "state.json").read_text()[:-9]),
     "record empty": lambda c: (c / "state.json").write_text(""),
     "record garbage": lambda c: (c / "state.json").write_bytes(b"\xff\xfe"),
@@ -424,7 +424,7 @@ def test_with_every_checkpoint_torn_a_run_begins_anew(folder, tmp_path):
     expected = run(folder, tmp_path / "whole")
     out = tmp_path / "torn"
     run(folder, out, until=7)
-    for file in out.glob("checkpoints/*/state.safetensors"):
+    for file in out.glob("checkpoints/*/state-0.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
 

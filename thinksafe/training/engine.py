@@ -33,6 +33,7 @@ class SingleEngine:
 
     def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float):
         self.decoder = decoder
+        self.device = decoder.embedding.device
         self.max_grad_norm = max_grad_norm
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad
@@ -51,7 +52,7 @@ class SingleEngine:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
         num_targets = sum(len(pack.targets) for pack in packs)
-        loss = torch.zeros((), device=self.decoder.embedding.device)
+        loss = torch.zeros((), device=self.device)
         self.decoder.train()
         for pack in packs:
             hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
@@ -110,3 +111,6 @@ class SingleEngine:
             moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
         self._publish_masters()
+
+    def finish(self) -> None:
+        """Make the decoder ready to be saved, which here it always is."""

@@ -7,18 +7,23 @@ nothing had happened, bit for bit on a CPU.
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
+from thinksafe.training.distributed import balanced, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.packing import TrainingSequence, pack
+
+if TYPE_CHECKING:
+    from thinksafe.training.zero import ZeroEngine
 
 
 @dataclass(frozen=True)
@@ -105,25 +110,26 @@ def fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, s
 
 
 def train(
-    engine: SingleEngine,
+    engine: "SingleEngine | ZeroEngine",
     sequences: Sequence[TrainingSequence],
     config: TrainingConfig,
     seed: int,
     folder: Path,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
 ) -> None:
-    """Run to the end, from the newest checkpoint if there is one.
+    """Run to the end, from the newest checkpoint if there is one, and leave the decoder ready to be saved.
+
+    All ranks call it with the same arguments; each trains its share of every step's sequences.
 
     Args:
         sequences: at least one; their order is part of the run's identity.
-        folder: gets metrics.jsonl and checkpoints/.
-        on_step: called after every step, for progress.
+        folder: gets metrics.jsonl and checkpoints/; the same for all ranks.
+        on_step: called after every step, for progress; on every rank.
 
     Raises:
         NonFiniteStep: names the step and the sequences in it. Weights are looked at before a checkpoint, so none is
             saved that is not finite, and training never ends with such weights.
     """
-    device = engine.decoder.embedding.device
     identity = fingerprint(sequences, config, seed)
     total_steps = config.epochs * math.ceil(len(sequences) / config.batch_size)
     newest = load_newest(folder / "checkpoints", identity)
@@ -132,15 +138,16 @@ def train(
         first_step, state = newest
         engine.load_tensors(state)
     folder.mkdir(parents=True, exist_ok=True)
-    with _metrics_from(folder / "metrics.jsonl", first_step) as metrics_file:
+    with _metrics_from(folder / "metrics.jsonl", first_step) if rank() == 0 else open(os.devnull, "w") as metrics_file:
         for step in range(first_step, total_steps):
             started = time.perf_counter()
-            torch.manual_seed(hash((seed, step)))
+            torch.manual_seed(hash((seed, step)) + rank())
             chosen = step_indices(step, len(sequences), config.batch_size, seed)
             batch = [sequences[index] for index in chosen]
+            mine = [batch[index] for index in balanced([len(sequence) for sequence in batch], world_size())[rank()]]
             rate = learning_rate(step, total_steps, config)
             try:
-                result = engine.step(pack(batch, config.max_tokens_per_pack, device), rate)
+                result = engine.step(pack(mine, config.max_tokens_per_pack, engine.device), rate)
                 saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == total_steps
                 if saves:
                     engine.check_weights()
@@ -154,6 +161,7 @@ def train(
             on_step(metrics)
             if saves:
                 save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
+    engine.finish()
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:

@@ -1,0 +1,220 @@
+"""What test_zero.py runs on several ranks: `torchrun zero_ranks.py SCENARIO STUDENT OUT [ARGUMENT ...]`."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.model.weights import load_config, load_decoder, save_decoder
+from thinksafe.training import checkpoint
+from thinksafe.training.distributed import ZeroConfig, balanced, barrier, gather, join, rank, world_size
+from thinksafe.training.engine import NonFiniteStep
+from thinksafe.training.loop import TrainingConfig, train
+from thinksafe.training.packing import TrainingSequence, pack
+
+CPU = torch.device("cpu")
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
+DROPOUT = dataclasses.replace(LORA, dropout=0.2)
+CLIP, DECAY = 0.5, 0.1
+RATES = (1e-2, 3e-3, 1e-2, 1e-2)
+RUN = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
+SEED = 11
+SETUPS = {
+    "lora-3": ("lora", ZeroConfig(3)),
+    "lora-3-offloaded": ("lora", ZeroConfig(3, offload_optimizer=True, offload_parameters=True)),
+    "lora-2-offloaded": ("lora", ZeroConfig(2, offload_optimizer=True)),
+    "lora-1": ("lora", ZeroConfig(1)),
+    "full-3": ("full", ZeroConfig(3)),
+    "full-2": ("full", ZeroConfig(2)),
+}
+
+
+def sequence(length: int, response: int) -> TrainingSequence:
+    ids = np.random.default_rng(length).integers(0, 380, length).astype(np.int32)
+    return TrainingSequence(ids, length - response)
+
+
+SEQUENCES = [sequence(*sizes) for sizes in [(30, 12), (7, 1), (55, 54), (16, 8), (31, 29), (2, 1), (41, 3)]]
+BATCHES = [SEQUENCES, SEQUENCES[2:3], SEQUENCES[1:], SEQUENCES[4:]]
+"""In the second one rank has nothing to do, in the others the ranks have different numbers of packs."""
+GOOD, BAD = SEQUENCES[0], SEQUENCES[2]
+POISON = next(id_ for id_ in BAD.input_ids.tolist() if id_ not in GOOD.input_ids)
+
+
+def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
+    """A decoder to be trained, its adapter not zero: with B = 0 the gradient of A is."""
+    decoder = load_decoder(folder, dtype, CPU)
+    if method == "full":
+        return decoder.requires_grad_(True)
+    attach(decoder, lora, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(decoder).items():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return decoder
+
+
+def my_packs(batch):
+    mine = balanced([len(one) for one in batch], world_size())[rank()]
+    return pack([batch[index] for index in mine], 64, CPU)
+
+
+def zero_engine(decoder, config, keep_gathered=False):
+    """By default with nothing kept gathered: DeepSpeed's own settings would never shard a model so small."""
+    from thinksafe.training import zero
+
+    if keep_gathered:
+        return zero.ZeroEngine(decoder, CLIP, DECAY, config)
+    original = zero.deepspeed_settings
+
+    def settings(*arguments):
+        made = original(*arguments)
+        for key in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold"):
+            made["zero_optimization"][f"stage3_{key}"] = 0
+        return made
+
+    zero.deepspeed_settings = settings
+    try:
+        return zero.ZeroEngine(decoder, CLIP, DECAY, config)
+    finally:
+        zero.deepspeed_settings = original
+
+
+def export(decoder, method, folder, base):
+    if method == "lora":
+        save_adapter(decoder, LORA, folder, "base")
+    else:
+        save_decoder(decoder, load_config(base)[1], folder)
+
+
+def whole_state(engine) -> dict[str, torch.Tensor]:
+    parts = gather(engine.tensors())
+    assert sum(map(len, parts)) == len(set().union(*parts)), "parts overlap"
+    return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def steps(folder: Path, out: Path) -> None:
+    """Some steps with every set-up: results, state and export."""
+    for name, (method, config) in SETUPS.items():
+        decoder = student(folder, method)
+        decoder.activation_checkpointing = name == "lora-3"
+        engine = zero_engine(decoder, config)
+        results = [
+            dataclasses.astuple(engine.step(my_packs(batch), rate)) for batch, rate in zip(BATCHES, RATES, strict=True)
+        ]
+        sharded = sum(parameter.numel() for parameter in decoder.parameters()) == 0
+        engine.check_weights()
+        parts = gather(sum(tensor.nbytes for tensor in engine.tensors().values()))
+        state, everyones = whole_state(engine), gather(results)
+        engine.finish()
+        if rank() == 0:
+            save_file(state, out / f"{name}.safetensors")
+            export(decoder, method, out / name, folder)
+            (out / f"{name}.json").write_text(json.dumps({"results": everyones, "sharded": sharded, "parts": parts}))
+    bf16_steps(folder, out)
+
+
+def bf16_steps(folder: Path, out: Path) -> None:
+    """Some below the resolution of bf16."""
+    decoder = student(folder, "lora", torch.bfloat16)
+    engine = zero_engine(decoder, ZeroConfig(3))
+    for _ in range(5):
+        engine.step(my_packs(SEQUENCES), 1e-5)
+    state = whole_state(engine)
+    engine.finish()
+    if rank() == 0:
+        save_file(state, out / "bf16.safetensors")
+        export(decoder, "lora", out / "bf16", folder)
+
+
+def not_finite(folder: Path, out: Path) -> None:
+    """Between two good steps some that break on one rank alone: an activation, the loss alone, the gradient alone."""
+    from thinksafe.training import zero
+
+    linear_cross_entropy = zero.linear_cross_entropy
+
+    def infinite_loss(*args, **options):
+        return linear_cross_entropy(*args, **options) + torch.inf
+
+    def nan_gradient(hidden, *args, **options):
+        hidden.register_hook(lambda gradient: gradient * torch.nan)
+        return linear_cross_entropy(hidden, *args, **options)
+
+    found = {}
+    for name, (method, config) in SETUPS.items():
+        decoder = student(folder, method)
+        with torch.no_grad():
+            decoder.embedding[POISON] = torch.nan
+        engine = zero_engine(decoder, config)
+        engine.step(my_packs([GOOD]), 1e-2)
+        before = whole_state(engine)
+        messages = [_message(engine.step, my_packs([GOOD, BAD]), 1e-2)]
+        for broken in (infinite_loss, nan_gradient):
+            zero.linear_cross_entropy = broken if rank() == 1 else linear_cross_entropy
+            messages.append(_message(engine.step, my_packs([GOOD, GOOD]), 1e-2))
+        zero.linear_cross_entropy = linear_cross_entropy
+        after = whole_state(engine)
+        same = all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
+        engine.step(my_packs([GOOD]), 1e-2)
+        results, state = gather((messages, same, _message(engine.check_weights))), whole_state(engine)
+        found[name] = results
+        if rank() == 0:
+            save_file(state, out / f"{name}.safetensors")
+    if rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+
+
+def _message(call, *args) -> str | None:
+    try:
+        call(*args)
+    except NonFiniteStep as error:
+        return str(error)
+
+
+def loop_engine(folder: Path, lora: LoraConfig):
+    """Kept gathered without dropout, so that both ways are gone."""
+    return zero_engine(student(folder, "lora", lora=lora), ZeroConfig(3), keep_gathered=lora is LORA)
+
+
+def killed(folder: Path, out: Path) -> None:
+    """Train, and let the last rank die while it writes its part of the second checkpoint."""
+    save = checkpoint.save_file
+
+    def torn(tensors, file):
+        save(tensors, file)
+        if "step-00000004" in str(file) and rank() == world_size() - 1:
+            os.truncate(file, 100)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.save_file = torn
+    train(loop_engine(folder, DROPOUT), SEQUENCES, RUN, SEED, out)
+
+
+def resumed(folder: Path, out: Path, *names: str) -> None:
+    """Train in each folder, from the start or from where it stands."""
+    for name in names:
+        engine, seen = loop_engine(folder, DROPOUT if name.startswith("dropout") else LORA), []
+        train(engine, SEQUENCES, RUN, SEED, out / name, lambda metrics, seen=seen: seen.append(metrics.step))
+        state, seeds = whole_state(engine), gather(torch.initial_seed())
+        if rank() == 0:
+            save_file(state, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps({"first_step": seen[0], "seeds": seeds}))
+
+
+if __name__ == "__main__":
+    scenario, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    join()
+    scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
+    scenarios[scenario](folder, out, *sys.argv[4:])
+    barrier()
+    if rank() == 0:
+        (out / "done").touch()
+    os._exit(0)  # a process group now and then fails in its destructor, after all is done
