@@ -472,6 +472,7 @@ def test_weights_that_broke_are_never_saved(world, tmp_path, call):
 
 INTERRUPT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a process in the background has is to ignore it
 class Interrupting:
     def find_spec(name, path=None, target=None):
         if name == sys.argv[1]:
