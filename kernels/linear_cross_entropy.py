@@ -8,9 +8,10 @@ chunk, and p W is E W with a row scale, so logits are never rounded and no pass 
 stays in fp32: 1 - p_y is S / (1 + S) with S the others' sum, exact for confident tokens, where bf16 logits are wrong by
 3%. FLOP: 4 T V H with a frozen head, 6 T V H with a trainable one.
 
-Where `exact` is off, a vocabulary block is skipped for a block of rows in which every row has at most EPS of its
-gradient's mass there, and what was dropped is reported. Trained models put nearly all mass on few blocks; random data
-does not, and a head that trains needs the small gradients, so exact is the default there.
+Where `exact` is off, a vocabulary block is skipped for a block of rows if every row has at most EPS of its gradient's
+mass there, or as a whole at most EPS of the average row's: a token that the model is sure of. Mass is the weight times
+1 - p_y; what was dropped is reported. Trained models put nearly all mass on few rows and blocks; random data does not,
+and a head that trains needs the small gradients, so exact is the default there.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ CHUNK = 8192
 REFERENCE_CHUNK = 1024
 SPARSE_BLOCK_K, SPARSE_BLOCK_H = (16, 32) if INTERPRETED else (64, 256)
 EPS = 2.0**-12
-"""Share of a row's gradient mass below which a block may be skipped: what bf16 rounding of E costs anyway."""
+"""Share of gradient mass below which a block of a row, or a row, may be skipped: bf16 rounding of E costs as much."""
 
 
 class Stats(NamedTuple):
@@ -44,7 +45,8 @@ class Stats(NamedTuple):
 
     Attributes:
         normaliser: fp32 scalar, what `mean` divided by: the weights of the rows that count, summed.
-        dropped_mass: fp32 scalar, largest share of a row's gradient mass that was skipped; 0 where exact.
+        dropped_mass: fp32 scalar, share of the rows' gradient mass that was skipped, of the chunk where it was largest;
+            0 where exact.
         active_share: fp32 scalar, share of (row block, vocabulary block) pairs whose gradient was computed.
         bad_row: int64 scalar, the first row with a loss that is not finite, or -1.
     """
@@ -129,7 +131,7 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, gr
         if exact:
             product = matmul_fp32(done.e[:, : weight.shape[0]], weight)
         else:
-            product, dropped, active = _sparse_product(done, weight, others)
+            product, dropped, active = _sparse_product(done, weight, others, row_weight * others / total)
         block = min(triton.next_power_of_2(x.shape[1]), 2048)
         _combine_kernel[(len(x),)](
             product, weight, target, mean_w, scale, own_gradient, -smoothing * row_weight, grad_x, x.shape[1],
@@ -145,13 +147,13 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, gr
     return (row_weight * loss, dropped, active), grad_weight
 
 
-def _sparse_product(done, weight: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(E W over the blocks that matter, largest dropped share of a row's mass, share of blocks computed)."""
+def _sparse_product(done, weight: Tensor, others: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(E W over the blocks that matter, dropped share of all rows' mass, share of blocks computed)."""
     num_v, T = done.sums.shape
     num_t = triton.cdiv(T, PLAIN.block_t)
     share = done.sums / others.clamp(min=torch.finfo(torch.float32).tiny)
     padded = torch.zeros(num_v, num_t * PLAIN.block_t, dtype=torch.bool, device=share.device)
-    padded[:, :T] = ~(share <= EPS)  # NaN counts as active
+    padded[:, :T] = ~((share <= EPS) | (mass <= EPS * mass.mean()))  # NaN counts as active
     active = padded.view(num_v, num_t, PLAIN.block_t).any(-1).T.contiguous()  # [row blocks, vocabulary blocks]
     counts = active.sum(1, dtype=torch.int32)
     blocks = torch.argsort(active.int(), dim=1, descending=True, stable=True).int()
@@ -164,8 +166,8 @@ def _sparse_product(done, weight: Tensor, others: Tensor) -> tuple[Tensor, Tenso
         BLOCK_H=SPARSE_BLOCK_H, num_warps=8, num_stages=3,
     )  # fmt: skip
     row_block = torch.arange(T, device=share.device) // PLAIN.block_t
-    dropped = (share * ~active.T[:, row_block]).sum(0).max()
-    return product, dropped, active.float().mean()
+    dropped = mass @ (share * ~active.T[:, row_block]).sum(0)
+    return product, dropped / mass.sum().clamp(min=torch.finfo(torch.float32).tiny), active.float().mean()
 
 
 def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, needs_weight, mean_w):

@@ -157,6 +157,31 @@ def test_skipped_blocks_are_reported_and_harmless(fresh_seed):
     assert close(leaf.grad, x64.grad, 10 * stats.dropped_mass.item() + 1e-6)
 
 
+def test_rows_the_model_is_sure_of_are_skipped_and_reported(fresh_seed):
+    """A quarter of the rows hold all the gradient there is: the others' blocks are not computed, whatever they hold."""
+    weight, target = 0.3 * torch.randn(200, 32), torch.arange(64) % 32
+    weight[:32] = 3 * torch.eye(32)
+    sure = torch.arange(64) >= 16
+    x = torch.where(sure[:, None], 5 * weight[target], torch.randn(64, 32) * 0.3)  # logits of 45 and at most 20 beside
+    weights = torch.where(sure, 3.0, 0.5)  # a weight of their own does not make them matter
+    x64, _, rows = fp64_loss(x, weight, target, weights)
+    rows.sum().backward()
+    leaf = x.clone().requires_grad_()
+    loss, stats = lce.linear_cross_entropy_with_stats(
+        leaf, weight, target, token_weight=weights, reduction="sum", exact=False
+    )
+    loss.backward()
+    assert stats.active_share < 0.3
+    probability = (x.double() @ weight.double().T).softmax(-1)
+    mass = weights * probability.scatter(1, target[:, None], 0.0).sum(1)
+    assert mass[sure].max() > 0
+    torch.testing.assert_close(stats.dropped_mass.double(), mass[sure].sum() / mass.sum(), rtol=1e-3, atol=1e-9)
+    assert close(leaf.grad, x64.grad, 2 * lce.EPS)
+    exact = x.clone().requires_grad_()
+    lce.linear_cross_entropy(exact, weight, target, token_weight=weights, reduction="sum", exact=True).backward()
+    assert close(exact.grad[sure], x64.grad[sure], 1e-4), "asked for, the small gradients are there"
+
+
 def test_a_head_that_trains_is_exact_by_default(fresh_seed):
     x, weight, target = peaked(16, 32, 200, sharpness=30.0)
     _, stats = lce.linear_cross_entropy_with_stats(x.requires_grad_(), weight.requires_grad_(), target)
