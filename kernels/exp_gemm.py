@@ -210,8 +210,17 @@ def check_head(x: Tensor, weight: Tensor, token_ids: Tensor) -> None:
         )
     if x.is_cuda and x.shape[1] * x.element_size() % 16:
         raise ValueError(f"a row of x must be a multiple of 16 bytes; H is {x.shape[1]}")
+
+
+def check_range(token_ids: Tensor, vocab_size: int) -> None:
+    """What every operation that reads rows of the head asks of its ids. It looks at values, so it stands inside the
+    registered operators, where torch.compile does not trace.
+
+    Raises:
+        ValueError: an id outside [0, vocab_size); on a GPU the device asserts it.
+    """
     if token_ids.is_cuda:
         # Checked by the device in its own time: a wait here would cost a step its run-ahead.
-        torch._assert_async(((token_ids >= 0) & (token_ids < weight.shape[0])).all(), "a token id is out of range")
-    elif token_ids.numel() and not (int(token_ids.min()) >= 0 and int(token_ids.max()) < weight.shape[0]):
-        raise ValueError(f"a token id is outside [0, {weight.shape[0]})")
+        torch._assert_async(((token_ids >= 0) & (token_ids < vocab_size)).all(), "a token id is out of range")
+    elif token_ids.numel() and not (int(token_ids.min()) >= 0 and int(token_ids.max()) < vocab_size):
+        raise ValueError(f"a token id is outside [0, {vocab_size})")

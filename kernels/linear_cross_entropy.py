@@ -30,7 +30,7 @@ from thinksafe.kernels.chunked_loss import (
     scaled_gradients,
 )
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
-from thinksafe.kernels.exp_gemm import PLAIN, check_head, exp_gemm, gather_dot, on_tensor_cores
+from thinksafe.kernels.exp_gemm import PLAIN, check_head, check_range, exp_gemm, gather_dot, on_tensor_cores
 
 CHUNK = 8192
 """Rows whose E is held at once: 8192 * 151,936 * 2 bytes = 2.5 GB. Halved where memory runs out."""
@@ -198,6 +198,7 @@ def _linear_cross_entropy(
     needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(weighted loss a row, its dX, dW of their sum, [dropped mass, active share])."""
+    check_range(target, len(weight))
     triton_path = on_tensor_cores(x)
     run, chunk = (_chunk_on_triton, CHUNK) if triton_path else (_chunk_on_reference, REFERENCE_CHUNK)
     grad_x, grad_weight = empty_gradients(x, weight, needs_x, needs_weight)

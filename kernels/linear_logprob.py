@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.exp_gemm import check_head, exp_gemm, gather_dot, on_tensor_cores
+from thinksafe.kernels.exp_gemm import check_head, check_range, exp_gemm, gather_dot, on_tensor_cores
 
 _CHUNK = 1024  # rows of logits that the reference forms at once
 
@@ -46,6 +46,67 @@ def reference(x: Tensor, weight: Tensor, target: Tensor, by_products: bool = Fal
     return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
 
 
+@torch.library.custom_op("thinksafe::linear_logprob", mutates_args=())
+def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probability, entropy, most likely token), the last two empty unless asked for."""
+    check_range(target, len(weight))
+    if not on_tensor_cores(x) or len(x) == 0:
+        done = reference(x, weight, target, by_products)
+        if by_products:
+            return done.logprob, done.entropy, done.top1
+        return done.logprob, x.new_empty(0), target.new_empty(0)
+    target_logit = gather_dot(x, weight, target[:, None])[:, 0]
+    done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
+    others = done.sums.sum(0)
+    own = torch.exp(target_logit - done.shift)
+    # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
+    logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
+    if not by_products:
+        return logprob, x.new_empty(0), target.new_empty(0)
+    lse = target_logit - logprob
+    mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
+    tile = done.best.argmax(0, keepdim=True)
+    return logprob, lse - mean_logit, done.best_id.gather(0, tile)[0].long()
+
+
+@_linear_logprob.register_fake
+def _(x, weight, target, by_products):
+    rows = len(x) if by_products else 0
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (
+        x.new_empty(len(x), dtype=dtype),
+        x.new_empty(rows, dtype=dtype if by_products else x.dtype),
+        target.new_empty(rows),
+    )
+
+
+@torch.library.custom_op("thinksafe::linear_logprob_of", mutates_args=())
+def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    check_range(token_ids, len(weight))
+    if not on_tensor_cores(x) or len(x) == 0:
+        return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
+    logits = gather_dot(x, weight, token_ids)
+    # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
+    best, column = logits.max(-1)
+    done = exp_gemm(x, weight, token_ids.gather(-1, column[:, None])[:, 0], best)
+    lse = done.shift + torch.log(torch.exp(best - done.shift) + done.sums.sum(0))
+    return logits - lse[:, None]
+
+
+@torch.library.custom_op("thinksafe::chosen_logits", mutates_args=())
+def _chosen_logits(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    check_range(token_ids, len(weight))
+    if on_tensor_cores(x):
+        return gather_dot(x, weight, token_ids)
+    return torch.einsum("th,tkh->tk", x.float(), weight[token_ids].float())
+
+
+@_linear_logprob_of.register_fake
+@_chosen_logits.register_fake
+def _(x, weight, token_ids):
+    return x.new_empty(token_ids.shape, dtype=torch.float32)
+
+
 @torch.no_grad()
 def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bool = False) -> Logprobs:
     """Log-probability of one token a row.
@@ -63,21 +124,8 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bo
         ValueError: shapes, dtypes or devices do not fit, or a target is out of range.
     """
     check_head(x, weight, target)
-    if not on_tensor_cores(x) or len(x) == 0:
-        return reference(x, weight, target, by_products)
-    x, target = x.contiguous(), target.contiguous()
-    target_logit = gather_dot(x, weight, target[:, None])[:, 0]
-    done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
-    others = done.sums.sum(0)
-    own = torch.exp(target_logit - done.shift)
-    # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
-    logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
-    if not by_products:
-        return Logprobs(logprob, None, None)
-    lse = target_logit - logprob
-    mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
-    tile = done.best.argmax(0, keepdim=True)
-    return Logprobs(logprob, lse - mean_logit, done.best_id.gather(0, tile)[0].long())
+    logprob, entropy, top1 = _linear_logprob(x.contiguous(), weight, target.contiguous(), by_products)
+    return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
 
 
 @torch.no_grad()
@@ -92,15 +140,7 @@ def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
         [T, K] fp32.
     """
     check_head(x, weight, token_ids)
-    if not on_tensor_cores(x) or len(x) == 0:
-        return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
-    x, token_ids = x.contiguous(), token_ids.contiguous()
-    logits = gather_dot(x, weight, token_ids)
-    # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
-    best, column = logits.max(-1)
-    done = exp_gemm(x, weight, token_ids.gather(-1, column[:, None])[:, 0], best)
-    lse = done.shift + torch.log(torch.exp(best - done.shift) + done.sums.sum(0))
-    return logits - lse[:, None]
+    return _linear_logprob_of(x.contiguous(), weight, token_ids.contiguous())
 
 
 @torch.no_grad()
@@ -108,11 +148,5 @@ def linear_margin(x: Tensor, weight: Tensor, token: int, other: int) -> Tensor:
     """log p(token) - log p(other) for every row, [T] fp32: two dot products, no sum over the vocabulary."""
     token_ids = torch.tensor([[token, other]], device=x.device).expand(len(x), 2).contiguous()
     check_head(x, weight, token_ids)
-    logits = _chosen_logits(x, weight, token_ids)
+    logits = _chosen_logits(x.contiguous(), weight, token_ids)
     return logits[:, 0] - logits[:, 1]
-
-
-def _chosen_logits(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    if on_tensor_cores(x):
-        return gather_dot(x.contiguous(), weight, token_ids.contiguous())
-    return torch.einsum("th,tkh->tk", x.float(), weight[token_ids].float())

@@ -366,6 +366,10 @@ def test_operators_are_registered_as_torch_wants_them():
         lce._linear_cross_entropy, (x.requires_grad_(), weight, target, ones, 0.1, 0.0, True, True, False)
     )
     torch.library.opcheck(lkl._linear_kl, (x, x.detach() + 0.1, weight, None, ones, "forward", True, False))
+    for by_products in (False, True):
+        torch.library.opcheck(llp._linear_logprob, (x.detach(), weight, target, by_products))
+    for operator in (llp._linear_logprob_of, llp._chosen_logits):
+        torch.library.opcheck(operator, (x.detach(), weight, target[:, None]))
     torch.library.opcheck(rms_norm._rms_norm, (x, None, torch.ones(32, requires_grad=True), 1e-6))
     torch.library.opcheck(swiglu._swiglu, (x, torch.randn(9, 32, requires_grad=True)))
 

@@ -13,6 +13,7 @@ from thinksafe.kernels import chunked_loss
 from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
 from thinksafe.kernels import linear_kl as linear_kl_module
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
+from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
 from thinksafe.kernels.packed_attention import packed_attention
 from thinksafe.kernels.packed_attention import reference as packed_attention_reference
 from thinksafe.kernels.rms_norm import rms_norm
@@ -219,6 +220,38 @@ def test_packed_attention_and_its_gradients_equal_a_loop_in_fp64(lengths, num_he
     exact_grads = torch.autograd.grad(exact, exact_inputs, grad_output.double())
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
+
+
+OPERATIONS = {
+    "linear_cross_entropy": lambda x, weight, ids: linear_cross_entropy(
+        x, weight, ids[:, 0], ignore_index=None, z_loss=0.1, label_smoothing=0.1
+    ),
+    "linear_logprob": lambda x, weight, ids: linear_logprob(x, weight, ids[:, 0]).logprob,
+    "entropy": lambda x, weight, ids: linear_logprob(x, weight, ids[:, 0], by_products=True).entropy,
+    "linear_logprob_of": linear_logprob_of,
+    "linear_margin": lambda x, weight, ids: linear_margin(x, weight, 3, 7),
+    "linear_kl": lambda x, weight, ids: linear_kl_module.linear_kl(x, 1.1 * x, weight),
+    "rms_norm": lambda x, weight, ids: rms_norm(x, weight[0], 1e-6),
+    "swiglu": lambda x, weight, ids: swiglu(x, x.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_compile_in_one_graph(name):
+    """Forward and backward. What looks at values, as the check of the ids' range, stands in registered operators."""
+    x, weight = torch.randn(9, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    token_ids = torch.randint(50, (9, 2))
+    expected = OPERATIONS[name](x, weight, token_ids)
+    torch._dynamo.reset()
+    actual = torch.compile(OPERATIONS[name], fullgraph=True, backend="aot_eager")(x, weight, token_ids)
+    torch.testing.assert_close(actual, expected)
+    assert actual.requires_grad == expected.requires_grad
+    if expected.requires_grad:
+        wanted = torch.autograd.grad(expected.sum(), (x, weight), allow_unused=True)
+        found = torch.autograd.grad(actual.sum(), (x, weight), allow_unused=True)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours is None) == (theirs is None)
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_packed_sequences_do_not_see_their_neighbours():
