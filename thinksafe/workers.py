@@ -1,9 +1,8 @@
-"""Several processes on one stage: each takes the next task when it has room for it, until there is none.
+"""Several processes on one list of tasks: each takes the next when it has room for it, until there is none.
 
-`torchrun --nproc-per-node 8 --no-python thinksafe generate ...` starts one process a GPU and gives them a store. A
-task is a number in a list that every process makes alike; the store counts how far the list has been handed out. A
-response is a function of its task alone, so who answers it changes nothing. If a process dies, torchrun starts all of
-them anew, and what their journals hold is not asked again.
+torchrun starts one process a GPU and gives them a store. A task is a number in a list that every process makes alike;
+the store counts how far the list has been handed out. A response is a function of its task alone, so who answers it
+changes nothing. If a process dies, torchrun starts all of them anew, with counters of their own.
 """
 
 import os
