@@ -133,7 +133,8 @@ def test_a_run_leaves_every_record_and_a_report(finished):
     accepted = read(out / "accepted.jsonl", Example)
     assert [e.prompt_id for e in accepted] == sorted(prompt_id for prompt_id, _ in safe) and len(accepted) > 12
     manifest = json.loads((out / "manifest.json").read_text())
-    assert list(manifest["stages"]) == ["generate", "probe", "filter", "evaluate_before", "train", "evaluate_after"]
+    names = ["generate", "probe", "filter", "accept", "evaluate_before", "train", "evaluate_after"]
+    assert list(manifest["stages"]) == names
     assert (out / "report.html").stat().st_size > 10_000
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (Path(adapter["base_model_name_or_path"]) / "config.json").exists(), "peft must find the base by this name"

@@ -176,12 +176,12 @@ def test_a_parquet_file_without_rows_is_empty(tmp_path):
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/where/at/all", "~/nowhere-at-all", "nowhere"])
 def test_a_missing_source_of_prompts_is_named(name):
     with pytest.raises(UserError, match=r"nowhere|/no/where"):
-        load_prompts(name)
+        list(load_prompts(name))
 
 
 def test_a_folder_without_prompts_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no .jsonl, .json or .parquet file"):
-        load_prompts(str(tmp_path))
+        list(load_prompts(str(tmp_path)))
 
 
 # Evaluation sets in the columns of the public ones
@@ -304,7 +304,7 @@ def test_what_the_hub_says_is_one_line_and_retries_are_not_told(monkeypatch, rea
 
 def test_a_hub_name_without_the_hub_is_one_clear_line():
     with pytest.raises(UserError) as caught:
-        load_prompts("nobody-here/no-such-set")
+        list(load_prompts("nobody-here/no-such-set"))
     assert "nobody-here/no-such-set" in str(caught.value) and "\n" not in str(caught.value)
 
 

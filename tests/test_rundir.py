@@ -54,7 +54,7 @@ def test_a_record_is_out_of_the_process_as_soon_as_it_is_appended(shard):
 def test_an_unfinished_shard_goes_on_where_it_stopped(shard):
     written(shard, response(1), response(2))
     journal = Journal(shard, Response)
-    assert journal.existing == [response(1), response(2)]
+    assert list(journal.records()) == [response(1), response(2)]
     journal.append(response(3))
     journal.finish()
     assert shard.read_text() == "".join(to_json(response(n)) + "\n" for n in (1, 2, 3))
@@ -68,7 +68,7 @@ def test_a_line_torn_anywhere_is_written_anew(tmp_path, text):
         shard = tmp_path / f"{cut}.jsonl"
         shard.with_name(shard.name + ".partial").write_bytes(whole + torn[:cut])
         journal = Journal(shard, Response)
-        assert journal.existing == [response(1, text)], cut
+        assert list(journal.records()) == [response(1, text)], cut
         journal.append(response(2, text))
         journal.finish()
         assert shard.read_bytes() == whole + torn, cut
@@ -76,13 +76,13 @@ def test_a_line_torn_anywhere_is_written_anew(tmp_path, text):
 
 def test_a_first_line_that_is_torn_leaves_an_empty_shard(shard):
     shard.with_name(shard.name + ".partial").write_text('{"prompt": "p')
-    assert Journal(shard, Response).existing == []
+    assert list(Journal(shard, Response).records()) == []
 
 
 def test_a_finished_shard_that_the_manifest_does_not_know_is_kept(shard):
     written(shard, response(1), finished=True)
     journal = Journal(shard, Response)
-    assert journal.existing == [response(1)]
+    assert list(journal.records()) == [response(1)]
     journal.finish()
     assert shard.read_text() == to_json(response(1)) + "\n"
 
@@ -91,7 +91,7 @@ def test_a_damaged_line_inside_a_shard_is_named(shard):
     partial = written(shard, response(1))
     partial.write_text("garbage\n" + partial.read_text())
     with pytest.raises(UserError, match="line 1"):
-        Journal(shard, Response)
+        list(Journal(shard, Response).records())
 
 
 def test_a_text_is_replaced_whole(tmp_path):

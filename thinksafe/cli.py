@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         "filter",
         _filter,
         "judge responses with the guard and keep the safe ones",
-        "Writes verdicts.jsonl (every response, with probabilities and reason) and accepted.jsonl.",
+        "Writes verdicts.jsonl (every response, with probabilities and reason), accepted.jsonl (of every prompt the\n"
+        "first response that was accepted) and audit.jsonl (every prompt's whole story). Where the recipe has a\n"
+        "generation.ladder, prompts whose responses were all rejected are tried again.",
     )
     sub.add_argument("--responses", metavar="FILE", type=Path, help="judge these; needs `prompt`, `label`, `text`")
     sub = stage(
@@ -192,6 +194,8 @@ def _run(options: argparse.Namespace) -> None:
         stages.generate(run, models)
         stages.probe(run, models)
         stages.filter_responses(run, models)
+        stages.retry(run, models)
+        stages.accept(run)
         stages.evaluate(run, models, "before")
         stages.train(run, models)
         stages.evaluate(run, models, "after")
@@ -219,6 +223,8 @@ def _filter(options: argparse.Namespace) -> None:
 
             take_in_responses(run, options.responses)
         stages.filter_responses(run, models)
+        stages.retry(run, models)
+        stages.accept(run)
         print(run.path / "accepted.jsonl")
 
     _in_run_directory(options, work)

@@ -14,11 +14,13 @@ from thinksafe.steering import steer, template
 
 @dataclass(frozen=True)
 class Task:
-    """One response wanted: a prompt, the steering around it (a name or text of `steering.template`), which sample."""
+    """One response wanted: a prompt, the steering around it (a name or text of `steering.template`), which sample, and
+    the rung of the ladder that asks for it."""
 
     prompt: Prompt
     steering: str | None = None
     sample: int = 0
+    rung: int = 0
 
     @property
     def key(self) -> str:
@@ -32,27 +34,42 @@ def request_seed(seed: int, task: Task) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def refuse_too_long(chat: Chat, tasks: Iterable[Task], limit: int) -> None:
+    """Find a prompt that leaves no room for a response before anything is sampled.
+
+    Args:
+        limit: tokens of a prompt, template and steering included.
+
+    Raises:
+        UserError: naming the prompt.
+    """
+    around = len("".join(chat.user_turn).encode())
+    for task in tasks:
+        # A token is a byte at least, and no normalisation of text makes more than three out of one.
+        if 3 * (around + len(_text(task).encode())) <= limit:
+            continue
+        if (count := len(chat.prompt_ids(_text(task)))) > limit:
+            raise UserError(
+                f"prompt {task.prompt.id} ({task.prompt.text[:40]!r}...) is longer than the context: {count} tokens "
+                f"with template and steering, {limit} fit; shorten or remove it"
+            )
+
+
 def respond(
     engine: Engine, chat: Chat, tasks: Iterable[Task], sampling: SamplingConfig, seed: int
 ) -> Iterator[Response]:
-    """Sample one response a task, each yielded as soon as it is finished.
+    """Sample one response a task, each yielded as soon as it is finished. Tasks are taken as there is room for them."""
+    asked: dict[str, tuple[Task, Request]] = {}
 
-    Raises:
-        UserError: a prompt that leaves no room for a response, before anything is sampled.
-    """
-    waiting: dict[str, tuple[Task, Request]] = {}
-    for task in tasks:
-        text = steer(template(task.steering), task.prompt.text) if task.steering else task.prompt.text
-        ids = tuple(chat.prompt_ids(text))
-        request = Request(task.key, ids, sampling, request_seed(seed, task), chat.stop_ids)
-        if len(ids) > engine.max_prompt_tokens:
-            raise UserError(
-                f"prompt {task.prompt.id} ({task.prompt.text[:40]!r}...) is longer than the context: {len(ids)} tokens "
-                f"with template and steering, {engine.max_prompt_tokens} fit; shorten or remove it"
-            )
-        waiting[task.key] = (task, request)
-    for completion in engine.generate([request for _, request in waiting.values()]):
-        task, request = waiting.pop(completion.request_id)
+    def requests() -> Iterator[Request]:
+        for task in tasks:
+            ids = tuple(chat.prompt_ids(_text(task)))
+            request = Request(task.key, ids, sampling, request_seed(seed, task), chat.stop_ids)
+            asked[task.key] = (task, request)
+            yield request
+
+    for completion in engine.generate(requests()):
+        task, request = asked.pop(completion.request_id)
         yield Response(
             prompt=task.prompt.text,
             label=task.prompt.label,
@@ -60,8 +77,14 @@ def respond(
             prompt_id=task.prompt.id,
             steering=task.steering,
             sample=task.sample,
+            rung=task.rung,
             num_prompt_tokens=len(request.prompt),
             num_tokens=len(completion.tokens),
             finish_reason=completion.finish_reason,
             seed=request.seed,
         )
+
+
+def _text(task: Task) -> str:
+    """The user turn that is sampled from."""
+    return steer(template(task.steering), task.prompt.text) if task.steering else task.prompt.text

@@ -3,8 +3,9 @@
 Files come from this run, from elsewhere (`--responses`, `--data`) or from the recipe's evaluation sets.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from thinksafe.model.weights import load_config
 from thinksafe.models import Models
 from thinksafe.prompts import load_rows
 from thinksafe.recipe import EvaluationSet, Recipe
-from thinksafe.records import Example, Prompt, Response, prompts_from_rows, read_records, take_in, to_json
-from thinksafe.rundir import RunDir, sha256, write_atomically
+from thinksafe.records import (
+    Example,
+    Mark,
+    Prompt,
+    Response,
+    content_id,
+    prompts_from_rows,
+    read_records,
+    take_in,
+)
+from thinksafe.rundir import RunDir, sha256, write_atomically, write_shard
 from thinksafe.training.packing import TrainingSequence
 
 
@@ -29,11 +39,54 @@ def take_in_examples(run: RunDir, file: Path) -> None:
     _use(run.path / "accepted.jsonl", take_in(file, Example))
 
 
+def take_in_marks(run: RunDir, file: Path) -> None:
+    """Add people's marks to those that the run has; what is accepted is decided anew.
+
+    Raises:
+        UserError: a mark on a response that this run does not hold, or one that comes after training has begun.
+    """
+    new = list(read_records(file, Mark))
+    wanted = {(mark.prompt_id, mark.sample) for mark in new}
+    texts = {
+        (response.prompt_id, response.sample): content_id(response.text)
+        for responses, _ in run.rungs()
+        for response in read_records(responses, Response)
+        if (response.prompt_id, response.sample) in wanted
+    }
+    for number, mark in enumerate(new, start=1):
+        if texts.get((mark.prompt_id, mark.sample)) != mark.text_id:
+            raise UserError(
+                f"{file}: record {number} marks a response that is not in this run (prompt {mark.prompt_id}, sample "
+                f"{mark.sample}); take marks from this run's own review page"
+            )
+    there = run.path / "marks.jsonl"
+    known = list(read_records(there, Mark)) if there.exists() else []
+    if not (added := [mark for mark in dict.fromkeys(new) if mark not in known]):
+        return
+    if (run.path / "training").exists():
+        raise UserError(
+            f"--marks {file}: the run has already been trained without these; take its records over into a new folder: "
+            f"thinksafe filter --responses {run.path / 'responses.jsonl'} --marks {file} --out NEW"
+        )
+    run.forget_stage("accept")
+    write_shard(there, sorted([*known, *added], key=lambda mark: mark.moment))
+
+
+def read_marks(file: Path) -> dict[tuple[str, int], list[Mark]]:
+    """Marks by prompt and sample, in the order in which they were made."""
+    marks = defaultdict(list)
+    for mark in read_records(file, Mark):
+        marks[mark.prompt_id, mark.sample].append(mark)
+    return marks
+
+
 def _use(shard: Path, records: Iterable[Response | Example]) -> None:
-    text = "".join(to_json(record) + "\n" for record in records)
-    if shard.exists() and shard.read_text() != text:
+    taken = shard.with_name(shard.name + ".taken")
+    write_shard(taken, records)
+    if shard.exists() and sha256(shard) != sha256(taken):
+        taken.unlink()
         raise UserError(f"{shard}: the run already has other records here; give a new --out folder")
-    write_atomically(shard, text)
+    os.replace(taken, shard)
 
 
 def required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
@@ -43,7 +96,7 @@ def required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
     return file
 
 
-def refuse_repeated(responses: Sequence[Response], file: Path) -> None:
+def refuse_repeated(responses: Iterable[Response], file: Path) -> None:
     """A verdict is on a prompt and a sample number, so two responses must not share both."""
     seen = set()
     for number, response in enumerate(responses, start=1):
@@ -89,7 +142,7 @@ def evaluation_prompts(entry: EvaluationSet) -> list[Prompt]:
     Raises:
         UserError: nothing there, a missing column, or a reasoning set without answers.
     """
-    prompts = prompts_from_rows(_rows(entry), entry.name)
+    prompts = list(prompts_from_rows(_rows(entry), entry.name))
     if not prompts:
         raise UserError(f"{entry.file}: evaluation set {entry.name} keeps no row; look at its `where`")
     if entry.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):

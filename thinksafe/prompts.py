@@ -8,13 +8,13 @@ from typing import Any
 
 from thinksafe.errors import UserError
 from thinksafe.paths import expand
-from thinksafe.records import Prompt, prompts_from_rows, read_prompts, read_rows
+from thinksafe.records import Prompt, prompts_from_rows, read_rows
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
-def load_prompts(source: str) -> list[Prompt]:
-    """Prompts in order, duplicates removed.
+def load_prompts(source: str) -> Iterator[Prompt]:
+    """Prompts in order, duplicates removed, one at a time.
 
     Args:
         source: a .jsonl, .json or .parquet file; a folder of such files; or `owner/name` on the hub, split `train`.
@@ -23,10 +23,11 @@ def load_prompts(source: str) -> list[Prompt]:
         UserError: nothing there, or a row that is no prompt.
     """
     path = expand(source)
-    if path.is_dir():
-        return list({prompt.id: prompt for file in _files_in(source) for prompt in read_prompts(file)}.values())
     if path.is_file():
-        return read_prompts(path)
+        return prompts_from_rows(read_rows(path), path.stem)
+    if path.is_dir():
+        rows = ((where, {"source": file.stem} | row) for file in _files_in(source) for where, row in read_rows(file))
+        return prompts_from_rows(rows, source)
     return prompts_from_rows(_dataset("prompts", source, None, "train"), source)
 
 

@@ -21,7 +21,7 @@ from thinksafe.model.lora import LoraConfig
 from thinksafe.paths import RECIPES, bundled_recipes
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.request import SamplingConfig
-from thinksafe.steering import template
+from thinksafe.steering import Rung
 from thinksafe.training.loop import TrainingConfig
 
 
@@ -32,7 +32,10 @@ class GenerationConfig:
     Attributes:
         steering: instruction around harmful prompts: `prefix`, `suffix`, `risk`, `intent`, a text with {prompt} in it,
             or null for none.
-        samples: responses a prompt.
+        samples: responses a prompt; the first one that the guard accepts is kept.
+        ladder: further attempts at prompts whose responses were all rejected, one after the other. Empty is the paper's
+            single attempt.
+        max_retries: responses that all further attempts may sample together; null for as many as the ladder asks.
         unsteered_probe: harmful prompts also sampled without steering, to measure what steering gains; not trained on.
         sampling: how tokens are drawn.
     """
@@ -41,19 +44,22 @@ class GenerationConfig:
 
     steering: str | None = "prefix"
     samples: int = 1
+    ladder: tuple[Rung, ...] = ()
+    max_retries: int | None = None
     unsteered_probe: int = 200
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError("samples must be at least 1")
+        Rung(self.steering, self.samples)
+        if self.max_retries is not None and self.max_retries < 0:
+            raise ValueError("max_retries must not be negative")
         if self.unsteered_probe < 0:
             raise ValueError("unsteered_probe must not be negative")
-        if self.steering is not None:
-            try:
-                template(self.steering)
-            except UserError as error:
-                raise ValueError(str(error)) from None
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        """The first attempt, and all further ones."""
+        return (Rung(self.steering, self.samples), *self.ladder)
 
 
 @dataclass(frozen=True)

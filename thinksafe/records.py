@@ -9,8 +9,11 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,7 +53,8 @@ class Response:
     Attributes:
         prompt_id, prompt, label: of the prompt without steering; the id may be left out.
         steering: name of the instruction that was put around the prompt, or None.
-        sample: index among the responses to this prompt.
+        sample: index among the responses to this prompt, over all rungs.
+        rung: of the steering ladder; 0 is the first attempt.
         text: think block and answer as text, `<think>` included where the chat template supplies it.
         num_prompt_tokens, num_tokens: of the generation.
         finish_reason: `stop`, `length`, `loop` where it only repeated itself, or `nan` where the model's logits broke.
@@ -67,6 +71,7 @@ class Response:
     num_tokens: int = 0
     finish_reason: Literal["stop", "length", "loop", "nan"] = "stop"
     seed: int = 0
+    rung: int = 0
 
     def __post_init__(self):
         _fill_prompt_id(self)
@@ -84,6 +89,7 @@ class Verdict:
         category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.
         windows: how many pieces of the response were judged; the probabilities are of the worst.
         labels: probabilities of whatever else the guard says, by its meaning.
+        rung: of the response.
     """
 
     prompt_id: str
@@ -99,22 +105,62 @@ class Verdict:
     category: str = ""
     windows: int = 1
     labels: dict[str, float] = field(default_factory=dict)
+    rung: int = 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is trained on: the prompt without steering, and the accepted response."""
+    """What is trained on: the prompt without steering, and the accepted response.
+
+    Attributes:
+        sample, rung: of the response.
+        accepted_by: the guard, or `person: ` and a name.
+    """
 
     prompt: str
     response: str
     label: Label
     prompt_id: str = ""
+    sample: int = 0
+    rung: int = 0
+    accepted_by: str = ""
 
     def __post_init__(self):
         _fill_prompt_id(self)
 
 
-Record = TypeVar("Record", Response, Verdict, Example)
+@dataclass(frozen=True)
+class Mark:
+    """A person's word on a response.
+
+    Attributes:
+        prompt_id, sample: of the response.
+        text_id: `content_id` of its text, so that no mark lands on a text that nobody read.
+        by: who says so.
+        at: when, ISO 8601.
+    """
+
+    prompt_id: str
+    sample: int
+    text_id: str
+    decision: Literal["accept", "reject"]
+    by: str
+    at: str
+
+    def __post_init__(self):
+        if not self.by.strip():
+            raise ValueError("by must name who marked")
+        if self.moment.tzinfo is None:
+            raise ValueError("at must be a time with its time zone")
+
+    @property
+    def moment(self) -> datetime:
+        """`at` as a time."""
+        return datetime.fromisoformat(self.at)
+
+
+Record = TypeVar("Record", Prompt, Response, Verdict, Example, Mark)
+T = TypeVar("T")
 
 
 def _fill_prompt_id(record: Response | Example) -> None:
@@ -197,10 +243,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_prompts(file: Path) -> list[Prompt]:
     """Prompts of a file in order, duplicates removed; see `prompts_from_rows`."""
-    return prompts_from_rows(read_rows(file), file.stem)
+    return list(prompts_from_rows(read_rows(file), file.stem))
 
 
-def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> list[Prompt]:
+def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> Iterator[Prompt]:
     """Prompts from (where, row) pairs, duplicates removed.
 
     A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, also as
@@ -209,7 +255,7 @@ def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -
     Raises:
         UserError: a row without text or with another label, naming its place.
     """
-    prompts: dict[str, Prompt] = {}
+    seen: set[str] = set()
     for where, row in rows:
         text = next((row[key] for key in ("text", "prompt", "instruction") if key in row), None)
         if not isinstance(text, str) or not text.strip():
@@ -218,8 +264,9 @@ def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -
         answer = row.get("answer")
         id_ = content_id(kind, text)
         origin = str(row.get("source") or source)
-        prompts.setdefault(id_, Prompt(id_, text, kind, origin, None if answer is None else str(answer)))
-    return list(prompts.values())
+        if id_ not in seen:
+            seen.add(id_)
+            yield Prompt(id_, text, kind, origin, None if answer is None else str(answer))
 
 
 def _label(where: str, row: dict[str, Any]) -> Label:
@@ -262,10 +309,64 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
     return _validated(read_rows(file), kind)
 
 
-def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
-    from pydantic import TypeAdapter, ValidationError
+class Shard(Sequence[Record]):
+    """The records of a JSONL file by their number, read when they are asked for.
 
-    adapter = TypeAdapter(kind)
+    In memory is only where each line begins: a stage can go through a hundred thousand long responses, or pick a few.
+    """
+
+    def __init__(self, file: Path, kind: type[Record]):
+        self._kind, self._file = kind, file
+        self._lines = file.open("rb")
+        self._starts, position = array("q"), 0
+        for line in self._lines:
+            if line.strip():
+                self._starts.append(position)
+            position += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, number: int) -> Record:
+        """Raises:
+        UserError: the line is no such record.
+        """
+        self._lines.seek(self._starts[number])
+        where = f"{self._file}: record {number + 1}"
+        try:
+            row = json.loads(self._lines.readline())
+        except _BAD_JSON as error:
+            raise UserError(f"{where} is not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        (record,) = _validated([(where, row)], self._kind)
+        return record
+
+
+class Mapped(Sequence[T]):
+    """`function` of each of `items`, computed when it is asked for, and kept nowhere."""
+
+    def __init__(self, function: Callable[[int], T], items: Sequence[int]):
+        self._function, self._items = function, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: int) -> T:
+        return self._function(self._items[number])
+
+
+@cache
+def _adapter(kind: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
+    from pydantic import ValidationError
+
+    adapter = _adapter(kind)
     names = {field.name for field in fields(kind)}
     for where, row in rows:
         if unknown := sorted(row.keys() - names):

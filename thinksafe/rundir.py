@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -26,32 +26,40 @@ from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
 from thinksafe.records import Example, Prompt, Record, Response, read_records, to_json
 
+_TAIL = 2**16
+"""Bytes read at once in search of a shard's last whole line."""
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
 class Journal:
-    """A shard being written: appended to line by line, final once `finish` has renamed it.
-
-    Attributes:
-        existing: records that an earlier process wrote, in file order.
-    """
+    """A shard being written: appended to line by line, final once `finish` has renamed it."""
 
     def __init__(self, final: Path, kind: type[Record]):
-        self.final = final
+        self.final, self._kind = final, kind
         self.partial = final.with_name(final.name + ".partial")
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         if final.exists():  # finished, but killed before the manifest knew
             os.replace(final, self.partial)
         self._drop_torn_line()
         self._file = self.partial.open("a", encoding="utf-8")
-        self.existing: list[Record] = list(read_records(self.partial, kind)) if self._file.tell() else []
+
+    def records(self) -> Iterator[Record]:
+        """What is in it so far, in file order: at first, what an earlier process wrote."""
+        return read_records(self.partial, self._kind) if self._file.tell() else iter(())
 
     def _drop_torn_line(self) -> None:
-        if self.partial.exists():
-            data = self.partial.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                os.truncate(self.partial, whole)
+        if not self.partial.exists():
+            return
+        with self.partial.open("r+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            while end:
+                start = max(0, end - _TAIL)
+                stream.seek(start)
+                if newline := stream.read(end - start).rfind(b"\n") + 1:
+                    end = start + newline
+                    break
+                end = start
+            stream.truncate(end)
 
     def append(self, record: Record) -> None:
         """Write one line and hand it to the system, where it outlives this process."""
@@ -157,6 +165,23 @@ class RunDir:
                 raise UserError(f"{file}: {what} since stage {stage!r} wrote it; restore it or give a new --out folder")
         return True
 
+    def forget_stage(self, stage: str) -> None:
+        """Make a stage undone, before its files are written anew."""
+        manifest = self.manifest
+        if manifest["stages"].pop(stage, None) is not None:
+            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+    def attempts(self, rung: int) -> tuple[Path, Path]:
+        """Responses and verdicts of a rung of the steering ladder; 0 is the first attempt."""
+        names = ("responses.jsonl", "verdicts.jsonl")
+        folder, prefix = (self.path / "rungs", f"{rung}.") if rung else (self.path, "")
+        return tuple(folder / f"{prefix}{name}" for name in names)
+
+    def rungs(self) -> list[tuple[Path, Path]]:
+        """Responses and verdicts of every rung that was tried and judged, in order."""
+        tried = [self.attempts(rung) for rung in range(len(self.recipe.generation.rungs))]
+        return [files for files in tried if files[1].exists()]
+
     def remember_input(self, name: str, digest: str) -> None:
         """Record what a run is made from, the first time; later, make sure that it is still the same.
 
@@ -219,19 +244,28 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
     )
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's contents so that a reader or a crash sees the old or the new, never a part."""
+@contextmanager
+def replacing(file: Path) -> Iterator[TextIO]:
+    """A stream whose contents take a file's place in the end: a reader or a crash sees the old or the new, never a
+    part."""
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, file)
 
 
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file's contents by a text."""
+    with replacing(file) as stream:
+        stream.write(text)
+
+
 def write_shard(file: Path, records: Iterable[Prompt | Response | Example]) -> None:
     """Write records as JSONL, all of them or none."""
-    write_atomically(file, "".join(to_json(record) + "\n" for record in records))
+    with replacing(file) as stream:
+        stream.writelines(to_json(record) + "\n" for record in records)
 
 
 def sha256(file: Path) -> str:

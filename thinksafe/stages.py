@@ -1,4 +1,4 @@
-"""The stages: generate, probe, filter, train, evaluate, report. Each reads records of the run directory, writes more.
+"""The stages, from generate to report. Each reads records of the run directory and writes more.
 
 Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing.
 """
@@ -7,16 +7,20 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
 from thinksafe.evaluation.metrics import measure
-from thinksafe.generation import Task, respond
+from thinksafe.generation import Task, refuse_too_long, respond
 from thinksafe.guards.interface import Exchange, Judgement
 from thinksafe.intake import (
     evaluation_prompts,
+    read_marks,
     refuse_other_student,
     refuse_repeated,
     required,
@@ -30,12 +34,14 @@ from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.progress import TokenBar
 from thinksafe.prompts import load_prompts
-from thinksafe.records import Example, Response, Verdict, content_id, read_prompts, read_records, to_json
+from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_id, read_records, to_json
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.summary import summarise
-from thinksafe.rundir import Journal, RunDir, StageClock, write_atomically, write_shard
+from thinksafe.rundir import Journal, RunDir, StageClock, replacing, write_atomically, write_shard
 from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
+from thinksafe.selection import choose, story
+from thinksafe.steering import Rung
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
 
@@ -61,13 +67,17 @@ def generate(run: RunDir, models: Models) -> None:
     clock, config = run.clock("generate"), run.recipe.generation
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
-    prompts = load_prompts(run.recipe.prompts)[: run.recipe.limit]
-    write_shard(run.path / "prompts.jsonl", prompts)
-    steering = {"harmful": config.steering, "benign": None}
-    tasks = [Task(prompt, steering[prompt.label], sample) for prompt in prompts for sample in range(config.samples)]
-    shard = run.path / "responses.jsonl"
+    prompts_file, (shard, _) = run.path / "prompts.jsonl", run.attempts(0)
+    write_shard(prompts_file, islice(load_prompts(run.recipe.prompts), run.recipe.limit))
+    prompts, first = Shard(prompts_file, Prompt), config.rungs[0]
+
+    def task(number: int) -> Task:
+        prompt = prompts[number // first.samples]
+        return Task(prompt, first.steering_of(prompt.label), number % first.samples)
+
+    tasks = Mapped(task, range(len(prompts) * first.samples))
     tokens = _sample(run, models, shard, tasks, config.sampling, clock, "generate")
-    run.finish_stage("generate", [run.path / "prompts.jsonl", shard], clock, tokens=tokens, records=len(tasks))
+    run.finish_stage("generate", [prompts_file, shard], clock, tokens=tokens, records=len(tasks))
 
 
 def probe(run: RunDir, models: Models) -> None:
@@ -75,8 +85,8 @@ def probe(run: RunDir, models: Models) -> None:
     count = run.recipe.generation.unsteered_probe
     if count == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
         return
-    harmful = [prompt for prompt in read_prompts(run.path / "prompts.jsonl") if prompt.label == "harmful"]
-    tasks = [Task(prompt) for prompt in sorted(harmful, key=lambda prompt: prompt.id)[:count]]
+    harmful = (prompt for prompt in Shard(run.path / "prompts.jsonl", Prompt) if prompt.label == "harmful")
+    tasks = [Task(prompt) for prompt in nsmallest(count, harmful, key=lambda prompt: prompt.id)]
     if not tasks:
         return
     clock, shard = run.clock("probe"), run.path / "unsteered.jsonl"
@@ -85,30 +95,53 @@ def probe(run: RunDir, models: Models) -> None:
 
 
 def filter_responses(run: RunDir, models: Models) -> None:
-    """Judge every response and keep the safe ones as training examples."""
+    """Judge every response."""
     if run.is_done("filter"):
         return
-    clock = run.clock("filter")
-    remedy = "`thinksafe generate` first, or give --responses FILE"
-    responses_file = required(run, run.path / "responses.jsonl", "generate", remedy)
-    responses = list(read_records(responses_file, Response))
-    refuse_repeated(responses, responses_file)
-    verdict_files = [run.path / "verdicts.jsonl"]
-    tokens = _judge(models, responses, verdict_files[0], clock, "filter")
-    if (run.path / "unsteered.jsonl").exists():
-        unsteered = list(read_records(run.path / "unsteered.jsonl", Response))
-        verdict_files.append(run.path / "unsteered_verdicts.jsonl")
-        tokens += _judge(models, unsteered, verdict_files[1], clock, "filter probe")
-    verdicts = list(read_records(verdict_files[0], Verdict))
-    safe = {(verdict.prompt_id, verdict.sample) for verdict in verdicts if verdict.decision == "safe"}
-    accepted = [
-        Example(response.prompt, response.text, response.label, response.prompt_id)
-        for response in sorted(responses, key=lambda response: (response.prompt_id, response.sample))
-        if (response.prompt_id, response.sample) in safe
-    ]
-    shard = run.path / "accepted.jsonl"
-    write_shard(shard, accepted)
-    run.finish_stage("filter", [*verdict_files, shard], clock, tokens=tokens, records=len(verdicts))
+    clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempts(0)
+    required(run, responses_file, "generate", "`thinksafe generate` first, or give --responses FILE")
+    refuse_repeated(read_records(responses_file, Response), responses_file)
+    responses, files = Shard(responses_file, Response), [verdicts_file]
+    tokens = _judge(models, responses, verdicts_file, clock, "filter")
+    unsteered_file = run.path / "unsteered.jsonl"
+    if unsteered_file.exists():
+        files.append(run.path / "unsteered_verdicts.jsonl")
+        tokens += _judge(models, Shard(unsteered_file, Response), files[1], clock, "filter probe")
+    run.finish_stage("filter", files, clock, tokens=tokens, records=len(responses))
+
+
+def retry(run: RunDir, models: Models) -> None:
+    """Try the prompts that have no accepted response again, rung by rung up the steering ladder."""
+    for number, rung in enumerate(run.recipe.generation.ladder, start=1):
+        sampling, judging = f"generate_rung_{number}", f"filter_rung_{number}"
+        responses_file, verdicts_file = run.attempts(number)
+        if not run.is_done(sampling):
+            clock, tasks = run.clock(sampling), _tasks_of_rung(run, number, rung)
+            if not tasks:
+                continue
+            settings = run.recipe.generation.sampling
+            sampled = _sample(run, models, responses_file, tasks, settings, clock, f"rung {number}")
+            run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
+        if not run.is_done(judging):
+            clock, responses = run.clock(judging), Shard(responses_file, Response)
+            judged = _judge(models, responses, verdicts_file, clock, f"filter rung {number}")
+            run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
+
+
+def accept(run: RunDir) -> None:
+    """Keep one accepted response of every prompt as a training example, and write down every prompt's story."""
+    if run.is_done("accept"):
+        return
+    clock, marks_file = run.clock("accept"), run.path / "marks.jsonl"
+    marks = read_marks(marks_file) if marks_file.exists() else {}
+    attempts = Attempts(run, marks)
+    files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"]
+    with replacing(files[0]) as accepted, replacing(files[1]) as audit:
+        for tried in attempts:
+            if kept := choose(tried):
+                accepted.write(to_json(kept.example) + "\n")
+            audit.write(json.dumps(story(tried), ensure_ascii=False) + "\n")
+    run.finish_stage("accept", files + [marks_file] * bool(marks), clock, tokens=0, records=len(attempts))
 
 
 def train(run: RunDir, models: Models) -> None:
@@ -119,7 +152,7 @@ def train(run: RunDir, models: Models) -> None:
         return
     recipe, clock = run.recipe, run.clock("train")
     config = recipe.training
-    accepted = required(run, run.path / "accepted.jsonl", "filter", "`thinksafe filter` first, or give --data FILE")
+    accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
     if accepted.stat().st_size == 0:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
     sequences, dropped = training_sequences(accepted, recipe, models)
@@ -207,6 +240,36 @@ def report(run: RunDir) -> Path:
     return write_report(summarise(run), run.path)
 
 
+def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:
+    """What a rung asks of the prompts without an accepted response, as far as `max_retries` goes."""
+    accepted, next_sample = set(), {}
+    for _, verdicts_file in run.rungs():
+        for verdict in read_records(verdicts_file, Verdict):
+            next_sample[verdict.prompt_id] = max(next_sample.get(verdict.prompt_id, 0), verdict.sample + 1)
+            if verdict.decision == "safe":
+                accepted.add(verdict.prompt_id)
+    waiting = sorted(next_sample.keys() - accepted)
+    limit = run.recipe.generation.max_retries
+    if limit is not None:
+        stages = run.manifest["stages"]
+        spent = sum(stage["records"] for name, stage in stages.items() if name.startswith("generate_rung_"))
+        waiting = waiting[: (limit - spent) // rung.samples]
+    first: dict[str, int] = {}
+    asked, responses = set(waiting), Shard(run.attempts(0)[0], Response)
+    for index, response in enumerate(responses):
+        if response.prompt_id in asked:
+            first.setdefault(response.prompt_id, index)
+
+    def task(index: int) -> Task:
+        prompt_id = waiting[index // rung.samples]
+        response = responses[first[prompt_id]]
+        prompt = Prompt(prompt_id, response.prompt, response.label)
+        sample = next_sample[prompt_id] + index % rung.samples
+        return Task(prompt, rung.steering_of(prompt.label), sample, number)
+
+    return Mapped(task, range(len(waiting) * rung.samples))
+
+
 def _sample(
     run: RunDir,
     models: Models,
@@ -220,18 +283,22 @@ def _sample(
 ) -> int:
     """Answer the tasks that a shard does not hold yet and finish it; response tokens in the whole shard."""
     journal = Journal(shard, Response)
-    done = {f"{response.prompt_id}/{response.sample}" for response in journal.existing}
-    if not done <= {task.key for task in tasks}:
+    done, tokens = set(), 0
+    for response in journal.records():
+        done.add(f"{response.prompt_id}/{response.sample}")
+        tokens += response.num_tokens
+    todo = [number for number, task in enumerate(tasks) if task.key not in done]
+    if len(todo) + len(done) > len(tasks):
         raise UserError(
             f"{shard}: answers prompts that are not asked any more; restore them or give a new --out folder"
         )
-    tokens = sum(response.num_tokens for response in journal.existing)
-    todo = [task for task in tasks if task.key not in done]
     if todo:
         run.remember_input("model", fingerprint(models.base))
         engine = Engine(models.student(checkpoint, adapter), run.recipe.sampler)
+        refuse_too_long(models.chat, tasks, engine.max_prompt_tokens)
         with TokenBar(title, len(tasks), "responses", len(done)) as bar:
-            for response in respond(engine, models.chat, todo, sampling, run.recipe.seed):
+            asked = Mapped(tasks.__getitem__, todo)
+            for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):
                 journal.append(response)
                 tokens += response.num_tokens
                 bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
@@ -254,20 +321,26 @@ def _judge(
         every_response: also ask the guard about malformed ones, as an evaluation must; a filter drops them unread.
     """
     journal = Journal(shard, Verdict)
-    done = {(verdict.prompt_id, verdict.sample) for verdict in journal.existing}
-    todo = {f"{r.prompt_id}/{r.sample}": r for r in responses if (r.prompt_id, r.sample) not in done}
-    if todo:
-        guard, readable = models.guard, []
+    done = {(verdict.prompt_id, verdict.sample) for verdict in journal.records()}
+    if len(done) < len(responses):
+        guard, asked = models.guard, {}
         with TokenBar(title, len(responses), "verdicts", len(done)) as bar:
-            for key, response in todo.items():
-                problem = response_problem(response, models.chat)
-                if problem is None or (every_response and response.text):
-                    readable.append(Exchange(key, response.prompt, response.text))
-                else:
-                    journal.append(_verdict(response, guard.name, "dropped", problem))
-                    bar.update(0)
-            for judgement in guard.judge(readable):
-                response = todo[judgement.id]
+
+            def readable() -> Iterator[Exchange]:
+                for response in responses:
+                    if (response.prompt_id, response.sample) in done:
+                        continue
+                    problem = response_problem(response, models.chat)
+                    if problem is None or (every_response and response.text):
+                        key = f"{response.prompt_id}/{response.sample}"
+                        asked[key] = response
+                        yield Exchange(key, response.prompt, response.text)
+                    else:
+                        journal.append(_verdict(response, guard.name, "dropped", problem))
+                        bar.update(0)
+
+            for judgement in guard.judge(readable()):
+                response = asked.pop(judgement.id)
                 reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
                 journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
                 bar.update(response.num_tokens)
@@ -301,6 +374,7 @@ def _counted(reasons: Counter[str]) -> str:
 def _verdict(response: Response, guard: str, decision: str, reason: str, judgement: Judgement | None = None) -> Verdict:
     about = (response.prompt_id, response.sample, response.label, response.steering, decision, reason)
     if judgement is None:
-        return Verdict(*about, None, None, None, guard, windows=0)
+        return Verdict(*about, None, None, None, guard, windows=0, rung=response.rung)
     measured = (judgement.p_safe, judgement.p_unsafe, judgement.refusal)
-    return Verdict(*about, *measured, guard, judgement.category, judgement.windows, dict(judgement.labels))
+    found = (judgement.category, judgement.windows, dict(judgement.labels))
+    return Verdict(*about, *measured, guard, *found, response.rung)

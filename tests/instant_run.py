@@ -1,0 +1,92 @@
+"""Run generate, filter, retry and accept with a sampler and a guard that take no time, and print what memory they took.
+
+python tests/instant_run.py OUT PROMPTS CHARACTERS_A_RESPONSE
+"""
+
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+from thinksafe import stages
+from thinksafe.guards.interface import Judgement
+from thinksafe.recipe import check_recipe
+from thinksafe.records import Response
+from thinksafe.rundir import RunDir
+
+
+class InstantGuard:
+    """Accepts what `accepts(exchange)` says, and judges as it reads."""
+
+    name = "instant"
+
+    def __init__(self, accepts):
+        self._accepts = accepts
+
+    def judge(self, exchanges):
+        for exchange in exchanges:
+            unsafe = 0.0 if self._accepts(exchange) else 1.0
+            yield Judgement(exchange.id, "unsafe" if unsafe else "safe", 1 - unsafe, unsafe, not unsafe)
+
+
+def instant_models(accepts):
+    """In the place of `Models`; needs `instantly` around what samples."""
+    chat = SimpleNamespace(has_control_token=lambda text: False)
+    return SimpleNamespace(base="", chat=chat, guard=InstantGuard(accepts), student=lambda *_: None)
+
+
+@contextmanager
+def instantly(say=lambda task: f"{task.steering}"):
+    """Sampling becomes `say(task)`, which goes into the answer."""
+
+    def respond(engine, chat, tasks, sampling, seed):
+        for task in tasks:
+            text = f"<think>\nHm.\n</think>\n\n{say(task)}"
+            about = {"prompt_id": task.prompt.id, "steering": task.steering, "sample": task.sample, "rung": task.rung}
+            yield Response(task.prompt.text, task.prompt.label, text, num_tokens=7, **about)
+
+    engine = SimpleNamespace(max_prompt_tokens=10**6, limit_seconds=0.0)
+    stand_ins = {
+        "respond": respond,
+        "Engine": lambda *_: engine,
+        "fingerprint": lambda _: "",
+        "refuse_too_long": lambda *_: None,
+    }
+    real = {name: getattr(stages, name) for name in stand_ins}
+    vars(stages).update(stand_ins)
+    try:
+        yield
+    finally:
+        vars(stages).update(real)
+
+
+def run_stages(run, models):
+    """Everything between prompts and accepted.jsonl."""
+    stages.generate(run, models)
+    stages.filter_responses(run, models)
+    stages.retry(run, models)
+    stages.accept(run)
+
+
+def main(out: Path, prompts: int, characters: int) -> None:
+    """Every third prompt is rejected once, and accepted on the next rung."""
+    out.mkdir()
+    with (out / "in.jsonl").open("w") as file:
+        file.writelines(
+            f'{{"text": "prompt {n}", "label": "{"harmful" if n % 2 else "benign"}"}}\n' for n in range(prompts)
+        )
+    generation = {"ladder": [{"steering": "risk"}], "unsteered_probe": 0}
+    raw = {"name": "n", "model": "m", "prompts": str(out / "in.jsonl"), "generation": generation}
+    models = instant_models(lambda exchange: exchange.id.endswith("/1") or int(exchange.prompt[7:]) % 3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with (
+        RunDir.open(out / "run", check_recipe(raw, "")) as run,
+        instantly(lambda task: task.prompt.id * (characters // 16)),
+    ):
+        run_stages(run, models)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
