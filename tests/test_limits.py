@@ -5,11 +5,14 @@ import pytest
 import torch
 
 from benchmarks.shapes import MODELS
+from thinksafe.errors import UserError
+from thinksafe.hardware import GPU_NAMES, hardware_named, hardware_of
 from thinksafe.model.config import ModelConfig
-from thinksafe.sampler.limits import Hardware, hardware_of, pass_seconds
+from thinksafe.model.decoder import Decoder
+from thinksafe.sampler.limits import pass_seconds
 from thinksafe.sampler.scheduler import StepPlan
 
-H200 = Hardware(4.3e12, 790e12)
+H200 = hardware_named("H200")
 NOTHING = np.zeros(0, dtype=np.int64)
 
 
@@ -62,3 +65,20 @@ def test_a_long_prompt_is_bound_by_its_products():
 
 def test_a_cpu_has_no_limit_that_anybody_measured():
     assert hardware_of(torch.device("cpu")) is None
+
+
+def test_a_gpu_is_found_by_its_short_name_and_another_is_answered_with_the_known_ones():
+    assert hardware_named("nvidia h200").flop_per_second == 790e12
+    for name in GPU_NAMES:
+        hardware = hardware_named(name)
+        assert hardware.flop_per_second / hardware.peak_flop_per_second == pytest.approx(790 / 989)
+        assert hardware.measured == (name == "H200")
+    with pytest.raises(UserError, match="H200, H100, A100"):
+        hardware_named("TPU")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_counted_as_the_decoder_has_them(name):
+    with torch.device("meta"):
+        decoder = Decoder(config_of(name))
+    assert config_of(name).num_parameters == sum(parameter.numel() for parameter in decoder.parameters())

@@ -61,6 +61,28 @@ class ModelConfig:
         }
 
     @property
+    def layer_weights(self) -> int:
+        """Weights of one layer's linear maps; a token costs two FLOP for each."""
+        return sum(out_features * in_features for out_features, in_features, _ in self.projections.values())
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the head, and of the embedding."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them; a head that is the embedding counts once."""
+        biases = sum(out_features for out_features, _, has_bias in self.projections.values() if has_bias)
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        layers = self.num_layers * (self.layer_weights + biases + norms)
+        return layers + self.head_weights * (1 if self.tied_head else 2) + self.hidden_size
+
+    def attention_flop(self, pairs: float) -> float:
+        """Of all layers, for so many pairs of a query and a key that it sees: q kᵀ and the weighted sum of v."""
+        return 4 * self.num_layers * self.num_heads * self.head_dim * pairs
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Numbers that one token adds to the key-value cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from thinksafe.errors import UserError
+from thinksafe.hardware import hardware_of
 from thinksafe.model.decoder import Decoder
-from thinksafe.sampler.limits import hardware_of, pass_seconds
+from thinksafe.sampler.limits import pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.runner import Results, Runner
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
@@ -58,7 +59,7 @@ class Engine:
     """A decoder ready to answer requests. Create it when it is needed: the page pool is allocated at once.
 
     Attributes:
-        hardware: what the device can do, or None where nobody has measured it.
+        hardware: what the device can do, or None where that is not known.
         limit_seconds: the least time that all passes so far could have taken on it.
     """
 

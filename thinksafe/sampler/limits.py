@@ -5,28 +5,9 @@
 Decoding is bound by the cache: 112 KiB a token of context for Qwen3-0.6B, read for every token that is written.
 """
 
-from dataclasses import dataclass
-
-import torch
-
+from thinksafe.hardware import Hardware
 from thinksafe.model.config import ModelConfig
 from thinksafe.sampler.scheduler import StepPlan
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Measured, not from a data sheet: a large copy through torch, and a bf16 product of 8192 x 8192 matrices."""
-
-    bytes_per_second: float
-    flop_per_second: float
-
-
-_MEASURED = {"NVIDIA H200": Hardware(4.3e12, 790e12)}
-
-
-def hardware_of(device: torch.device) -> Hardware | None:
-    """The device's rates; None for a CPU and for a GPU that nobody has measured."""
-    return _MEASURED.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def pass_seconds(plan: StepPlan, config: ModelConfig, itemsize: int, hardware: Hardware) -> float:
@@ -35,13 +16,12 @@ def pass_seconds(plan: StepPlan, config: ModelConfig, itemsize: int, hardware: H
     Args:
         itemsize: bytes a weight and a cached number take.
     """
-    per_layer = sum(rows * columns for rows, columns, _ in config.projections.values())
-    layers, head = config.num_layers * per_layer, config.vocab_size * config.hidden_size
+    layers, head = config.num_layers * config.layer_weights, config.head_weights
     num_drawn, context = int(plan.completes.sum()), int(plan.ends.sum())
     pairs = int((plan.ends * (plan.ends + 1) - plan.starts * (plan.starts + 1)).sum()) // 2
     weight_bytes = (layers + head * (num_drawn > 0)) * itemsize
     gemm_flop = 2 * (layers * plan.num_tokens + head * num_drawn)
     cache_bytes = context * config.kv_elements_per_token * itemsize
-    attention_flop = 4 * config.num_layers * config.num_heads * config.head_dim * pairs
+    attention_flop = config.attention_flop(pairs)
     bandwidth, rate = hardware.bytes_per_second, hardware.flop_per_second
     return max(weight_bytes / bandwidth, gemm_flop / rate) + max(cache_bytes / bandwidth, attention_flop / rate)
