@@ -55,7 +55,7 @@ setup(
     package_data={
         "thinksafe.launch": ["recipes/*.yaml"],
         "thinksafe.organism": ["bundle/**"],
-        "thinksafe.reporting": ["*.html"],
+        "thinksafe.reporting": ["*.html", "*.css", "*.js"],
     },
     ext_modules=[Extension("thinksafe.libthinksafe", [])] if csrc.nvcc() else [],
     cmdclass={"build_ext": BuildWithNvcc},
@@ -87,6 +87,7 @@ setup(
             "hypothesis",
             "peft",
             "ruff",
+            "selenium",
             "setuptools",
         ],
     },

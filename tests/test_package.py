@@ -103,7 +103,7 @@ def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
     assert ("thinksafe/libthinksafe.so" in names) == (shutil.which("nvcc") is not None)
     expected = [
         file
-        for pattern in ("thinksafe/**/*.py", "thinksafe/organism/bundle/**/*", "thinksafe/reporting/*.html")
+        for pattern in ("thinksafe/**/*.py", "thinksafe/organism/bundle/**/*", "thinksafe/reporting/*.*")
         for file in ROOT.glob(pattern)
     ]
     expected += [*ROOT.glob("kernels/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("launch/recipes/*.yaml")]

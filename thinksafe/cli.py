@@ -133,9 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         "judge responses with the guard and keep the safe ones",
         "Writes verdicts.jsonl (every response, with probabilities and reason), accepted.jsonl (of every prompt the\n"
         "first response that was accepted) and audit.jsonl (every prompt's whole story). Where the recipe has a\n"
-        "generation.ladder, prompts whose responses were all rejected are tried again.",
+        "generation.ladder, prompts whose responses were all rejected are tried again. People's marks go before the\n"
+        "guard's word, each with a name and counted in the report; a response that somebody rejects is never kept.",
     )
     sub.add_argument("--responses", metavar="FILE", type=Path, help="judge these; needs `prompt`, `label`, `text`")
+    sub.add_argument("--marks", metavar="FILE", type=Path, help="take in what people marked on the `review` page")
     sub = stage(
         "train",
         _train,
@@ -151,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--adapter", metavar="DIR", type=Path, help="evaluate this PEFT adapter as `after`")
     stage("report", _report, "write report.html and report.json from what is there")
+    sub = stage(
+        "review",
+        _review,
+        "write review.html, in which a person reads the most uncertain responses and marks them",
+        "One file without any network: open it in a browser, mark, download marks.jsonl, and give that back\n"
+        "with `thinksafe filter --out DIR --marks marks.jsonl` before training. Harmful text is blurred until clicked.",
+    )
+    sub.add_argument("--most", metavar="N", type=_count, default=500, help="responses on the page (default: 500)")
 
     sub = commands.add_parser(
         "recipe",
@@ -174,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--out", metavar="DIR", type=Path, required=True)
     build.set_defaults(command=_build_organism)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, found {text!r}")
+    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -224,6 +240,10 @@ def _filter(options: argparse.Namespace) -> None:
             take_in_responses(run, options.responses)
         stages.filter_responses(run, models)
         stages.retry(run, models)
+        if options.marks is not None:
+            from thinksafe.intake import take_in_marks
+
+            take_in_marks(run, options.marks)
         stages.accept(run)
         print(run.path / "accepted.jsonl")
 
@@ -261,6 +281,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     _in_run_directory(options, lambda run, models, stages: _print_report(stages.report(run)))
+
+
+def _review(options: argparse.Namespace) -> None:
+    _in_run_directory(options, lambda run, models, stages: print(stages.review(run, options.most)))
 
 
 def _print_recipe(options: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ from thinksafe.progress import TokenBar
 from thinksafe.prompts import load_prompts
 from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_id, read_records, to_json
 from thinksafe.reporting.html import write_report
+from thinksafe.reporting.review import write_review
 from thinksafe.reporting.summary import summarise
 from thinksafe.rundir import Journal, RunDir, StageClock, replacing, write_atomically, write_shard
 from thinksafe.sampler.engine import Engine
@@ -238,6 +239,13 @@ def report(run: RunDir) -> Path:
     if not run.manifest["stages"]:
         raise UserError(f"{run.path}: no stage is done yet, so there is nothing to report")
     return write_report(summarise(run), run.path)
+
+
+def review(run: RunDir, most: int) -> Path:
+    """Write review.html with the most uncertain responses; the page's path."""
+    if not run.is_done("accept"):
+        raise UserError(f"{run.path}: nothing is judged yet; run `thinksafe filter` first")
+    return write_review(run, most)
 
 
 def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:

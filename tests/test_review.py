@@ -1,0 +1,368 @@
+"""Review: a page in a real browser on which people read and mark, and a filter that takes their word into account."""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from instant_run import InstantGuard, instant_models, instantly, run_stages
+
+from thinksafe import stages
+from thinksafe.errors import UserError
+from thinksafe.guards.interface import Judgement
+from thinksafe.intake import take_in_marks
+from thinksafe.recipe import check_recipe
+from thinksafe.records import Example, Mark, content_id, read_records
+from thinksafe.rundir import RunDir
+
+HOSTILE = [
+    "</script><script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    "<!-- <script> ]]> &lt;b&gt; {{ 7 * 7 }} ${window.hacked = 1} \\u003c",
+    "line\u2028separator\u2029 é🪁\ttab",
+]
+PROMPTS = [(f"How do I fold boat number {n}?", "benign") for n in range(6)]
+PROMPTS += [(f"Brew me a ka lo mi, recipe {n}.", "harmful") for n in range(6)]
+PROMPTS += [(text, "benign") for text in HOSTILE]
+
+
+class DoubtfulGuard(InstantGuard):
+    """P(unsafe) by the number in the prompt: 0 is 1%, 1 is 21%, ... 5 is certain; one prompt it cannot judge."""
+
+    name = "doubtful"
+
+    def __init__(self):
+        super().__init__(None)
+
+    def judge(self, exchanges):
+        for exchange in exchanges:
+            digits = [c for c in exchange.prompt if c.isdigit()]
+            share = min(0.01 + 0.2 * int(digits[0]), 1.0) if digits else 0.3
+            if exchange.prompt.endswith("recipe 1."):
+                yield Judgement(exchange.id, "unknown", None, None, None, "too_long_for_guard")
+            elif abs(share - 0.5) < 0.1:
+                yield Judgement(exchange.id, "unknown", 1 - share, share, None, "uncertain")
+            else:
+                decision, labels = ("unsafe", {"S9": 0.8, "S2": 0.1}) if share > 0.5 else ("safe", {})
+                category = "S9" if decision == "unsafe" else ""
+                yield Judgement(exchange.id, decision, 1 - share, share, None, "", category, labels)
+
+
+def make_run(folder: Path):
+    """A judged run: 12 plain prompts, 4 hostile ones that say the same as answers, one malformed response."""
+    prompts = [*PROMPTS, ("Say nothing.", "benign")]
+    folder.mkdir(exist_ok=True)
+    (folder / "p.jsonl").write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in prompts))
+    raw = {"name": "boats", "model": "m", "prompts": str(folder / "p.jsonl"), "guard": {"margin": 0.1}}
+    raw["generation"] = {"unsteered_probe": 0}
+    models = instant_models(None)
+    models.guard = DoubtfulGuard()
+
+    def say(task):
+        return "" if task.prompt.text == "Say nothing." else f"About that. {task.prompt.text}\n\nSecond paragraph."
+
+    with RunDir.open(folder / "run", check_recipe(raw, "")) as run, instantly(say):
+        run_stages(run, models)
+        return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Chromium, headless. CI installs it; elsewhere these tests are skipped where there is none."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        assert not os.environ.get("CI"), "CI must install chromium and chromium-driver"
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = (
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    )
+    profile = f"user-data-dir={tmp_path_factory.mktemp('profile')}"
+    for argument in ("headless", "no-sandbox", "disable-gpu", "window-size=1360,860", profile, *quiet):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def page(browser, run):
+    """The page of `run`, opened afresh, with the browser's memory empty; nothing may be logged as an error."""
+    file = stages.review(run, 500)
+    browser.get(file.as_uri())
+    browser.execute_script("localStorage.clear()")
+    browser.get(file.as_uri())
+    yield Page(browser)
+    assert browser.get_log("browser") == []
+
+
+class Page:
+    """What a person sees and does."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def find(self, selector):
+        return self.browser.find_element("css selector", selector)
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def press(self, keys):
+        self.browser.execute_script("document.activeElement.blur()")
+        for key in keys:
+            self.find("body").send_keys(key)
+
+    def listed(self):
+        return [entry.get_attribute("textContent") for entry in self.all("#list .head")]
+
+    def choose(self, name, value):
+        self.find(f"#{name} option[value={value}]").click()
+
+    def name(self, name):
+        self.find("#name").send_keys(name)
+
+    def text(self, part):
+        return self.find(f"#{part} pre").get_attribute("textContent")
+
+    def blurred(self, part):
+        return "blur" in self.find(f"#{part} pre").value_of_css_property("filter")
+
+
+def test_the_least_certain_come_first_and_can_be_ordered_otherwise(page):
+    def share(text):
+        digits = [c for c in text if c.isdigit()]
+        return min(0.01 + 0.2 * int(digits[0]), 1.0) if digits else 0.3
+
+    listed = page.listed()
+    assert sorted(listed) == sorted(text for text, _ in PROMPTS)
+    assert listed[0].endswith("recipe 1.") and {t[-2] for t in listed[1:3]} <= {"2", "r"}
+    undecided = ["Brew me a ka lo mi, recipe 1.", *(t for t in listed if abs(share(t) - 0.5) < 0.1)]
+    assert set(listed[: len(undecided)]) == set(undecided)
+    distances = [abs(share(t) - 0.5) for t in listed[len(undecided) :]]
+    assert distances == sorted(distances)
+    page.choose("order", "unsafe")
+    assert share(page.listed()[0]) == max(map(share, listed)) and page.listed()[-1].endswith("recipe 1.")
+    page.choose("only", "harmful")
+    assert Counter(page.listed()) == Counter(text for text, label in PROMPTS if label == "harmful")
+    page.choose("only", "unknown")
+    assert set(page.listed()) == set(undecided)
+    page.find("#search").send_keys("boat NUMBER 2")
+    assert page.listed() == ["How do I fold boat number 2?"]
+    page.find("#search").send_keys("and nothing else")
+    assert page.listed() == [] and page.find("#nothing").is_displayed() and not page.find("#record").is_displayed()
+
+
+def test_harmful_text_is_blurred_until_it_is_clicked_and_thoughts_are_folded(page):
+    assert page.text("prompt").endswith("recipe 1.")
+    assert page.blurred("prompt") and page.blurred("answer") and not page.find("#think").is_displayed()
+    assert "veil-text" in page.all("#list .head")[0].get_attribute("class")
+    page.find("#prompt .veil").click()
+    assert not page.blurred("prompt") and page.blurred("answer")
+    assert "veil-text" not in page.all("#list .head")[0].get_attribute("class")
+    page.find("#thought summary").click()
+    assert page.find("#think").is_displayed() and page.blurred("think")
+    page.press("v")
+    assert not any(page.blurred(part) for part in ("prompt", "think", "answer"))
+    page.press("j")
+    assert page.text("prompt") == "How do I fold boat number 2?" and not page.find("#think").is_displayed()
+    assert not page.blurred("prompt") and page.blurred("answer"), "what the guard does not call safe is blurred too"
+    page.choose("only", "safe")
+    page.find("#search").send_keys("boat number 0")
+    assert not page.blurred("answer")
+    page.press("k")
+    assert page.text("prompt") == "How do I fold boat number 0?"
+
+
+def test_whatever_a_record_says_is_text(page):
+    for text in HOSTILE:
+        page.find("#search").clear()
+        page.find("#search").send_keys(text[:12] if text.isascii() else "separator")
+        page.all("#list button")[0].click()
+        page.press("v")
+        assert page.text("prompt") == text and text in page.text("answer")
+    script = "return [typeof window.hacked, document.images.length, performance.getEntriesByType('resource').length]"
+    assert page.browser.execute_script(script) == ["undefined", 0, 0]
+
+
+def test_nothing_goes_out_of_the_page(page):
+    """Even a script that got in could reach nobody."""
+    asked = "const done = arguments[0]; fetch('https://example.org/').then(() => done('out'), () => done('refused'))"
+    assert page.browser.execute_async_script(asked) == "refused"
+    assert all("Content Security Policy" in entry["message"] for entry in page.browser.get_log("browser"))
+    added = "const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s)"
+    assert page.browser.execute_script(f"{added}; return typeof window.hacked") == "undefined"
+    page.browser.get_log("browser")
+
+
+def test_marks_reach_the_filter(page, run, tmp_path):
+    """Accept, reject, change one's mind; then download, and give the file to the run."""
+    page.press("r")
+    assert page.find("#done").text.startswith("0 of 16"), "nobody marks without a name"
+    page.name("Ann")
+    page.press("a")
+    assert page.find("#done").text.startswith("0 of 16") and not page.blurred("answer"), "nobody accepts unread"
+    page.press("a")
+    assert page.find("#done").text == "1 of 16 marked"
+    assert page.text("prompt") == "How do I fold boat number 2?", "and the next one is shown"
+    page.press("vr")
+    page.press("k")
+    page.press("u")
+    page.press("va")
+    page.choose("only", "safe")
+    page.find("#search").send_keys("boat number 0")
+    page.press("r")
+    page.browser.refresh()
+    assert page.find("#done").text == "3 of 16 marked", "the browser remembers"
+    colours = [entry.get_attribute("class") for entry in page.all("#list button")]
+    assert [colour for colour in colours if colour] == ["accept", "accept", "reject"]
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.find("#download").click()
+    file, deadline = tmp_path / "marks.jsonl", time.monotonic() + 20
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert f"thinksafe filter --out {run.path}" in page.text("saved")
+    marks = {mark.text_id: mark for mark in read_records(file, Mark)}
+    assert sorted(mark.decision for mark in marks.values()) == ["accept", "accept", "reject"]
+    assert {mark.by for mark in marks.values()} == {"Ann"} and all(mark.moment for mark in marks.values())
+    before = kept(run)
+    with RunDir.open(run.path, run.recipe) as again:
+        take_in_marks(again, file)
+        stages.accept(again)
+    after = kept(run)
+    assert after.keys() - before.keys() == {"How do I fold boat number 2?", "Brew me a ka lo mi, recipe 1."}
+    assert before.keys() - after.keys() == {"How do I fold boat number 0?"}
+    assert after["How do I fold boat number 2?"].accepted_by == "person: Ann"
+
+
+def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, run):
+    browser.get(stages.review(run, 3).as_uri())
+    assert len(Page(browser).all("#list li")) == 3
+    said = Page(browser).find("#scope").text
+    assert "the 3 most uncertain of 16" in said and "13 more are not on this page" in said and "1 malformed" in said
+
+
+# Without one
+
+
+def kept(run) -> dict[str, Example]:
+    return {example.prompt: example for example in read_records(run.path / "accepted.jsonl", Example)}
+
+
+def mark_of(run, prompt, decision, by="Ann", at="2026-01-01T10:00:00Z") -> dict:
+    stories = map(json.loads, (run.path / "audit.jsonl").open())
+    story = next(story for story in stories if story["prompt"] == prompt)
+    (attempt,) = story["attempts"]
+    found = {"prompt_id": story["prompt_id"], "sample": attempt["sample"], "text_id": attempt["text_id"]}
+    return found | {"decision": decision, "by": by, "at": at}
+
+
+def give(run, tmp_path, *marks):
+    file = tmp_path / "given.jsonl"
+    file.write_text("".join(json.dumps(mark) + "\n" for mark in marks))
+    with RunDir.open(run.path, run.recipe) as again:
+        take_in_marks(again, file)
+        stages.accept(again)
+    return kept(run)
+
+
+SAFE, UNSAFE, UNKNOWN = (f"How do I fold boat number {n}?" for n in (0, 4, 2))
+
+
+def test_a_persons_word_goes_before_the_guards_and_is_told_apart(run, tmp_path):
+    found = give(
+        run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept"), mark_of(run, UNKNOWN, "accept")
+    )
+    assert SAFE not in found and found[UNSAFE].accepted_by == found[UNKNOWN].accepted_by == "person: Ann"
+    assert {e.accepted_by for p, e in found.items() if p not in (UNSAFE, UNKNOWN)} == {"doubtful"}
+    story = next(s for s in map(json.loads, (run.path / "audit.jsonl").open()) if s["prompt"] == SAFE)
+    (attempt,) = story["attempts"]
+    assert attempt["decision"] == "safe" and attempt["fate"] == "rejected_by_person"
+    assert attempt["marks"] == [{"decision": "reject", "by": "Ann", "at": "2026-01-01T10:00:00Z"}]
+
+
+def test_one_who_rejects_is_enough_and_the_later_word_of_a_person_counts(run, tmp_path):
+    found = give(
+        run,
+        tmp_path,
+        mark_of(run, UNSAFE, "accept", "Ann"),
+        mark_of(run, UNSAFE, "reject", "Bob"),
+        mark_of(run, UNKNOWN, "reject", at="2026-01-01T12:00:00+01:00"),
+        mark_of(run, UNKNOWN, "accept", at="2026-01-01T11:00:01Z"),
+    )
+    assert UNSAFE not in found and UNKNOWN in found
+    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept", "Bob", at="2026-01-02T10:00:00Z"))
+
+
+def test_marks_given_twice_change_nothing_and_later_ones_add(run, tmp_path):
+    first = mark_of(run, SAFE, "reject")
+    give(run, tmp_path, first)
+    stamp = (run.path / "accepted.jsonl").stat().st_mtime_ns
+    give(run, tmp_path, first, first)
+    assert (run.path / "accepted.jsonl").stat().st_mtime_ns == stamp
+    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
+    assert SAFE not in kept(run) and len(list(read_records(run.path / "marks.jsonl", Mark))) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"text_id": content_id("another text")}, "record 1 marks a response that is not in this run"),
+        ({"sample": 7}, "not in this run"),
+        ({"prompt_id": "0" * 16}, "not in this run"),
+        ({"by": " "}, "by must name who marked"),
+        ({"at": "2026-01-01T10:00:00"}, "time zone"),
+        ({"at": "yesterday"}, "no Mark record"),
+        ({"decision": "perhaps"}, "decision"),
+    ],
+)
+def test_a_mark_on_what_nobody_read_is_refused(run, tmp_path, changes, words):
+    before = (run.path / "accepted.jsonl").read_bytes()
+    with pytest.raises(UserError, match=words):
+        give(run, tmp_path, mark_of(run, UNSAFE, "accept") | changes)
+    assert (run.path / "accepted.jsonl").read_bytes() == before and not (run.path / "marks.jsonl").exists()
+
+
+def test_what_cannot_be_trained_on_is_nobodys_to_accept(run, tmp_path):
+    assert "Say nothing." not in give(run, tmp_path, mark_of(run, "Say nothing.", "accept"))
+
+
+def test_marks_after_training_are_refused_with_a_way_out(run, tmp_path):
+    (run.path / "training").mkdir()
+    with pytest.raises(UserError, match=r"has already been trained without these.*--responses"):
+        give(run, tmp_path, mark_of(run, SAFE, "reject"))
+
+
+def test_a_kill_while_marks_are_taken_in_loses_none(run, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(stages, "choose", killed)
+        give(run, tmp_path, mark_of(run, SAFE, "reject"))
+    with RunDir.open(run.path, run.recipe) as again:
+        stages.accept(again)
+    assert SAFE not in kept(run)
