@@ -15,15 +15,17 @@ from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.swiglu import swiglu
 from thinksafe.model.attention import Attention, Rotation
 from thinksafe.model.config import ModelConfig
+from thinksafe.model.parallel import WHOLE, Shard
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); each projection optionally with a low-rank adapter."""
 
-    def __init__(self, config: ModelConfig, index: int):
+    def __init__(self, config: ModelConfig, index: int, shard: Shard):
         super().__init__()
         self.config = config
         self.index = index
+        self.shard = shard
         self.adapters: dict[str, tuple[float, float]] = {}  # projection -> (scaling, dropout), see lora.py
         for name, (out_features, in_features, has_bias) in config.projections.items():
             self.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
@@ -50,23 +52,28 @@ class DecoderLayer(nn.Module):
         k = self.project("k_proj", x).unflatten(-1, (-1, head_dim))
         v = self.project("v_proj", x).unflatten(-1, (-1, head_dim))
         rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
-        mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2))
+        mixed = self.shard.sum(self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2)))
         x, hidden = add_rms_norm(mixed, hidden, self.mlp_norm, eps)
-        return hidden + self.project("down_proj", swiglu(self.project("gate_proj", x), self.project("up_proj", x)))
+        x = swiglu(self.project("gate_proj", x), self.project("up_proj", x))
+        return hidden + self.shard.sum(self.project("down_proj", x))
 
 
 class Decoder(nn.Module):
     """A causal language model up to its head.
 
     The parameters are uninitialised: load a checkpoint (weights.py) or call `initialise`.
+
+    Attributes:
+        config: of what this process holds, which is all of the model unless `shard` says otherwise.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, shard: Shard = WHOLE):
         super().__init__()
-        self.config = config
+        self.config = config = shard.config(config)
+        self.shard = shard
         self.activation_checkpointing = False
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
         if not config.tied_head:
             self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))

@@ -177,6 +177,7 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
         raise UserError(f"{settings_file}: r, lora_alpha or lora_dropout: {error.errors()[0]['msg']}") from None
     attach(decoder, config, seed=0)
     wanted = adapter_parameters(decoder)
+    tensors = {name: tensor[decoder.shard.part(name, tensor.shape)] for name, tensor in tensors.items()}
     if tensors.keys() != wanted.keys() or any(tensors[name].shape != wanted[name].shape for name in wanted):
         detach(decoder)
         raise UserError(f"{folder}: the adapter was made for another model (its tensors do not match)")

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 from thinksafe.errors import UserError
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
+from thinksafe.model.parallel import WHOLE, Shard
 from thinksafe.paths import expand
 
 _MIB = 2**20
@@ -96,31 +98,36 @@ def load_config(folder: Path) -> tuple[ModelConfig, dict]:
     return ModelConfig.from_hugging_face(raw, str(file)), raw
 
 
-def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """Read a checkpoint straight onto a device.
+def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str, shard: Shard = WHOLE) -> Decoder:
+    """Read a checkpoint, or this process's part of it, straight onto a device.
 
     Args:
         folder: holds config.json and model.safetensors, or shards with their index.
         dtype: of the loaded parameters, whatever the file holds.
         device: where they go; one tensor at a time passes through host memory.
+        shard: which part; nothing else is read from the disk.
 
     Raises:
-        UserError: a missing or corrupt file, a missing tensor, or one of the wrong shape.
+        UserError: a missing or corrupt file, a missing tensor, one of the wrong shape, a model that cannot be cut so.
     """
     config, _ = load_config(folder)
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config, shard)
     decoder = decoder.to(dtype).to_empty(device=device)
     wanted = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
     with torch.no_grad():
-        for name, tensor in _tensors(folder):
+        for name, stored in _tensors(folder):
             parameter = wanted.pop(name, None)
             if parameter is None:
                 continue
+            tensor = stored[shard.part(name, stored.get_shape())]
             if parameter.shape != tensor.shape:
                 shapes = f"{list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
                 raise UserError(f"{folder}: tensor {name} has shape {shapes}")
-            parameter.copy_(tensor)
+            if shard.is_added_elsewhere(name):
+                parameter.zero_()
+            else:
+                parameter.copy_(tensor)
     if wanted:
         raise UserError(f"{folder}: weights are missing: {_some(sorted(wanted))}")
     return decoder.requires_grad_(False).eval()
@@ -130,7 +137,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Name and safetensors slice of everything that is stored; an index into the slice reads that part."""
     index = folder / _INDEX
     if index.exists():
         try:
@@ -146,7 +154,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(file, framework="pt") as shard:
                 for name in shard.keys():
-                    yield name, shard.get_tensor(name)
+                    yield name, shard.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: corrupt safetensors ({error})") from None
 

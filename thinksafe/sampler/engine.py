@@ -69,7 +69,7 @@ class Engine:
         page_bytes = decoder.config.kv_elements_per_token * page_size * dtype.itemsize
         # More than every slot at full context could never be used.
         most = config.max_running * -(-decoder.config.max_seq_len // page_size)
-        num_pages = min(_cache_bytes(config, device) // page_bytes, most)
+        num_pages = decoder.shard.least(min(_cache_bytes(config, device) // page_bytes, most), device)
         if num_pages * page_size < 2:
             raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache")
         self.scheduler = Scheduler(

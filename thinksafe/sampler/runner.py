@@ -136,7 +136,8 @@ class Runner:
         """Compute a pass over prompts: [N, K] fp32, log-probabilities of `token_ids` behind every completing row."""
         self._join(plan)
         hidden = self._read(plan)
-        return Results(linear_logprob_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1)))
+        logprobs = linear_logprob_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
+        return Results(self.decoder.shard.agree(logprobs))
 
     def decode_inputs(self, plan: StepPlan, num_rows: int) -> np.ndarray:
         """[5, num_rows] int64: slot and position of every row, and slot, index and page of every new page-table entry,
@@ -170,6 +171,7 @@ class Runner:
         logits = matmul_fp32(hidden, self.decoder.head.T)
         settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
         tokens, logprobs = sample(logits, *settings, positions)
+        tokens = self.decoder.shard.agree(tokens)
         self.last_token[slots] = tokens.clamp(min=0)  # -1, of a broken row, would be no index in a pass run ahead
         return tokens, logprobs
 
