@@ -137,17 +137,6 @@ def test_loss_and_gradient_of_every_weight_are_those_of_transformers(tmp_path, f
     assert_close({hugging_face_name(name): gradient for name, gradient in found.items()}, theirs)
 
 
-def test_activation_checkpointing_changes_nothing_but_the_memory(decoder):
-    ours = engine(decoder, config=dataclasses.replace(LORA, dropout=0.3))
-    torch.manual_seed(5)
-    expected_loss, expected = gradients(ours, pack(SEQUENCES, 64, CPU))
-    decoder.activation_checkpointing = True
-    torch.manual_seed(5)
-    loss, found = gradients(ours, pack(SEQUENCES, 64, CPU))
-    assert loss == expected_loss
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def test_only_response_tokens_are_targets(decoder):
     batch = collate(SEQUENCES, CPU)
     expected = np.concatenate([sequence.input_ids[sequence.response_start :] for sequence in SEQUENCES])

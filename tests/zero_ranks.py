@@ -34,6 +34,8 @@ SETUPS = {
     "full-3": ("full", ZeroConfig(3)),
     "full-2": ("full", ZeroConfig(2)),
 }
+KEEPING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
+"""What layers keep for the backward pass: sharded weights are gathered again where it is computed again."""
 
 
 def sequence(length: int, response: int) -> TrainingSequence:
@@ -105,7 +107,7 @@ def steps(folder: Path, out: Path) -> None:
     """Some steps with every set-up: results, state and export."""
     for name, (method, config) in SETUPS.items():
         decoder = student(folder, method)
-        decoder.activation_checkpointing = name == "lora-3"
+        decoder.keeping = (KEEPING.get(name, "none"),) * decoder.config.num_layers
         engine = zero_engine(decoder, config)
         results = [
             dataclasses.astuple(engine.step(my_packs(batch), rate)) for batch, rate in zip(BATCHES, RATES, strict=True)

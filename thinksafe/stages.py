@@ -43,6 +43,7 @@ from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
+from thinksafe.training.costs import TrainingCosts, keeping_on, largest_pack
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
 
@@ -160,7 +161,10 @@ def train(run: RunDir, models: Models) -> None:
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
     decoder = models.student()
-    decoder.activation_checkpointing = config.activation_checkpointing
+    lora = recipe.lora if config.method == "lora" else None
+    costs = TrainingCosts(decoder.config, lora, models.dtype.itemsize)
+    largest = largest_pack([len(sequence) for sequence in sequences], config.batch_size, config.max_tokens_per_pack)
+    decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
     if config.method == "lora":
         attach(decoder, recipe.lora, recipe.seed)
     else:

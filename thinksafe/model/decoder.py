@@ -8,11 +8,11 @@ A layer is one module with raw parameters, since a sharding engine gathers modul
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.swiglu import swiglu
+from thinksafe.model.activations import Keeping, run_layer
 from thinksafe.model.attention import Attention, Rotation
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.parallel import WHOLE, Shard
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config = shard.config(config)
         self.shard = shard
-        self.activation_checkpointing = False
+        self.keeping: tuple[Keeping, ...] = ("none",) * config.num_layers  # for the backward pass, by layer
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -117,9 +117,6 @@ class Decoder(nn.Module):
         """
         cos, sin = self._rotation(positions)
         hidden = F.embedding(input_ids, self.embedding)
-        for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, cos, sin, attention, use_reentrant=False)
-            else:
-                hidden = layer(hidden, cos, sin, attention)
+        for layer, keeping in zip(self.layers, self.keeping, strict=True):
+            hidden = run_layer(layer, keeping, hidden, cos, sin, attention)
         return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)

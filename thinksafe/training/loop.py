@@ -40,7 +40,8 @@ class TrainingConfig:
         max_grad_norm: a longer gradient is scaled down to this norm.
         max_length: tokens; a longer example is dropped and counted.
         max_tokens_per_pack: tokens in one forward pass; what memory allows.
-        activation_checkpointing: recompute each layer in the backward pass: less memory, about a third more time.
+        activation_checkpointing: what the backward pass computes again instead of keeping it: `none`; `selective`, what
+            is cheap to compute; `full`, whole layers; or `auto`, layer by layer as little as a GPU's memory allows.
         checkpoint_every: optimiser steps between two checkpoints.
     """
 
@@ -55,7 +56,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     max_length: int = 16_384
     max_tokens_per_pack: int = 16_384
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     checkpoint_every: int = 100
 
     def __post_init__(self):

@@ -1,0 +1,121 @@
+"""What training costs: FLOP as torch counts them, memory and traffic as a trace of the GPU's operations shows them."""
+
+import dataclasses
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.shapes import MODELS
+from thinksafe.hardware import hardware_named
+from thinksafe.kernels import dispatch
+from thinksafe.model.activations import KEEPING
+from thinksafe.model.attention import PackedAttention
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.weights import load_decoder
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described
+
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = [("q_proj", "v_proj"), ("k_proj",), ("o_proj",), ("up_proj",), ("down_proj",), ("v_proj", "down_proj"), EVERY]
+
+
+def config_of(name: str, layers: int | None = None) -> ModelConfig:
+    config = ModelConfig.from_hugging_face(MODELS[name], name)
+    return dataclasses.replace(config, num_layers=layers or config.num_layers)
+
+
+def products(decoder, tokens: int) -> dict[str, int]:
+    """FLOP of a forward and backward pass, by operation, as torch counts them."""
+    ids, positions = torch.randint(0, 380, (tokens,)), torch.arange(tokens)
+    torch.manual_seed(0)
+    with FlopCounterMode(display=False) as counter:
+        decoder.train()(ids, positions, PackedAttention.of([tokens], "cpu")).sum().backward()
+    return {str(op): flop for op, flop in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("targets", [*TARGETS, None], ids=lambda targets: "+".join(targets) if targets else "full")
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
+def test_useful_flop_are_the_products_that_torch_computes(tmp_path, family, targets):
+    """A frozen weight gets no gradient: one product more and the counts differ."""
+    decoder = load_decoder(make_checkpoint(family, tmp_path), torch.float32, "cpu")
+    lora = None if targets is None else LoraConfig(rank=4, target_modules=targets)
+    if lora is None:
+        decoder.requires_grad_(True)
+    else:
+        attach(decoder, lora, seed=0)
+    tokens = 24
+    found = products(decoder, tokens)
+    counted = TrainingCosts(decoder.config, lora).useful_flop(Work(tokens, targets=0, pairs=0))
+    assert counted == found["aten.mm"] + found.get("aten.addmm", 0)
+
+
+def test_useful_flop_of_the_papers_models():
+    """GFLOP a token at sequences of 780, counted by hand; 6N would say 3.58 for the smallest."""
+    length, responses = 780, 1.0
+    for name, expected in {"qwen3-0.6b": 2.68, "qwen3-1.7b": 7.19, "qwen3-4b": 16.85, "qwen3-8b": 31.05}.items():
+        work = Work(length, responses * length, causal_pairs([length]))
+        flop = TrainingCosts(config_of(name), LoraConfig()).useful_flop(work)
+        assert flop / length / 1e9 == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("keeping", [("full", "full"), ("selective", "selective"), ("full", "none")])
+def test_flop_that_are_repeated_are_counted(tmp_path, keeping):
+    wide = {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 6}
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path, **wide), torch.float32, "cpu")
+    lora, tokens = LoraConfig(rank=4, dropout=0.0), 24
+    attach(decoder, lora, seed=0)
+    plain = products(decoder, tokens)["aten.mm"]
+    decoder.keeping = keeping
+    again = products(decoder, tokens)["aten.mm"] - plain
+    counted = TrainingCosts(decoder.config, lora).repeated_flop(keeping, Work(tokens, 0, 0))
+    adapters = 2 * 2 * 4 * (160 + 192 + 160 + 64) * tokens  # of both layers, too small to be counted
+    assert counted <= again <= counted + adapters
+
+
+@pytest.mark.skipif(dispatch.triton is None, reason="the GPU path needs Triton")
+@pytest.mark.parametrize(
+    "modes", [("none",) * 4, ("selective",) * 4, ("full",) * 4, ("full", "selective", *["none"] * 2)]
+)
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3-8b"])
+def test_peak_and_traffic_of_the_layers_are_those_of_a_trace(name, modes):
+    """Forward and backward of four layers at the real shape: memory within 5%, traffic within 10%."""
+    tokens, config = 8192, config_of(name, layers=4)
+    decoder, costs = decoder_on_meta(config, LoraConfig()), TrainingCosts(config, LoraConfig())
+    decoder.keeping = modes
+    with on_gpu_path(), torch.device("meta"):
+        ids = torch.empty(tokens, dtype=torch.int64)
+        attention = PackedAttention(torch.empty(3, dtype=torch.int32), tokens)
+        decoder._rotation(ids)
+        with MemoryTrace() as trace:
+            hidden = decoder(ids, ids, attention)
+            hidden.backward(torch.empty_like(hidden))
+    assert trace.peak == pytest.approx(costs.step_bytes(modes, tokens, targets=0), rel=0.05)
+    assert trace.moved == pytest.approx(costs.moved_bytes(modes, tokens), rel=0.1)
+
+
+def test_keeping_is_chosen_by_what_fits():
+    costs = TrainingCosts(config_of("qwen3-8b"), LoraConfig())
+    for gib in (4, 8, 12, 20, 40, 60, 100, 200):
+        free = gib * 2**30
+        chosen = costs.choose(free, 16_384)
+        if chosen is None:
+            assert costs.step_bytes(("full",) * 36, 16_384, 16_384) > free
+            continue
+        assert costs.step_bytes(chosen, 16_384, 16_384) <= free
+        if set(chosen) != {"none"}:  # a layer that keeps more would not fit
+            last = max(range(36), key=lambda layer: (KEEPING.index(chosen[layer]), layer))
+            more = KEEPING[KEEPING.index(chosen[last]) - 1]
+            assert costs.step_bytes((*chosen[:last], more, *chosen[last + 1 :]), 16_384, 16_384) > free
+    assert set(costs.choose(10**13, 16_384)) == {"none"}
+    assert costs.choose(0, 16_384) is None
+
+
+def test_eight_billion_parameters_with_adapters_train_on_32k_tokens_in_80_gb():
+    costs = TrainingCosts(config_of("qwen3-8b"), LoraConfig())
+    free = hardware_named("H100").memory_bytes - costs.state_bytes()
+    chosen = costs.choose(0.95 * free, 32_768)
+    assert chosen is not None and described(chosen).startswith("full in ")
+    assert costs.state_bytes() + costs.step_bytes(chosen, 32_768, 32_768) < 80e9

@@ -1,0 +1,200 @@
+"""What a training step multiplies, moves and holds, counted from the model's shape.
+
+The useful FLOP are what the textbook needs, the source of MFU: with a frozen base 2 for each weight and token forward
+and 2 for the activations' gradient, but none for the weights', where full fine-tuning takes 6; the head for response
+tokens alone; attention by the pairs of tokens that see each other. What is computed again to save memory does not count
+as useful, only as time.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from thinksafe.errors import UserError
+from thinksafe.hardware import Hardware
+from thinksafe.kernels.linear_cross_entropy import CHUNK
+from thinksafe.model.activations import KEEPING, Keeping, kept_bytes
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.lora import LoraConfig
+
+_FLOW = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections in the order in which a layer applies them."""
+
+# Bytes that all but products and attention read and write, as multiples of what a layer keeps that keeps everything.
+_MOVED_BY_LORA, _MOVED_BY_FULL, _MOVED_AGAIN = 5.7, 3.7, 2.2
+
+_SPARE = 0.05
+"""Share of a GPU's free memory that is left to the allocator's gaps."""
+
+
+def causal_pairs(lengths: Sequence[int]) -> int:
+    """Pairs of a query and a key that it sees, itself among them."""
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained on in a step, or in a run: tokens, those with a target, and pairs that see each other."""
+
+    tokens: float
+    targets: float
+    pairs: float
+
+
+@dataclass(frozen=True)
+class TrainingCosts:
+    """Of one model and method.
+
+    Attributes:
+        model: the shape.
+        lora: the adapters, or None where every weight is trained.
+        itemsize: of weights and activations, in bytes.
+    """
+
+    model: ModelConfig
+    lora: LoraConfig | None
+    itemsize: int = 2
+
+    @property
+    def trained_parameters(self) -> int:
+        """How many numbers the optimiser moves."""
+        if self.lora is None:
+            return self.model.num_parameters
+        return self.model.num_layers * sum(self.lora.rank * sum(sizes) for sizes in self._adapted().values())
+
+    def _adapted(self) -> dict[str, tuple[int, int]]:
+        """Projections with an adapter: (out features, in features)."""
+        names = self.lora.target_modules if self.lora else ()
+        return {name: self.model.projections[name][:2] for name in names}
+
+    def useful_flop(self, work: Work) -> float:
+        """Forward and backward, nothing twice."""
+        model, head = self.model, self.model.head_weights * work.targets
+        forward = 2 * model.num_layers * model.layer_weights * work.tokens
+        attention = model.attention_flop(work.pairs)
+        if self.lora is None:
+            return 3 * (forward + attention + 2 * head)
+        first = next(place for place, names in enumerate(_FLOW) if any(name in names for name in self._adapted()))
+        # Nothing below the first layer's first adapter is trained, so no gradient flows there.
+        unneeded = sum(
+            2 * model.projections[name][0] * model.projections[name][1]
+            for names in _FLOW[: first + 1]
+            for name in names
+        )
+        into_layers = forward - unneeded * work.tokens
+        into_attention = 2 * attention * (1 if first == 0 else 1 - 1 / model.num_layers)
+        rank, adapters = self.lora.rank, 0
+        for name, (out_features, in_features) in self._adapted().items():
+            # Forward, the gradients of A and B, and those of their inputs.
+            adapters += 6 * rank * (out_features + in_features) * model.num_layers
+            adapters -= 2 * rank * in_features if name in _FLOW[first] else 0
+        return forward + into_layers + adapters * work.tokens + attention + into_attention + 4 * head
+
+    def repeated_flop(self, keeping: Sequence[Keeping], work: Work) -> float:
+        """What layers that keep only their input compute again: all but their last product."""
+        model, full = self.model, keeping.count("full")
+        down = model.hidden_size * model.intermediate_size
+        products = 2 * (model.layer_weights - down) * work.tokens
+        return full * (products + model.attention_flop(work.pairs) / model.num_layers)
+
+    def _kept(self) -> dict[Keeping, int]:
+        names, rank, dropout = None, 0, 0.0
+        if self.lora is not None:
+            names, rank, dropout = self.lora.target_modules, self.lora.rank, self.lora.dropout
+        return kept_bytes(self.model, names, rank, dropout, self.itemsize)
+
+    def moved_bytes(self, keeping: Sequence[Keeping], tokens: float) -> float:
+        """Through the GPU's memory, outside products and attention."""
+        once = self.model.num_layers * (_MOVED_BY_FULL if self.lora is None else _MOVED_BY_LORA)
+        again = _MOVED_AGAIN * (len(keeping) - keeping.count("none"))
+        return (once + again) * self._kept()["none"] * tokens
+
+    def state_bytes(self) -> int:
+        """Weights, gradients and AdamW's state, which are there whatever the step."""
+        return self.model.num_parameters * self.itemsize + self.optimizer_bytes()
+
+    def optimizer_bytes(self) -> int:
+        """The state without the model's own weights."""
+        if self.lora is not None:
+            # fp32 adapters, gradients and two moments, and a copy in the activations' dtype.
+            return self.trained_parameters * (16 + self.itemsize)
+        # Gradients in the weights' dtype and in fp32, two moments; masters where the weights are not fp32 themselves.
+        masters = 0 if self.itemsize == 4 else 4 + self.itemsize
+        return self.trained_parameters * (12 + masters)
+
+    def step_bytes(self, keeping: Sequence[Keeping], tokens: int, targets: int) -> int:
+        """What a pack takes at its peak, beside the state: in the loss, or in some layer's backward pass."""
+        model, kept, size = self.model, self._kept(), self.itemsize
+        up_to_here, most = 0, 0
+        for one in keeping:
+            up_to_here += kept[one]
+            # Layers above have let go of theirs; this one has again what it did not keep, and gradients of its gate.
+            most = max(most, up_to_here + kept["none"] - kept[one] + 3 * size * model.intermediate_size)
+        rows = min(targets, CHUNK)
+        loss = rows * (size * model.vocab_size + 8 * model.hidden_size)
+        if self.lora is None:
+            loss += 8 * model.head_weights  # the head's gradient in fp32, and a chunk's part of it
+        # The layers' output, the rows that have a target and their gradients, the rotation.
+        ends = 2 * size * model.hidden_size * (tokens + targets) + 4 * model.head_dim * tokens
+        return int(ends + max(up_to_here * tokens + loss, most * tokens))
+
+    def choose(self, free_bytes: float, tokens: int) -> tuple[Keeping, ...] | None:
+        """What each layer keeps, so that a pack of so many tokens takes the least time that memory allows.
+
+        Layers turn from `none` to `selective`, which costs a few passes over memory, then to `full`, which costs a
+        second forward pass, one after another until the pack fits. None where even that is too much.
+        """
+        keeping = [KEEPING[0]] * self.model.num_layers
+        for mode in KEEPING[1:]:
+            for layer in range(len(keeping)):
+                if self.step_bytes(keeping, tokens, tokens) <= free_bytes:
+                    return tuple(keeping)
+                keeping[layer] = mode
+        return tuple(keeping) if self.step_bytes(keeping, tokens, tokens) <= free_bytes else None
+
+    def least_seconds(self, keeping: Sequence[Keeping], work: Work, steps: int, hardware: Hardware) -> float:
+        """At the rates that the hardware reaches, were nothing in the way."""
+        flop = self.useful_flop(work) + self.repeated_flop(keeping, work)
+        moved = self.moved_bytes(keeping, work.tokens) + 2 * steps * 16 * self.trained_parameters
+        return flop / hardware.flop_per_second + moved / hardware.bytes_per_second
+
+
+def largest_pack(lengths: Sequence[int], batch_size: int, max_tokens: int) -> int:
+    """Tokens of the largest pack that a step can hold."""
+    longest = sorted(lengths, reverse=True)[:batch_size]
+    return max(longest[0], min(max_tokens, sum(longest)))
+
+
+def keeping_on(device: torch.device, setting: str, costs: TrainingCosts, tokens: int) -> tuple[Keeping, ...]:
+    """What each layer keeps for its backward pass: as the recipe sets it, or for `auto` what the device has room for.
+
+    Args:
+        setting: training.activation_checkpointing.
+        tokens: of the largest pack.
+
+    Raises:
+        UserError: for `auto`, where a pack does not fit whatever is computed again.
+    """
+    if setting != "auto" or device.type == "cpu":
+        return ("none" if setting == "auto" else setting,) * costs.model.num_layers
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + held
+    room = (1 - _SPARE) * free - costs.optimizer_bytes()
+    keeping = costs.choose(room, tokens)
+    if keeping is None:
+        least = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)
+        raise UserError(
+            f"training.max_tokens_per_pack: a pack of {tokens:,} tokens takes {least / 2**30:.1f} GiB if all layers "
+            f"are computed again, and the GPU has room for {max(room, 0) / 2**30:.1f}; lower it, or training.max_length"
+        )
+    return keeping
+
+
+def described(keeping: Sequence[Keeping]) -> str:
+    """`none`, or `full in 12 layers, selective in 24`."""
+    counts = Counter(keeping)
+    if len(counts) == 1:
+        return keeping[0]
+    return ", ".join(f"{mode} in {counts[mode]} layers" for mode in reversed(KEEPING) if counts[mode])
