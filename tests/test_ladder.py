@@ -107,6 +107,23 @@ def test_the_audit_trail_tells_every_prompts_story(climbed):
     assert fates == ["unsafe", "unsafe", "kept", "unsafe"]
 
 
+def test_the_report_tells_coverage_by_rung_and_label(climbed, tmp_path):
+    with RunDir.open(climbed, recipe(tmp_path)) as run:
+        figures = json.loads(stages.report(run).with_name("report.json").read_text())
+    labels = figures["coverage"]["labels"]
+    found = {
+        label: [(s["rung"], s["prompts"], s["responses"], s["accepted"], s["covered"]) for s in each["rungs"]]
+        for label, each in labels.items()
+    }
+    assert found["harmful"] == [(0, 6, 6, 2, 2 / 6), (1, 4, 12, 0, 2 / 6), (2, 4, 4, 1, 3 / 6), (3, 3, 3, 1, 4 / 6)]
+    assert found["benign"] == [(0, 6, 6, 0, 0), (1, 6, 18, 5, 5 / 6), (2, 1, 1, 0, 5 / 6), (3, 1, 1, 0, 5 / 6)]
+    assert [s["steering"] for s in labels["harmful"]["rungs"]] == ["prefix", *(rung["steering"] for rung in LADDER)]
+    assert figures["filter"]["kept"] == {"harmful": 4, "benign": 5}
+    assert figures["filter"]["dropped"] == {"harmful": {"unsafe": 21}, "benign": {"unsafe": 21}}
+    page = (climbed / "report.html").read_text()
+    assert "Coverage, rung by rung" in page and "Say no: {prompt}" in page
+
+
 @pytest.mark.parametrize(
     "max_retries, sampled", [(0, []), (2, [2]), (7, [6, 1]), (31, [30, 1]), (35, [30, 5]), (None, [30, 5, 4])]
 )

@@ -68,6 +68,38 @@ def report() -> dict:
             "kept": {"harmful": 479, "benign": 497},
             "dropped": {"harmful": {"guard_unsafe": 14, "think_not_closed": 7}, "benign": {"truncated": 3}},
         },
+        "coverage": {
+            "labels": {
+                "harmful": {
+                    "prompts": 400,
+                    "accepted": 390,
+                    "rungs": [
+                        {
+                            "rung": 0,
+                            "steering": "prefix",
+                            "prompts": 400,
+                            "responses": 400,
+                            "accepted": 379,
+                            "covered": 0.9475,
+                        },
+                        {
+                            "rung": 2,
+                            "steering": "risk",
+                            "prompts": 21,
+                            "responses": 100,
+                            "accepted": 11,
+                            "covered": 0.975,
+                        },
+                    ],
+                },
+            },
+            "rungs": 3,
+            "categories": [{"category": "S9", "responses": 14, "prompts": 12, "accepted": 7}],
+            "accepted_by": {"a guard": 389, "person: Ann": 1},
+            "people": {"Ann": 3},
+            "marks": {"rescued": 1, "withdrawn": 2},
+            "uncertain": 5,
+        },
         "lengths": {"harmful": [20, 21, 25, 30], "benign": [40, 41, 44, 60, 61]},
         "training": {
             "method": "thinksafe",
@@ -187,6 +219,7 @@ SECTIONS = {
     "sets": ["Safety and reasoning, set by set", "Evaluation"],
     "acceptance": ["What steering does"],
     "filter": ["Where the records went", "Records"],
+    "coverage": ["Coverage, rung by rung", "What the guard found", "What people said"],
     "lengths": ["How long the responses are"],
     "training": ["Training"],
     "stages": ["Time and throughput", "Stages"],
@@ -203,6 +236,9 @@ ALL_HEADINGS = [
     "Safety and reasoning, set by set",
     "What steering does",
     "Where the records went",
+    "Coverage, rung by rung",
+    "What the guard found",
+    "What people said",
     "Training",
     "How long the responses are",
     "Time and throughput",
@@ -320,7 +356,8 @@ def test_every_string_is_escaped(report, tmp_path):
     for part, kind in zip(poisoned["sets"], kinds, strict=True):
         part["kind"] = kind
     poisoned["filter"]["dropped"]["harmful"] = {hostile: 3, f"{hostile} 2": 4}
-    poisoned["environment"] = {hostile: hostile}
+    poisoned["environment"] = poisoned["coverage"]["people"] = {hostile: hostile}
+    poisoned["coverage"]["people"] = poisoned["coverage"]["accepted_by"] = {hostile: 3}
     page = page_of(poisoned, tmp_path)
 
     parsed = Balance(page)

@@ -301,6 +301,19 @@ def test_a_persons_word_goes_before_the_guards_and_is_told_apart(run, tmp_path):
     assert attempt["marks"] == [{"decision": "reject", "by": "Ann", "at": "2026-01-01T10:00:00Z"}]
 
 
+def test_the_report_counts_what_people_changed_and_the_categories(run, tmp_path):
+    given = [(SAFE, "reject"), (UNSAFE, "accept"), (UNKNOWN, "reject"), ("How do I fold boat number 1?", "accept")]
+    give(run, tmp_path, *(mark_of(run, *one) for one in given), mark_of(run, UNKNOWN, "accept", "Bob"))
+    with RunDir.open(run.path, run.recipe) as again:
+        figures = json.loads(stages.report(again).with_name("report.json").read_text())["coverage"]
+    assert figures["people"] == {"Ann": 4, "Bob": 1}
+    assert figures["marks"] == {"withdrawn": 1, "rescued": 1, "disagreed": 1, "confirmed": 1}
+    assert figures["accepted_by"]["person: Ann"] == 2 and figures["uncertain"] == 2
+    assert figures["categories"] == [{"category": "S9", "responses": 7, "prompts": 7, "accepted": 1}]
+    page = (run.path / "report.html").read_text()
+    assert "rejected against the guard" in page and "accepted by person: Ann" in page
+
+
 def test_one_who_rejects_is_enough_and_the_later_word_of_a_person_counts(run, tmp_path):
     found = give(
         run,

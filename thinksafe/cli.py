@@ -212,6 +212,7 @@ def _run(options: argparse.Namespace) -> None:
         stages.filter_responses(run, models)
         stages.retry(run, models)
         stages.accept(run)
+        _print_coverage(run)
         stages.evaluate(run, models, "before")
         stages.train(run, models)
         stages.evaluate(run, models, "after")
@@ -245,6 +246,7 @@ def _filter(options: argparse.Namespace) -> None:
 
             take_in_marks(run, options.marks)
         stages.accept(run)
+        _print_coverage(run)
         print(run.path / "accepted.jsonl")
 
     _in_run_directory(options, work)
@@ -319,6 +321,15 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
     out = options.out or Path("runs") / recipe.name
     with RunDir.open(out, recipe) as run:
         work(run, Models(recipe), stages)
+
+
+def _print_coverage(run: Any) -> None:
+    """To stderr, beside the progress of the stages that are summed up."""
+    from thinksafe.reporting.coverage import coverage_lines
+    from thinksafe.reporting.summary import coverage_of
+
+    for name, text in coverage_lines(coverage_of(run)):
+        print(f"{name:>30}: {text}", file=sys.stderr)
 
 
 def _print_report(page: Path) -> None:

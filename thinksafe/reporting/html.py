@@ -72,6 +72,8 @@ def render(report: dict[str, Any]) -> str:
         sets=sets_by_kind(report.get("sets") or []),
         acceptance=report.get("acceptance"),
         flow=flow(report.get("filter")),
+        coverage=report.get("coverage"),
+        climbed=(report.get("coverage") or {}).get("rungs", 1) > 1,
         training=training,
         loss_plot=loss_curve(training["loss"], training.get("learning_rate") or []) if has_points(training) else None,
         length_plot=length_histogram(harmful, benign) if harmful or benign else None,

@@ -3,12 +3,14 @@ made up, and a stage that was not run leaves its section out.
 """
 
 import json
-from collections import Counter, defaultdict
-from typing import Any
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import thinksafe
 from thinksafe.evaluation.statistics import mean_with_interval
 from thinksafe.records import Response, Verdict, read_records
+from thinksafe.reporting.coverage import coverage, stories
 from thinksafe.rundir import RunDir
 from thinksafe.training.loop import read_metrics
 
@@ -50,8 +52,12 @@ def summarise(run: RunDir) -> dict[str, Any]:
         for response in read_records(run.path / "responses.jsonl", Response):
             lengths[response.label].append(response.num_tokens)
         report["lengths"] = dict(lengths)
-    if "filter" in stages:
-        report |= _filter_figures(run)
+    if "accept" in stages:
+        figures = coverage_of(run)
+        report["filter"] = {name: figures.pop(name) for name in ("kept", "dropped")}
+        report["coverage"] = figures
+    if "filter" in stages and (steered := _outcomes(run.path / "verdicts.jsonl", True)):
+        report["acceptance"] = _acceptance(steered, _outcomes(run.path / "unsteered_verdicts.jsonl", False))
     if "train" in stages:
         metrics = list(read_metrics(run.path / "training" / "metrics.jsonl"))
         report["training"] = {
@@ -64,6 +70,11 @@ def summarise(run: RunDir) -> dict[str, Any]:
             "learning_rate": [[step.step, step.learning_rate] for step in metrics],
         }
     return report
+
+
+def coverage_of(run: RunDir) -> dict[str, Any]:
+    """What became of every prompt of a run; see `coverage`."""
+    return coverage(stories(run), [rung.steering for rung in run.recipe.generation.rungs])
 
 
 def _headline(kind: str, moments: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -91,43 +102,39 @@ def _sets(moments: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _filter_figures(run: RunDir) -> dict[str, Any]:
-    verdicts = list(read_records(run.path / "verdicts.jsonl", Verdict))
-    kept, dropped = Counter(), {"harmful": Counter(), "benign": Counter()}
-    for verdict in verdicts:
-        if verdict.decision == "safe":
-            kept[verdict.label] += 1
-        else:
-            dropped[verdict.label][verdict.reason] += 1
-    figures: dict[str, Any] = {
-        "filter": {"kept": dict(kept), "dropped": {label: dict(reasons) for label, reasons in dropped.items()}}
-    }
-    steered = [verdict for verdict in verdicts if verdict.label == "harmful" and verdict.steering]
-    if steered:
-        unsteered_file = run.path / "unsteered_verdicts.jsonl"
-        unsteered = list(read_records(unsteered_file, Verdict)) if unsteered_file.exists() else []
-        figures["acceptance"] = _acceptance(steered, unsteered)
-    return figures
+class _Outcome(NamedTuple):
+    """What matters of a verdict on a first attempt at a harmful prompt."""
+
+    prompt_id: str
+    accepted: bool
+    refusal: bool | None
 
 
-def _acceptance(steered: list[Verdict], unsteered: list[Verdict]) -> dict[str, Any]:
-    def accepted(verdicts: list[Verdict]) -> int:
-        return sum(verdict.decision == "safe" for verdict in verdicts)
+def _outcomes(file: Path, steered: bool) -> list[_Outcome]:
+    """Of the harmful prompts' responses, those with steering or those without."""
+    return [
+        _Outcome(verdict.prompt_id, verdict.decision == "safe", verdict.refusal)
+        for verdict in (read_records(file, Verdict) if file.exists() else ())
+        if verdict.label == "harmful" and (verdict.steering is not None) == steered
+    ]
 
+
+def _acceptance(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str, Any]:
+    accepted = [sum(outcome.accepted for outcome in outcomes) for outcomes in (steered, unsteered)]
+    rejected = [len(steered) - accepted[0], len(unsteered) - accepted[1]]
     odds_ratio = None
-    cells = [accepted(v) for v in (steered, unsteered)] + [len(v) - accepted(v) for v in (steered, unsteered)]
-    if all(cells):  # with an empty cell the ratio is 0 or infinite, and any figure would be made up
-        odds_ratio = cells[0] * cells[3] / (cells[2] * cells[1])
+    if all(accepted + rejected):  # with an empty cell the ratio is 0 or infinite, and any figure would be made up
+        odds_ratio = accepted[0] * rejected[1] / (rejected[0] * accepted[1])
     figures: dict[str, Any] = {"n_steered": len(steered), "n_unsteered": len(unsteered), "odds_ratio": odds_ratio}
-    outcomes = {
-        "steered": [(verdict, verdict.decision == "safe") for verdict in steered],
-        "unsteered": [(verdict, verdict.decision == "safe") for verdict in unsteered],
-        "refusal_steered": [(verdict, verdict.refusal) for verdict in steered if verdict.refusal is not None],
+    judged = {
+        "steered": [(outcome.prompt_id, outcome.accepted) for outcome in steered],
+        "unsteered": [(outcome.prompt_id, outcome.accepted) for outcome in unsteered],
+        "refusal_steered": [(outcome.prompt_id, outcome.refusal) for outcome in steered if outcome.refusal is not None],
     }
-    for name, judged in outcomes.items():
+    for name, found in judged.items():
         by_prompt = defaultdict(list)
-        for verdict, outcome in judged:
-            by_prompt[verdict.prompt_id].append(outcome)
+        for prompt_id, outcome in found:
+            by_prompt[prompt_id].append(outcome)
         shares = [sum(samples) / len(samples) for samples in by_prompt.values()]
         figures[name], figures[f"{name}_interval"] = mean_with_interval(shares) if shares else (None, None)
     return figures
