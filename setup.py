@@ -53,6 +53,7 @@ setup(
     # find_packages sees regular packages only, so the two folders without __init__.py are named.
     packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
     package_data={
+        "thinksafe": ["export.md"],
         "thinksafe.launch": ["recipes/*.yaml"],
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html", "*.css", "*.js"],

@@ -266,7 +266,8 @@ def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, 
 
 
 def kept(run) -> dict[str, Example]:
-    return {example.prompt: example for example in read_records(run.path / "accepted.jsonl", Example)}
+    examples = map(json.loads, (run.path / "accepted.jsonl").open())
+    return {example["prompt"]: Example(**example) for example in examples}
 
 
 def mark_of(run, prompt, decision, by="Ann", at="2026-01-01T10:00:00Z") -> dict:

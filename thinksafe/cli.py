@@ -162,6 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--most", metavar="N", type=_count, default=500, help="responses on the page (default: 500)")
 
+    sub = stage(
+        "export-data",
+        _export_data,
+        "write the accepted set as a Hugging Face data set folder",
+        "Parquet, and a card with counts, filter rates, lengths, guard, recipe and hashes. datasets.load_dataset(DIR)\n"
+        "reads it; so does `thinksafe train --data` with the parquet file.",
+    )
+    sub.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+
     sub = commands.add_parser(
         "recipe",
         help="print a recipe with every key, its meaning and its default",
@@ -287,6 +296,12 @@ def _report(options: argparse.Namespace) -> None:
 
 def _review(options: argparse.Namespace) -> None:
     _in_run_directory(options, lambda run, models, stages: print(stages.review(run, options.most)))
+
+
+def _export_data(options: argparse.Namespace) -> None:
+    from thinksafe.export import export_data
+
+    _in_run_directory(options, lambda run, models, stages: print(export_data(run, options.to)))
 
 
 def _print_recipe(options: argparse.Namespace) -> None:

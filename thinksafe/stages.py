@@ -103,6 +103,7 @@ def filter_responses(run: RunDir, models: Models) -> None:
     clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempts(0)
     required(run, responses_file, "generate", "`thinksafe generate` first, or give --responses FILE")
     refuse_repeated(read_records(responses_file, Response), responses_file)
+    _remember_guard(run)
     responses, files = Shard(responses_file, Response), [verdicts_file]
     tokens = _judge(models, responses, verdicts_file, clock, "filter")
     unsteered_file = run.path / "unsteered.jsonl"
@@ -125,6 +126,7 @@ def retry(run: RunDir, models: Models) -> None:
             sampled = _sample(run, models, responses_file, tasks, settings, clock, f"rung {number}")
             run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
         if not run.is_done(judging):
+            _remember_guard(run)
             clock, responses = run.clock(judging), Shard(responses_file, Response)
             judged = _judge(models, responses, verdicts_file, clock, f"filter rung {number}")
             run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
@@ -243,6 +245,12 @@ def report(run: RunDir) -> Path:
     if not run.manifest["stages"]:
         raise UserError(f"{run.path}: no stage is done yet, so there is nothing to report")
     return write_report(summarise(run), run.path)
+
+
+def _remember_guard(run: RunDir) -> None:
+    """A guard's weights are not changed in the middle of a run, and an exported set names them."""
+    for name in run.recipe.guard.checkpoints:
+        run.remember_input(f"guard {name}", fingerprint(resolve(name, "guard.model")))
 
 
 def review(run: RunDir, most: int) -> Path:
