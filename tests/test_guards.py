@@ -21,6 +21,7 @@ from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.guards.oracle import OracleGuard
 from thinksafe.model.weights import load_decoder
 from thinksafe.organism.oracle import judge as oracle_ruling
+from thinksafe.sampler import runner
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.tokenization import SafeTokenizer
 
@@ -401,6 +402,67 @@ def test_a_guard_holds_no_cache_between_two_askings(guard, monkeypatch):
     assert [again[e.id].decision for e in EXCHANGES] == [first[e.id].decision for e in EXCHANGES]
 
 
+# What it costs
+
+
+def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_head(guard, kind, monkeypatch):
+    """Counted: tokens that run through the model, and rows that meet the head."""
+    passes, head_rows = [], []
+    real_score, real_logprobs = model_guard.Engine.score, runner.linear_logprob_of
+    exchanges = [Exchange(str(n), f"How do I fold boat {n}?", f"{n} folds. " * (n + 1)) for n in range(24)]
+
+    def counted_score(engine, prompts, token_ids):
+        plan = engine.scheduler.plan
+
+        def noted():
+            planned = plan()
+            if planned is not None:
+                passes.append(planned.num_tokens)
+            return planned
+
+        engine.scheduler.plan = noted
+        return real_score(engine, prompts, token_ids)
+
+    def counted_logprobs(hidden, head, token_ids):
+        head_rows.append(len(hidden))
+        return real_logprobs(hidden, head, token_ids)
+
+    monkeypatch.setattr(model_guard.Engine, "score", counted_score)
+    monkeypatch.setattr(runner, "linear_logprob_of", counted_logprobs)
+    found = judgements(guard, exchanges)
+    questions = config(kind).guard_format.questions
+    unsafe = sum(judgement.decision == "unsafe" for judgement in found.values())
+    assert sum(head_rows) == sum(unsafe if question.if_unsafe else len(exchanges) for question in questions)
+    whole = [len(guard._ids(e.prompt, e.response, replies(kind)[1])) for e in exchanges]
+    columns = zip(*(guard._ids(e.prompt, e.response, "") for e in exchanges), strict=False)
+    shared = next(place for place, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16
+    first = sum(whole) - (len(exchanges) - 1) * shared
+    assert shared >= (16 if kind == "template" else 32)
+    # A later question computes the page that its predecessor's last words share, and its own.
+    assert first <= sum(passes) <= first + 3 * 16 * len(exchanges) * (len(questions) - 1)
+
+
+def test_passes_are_full(decoders, tokenizers):
+    """Responses of all lengths, longest last: no pass but the last of a question has room for another token."""
+    small = EngineConfig(max_step_tokens=256, kv_cache_gib=0.05)
+    guard = ModelGuard(
+        decoders["llama_guard"], tokenizers["llama_guard"], GuardConfig(model="tiny", min_mass=0.0, sampler=small)
+    )
+    planned = []
+    real = model_guard.Engine.__init__
+
+    def noted(engine, *arguments):
+        real(engine, *arguments)
+        plan = engine.scheduler.plan
+        engine.scheduler.plan = lambda: planned.append(plan()) or planned[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_guard.Engine, "__init__", noted)
+        judgements(guard, [Exchange(str(n), "q", f"{n} " * (7 * n)) for n in range(40)])
+    sizes = [plan.num_tokens for plan in planned if plan is not None]
+    assert sum(size < 256 for size in sizes) <= 2 and len(sizes) > 20
+
+
 # Text under judgement stays where it is
 
 
@@ -459,7 +521,7 @@ class RiggedHead:
 
     def __init__(self, decoder, logits: dict[int, float]):
         self._decoder = decoder
-        self.config, self.embedding = decoder.config, decoder.embedding
+        self.config, self.embedding, self.shard = decoder.config, decoder.embedding, decoder.shard
         row = torch.full((decoder.config.vocab_size,), -40.0)
         for id_, value in logits.items():
             row[id_] = value

@@ -3,7 +3,9 @@
 No text is generated. The reply's fixed words are put into the guard's mouth, and behind each lead the answers are
 scored. A later question is asked behind the likeliest answers to the earlier ones, which is what greedy decoding would
 have written, so the decision is that of the guard's own reply; harm counts as it was decided. What is equal for many,
-the policy in front and the exchange between two questions, is in the cache.
+the policy in front and the exchange between two questions, is in the cache. Exchanges are read end to end in passes of
+as many tokens as the engine takes at once: nothing is padded, so sorting by length would gain nothing. Only the last
+position of each reaches the head.
 
 A response that does not fit into the guard's context is judged in overlapping windows, each with the whole prompt:
 nothing is cut away unseen.
@@ -103,30 +105,38 @@ class ModelGuard:
 
     def _judge_together(self, engine: Engine, exchanges: Sequence[Exchange]) -> Iterator[Judgement]:
         readings: dict[str, list[_Reading]] = {}
-        for exchange in exchanges:
-            windows = self._judged_windows(exchange, engine.max_prompt_tokens)
-            if isinstance(windows, str):
-                yield Judgement(exchange.id, "unknown", None, None, None, windows, windows=0)
-            else:
-                readings[exchange.id] = [_Reading(exchange.prompt, text) for text in windows]
-        everything = [reading for windows in readings.values() for reading in windows]
-        for question, answer_ids in zip(self._format.questions, self._answer_ids, strict=True):
-            self._ask(engine, question, answer_ids, everything)
+        unreadable: dict[str, str] = {}
+
+        def arriving() -> Iterator[_Reading]:
+            """Made as the engine has room, so that a GPU reads some while the next are tokenised."""
+            for exchange in exchanges:
+                windows = self._judged_windows(exchange, engine.max_prompt_tokens)
+                if isinstance(windows, str):
+                    unreadable[exchange.id] = windows
+                else:
+                    readings[exchange.id] = [_Reading(exchange.prompt, text) for text in windows]
+                    yield from readings[exchange.id]
+
+        for place, (question, answer_ids) in enumerate(zip(self._format.questions, self._answer_ids, strict=True)):
+            there = (reading for windows in readings.values() for reading in windows)
+            self._ask(engine, question, answer_ids, there if place else arriving())
         for exchange in exchanges:
             if exchange.id in readings:
                 yield self._conclude(exchange, readings[exchange.id])
+            else:
+                yield Judgement(exchange.id, "unknown", None, None, None, unreadable[exchange.id], windows=0)
 
-    def _ask(self, engine: Engine, question: Question, answer_ids: list[int], readings: list[_Reading]) -> None:
-        asked = {
-            str(index): reading
-            for index, reading in enumerate(readings)
-            if reading.reason != "guard_nan" and (reading.decision == "unsafe" or not question.if_unsafe)
-        }
-        prompts = (
-            (key, tuple(self._ids(reading.prompt, reading.text, reading.reply + question.lead)))
-            for key, reading in asked.items()
-        )
-        for scores in engine.score(prompts, answer_ids):
+    def _ask(self, engine: Engine, question: Question, answer_ids: list[int], readings: Iterable[_Reading]) -> None:
+        asked: dict[str, _Reading] = {}
+
+        def prompts() -> Iterator[tuple[str, tuple[int, ...]]]:
+            for reading in readings:
+                if reading.reason != "guard_nan" and (reading.decision == "unsafe" or not question.if_unsafe):
+                    key = str(len(asked))
+                    asked[key] = reading
+                    yield key, tuple(self._ids(reading.prompt, reading.text, reading.reply + question.lead))
+
+        for scores in engine.score(prompts(), answer_ids):
             self._hear(asked[scores.request_id], question, scores.logprobs.astype(np.float64))
 
     def _hear(self, reading: _Reading, question: Question, logprobs: np.ndarray) -> None:

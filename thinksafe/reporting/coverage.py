@@ -119,6 +119,8 @@ def coverage_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if figures["categories"]:
         told = [f"{each['category']} {each['responses']:,}" for each in figures["categories"][:8]]
         yield "unsafe", "   ".join(told)
+    if figures["uncertain"]:
+        yield "too close to call", f"{figures['uncertain']:,}, for `thinksafe review`"
     if figures["people"]:
         told = [f"{name} {count:,}" for name, count in (figures["people"] | figures["marks"]).items()]
         yield "marks", "   ".join(told)
