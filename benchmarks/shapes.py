@@ -3,51 +3,26 @@
 import numpy as np
 import torch
 
+from thinksafe.model.shapes import PUBLIC
+
 VOCABULARY = 151_936
 """Qwen3's."""
 
 
-def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool) -> dict:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "tie_word_embeddings": tied,
-    }
-
-
-_QWEN3 = {
-    "model_type": "qwen3",
-    "vocab_size": 151_936,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "hidden_act": "silu",
-}
+_QWEN3 = PUBLIC["Qwen/Qwen3-0.6B"]
 
 MODELS = {
-    "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16, 8, tied=True),
-    "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, 8, tied=True),
-    "qwen3-4b": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, tied=True),
-    "qwen3-8b": _QWEN3 | _sizes(4096, 12_288, 36, 32, 8, tied=False),
-    "llama-3-8b": _sizes(4096, 14_336, 32, 32, 8, tied=False)
-    | {
-        "model_type": "llama",
-        "vocab_size": 128_256,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-        "hidden_act": "silu",
-    },
+    "qwen3-0.6b": _QWEN3,
+    "qwen3-1.7b": PUBLIC["Qwen/Qwen3-1.7B"],
+    "qwen3-4b": PUBLIC["Qwen/Qwen3-4B"],
+    "qwen3-8b": PUBLIC["Qwen/Qwen3-8B"],
+    "llama-3-8b": PUBLIC["meta-llama/Meta-Llama-3-8B"],
     # What a CPU can sample and train in seconds: the work per token is small, so overheads show.
     "cpu-6m": _QWEN3
-    | _sizes(256, 768, 6, 8, 4, tied=True)
-    | {"vocab_size": 4096, "head_dim": 32, "max_position_embeddings": 2048},
+    | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 32}
+    | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048},
 }
-"""Hugging Face config.json contents by name."""
+"""Entries of config.json by name."""
 
 
 def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[int]:

@@ -218,6 +218,46 @@ def test_files_are_found_beside_the_recipe_and_those_of_overrides_where_one_stan
     assert load_recipe(str(beside / "r.yaml"), ["prompts=p.jsonl"]).prompts == str(here / "p.jsonl")
 
 
+def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
+    """Sections key by key, lists whole; files are those beside the recipe that names them."""
+    for folder in ("base", "mine"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jsonl").write_text("")
+    sets = [{"name": "a", "file": "p.jsonl", "kind": "harmful"}]
+    keys = {
+        "model": "m",
+        "prompts": "p.jsonl",
+        "training": {"epochs": 7, "batch_size": 2},
+        "evaluation": {"sets": sets},
+    }
+    (tmp_path / "base" / "b.yaml").write_text(yaml.safe_dump({"base": "organism", "name": "b"} | keys))
+    mine = tmp_path / "mine" / "m.yaml"
+    mine.write_text(yaml.safe_dump({"base": "../base/b.yaml", "name": "n", "training": {"epochs": 1}}))
+    recipe = load_recipe(str(mine), ["training.max_length=99"])
+    assert (recipe.name, recipe.model, recipe.guard.kind) == ("n", "m", "oracle")
+    assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.max_length) == (1, 2, 99)
+    assert recipe.training.learning_rate == load_recipe("organism").training.learning_rate
+    assert recipe.prompts == recipe.evaluation.sets[0].file == str(tmp_path / "base" / "p.jsonl")
+    assert len(recipe.evaluation.sets) == 1
+    own = load_recipe(str(mine), ["prompts=" + str(tmp_path / "mine" / "p.jsonl")])
+    assert own.prompts == str(tmp_path / "mine" / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("base", "expected"),
+    [
+        ("nowhere", "mine.yaml: base: no file 'nowhere', and the bundled recipes are: organism"),
+        ("mine.yaml", "mine.yaml: base: 'mine.yaml' is built on this recipe itself"),
+        ("other.yaml", "other.yaml: base: 'mine.yaml' is built on this recipe itself"),
+        ("broken.yaml", "broken.yaml: a recipe is a mapping of keys to values"),
+    ],
+)
+def test_a_base_that_is_none_is_named_with_the_recipe_that_wants_it(recipe_file, tmp_path, base, expected):
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(MINIMAL | {"base": "mine.yaml"}))
+    (tmp_path / "broken.yaml").write_text("- 1")
+    assert expected in refusal(recipe_file(base=base))
+
+
 @pytest.mark.parametrize("name", bundled_recipes())
 def test_a_recipe_comes_back_from_its_own_yaml(tmp_path, name):
     overrides = ["generation.steering=No: {prompt} # é 🪁", "generation.sampling.temperature=1e-3"]

@@ -1,7 +1,7 @@
 """One recipe says everything about a run. It comes from YAML and `--set key=value` and is checked at once.
 
 Each section's keys are documented on its class, and `thinksafe recipe` prints them. A recipe names files relative to
-the folder it lies in.
+the folder it lies in. With `base: NAME` it says only what differs from another recipe.
 """
 
 import difflib
@@ -178,12 +178,29 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: naming the file and the key.
     """
-    file = Path(name_or_file)
+    raw, file = _read(name_or_file, "--recipe", Path(), ())
+    for override in overrides:
+        _apply(raw, override)
+    _resolve_paths(raw, Path.cwd())
+    return check_recipe(raw, f"{file} with --set" if overrides else str(file))
+
+
+def _read(name_or_file: str, key: str, folder: Path, inheriting: tuple[Path, ...]) -> tuple[dict[str, Any], Path]:
+    """A recipe's plain values on top of those of its base, and its file.
+
+    Args:
+        key: that named it.
+        folder: that a relative name starts from.
+        inheriting: the recipes whose base it is.
+    """
+    file = folder / name_or_file
     if not file.is_file():
         if name_or_file not in bundled_recipes():
             known = ", ".join(bundled_recipes())
-            raise UserError(f"--recipe: no file {name_or_file!r}, and the bundled recipes are: {known}")
+            raise UserError(f"{key}: no file {name_or_file!r}, and the bundled recipes are: {known}")
         file = Path(str(RECIPES / f"{name_or_file}.yaml"))
+    if file.resolve() in inheriting:
+        raise UserError(f"{inheriting[-1]}: base: {name_or_file!r} is built on this recipe itself")
     try:
         raw = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -191,10 +208,19 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a recipe is a mapping of keys to values")
     _resolve_paths(raw, file.parent)
-    for override in overrides:
-        _apply(raw, override)
-    _resolve_paths(raw, Path.cwd())
-    return check_recipe(raw, f"{file} with --set" if overrides else str(file))
+    if (base := raw.pop("base", None)) is not None:
+        inherited, _ = _read(str(base), f"{file}: base", file.parent, (*inheriting, file.resolve()))
+        raw = _merged(inherited, raw)
+    return raw, file
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key; a list, or any other value, as a whole."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
