@@ -113,6 +113,18 @@ def report() -> dict:
             {"name": "generate", "seconds": 19.4, "tokens": 32000, "tokens_per_second": 1649.5},
             {"name": "filter", "seconds": 0.6, "tokens": 0, "tokens_per_second": 0.0},
         ],
+        "estimate": {
+            "gpu": "H200",
+            "num_gpus": 1,
+            "stages": [
+                {
+                    "name": "generate",
+                    "seconds": [15.5, 19.4],
+                    "tokens": [30000, 32000],
+                    "peak_bytes": [2**33, None],
+                }
+            ],
+        },
         "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu", "threads": 2},
     }
 
@@ -223,6 +235,7 @@ SECTIONS = {
     "lengths": ["How long the responses are"],
     "training": ["Training"],
     "stages": ["Time and throughput", "Stages"],
+    "estimate": ["Expected and happened"],
     "harmful_ratio": ["Harmful answers"],
     "over_refusal": ["Needless refusals"],
     "reasoning_accuracy": ["Reasoning accuracy"],
@@ -242,6 +255,7 @@ ALL_HEADINGS = [
     "Training",
     "How long the responses are",
     "Time and throughput",
+    "Expected and happened",
     "Evaluation",
     "Records",
     "Stages",
@@ -280,6 +294,12 @@ def test_figures_missing_inside_a_section_are_not_invented(report, tmp_path):
     assert "Accepted without it" not in body and "odds" not in body and "overlap" not in body
     assert '<circle class="before"' not in body and '<circle class="after"' in body
     assert "None" not in body
+
+
+def test_the_estimate_stands_beside_what_happened(report, tmp_path):
+    text = " ".join(Balance(page_of(report, tmp_path)).text)
+    shown = re.search(r"Expected and happened.*?1 H200.*?memory\s+generate\s+(.*?)\s+Evaluation", text, re.DOTALL)[1]
+    assert shown.split() == ["15.5", "s", "19.4", "s", "1.25", "30,000", "32,000", "8.0", "GiB", "–"]
 
 
 def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):

@@ -24,6 +24,7 @@ Restore the safety of a reasoning model with its own data.
 
   thinksafe run --recipe organism --out runs/demo     everything, on a bundled synthetic world, in minutes on a CPU
   thinksafe run --recipe qwen3-0.6b --out runs/qwen   the paper's settings on one GPU
+  thinksafe estimate --recipe qwen3-8b --gpu H100     what that will take, before anything runs
 
 A run directory holds the recipe, every record and the report. Any command can be killed and given again: it goes on
 where it stopped. The stages can be run one by one on the same --out folder:
@@ -172,6 +173,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
 
     sub = commands.add_parser(
+        "estimate",
+        help="time, memory and cost of every stage on a named GPU, before anything runs",
+        description="Counted from the shapes of student and guard: no weights, no GPU and no network are needed.\n"
+        "With --out DIR, response lengths are those that the run directory holds already.",
+        epilog=_RECIPE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    sub.add_argument("--recipe", metavar="FILE", help="recipe file, or one of: " + ", ".join(_bundled()))
+    sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
+    sub.add_argument("--gpu", metavar="NAME", default="H200", help="H200 (the default), H100, A100, L40S or RTX4090")
+    sub.add_argument("--gpus", metavar="N", type=_count, default=1, help="how many of them share the work (default: 1)")
+    sub.add_argument("--price", metavar="AMOUNT", help="of one GPU for an hour, such as 3.5, '$3.5' or '3.5 EUR'")
+    sub.add_argument("--out", metavar="DIR", type=Path, help="run directory that tells how long responses are")
+    sub.set_defaults(command=_estimate)
+
+    sub = commands.add_parser(
         "recipe",
         help="print a recipe with every key, its meaning and its default",
         description="The output is a recipe itself: keep it, change it, and give it back with --recipe.",
@@ -304,6 +322,22 @@ def _export_data(options: argparse.Namespace) -> None:
     _in_run_directory(options, lambda run, models, stages: print(export_data(run, options.to)))
 
 
+def _estimate(options: argparse.Namespace) -> None:
+    with _leaving_at_once():
+        from thinksafe.display import Price, estimate_table
+        from thinksafe.estimate import estimate
+        from thinksafe.hardware import hardware_named
+        from thinksafe.recipe import load_recipe
+        from thinksafe.rundir import RunDir
+
+    hardware = hardware_named(options.gpu)
+    price = None if options.price is None else Price.parse(options.price)
+    recipe = load_recipe(_recipe_source(options), options.set)
+    run = None if options.out is None else RunDir(options.out, recipe)
+    found = estimate(recipe, hardware, options.gpus, run)
+    print(estimate_table(found, recipe.name, hardware.memory_bytes, price))
+
+
 def _print_recipe(options: argparse.Namespace) -> None:
     with _leaving_at_once():
         from thinksafe.manual import explained
@@ -315,6 +349,18 @@ def _print_recipe(options: argparse.Namespace) -> None:
         print(explained(load_recipe(options.recipe or "qwen3-0.6b", options.set)), end="")
 
 
+def _recipe_source(options: argparse.Namespace) -> str:
+    """The recipe that was named, or the one in the run directory."""
+    if options.recipe is not None:
+        return options.recipe
+    if options.out is None or not (options.out / "recipe.yaml").is_file():
+        names = ", ".join(_bundled())
+        if options.out is not None and options.out.exists():
+            raise UserError(f"--out {options.out}: holds no run; give --recipe FILE or one of {names}")
+        raise UserError(f"--recipe: give a file or one of {names}, or an --out folder with a run in it")
+    return str(options.out / "recipe.yaml")
+
+
 def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any], None]) -> None:
     """Everything heavy is imported here, after the arguments are known to be good."""
     with _leaving_at_once():
@@ -323,19 +369,13 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
         from thinksafe.recipe import load_recipe
         from thinksafe.rundir import RunDir
 
-    recipe_source = options.recipe
-    if recipe_source is None:
-        if options.out is None or not (options.out / "recipe.yaml").is_file():
-            names = ", ".join(_bundled())
-            if options.out is not None and options.out.exists():
-                raise UserError(f"--out {options.out}: holds no run; give --recipe FILE or one of {names}")
-            raise UserError(f"--recipe: give a file or one of {names}, or an --out folder with a run in it")
-        recipe_source = str(options.out / "recipe.yaml")
     seed = [] if options.seed is None else [f"seed={options.seed}"]
-    recipe = load_recipe(recipe_source, [*options.set, *seed])
+    recipe = load_recipe(_recipe_source(options), [*options.set, *seed])
     out = options.out or Path("runs") / recipe.name
     with RunDir.open(out, recipe) as run:
-        work(run, Models(recipe), stages)
+        models = Models(recipe)
+        stages.foresee(run, models)
+        work(run, models, stages)
 
 
 def _print_coverage(run: Any) -> None:

@@ -91,3 +91,7 @@ class Models:
     def forget_student(self) -> None:
         """The loaded weights were trained on in place: the next stage reads them anew."""
         self._loaded = None
+
+    def forget_guard(self) -> None:
+        """Training wants the guard's memory; the next stage that judges loads it again."""
+        self.__dict__.pop("guard", None)

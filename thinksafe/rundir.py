@@ -19,6 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import yaml
 
 import thinksafe
@@ -202,19 +203,29 @@ class RunDir:
         """
         manifest = self.manifest
         hashes = {str(file.relative_to(self.path)): sha256(file) for file in files}
+        if torch.cuda.is_available():
+            figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         manifest["stages"][stage] = {"seconds": round(clock.seconds, 3), **figures, "files": hashes}
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         clock.remove()
 
     def clock(self, stage: str) -> StageClock:
-        """The stage's clock, going on from where a killed process left it."""
+        """The stage's clock, going on from where a killed process left it; a GPU's peak of memory is counted anew."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         return StageClock(self.path / f".{stage.replace('/', '-')}.seconds")
 
 
 def _may_be_corrected(recipe_file: Path) -> bool:
     """Whether the recipe was written here by us, and no stage has written anything after it."""
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
-    inputs = {recipe_file.name, f"{recipe_file.name}.partial", "prompts.jsonl"}
+    inputs = {
+        recipe_file.name,
+        f"{recipe_file.name}.partial",
+        "prompts.jsonl",
+        "estimate.json",
+        "estimate.json.partial",
+    }
     if "prompts.jsonl" not in files:
         inputs.add("responses.jsonl")  # not sampled here, but taken in with --responses
     if "verdicts.jsonl" not in files:

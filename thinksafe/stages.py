@@ -6,6 +6,7 @@ Every stage can be killed at any moment and goes on where it stopped; one that i
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
@@ -15,9 +16,11 @@ from typing import Literal
 
 from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
+from thinksafe.estimate import estimate
 from thinksafe.evaluation.metrics import measure
 from thinksafe.generation import Task, refuse_too_long, respond
 from thinksafe.guards.interface import Exchange, Judgement
+from thinksafe.hardware import hardware_of
 from thinksafe.intake import (
     evaluation_prompts,
     read_marks,
@@ -48,6 +51,19 @@ from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
 
 Moment = Literal["before", "after"]
+
+
+def foresee(run: RunDir, models: Models) -> None:
+    """Write down at the start what the run is expected to take on this GPU, for the report to compare."""
+    hardware = hardware_of(models.device)
+    if hardware is None or run.manifest["stages"]:
+        return
+    try:
+        found = estimate(run.recipe, hardware)
+    except UserError as error:
+        print(f"no estimate: {error}", file=sys.stderr)
+        return
+    write_atomically(run.path / "estimate.json", json.dumps(found.to_json(), indent=2) + "\n")
 
 
 def check(run: RunDir, models: Models) -> None:
@@ -162,6 +178,7 @@ def train(run: RunDir, models: Models) -> None:
     sequences, dropped = training_sequences(accepted, recipe, models)
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
+    models.forget_guard()
     decoder = models.student()
     lora = recipe.lora if config.method == "lora" else None
     costs = TrainingCosts(decoder.config, lora, models.dtype.itemsize)

@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
+from thinksafe import display
 from thinksafe.reporting.figures import length_histogram, loss_curve
 from thinksafe.rundir import write_atomically
 
@@ -57,7 +58,7 @@ def write_report(report: dict[str, Any], out_dir: Path) -> Path:
 def render(report: dict[str, Any]) -> str:
     """The page for a report; see `write_report`."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    for show in (percent, interval, count, duration, words, when, change):
+    for show in (percent, interval, count, duration, gib, words, when, change):
         environment.filters[show.__name__] = show
     environment.tests["uncertain"] = intervals_overlap
     template = environment.from_string((files("thinksafe.reporting") / "report.html").read_text(encoding="utf-8"))
@@ -79,6 +80,7 @@ def render(report: dict[str, Any]) -> str:
         length_plot=length_histogram(harmful, benign) if harmful or benign else None,
         lengths=[(name, len(tokens), median(tokens)) for name, tokens in lengths.items() if tokens],
         stages=report.get("stages") or [],
+        estimate=report.get("estimate"),
         provenance=provenance(report),
     )
 
@@ -201,14 +203,12 @@ def count(number: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """8.25 as 8.2 s, 754 as 12 min 34 s, 4321 as 1 h 12 min; a dash where there is no figure."""
-    if not is_number(seconds):
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return display.duration(seconds) if is_number(seconds) else "–"
+
+
+def gib(size: float | None) -> str:
+    """Bytes as 12.3 GiB; a dash where there is no figure."""
+    return f"{size / 2**30:.1f} GiB" if is_number(size) else "–"
 
 
 def words(name: str) -> str:

@@ -47,6 +47,8 @@ def summarise(run: RunDir) -> dict[str, Any]:
         ],
         "environment": manifest["environment"],
     }
+    if (run.path / "estimate.json").exists():
+        report["estimate"] = _against_estimate(json.loads((run.path / "estimate.json").read_text()), stages)
     if "generate" in stages:
         lengths = defaultdict(list)
         for response in read_records(run.path / "responses.jsonl", Response):
@@ -75,6 +77,17 @@ def summarise(run: RunDir) -> dict[str, Any]:
 def coverage_of(run: RunDir) -> dict[str, Any]:
     """What became of every prompt of a run; see `coverage`."""
     return coverage(stories(run), [rung.steering for rung in run.recipe.generation.rungs])
+
+
+def _against_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+    """What was expected of each stage that is done, beside what happened: [expected, happened]."""
+    keys = ("seconds", "tokens", "peak_bytes")
+    rows = [
+        {"name": name, **{key: [expected[key], stages[name].get(key)] for key in keys}}
+        for name, expected in estimate["stages"].items()
+        if name in stages
+    ]
+    return {"gpu": estimate["gpu"], "num_gpus": estimate["num_gpus"], "stages": rows}
 
 
 def _headline(kind: str, moments: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:

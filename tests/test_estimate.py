@@ -1,0 +1,237 @@
+"""The estimate: the paper's floors come out of it, it needs no weights, and the report holds it to account."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint
+from test_pipeline import settings
+
+from benchmarks.recipes import NAMES, RECIPES, with_expectation
+from thinksafe import stages
+from thinksafe.cli import main
+from thinksafe.display import Price, bar, duration, in_short
+from thinksafe.errors import UserError
+from thinksafe.estimate import Texts, _sampling, estimate, shape_of
+from thinksafe.hardware import GPU_NAMES, hardware_named
+from thinksafe.model.shapes import PUBLIC
+from thinksafe.recipe import load_recipe
+from thinksafe.records import Response, read_records
+
+H200 = hardware_named("H200")
+
+
+def of(recipe: str, *overrides: str, gpu: str = "H200", gpus: int = 1):
+    found = estimate(load_recipe(recipe, overrides), hardware_named(gpu), gpus)
+    return found, {stage.name: stage for stage in found.stages}
+
+
+# The figures
+
+
+def test_the_papers_floors_for_the_smallest_model_come_out():
+    """Counted by hand for Qwen3-0.6B on one H200: 27M tokens, the guard 11 minutes at the rate of products and 18 at
+    60% of it, training on 97M tokens 8 to 12 minutes."""
+    _, found = of("qwen3-0.6b")
+    minutes = {name: stage.least_seconds / 60 for name, stage in found.items()}
+    assert found["generate"].tokens == pytest.approx(26.5e6, rel=0.03)
+    assert 6 < minutes["generate"] < 12
+    assert minutes["filter"] == pytest.approx(11, rel=0.05)
+    assert found["filter"].seconds / 60 == pytest.approx(18, rel=0.05)
+    assert found["train"].tokens == pytest.approx(97e6, rel=0.03)
+    assert 8 < minutes["train"] < 12 and found["train"].seconds < 15 * 60
+
+
+def test_sampling_follows_the_limit_of_a_pass():
+    """The table of the sampler's limits: 14.2k tokens/s for Qwen3-8B where a token sees 1,500 others."""
+    recipe, response = load_recipe("qwen3-8b"), 2980
+    texts = [Texts(10_000, prompt=10, response=response, square=response**2)]
+    stage = _sampling("generate", texts, shape_of(recipe.model, "model"), recipe.sampler, response, H200, num_gpus=1)
+    assert stage.tokens / stage.least_seconds == pytest.approx(14_200, rel=0.05)
+
+
+def test_lengths_follow_the_law_they_are_taken_from(fresh_seed):
+    draws = np.random.default_rng(fresh_seed).lognormal(math.log(500) - 0.32, 0.8, 400_000)
+    expected = Texts.expected(1, 500, 10**6)
+    assert expected.response == 500 and expected.square == pytest.approx((draws**2).mean(), rel=0.05)
+
+
+def test_more_gpus_share_the_work_and_cost_the_same():
+    (one, alone), (four, shared) = of("qwen3-8b"), of("qwen3-8b", gpus=4)
+    assert shared["filter"].seconds == pytest.approx(alone["filter"].seconds / 4)
+    assert shared["train"].seconds == pytest.approx(alone["train"].seconds / 4)
+    assert one.seconds / 4 < four.seconds < one.seconds / 2
+
+
+@pytest.mark.parametrize(
+    ("override", "stage", "factor"),
+    [
+        ("training.epochs=6", "train", 2),
+        ("generation.samples=2", "filter", 2),
+        ("limit=1000", "filter", 1000 / 39_987),
+        ("guard={kind: ensemble, members: [{}, {}]}", "filter", 2),
+    ],
+)
+def test_time_follows_the_recipe(override, stage, factor):
+    (_, before), (_, after) = of("qwen3-0.6b"), of("qwen3-0.6b", override)
+    assert after[stage].seconds / before[stage].seconds == pytest.approx(factor, rel=0.01)
+
+
+def test_full_fine_tuning_of_eight_billion_parameters_needs_131_gb_of_states():
+    found, by_name = of("qwen3-8b", "training.method=full")
+    assert by_name["train"].memory["weights"] + by_name["train"].memory["optimiser"] > 131e9
+    assert any(problem.startswith("train needs") for problem in found.problems)
+
+
+def test_what_is_computed_again_is_chosen_by_the_gpus_memory():
+    _, large = of("qwen3-8b")
+    _, small = of("qwen3-8b", gpu="H100")
+    assert large["train"].remark.endswith("computed again: none")
+    assert "selective in" in small["train"].remark
+    assert small["train"].peak_bytes < 0.95 * hardware_named("H100").memory_bytes
+
+
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+def test_what_fits_fits_with_room_to_spare(gpu):
+    for name in NAMES:
+        found, by_name = of(name, gpu=gpu)
+        assert all(math.isfinite(stage.seconds) and stage.seconds >= stage.least_seconds for stage in found.stages)
+        peak = max(stage.peak_bytes for stage in by_name.values())
+        assert bool(found.problems) == (peak > 0.95 * hardware_named(gpu).memory_bytes)
+
+
+# What it reads
+
+
+def test_the_table_of_shapes_is_read_as_a_config(tmp_path):
+    for name in PUBLIC:
+        assert shape_of(name, "model").num_parameters > 5e8
+    billions = {name: shape_of(name, "model").num_parameters / 1e9 for name in PUBLIC}
+    assert billions["Qwen/Qwen3-14B"] == pytest.approx(14.8, rel=0.01)
+    assert billions["Qwen/Qwen3-32B"] == pytest.approx(32.8, rel=0.01)
+    assert billions["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"] == pytest.approx(1.78, rel=0.01)
+    assert billions["deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"] == pytest.approx(7.62, rel=0.01)
+    assert billions["meta-llama/Llama-Guard-3-8B"] == pytest.approx(8.03, rel=0.01)
+    assert billions["allenai/wildguard"] == pytest.approx(7.25, rel=0.01)
+
+
+def test_a_folder_needs_its_config_alone(tmp_path):
+    folder = make_checkpoint("llama", tmp_path / "student")
+    for file in folder.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"text": "a", "label": "harmful"}\n{"text": "b", "label": "benign"}\n')
+    _, found = of("qwen3-0.6b", f"model={folder}", f"prompts={prompts}", "guard={kind: oracle}", "evaluation.sets=[]")
+    assert list(found) == ["generate", "filter", "train"]
+    assert found["filter"].seconds == 0 and found["generate"].tokens == pytest.approx(442 + 512, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model=some/model"], "model: the shape of 'some/model' is not known here"),
+        (["guard.model=some/model"], "guard.model: the shape of 'some/model' is not known here"),
+        (["prompts=some/prompts"], "prompts: how many 'some/prompts' holds is not known here"),
+        (["prompts=null"], "prompts: missing"),
+        (["lora.target_modules=[lm_head]"], "lora.target_modules: lm_head cannot carry an adapter"),
+    ],
+)
+def test_what_cannot_be_known_without_the_hub_is_said(capsys, overrides, expected):
+    arguments = [word for override in overrides for word in ("--set", override)]
+    assert main(["estimate", "--recipe", "qwen3-0.6b", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_an_unknown_set_is_counted_and_named():
+    sets = "evaluation.sets=[{name: a, file: some/set, kind: harmful}]"
+    found, _ = of("qwen3-0.6b", sets)
+    assert "some/set: its size is not known here, taken as 500 rows" in found.assumptions
+
+
+# What people see
+
+
+def test_the_command_shows_every_stage_with_its_cost(capsys):
+    assert main(["estimate", "--recipe", "qwen3-8b", "--gpu", "h100", "--gpus", "2", "--price", "3.5 EUR"]) == 0
+    shown = capsys.readouterr().out
+    found, _ = of("qwen3-8b", gpu="H100", gpus=2)
+    assert shown.startswith("qwen3-8b on 2 x H100, whose rates are expected from its data sheet")
+    for stage in found.stages:
+        line = next(line for line in shown.splitlines() if line.strip().startswith(stage.name.replace("_", " ")))
+        assert duration(stage.seconds) in line and "█" in line
+        assert f"{in_short(stage.tokens)} tokens" in line and f"{stage.peak_bytes / 2**30:.1f} GiB" in line
+    hours = 2 * found.seconds / 3600
+    assert f"{hours:.1f} GPU hours  {3.5 * hours:,.2f} EUR at 3.50 EUR a GPU hour" in shown
+    assert "not measured yet" in shown and "does not fit" not in shown
+    assert main(["estimate", "--recipe", "qwen3-32b", "--gpu", "L40S"]) == 0
+    assert "does not fit  generate needs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "two"), [("3", "6.00"), ("$2.5", "$5.00"), ("2.50 €/h", "5.00 €"), ("EUR 1", "EUR 2.00")]
+)
+def test_a_price_keeps_its_currency(text, two):
+    assert Price.parse(text).of(2) == two
+
+
+@pytest.mark.parametrize("text", ["", "free", "1,5", "1 2", "-"])
+def test_a_price_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="--price"):
+        Price.parse(text)
+
+
+@pytest.mark.parametrize("arguments", [["--gpu", "TPU"], ["--price", "x"], ["--recipe", "nowhere"]])
+def test_a_mistake_is_one_line(capsys, arguments):
+    assert main(["estimate", "--recipe", "qwen3-0.6b", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_bars_are_exact_to_an_eighth():
+    assert [bar(share, 4, "░") for share in (0, 0.25, 0.28125, 1, 7)] == ["░░░░", "█░░░", "█▏░░", "████", "████"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_the_estimate_says(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    assert with_expectation(text, name) == text, "run: python -m benchmarks.recipes"
+
+
+# Against what happened
+
+
+def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "hardware_of", lambda device: H200)
+    out = tmp_path / "run"
+    arguments = settings(tmp_path / "sets", prompts=8, evaluated=2)
+    assert main(["run", *arguments, "--out", str(out)]) == 0
+    expected = json.loads((out / "estimate.json").read_text())
+    report = json.loads((out / "report.json").read_text())
+    assert report["estimate"]["gpu"] == "H200"
+    happened = {stage["name"]: stage for stage in report["stages"]}
+    assert [stage["name"] for stage in report["estimate"]["stages"]] == list(expected["stages"])
+    for stage in report["estimate"]["stages"]:
+        foreseen = expected["stages"][stage["name"]]
+        for key in ("seconds", "tokens"):
+            assert stage[key] == [foreseen[key], happened[stage["name"]][key]]
+        assert stage["peak_bytes"] == [foreseen["peak_bytes"], None], "no GPU has told"
+    assert "Expected and happened" in (out / "report.html").read_text()
+    # Once something is done, the estimate stays; given the directory, another one starts from its responses.
+    before = (out / "estimate.json").read_bytes()
+    assert main(["run", *arguments, "--out", str(out)]) == 0
+    assert (out / "estimate.json").read_bytes() == before
+    lengths = [response.num_tokens for response in read_records(out / "responses.jsonl", Response)]
+    again = estimate(
+        load_recipe(str(out / "recipe.yaml")), H200, run=stages.RunDir(out, load_recipe(str(out / "recipe.yaml")))
+    )
+    assert {stage.name: stage.tokens for stage in again.stages}["generate"] == sum(lengths)
+
+
+def test_a_recipe_can_still_be_corrected_after_its_estimate(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "hardware_of", lambda device: H200)
+    arguments = ["--recipe", "organism", "--out", str(tmp_path / "run")]
+    assert main(["generate", *arguments, "--prompts", str(tmp_path / "missing.jsonl")]) == 2
+    assert main(["train", *arguments, "--set", "training.epochs=1"]) == 2
+    assert json.loads((tmp_path / "run" / "estimate.json").read_text())["gpu"] == "H200"

@@ -1,0 +1,401 @@
+"""What a run will take, before anything runs: time, memory and tokens of each stage, from counted FLOP and bytes.
+
+Only shapes are read, never weights. A stage's least time is what the GPU's rates allow; what is expected is that time
+divided by the share of it that we aim for, since nothing has been measured on a GPU yet. How long responses will be
+comes from the paper, or from the responses that a run directory already holds.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+from thinksafe.errors import UserError
+from thinksafe.guards.interface import GuardConfig
+from thinksafe.hardware import Hardware
+from thinksafe.intake import evaluation_prompts
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.lora import check_targets
+from thinksafe.model.shapes import PUBLIC
+from thinksafe.model.weights import load_config
+from thinksafe.paths import expand
+from thinksafe.prompts import load_prompts
+from thinksafe.recipe import EvaluationSet, Recipe
+from thinksafe.records import Response, read_records
+from thinksafe.rundir import RunDir
+from thinksafe.sampler.engine import EngineConfig
+from thinksafe.training.costs import TrainingCosts, Work, described
+
+# Shares of what the hardware allows that we aim for.
+SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
+
+HOST_SECONDS_PER_LAYER = 1e-3
+"""Of one thread of the host, for a pack's forward and backward pass: below that no step can be. Half of it is measured
+on a CPU (benchmarks/results/cpu/train.json); the launches of 73 kernels are taken as 7 us each."""
+
+_BF16 = 2
+_SPARE = 0.05
+"""Share of a GPU's memory left to the allocator's gaps, the context and the libraries."""
+_POOL = 0.85
+"""Share of the memory left by the weights that the sampler takes for its pages."""
+_GUARD_TOKENS = 80
+"""Tokens of a guard's prompt beside prompt and response; its policy text, the same for all, is read once."""
+
+# The paper's data set, and the mean response of Qwen3-0.6B and of larger models, in tokens.
+_PAPERS_PROMPTS, _PAPERS_COUNTS = "UWNSL/SafeChain", {"harmful": 17_887, "benign": 22_100}
+_SMALL_PARAMETERS = 1e9
+_PAPERS_RESPONSES = {True: {"harmful": 442, "benign": 866}, False: {"harmful": 600, "benign": 1600}}
+_PROMPT_TOKENS = 150
+_SPREAD = 0.8
+"""Sigma of the log-normal law that response lengths follow."""
+_REASONING_TOKENS = 2500
+"""Assumed of a response to a reasoning question; the paper gives none."""
+_KNOWN_ROWS = {
+    ("JailbreakBench/JBB-Behaviors", "harmful"): 100,
+    ("JailbreakBench/JBB-Behaviors", "benign"): 100,
+    ("Paul/XSTest", "train"): 250,
+    ("openai/gsm8k", None): 1319,
+    ("HuggingFaceH4/MATH-500", None): 500,
+    ("walledai/StrongREJECT", "train"): 313,
+}
+_UNKNOWN_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Some prompts and their responses, in tokens.
+
+    Attributes:
+        count: responses.
+        prompt: mean length of a prompt.
+        response: mean length of a response.
+        square: mean of a response's squared length, which attention follows.
+    """
+
+    count: float
+    prompt: float
+    response: float
+    square: float
+
+    @classmethod
+    def expected(cls, count: float, response: float, longest: int) -> "Texts":
+        """Of lengths that follow a log-normal law around this mean."""
+        mean = min(response, longest)
+        return cls(count, _PROMPT_TOKENS, mean, mean**2 * math.exp(_SPREAD**2))
+
+    @classmethod
+    def of(cls, responses: Iterable[Response]) -> "Texts":
+        """As they are."""
+        count = prompt = response = square = 0
+        for one in responses:
+            count += 1
+            prompt += one.num_prompt_tokens
+            response += one.num_tokens
+            square += one.num_tokens**2
+        return cls(count, prompt / count, response / count, square / count)
+
+    @property
+    def tokens(self) -> float:
+        """Of all responses."""
+        return self.count * self.response
+
+    @property
+    def pairs(self) -> float:
+        """Of a response's token and what it sees, over all responses."""
+        return self.count * (self.prompt * self.response + self.square / 2)
+
+    @property
+    def all_pairs(self) -> float:
+        """The same with the prompts' tokens among them."""
+        return self.pairs + self.count * self.prompt**2 / 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's estimate.
+
+    Attributes:
+        name: as in the manifest.
+        tokens: of responses, which is what a stage counts; of whole sequences in training.
+        seconds: expected.
+        least_seconds: what the hardware's rates allow.
+        memory: bytes by what holds them.
+        remark: what was chosen or limits the stage.
+    """
+
+    name: str
+    tokens: int
+    seconds: float
+    least_seconds: float
+    memory: dict[str, int]
+    remark: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run's estimate.
+
+    Attributes:
+        gpu: its short name; num_gpus: how many share the work.
+        measured: whether the GPU's rates were measured.
+        stages: in order.
+        assumptions: what a reader must know.
+        problems: why the run will not work on this GPU.
+    """
+
+    gpu: str
+    num_gpus: int
+    measured: bool
+    stages: tuple[Stage, ...]
+    assumptions: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages, one after another."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """What the report later compares with what happened."""
+        stages = {stage.name: asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages}
+        return {"gpu": self.gpu, "num_gpus": self.num_gpus, "measured": self.measured, "stages": stages}
+
+
+def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir | None = None) -> Estimate:
+    """Every stage of a recipe on so many GPUs of a kind.
+
+    Args:
+        run: a run directory whose responses tell how long responses are.
+
+    Raises:
+        UserError: the shape of a model, or the number of prompts, is not known here.
+    """
+    assumptions = ["every number takes two bytes, whatever the recipe's dtype"] if recipe.dtype == "float32" else []
+    model = shape_of(recipe.model, "model")
+    if recipe.training.method == "lora":
+        check_targets(model, recipe.lora)
+    by_label = _responses(recipe, model, run, assumptions)
+    sampled = list(by_label.values())
+    stages = [
+        _sampling(
+            "generate", sampled, model, recipe.sampler, recipe.generation.sampling.max_tokens, hardware, num_gpus
+        ),
+        _judging("filter", sampled, model, recipe.guard, hardware, num_gpus),
+    ]
+    if recipe.evaluation.sets:
+        before = _evaluation("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
+        stages += [before, _training(sampled, recipe, model, hardware, num_gpus)]
+        stages.append(replace(before, name="evaluate_after"))
+    else:
+        stages.append(_training(sampled, recipe, model, hardware, num_gpus))
+    usable = (1 - _SPARE) * hardware.memory_bytes
+    problems = [
+        f"{stage.name} needs {stage.peak_bytes / 2**30:.1f} GiB, and {usable / 2**30:.1f} can be used"
+        for stage in stages
+        if stage.peak_bytes > usable
+    ]
+    return Estimate(
+        hardware.name, num_gpus, hardware.measured, tuple(stages), tuple(dict.fromkeys(assumptions)), tuple(problems)
+    )
+
+
+def shape_of(name: str, key: str) -> ModelConfig:
+    """A model's shape, from its folder, from what the hub's client has fetched before, or from our table.
+
+    Raises:
+        UserError: it is in none of them.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = expand(name)
+    if folder.is_dir():
+        return load_config(folder)[0]
+    if name in PUBLIC:
+        return ModelConfig.from_hugging_face(PUBLIC[name], name)
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+    if isinstance(cached, str):
+        return load_config(expand(cached).parent)[0]
+    raise UserError(
+        f"{key}: the shape of {name!r} is not known here; download it, or give a folder with its config.json"
+    )
+
+
+def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]) -> dict[str, Texts]:
+    """Of each label, of all samples: as the run directory has them, or as the paper leads to expect."""
+    if run is not None and "generate" in run.manifest["stages"]:
+        found: dict[str, list[Response]] = {"harmful": [], "benign": []}
+        for response in read_records(run.attempts(0)[0], Response):
+            found[response.label].append(response)
+        assumptions.append("response lengths are those of the run directory")
+        return {label: Texts.of(responses) for label, responses in found.items() if responses}
+    counts = _prompt_counts(recipe)
+    longest = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
+    small = model.num_parameters < _SMALL_PARAMETERS
+    assumptions.append(f"prompts of {_PROMPT_TOKENS} tokens, responses as long as in the paper, all accepted")
+    return {
+        label: Texts.expected(count * recipe.generation.samples, _PAPERS_RESPONSES[small][label], longest)
+        for label, count in counts.items()
+        if count
+    }
+
+
+def _prompt_counts(recipe: Recipe) -> dict[str, float]:
+    if recipe.prompts is None:
+        raise UserError("prompts: missing; name a file in the recipe or with --set prompts=FILE")
+    if recipe.prompts == _PAPERS_PROMPTS:
+        share = min(1.0, (recipe.limit or math.inf) / sum(_PAPERS_COUNTS.values()))
+        return {label: round(share * count) for label, count in _PAPERS_COUNTS.items()}
+    if not expand(recipe.prompts).exists():
+        raise UserError(f"prompts: how many {recipe.prompts!r} holds is not known here; download it, or give a file")
+    counts = {"harmful": 0, "benign": 0}
+    for prompt in islice(load_prompts(recipe.prompts), recipe.limit):
+        counts[prompt.label] += 1
+    return counts
+
+
+def _sampling(
+    name: str,
+    texts: Sequence[Texts],
+    model: ModelConfig,
+    config: EngineConfig,
+    max_tokens: int,
+    hardware: Hardware,
+    num_gpus: int,
+    guard_bytes: int = 0,
+) -> Stage:
+    """Every row of a pass reads its own context and all rows share the weights, as sampler/limits.py counts it."""
+    weights = _BF16 * model.num_parameters
+    per_token = _BF16 * model.kv_elements_per_token
+    pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
+    count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
+    if not count:
+        return Stage(name, 0, 0.0, 0.0, {"weights": weights})
+    context = pairs / tokens
+    rows = max(1.0, min(config.max_running, pool / (per_token * context), count / num_gpus))
+    layers, head = model.num_layers * model.layer_weights, model.head_weights
+    products = max(
+        _BF16 * (layers + head) / hardware.bytes_per_second, 2 * (layers + head) * rows / hardware.flop_per_second
+    )
+    attention = max(
+        rows * context * per_token / hardware.bytes_per_second,
+        model.attention_flop(rows * context) / hardware.flop_per_second,
+    )
+    prompts = sum(
+        2 * layers * one.count * one.prompt + model.attention_flop(one.count * one.prompt**2 / 2) for one in texts
+    )
+    # One response that runs to the limit is written alone at the end, at a row's pace.
+    tail = min(max_tokens, model.max_seq_len) * _BF16 * (layers + head) / hardware.bytes_per_second
+    least = (tokens / rows * (products + attention) + prompts / hardware.flop_per_second) / num_gpus + tail
+    remark = f"{tokens / max(least, 1e-9) * SAMPLING_SHARE:,.0f} tokens/s, {rows:,.0f} at once"
+    memory = {"weights": weights} | ({"guard": guard_bytes} if guard_bytes else {}) | {"key-value cache": pool}
+    return Stage(name, round(tokens), least / SAMPLING_SHARE, least, memory, remark)
+
+
+def _members(config: GuardConfig) -> list[GuardConfig]:
+    """The guards of an ensemble, or the one that it is."""
+    return [one for member in config.members for one in _members(member)] or [config]
+
+
+def _judging(
+    name: str, texts: Sequence[Texts], student: ModelConfig, guard: GuardConfig, hardware: Hardware, num_gpus: int
+) -> Stage:
+    """Every guard reads every prompt and response; only the verdict's position reaches its head."""
+    members = [member for member in _members(guard) if member.kind != "oracle"]
+    models = [shape_of(member.model, "guard.model") for member in members]
+    memory = {"student": _BF16 * student.num_parameters}
+    memory["guard"] = sum(_BF16 * model.num_parameters for model in models)
+    flop, pool = 0.0, 0
+    for member, model in zip(members, models, strict=True):
+        for one in texts:
+            read = one.prompt + one.response + _GUARD_TOKENS
+            flop += 2 * model.num_layers * model.layer_weights * one.count * read
+            flop += model.attention_flop(one.all_pairs + one.count * _GUARD_TOKENS * read)
+        pool = max(pool, _pool_bytes(member.sampler, model, hardware, sum(memory.values())))
+    least = flop / hardware.flop_per_second / num_gpus
+    kinds = ", ".join(member.kind for member in _members(guard))
+    tokens = round(sum(one.tokens for one in texts))
+    return Stage(name, tokens, least / SCORING_SHARE, least, memory | {"key-value cache": pool}, kinds)
+
+
+def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
+    """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
+    free = max(0.0, (1 - _SPARE) * hardware.memory_bytes - resident)
+    most = config.max_running * model.max_seq_len * _BF16 * model.kv_elements_per_token
+    return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
+
+
+def _evaluation(
+    name: str,
+    recipe: Recipe,
+    model: ModelConfig,
+    by_label: dict[str, Texts],
+    hardware: Hardware,
+    num_gpus: int,
+    assumptions: list[str],
+) -> Stage:
+    """All sets: sampled, and judged unless they are about reasoning."""
+    texts: dict[bool, list[Texts]] = {True: [], False: []}
+    sampling = recipe.evaluation.sampling
+    longest = min(sampling.max_tokens, model.max_seq_len)
+    for entry in recipe.evaluation.sets:
+        reasoning = entry.kind == "reasoning"
+        usual = by_label.get("harmful" if entry.kind == "harmful" else "benign") or next(iter(by_label.values()))
+        response = _REASONING_TOKENS if reasoning else usual.response
+        rows = _rows(entry, assumptions)
+        texts[reasoning].append(Texts.expected(rows * entry.samples, response, longest))
+        if reasoning:
+            assumptions.append(f"answers to reasoning questions of {min(response, longest):,.0f} tokens")
+    every = texts[True] + texts[False]
+    judged = _judging(name, texts[False], model, recipe.guard, hardware, num_gpus)
+    guard_bytes = judged.memory["guard"]
+    sampled = _sampling(name, every, model, recipe.sampler, sampling.max_tokens, hardware, num_gpus, guard_bytes)
+    seconds, least = sampled.seconds + judged.seconds, sampled.least_seconds + judged.least_seconds
+    responses = sum(one.count for one in every)
+    return Stage(name, sampled.tokens, seconds, least, sampled.memory, f"{responses:,.0f} responses")
+
+
+def _rows(entry: EvaluationSet, assumptions: list[str]) -> int:
+    if expand(entry.file).exists():
+        return len(evaluation_prompts(entry))
+    if (entry.file, entry.split) in _KNOWN_ROWS:
+        return _KNOWN_ROWS[entry.file, entry.split]
+    assumptions.append(f"{entry.file}: its size is not known here, taken as {_UNKNOWN_ROWS} rows")
+    return _UNKNOWN_ROWS
+
+
+def _training(texts: Sequence[Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int) -> Stage:
+    """All responses for so many epochs; the largest pack decides what is kept for the backward pass."""
+    config = recipe.training
+    costs = TrainingCosts(model, recipe.lora if config.method == "lora" else None)
+    count = sum(one.count for one in texts)
+    if not count:
+        return Stage("train", 0, 0.0, 0.0, {"weights": model.num_parameters * costs.itemsize})
+    targets = config.epochs * sum(one.tokens for one in texts)
+    tokens = targets + config.epochs * sum(one.count * one.prompt for one in texts)
+    work = Work(tokens, targets, config.epochs * sum(one.all_pairs for one in texts))
+    steps = config.epochs * math.ceil(count / config.batch_size)
+    longest = min(config.max_length, model.max_seq_len)
+    largest = max(longest, min(config.max_tokens_per_pack, config.batch_size * longest))
+    free = (1 - _SPARE) * hardware.memory_bytes - costs.state_bytes()
+    if config.activation_checkpointing == "auto":
+        keeping = costs.choose(free, largest) or ("full",) * model.num_layers
+    else:
+        keeping = (config.activation_checkpointing,) * model.num_layers
+    least = costs.least_seconds(keeping, work, steps, hardware) / num_gpus
+    packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
+    host = steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
+    seconds = max(least / TRAINING_SHARE, host)
+    mfu = costs.useful_flop(work) / seconds / num_gpus / hardware.peak_flop_per_second
+    bound = ", bound by the host" if seconds == host else ""
+    remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{bound}; computed again: {described(keeping)}"
+    memory = {
+        "weights": model.num_parameters * costs.itemsize,
+        "optimiser": costs.optimizer_bytes(),
+        f"a pack of {largest:,} tokens": costs.step_bytes(keeping, largest, largest),
+    }
+    return Stage("train", round(tokens), seconds, least, memory, remark)
