@@ -145,11 +145,11 @@ def builds() -> list[Build]:
         )
     )
     tiles = linear_kl.TILES
-    for shared_head in (True, False):
+    for shared_head, reverse in ((True, False), (True, True), (False, False), (False, True)):
         x, w = descriptor(tiles.block_t, tiles.block_h), descriptor(tiles.block_v, tiles.block_h)
         found.append(
             Build(
-                f"linear_kl pair {'one head' if shared_head else 'two heads'}",
+                f"linear_kl pair {'one head' if shared_head else 'two heads'}{', reverse' if reverse else ''}",
                 linear_kl._pair_gemm_kernel,
                 {
                     "student_desc": x,
@@ -159,12 +159,13 @@ def builds() -> list[Build]:
                     "e_desc": descriptor(tiles.block_t, tiles.block_v),
                     "d_desc": descriptor(tiles.block_t, tiles.block_v, "fp16"),
                     **dict.fromkeys(
-                        ("best_ptr", "sum_ptr", "pivot_ptr", "tilt_ptr", "student_best_ptr", "student_sum_ptr"), "*fp32"
+                        ("lse_student_ptr", "lse_reference_ptr", "gap_ptr", "within_ptr", "slip_ptr"), "*fp32"
                     ),
                     **dict.fromkeys(("T", "V", "H", "H_reference"), "i32"),
                 },
                 {
                     "SHARED_HEAD": shared_head,
+                    "REVERSE": reverse,
                     "LOG2E": exp_gemm.LOG2E,
                     "BLOCK_T": tiles.block_t,
                     "BLOCK_V": tiles.block_v,
@@ -189,7 +190,7 @@ def builds() -> list[Build]:
                     {
                         "e_ptr": "*bf16",
                         "d_ptr": "*fp16",
-                        **dict.fromkeys(("log_scale_ptr", "delta_ptr", "mean_ptr", "row_weight_ptr"), "*fp32"),
+                        **dict.fromkeys(("log_mass_ptr", "gap_ptr", "mean_ptr", "row_weight_ptr"), "*fp32"),
                         **dict.fromkeys(("value_ptr", "mean_out_ptr"), "*fp32"),
                         **dict.fromkeys(("T", "V", "width"), "i32"),
                     },

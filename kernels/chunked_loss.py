@@ -26,14 +26,19 @@ def empty_gradients(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 
 
 def over_chunks(
-    num_rows: int, chunk: int, grad_weight: Tensor, run: Callable[[slice], tuple[Any, Tensor | None]]
+    rows: Tensor | range,
+    chunk: int,
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    run: Callable[[Tensor | slice], tuple[Any, Tensor | None, Tensor | None]],
 ) -> list[Any]:
-    """Run every chunk of rows, with half the rows from where memory runs out.
+    """Run every chunk of rows, with half as many from where memory runs out.
 
     Args:
-        grad_weight: the sum over chunks, overwritten.
-        run: takes rows and returns (anything, the rows' part of dW or None). It may be called again for rows that it
-            has seen, so what it writes elsewhere must be written anew, not added to.
+        rows: which ones, ascending: int64 indices on the device, or `range(T)` for all.
+        grad_x, grad_weight: overwritten, with 0 where no chunk writes; dW is the sum over chunks.
+        run: takes an index of rows and returns (anything, their dX or None, their part of dW or None). It may be called
+            again for rows that it has seen.
 
     Returns:
         What `run` returned first, for one chunk after another.
@@ -43,21 +48,26 @@ def over_chunks(
     """
     done, start = [], 0
     grad_weight.zero_()
-    while start < num_rows:
-        rows = slice(start, min(start + chunk, num_rows))
+    if isinstance(rows, Tensor):
+        grad_x.zero_()
+    while start < len(rows):
+        stop = min(start + chunk, len(rows))
+        index = rows[start:stop] if isinstance(rows, Tensor) else slice(start, stop)
         try:
-            result, part = run(rows)
+            result, dx, dw = run(index)
+            if dx is not None:
+                grad_x[index] = dx
         except torch.OutOfMemoryError:
             if chunk <= MIN_CHUNK:
                 raise
             chunk //= 2
             continue
-        if part is not None:
+        if dw is not None:
             # Last, and in place, so that it cannot fail half done; the part's memory is free for the next chunk.
-            grad_weight += part
-            del part
+            grad_weight += dw
+            del dw
         done.append(result)
-        start = rows.stop
+        start = stop
     return done
 
 
@@ -93,5 +103,5 @@ def first_bad_row(loss: Tensor) -> Tensor:
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """A product with fp32 accumulation and fp32 result; cuBLAS has that for bf16 inputs on a GPU."""
+    """A product of bf16 or fp32 with fp32 accumulation and result: nothing is rounded but the inputs."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()

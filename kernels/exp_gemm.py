@@ -3,8 +3,8 @@
 Logits live in registers only. A persistent program computes a [BLOCK_T, BLOCK_V] tile of X Wᵀ (2 * T * V * H FLOP in
 all) and turns it in its epilogue into E = exp(z - shift) with the target's column left out, row sums of which go to
 `sums`, one row a vocabulary tile: plain stores, no atomics, so the same bits every time. bf16 has fp32's exponent
-range, so one shift a row, the target's own logit, is enough unless another logit is larger by 88; such a row shows as
-an infinite sum and is computed again with its maximum as the shift.
+range, so one shift a row, the target's own logit, is enough unless another logit is larger by tens of nats; such a row
+shows as a huge sum and is computed again with its maximum as the shift.
 
 Where E is kept (bf16), the gradient is E W with row scales: the logits are never rounded, only their exponentials.
 """
@@ -19,6 +19,8 @@ from torch import Tensor
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, on_triton, tl, triton
 
 LOG2E = 1.4426950408889634
+LARGEST_SUM = 2.0**60
+"""A row's sum from which it is computed again: 41 nats, half of fp32's, so that products with E keep their range."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def _exp_gemm_kernel(
                     where = tl.min(tl.where(seen == best[:, None], columns[None, :], V), axis=1)
                     tl.store(best_id_ptr + out, where, mask=inside)
             if SUMS:
+                # 0 times all logits: one of -inf, which an infinite weight makes, is no token of no chance but a NaN.
+                shift += 0.0 * tl.sum(logits, axis=1)
                 e = tl.exp2(logits * LOG2E - (shift * LOG2E)[:, None])
                 e = tl.where((columns[None, :] != target[:, None]) & (columns[None, :] < V), e, 0.0)
                 if STORE:
@@ -131,10 +135,10 @@ class Pass:
 def exp_gemm(
     x: Tensor, weight: Tensor, target: Tensor, target_logit: Tensor, *, store: bool = False, by_products: bool = False
 ) -> Pass:
-    """Run the pass, and again, on the device's own decision, for row blocks in which a sum overflowed.
+    """Run the pass, and again, on the device's own decision, for row blocks with a sum above LARGEST_SUM.
 
     Args:
-        x: [T, H], T at least 1; weight: [V, H]; both contiguous, same dtype, H * itemsize a multiple of 16.
+        x: [T, H], T at least 1; weight: [V, H]; both contiguous and as `check_tma` asks.
         target: [T] int64.
         target_logit: [T] fp32, x·w_target.
         store: keep E.
@@ -148,17 +152,17 @@ def exp_gemm(
     best_id = torch.empty_like(sums, dtype=torch.int32) if by_products else None
     e = x.new_empty(x.shape[0], table[0] * tiles.block_v) if store else None
     _launch(tiles, x, weight, target, target_logit, None, sums, e, weighted, best, best_id)
-    # Two gated passes that are two empty launches where no row overflowed, and no wait for the device.
-    overflowed = torch.isinf(sums.sum(0))
+    # Two gated passes that are two empty launches where no sum is too large, and no wait for the device.
+    too_large = sums.sum(0) > LARGEST_SUM
     num_blocks = triton.cdiv(x.shape[0], tiles.block_t)
     gate = torch.zeros(num_blocks * tiles.block_t, dtype=torch.bool, device=x.device)
-    gate[: x.shape[0]] = overflowed
+    gate[: x.shape[0]] = too_large
     gate = gate.view(num_blocks, tiles.block_t).any(1).int()
     maxima = x.new_full(
         (triton.cdiv(weight.shape[0], BY_PRODUCTS.block_v), x.shape[0]), -torch.inf, dtype=torch.float32
     )
     _launch(BY_PRODUCTS, x, weight, target, target_logit, gate, None, None, None, maxima, None)
-    shift = torch.where(overflowed, torch.maximum(maxima.amax(0), target_logit), target_logit)
+    shift = torch.where(too_large, torch.maximum(maxima.amax(0), target_logit), target_logit)
     _launch(tiles, x, weight, target, shift, gate, sums, e, weighted, None, None)
     return Pass(shift, sums, e, weighted, best, best_id)
 
@@ -188,39 +192,3 @@ def on_tensor_cores(x: Tensor) -> bool:
     """Whether operations on the head run these kernels: in 16 bits on a GPU, or in the interpreter. fp32 tiles of this
     size do not fit in shared memory, so fp32 takes the reference path on a GPU too."""
     return on_triton(x) and (INTERPRETED or x.element_size() == 2)
-
-
-def check_head(x: Tensor, weight: Tensor, token_ids: Tensor) -> None:
-    """What every operation on a language-model head asks of its input.
-
-    Raises:
-        ValueError: naming the first thing that does not fit.
-    """
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x must be [T, H] and weight [V, H]; found {list(x.shape)} and {list(weight.shape)}")
-    if x.dtype != weight.dtype or not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype} and weight is {weight.dtype}; both must be the same floating-point type")
-    if not (x.device == weight.device == token_ids.device):
-        raise ValueError(f"x is on {x.device}, weight on {weight.device}, token ids on {token_ids.device}")
-    if not weight.is_contiguous():
-        raise ValueError("weight must be contiguous; a view of a larger tensor cannot be the head")
-    if token_ids.dtype != torch.int64 or token_ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"token ids must be int64 with {x.shape[0]} rows; found {token_ids.dtype} {list(token_ids.shape)}"
-        )
-    if x.is_cuda and x.shape[1] * x.element_size() % 16:
-        raise ValueError(f"a row of x must be a multiple of 16 bytes; H is {x.shape[1]}")
-
-
-def check_range(token_ids: Tensor, vocab_size: int) -> None:
-    """What every operation that reads rows of the head asks of its ids. It looks at values, so it stands inside the
-    registered operators, where torch.compile does not trace.
-
-    Raises:
-        ValueError: an id outside [0, vocab_size); on a GPU the device asserts it.
-    """
-    if token_ids.is_cuda:
-        # Checked by the device in its own time: a wait here would cost a step its run-ahead.
-        torch._assert_async(((token_ids >= 0) & (token_ids < vocab_size)).all(), "a token id is out of range")
-    elif token_ids.numel() and not (int(token_ids.min()) >= 0 and int(token_ids.max()) < vocab_size):
-        raise ValueError(f"a token id is outside [0, {vocab_size})")

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids, row_weights
 from thinksafe.kernels.chunked_loss import (
     empty_gradients,
     first_bad_row,
@@ -30,7 +31,7 @@ from thinksafe.kernels.chunked_loss import (
     scaled_gradients,
 )
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
-from thinksafe.kernels.exp_gemm import PLAIN, check_head, check_range, exp_gemm, gather_dot, on_tensor_cores
+from thinksafe.kernels.exp_gemm import PLAIN, exp_gemm, gather_dot, on_tensor_cores
 
 CHUNK = 8192
 """Rows whose E is held at once: 8192 * 151,936 * 2 bytes = 2.5 GB. Halved where memory runs out."""
@@ -106,11 +107,10 @@ def _combine_kernel(
         tl.store(out_ptr + row * H + columns, grad, mask=inside)
 
 
-def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, needs_weight, mean_w):
-    """((loss, dropped, active), dW or None) of some rows; dX goes to grad_x unless that is None."""
-    needs_gradient = grad_x is not None or needs_weight
+def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight, mean_w):
+    """((loss, dropped, active), dX or None, dW or None) of some rows."""
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
-    done = exp_gemm(x, weight, target, target_logit, store=needs_gradient)
+    done = exp_gemm(x, weight, target, target_logit, store=needs_x or needs_weight)
     others = done.sums.sum(0)
     own = torch.exp(target_logit - done.shift)  # 1, but for a row whose shift is its maximum
     total = own + others
@@ -119,32 +119,30 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, gr
     loss = nll + z_loss * lse.square()
     if smoothing:
         loss = loss + smoothing * (target_logit - x.float() @ mean_w)
-    zero, one = loss.new_zeros(()), loss.new_ones(())
-    if not needs_gradient:
-        return (row_weight * loss, zero, one), None
     tilt = 1 + 2 * z_loss * lse
     scale = row_weight * tilt / total
     # tilt * p_y - (1 - smoothing), written so that nothing cancels where p_y is close to 1.
     own_gradient = row_weight * (-others / total + (tilt - 1) * (own / total) + smoothing)
-    dropped, active, grad_weight = zero, one, None
-    if grad_x is not None:
+    dropped, active, dx, dw = loss.new_zeros(()), loss.new_ones(()), None, None
+    if needs_x:
         if exact:
             product = matmul_fp32(done.e[:, : weight.shape[0]], weight)
         else:
             product, dropped, active = _sparse_product(done, weight, others, row_weight * others / total)
+        dx = torch.empty_like(x)
         block = min(triton.next_power_of_2(x.shape[1]), 2048)
         _combine_kernel[(len(x),)](
-            product, weight, target, mean_w, scale, own_gradient, -smoothing * row_weight, grad_x, x.shape[1],
+            product, weight, target, mean_w, scale, own_gradient, -smoothing * row_weight, dx, x.shape[1],
             SPREAD=smoothing > 0, BLOCK_H=block, num_warps=4,
         )  # fmt: skip
     if needs_weight:
         # dW = Eᵀ (scale X) with the target's own gradient put into E: a scatter that no two rows share.
         column = torch.where(scale == 0, 0.0, own_gradient / scale)
         done.e.scatter_(1, target[:, None], column[:, None].to(done.e.dtype))
-        grad_weight = matmul_fp32(done.e[:, : weight.shape[0]].T, (scale[:, None] * x.float()).to(x.dtype))
+        dw = matmul_fp32(done.e[:, : weight.shape[0]].T, (scale[:, None] * x.float()).to(x.dtype))
         if smoothing:
-            grad_weight -= (smoothing / len(weight)) * (row_weight @ x.float())
-    return (row_weight * loss, dropped, active), grad_weight
+            dw -= (smoothing / len(weight)) * (row_weight @ x.float())
+    return (row_weight * loss, dropped, active), dx, dw
 
 
 def _sparse_product(done, weight: Tensor, others: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,71 +168,82 @@ def _sparse_product(done, weight: Tensor, others: Tensor, mass: Tensor) -> tuple
     return product, dropped / mass.sum().clamp(min=torch.finfo(torch.float32).tiny), active.float().mean()
 
 
-def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, grad_x, needs_weight, mean_w):
+def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight, mean_w):
     """The same in plain torch."""
-    logits = (x @ weight.T).float()
-    lse = logits.logsumexp(-1)
+    logits = matmul_fp32(x, weight.T)
+    lse, mean = logits.logsumexp(-1), logits.mean(-1)
     column = target[:, None]
     chosen = logits.gather(-1, column)[:, 0]
-    loss = lse - chosen + smoothing * (chosen - logits.mean(-1)) + z_loss * lse.square()
-    grad_weight = None
-    if grad_x is not None or needs_weight:
-        scale = row_weight * (1 + 2 * z_loss * lse)
-        grad = (
-            logits.sub_(lse[:, None]).exp_().mul_(scale[:, None]).sub_((smoothing / len(weight)) * row_weight[:, None])
-        )
+    # A logit of -inf, which an infinite weight makes, is a NaN.
+    loss = lse - chosen + smoothing * (chosen - mean) + z_loss * lse.square() + 0 * mean
+    if needs_x or needs_weight:
+        grad, scale = logits.sub_(lse[:, None]).exp_(), row_weight * (1 + 2 * z_loss * lse)
+        grad.mul_(scale[:, None]).sub_((smoothing / len(weight)) * row_weight[:, None])
         grad.scatter_add_(-1, column, (smoothing - 1) * row_weight[:, None])
-        grad = grad.to(x.dtype)
-        if grad_x is not None:
-            torch.mm(grad, weight, out=grad_x)
-        if needs_weight:
-            grad_weight = grad.T @ x
-    return (row_weight * loss, loss.new_zeros(()), loss.new_ones(())), grad_weight
+    dx = matmul_fp32(grad, weight).to(x.dtype) if needs_x else None
+    dw = matmul_fp32(grad.T, x) if needs_weight else None
+    return (row_weight * loss, loss.new_zeros(()), loss.new_ones(())), dx, dw
 
 
 @torch.library.custom_op("thinksafe::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
-    x: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, smoothing: float, z_loss: float, exact: bool,
-    needs_x: bool, needs_weight: bool,
+    x: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int | None, smoothing: float,
+    z_loss: float, exact: bool, needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(weighted loss a row, its dX, dW of their sum, [dropped mass, active share])."""
-    check_range(target, len(weight))
-    triton_path = on_tensor_cores(x)
-    run, chunk = (_chunk_on_triton, CHUNK) if triton_path else (_chunk_on_reference, REFERENCE_CHUNK)
+    """(weighted loss a row, its dX, dW of their sum, [dropped mass, active share]); row_weight is 0 in ignored rows."""
+    rows = range(len(x))
+    if ignore_index is not None:
+        ignored = target == ignore_index
+        if _may_wait(x):
+            kept = (~ignored).nonzero()[:, 0]
+            rows = kept if len(kept) < len(x) else rows
+        else:  # computed with all others, of finite states and with a weight of 0
+            x, target = x.masked_fill(ignored[:, None], 0), target.masked_fill(ignored, 0)
+    check_range("target", target if isinstance(rows, range) else target[rows], len(weight))
+    on_triton = on_tensor_cores(x)
+    if on_triton:
+        check_tma(x=x, weight=weight)
+    run, chunk = (_chunk_on_triton, CHUNK) if on_triton else (_chunk_on_reference, REFERENCE_CHUNK)
     grad_x, grad_weight = empty_gradients(x, weight, needs_x, needs_weight)
-    mean_w = weight.float().mean(0) if smoothing and triton_path else None
-    chunks = over_chunks(len(x), chunk, grad_weight, lambda rows: run(
-        x[rows], weight, target[rows], row_weight[rows], smoothing, z_loss, exact, grad_x[rows] if needs_x else None,
-        needs_weight, mean_w,
+    mean_w = weight.float().mean(0) if smoothing and on_triton else None
+    chunks = over_chunks(rows, chunk, grad_x, grad_weight, lambda rows: run(
+        x[rows], weight, target[rows], row_weight[rows], smoothing, z_loss, exact, needs_x, needs_weight, mean_w,
     ))  # fmt: skip
-    if not chunks:
-        return row_weight.clone(), grad_x, grad_weight, row_weight.new_tensor([0.0, 1.0])
-    losses, dropped, active = zip(*chunks, strict=True)
-    rows_computed = sum(share * len(loss) for loss, share in zip(losses, active, strict=True))
-    return torch.cat(losses), grad_x, grad_weight, torch.stack((torch.stack(dropped).amax(), rows_computed / len(x)))
+    loss, dropped, active = torch.zeros_like(row_weight), row_weight.new_zeros(()), row_weight.new_ones(())
+    if chunks:
+        losses, dropped, active = zip(*chunks, strict=True)
+        loss[slice(None) if isinstance(rows, range) else rows] = torch.cat(losses)
+        dropped = torch.stack(dropped).amax()
+        active = sum(share * len(loss) for loss, share in zip(losses, active, strict=True)) / len(rows)
+    return loss, grad_x, grad_weight, torch.stack((dropped, active))
+
+
+def _may_wait(x: Tensor) -> bool:
+    """Whether the host may ask how many rows count: not while a CUDA graph is captured."""
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @_linear_cross_entropy.register_fake
-def _(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight):
+def _(x, weight, target, row_weight, ignore_index, smoothing, z_loss, exact, needs_x, needs_weight):
     return torch.empty_like(row_weight), *empty_gradients(x, weight, needs_x, needs_weight), row_weight.new_empty(2)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:3])
-    ctx.settings = inputs[4:7]
-    ctx.needs_x, ctx.needs_weight = inputs[7:]
+    ctx.settings = inputs[4:8]
+    ctx.needs_x, ctx.needs_weight = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):
     x, weight, target, row_weight, grad_x, grad_weight = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 9
+        return (None,) * 10
     dx, dw = scaled_gradients(
         grad_loss, grad_x if ctx.needs_x else None, grad_weight if ctx.needs_weight else None,
         lambda: _linear_cross_entropy(x, weight, target, row_weight * grad_loss, *ctx.settings, False, True)[2],
     )  # fmt: skip
-    return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None, None, None
+    return dx, None if dw is None else dw.to(weight.dtype), *(None,) * 8
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
@@ -252,11 +261,32 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     exact: bool | None = None,
 ) -> Tensor:
-    """Cross-entropy of X Wᵀ against targets, in nats; see `linear_cross_entropy_with_stats`."""
-    return linear_cross_entropy_with_stats(
-        x, weight, target, token_weight=token_weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-        z_loss=z_loss, reduction=reduction, exact=exact,
-    )[0]  # fmt: skip
+    """Cross-entropy of X Wᵀ against targets, in nats.
+
+    Args:
+        x: [T, H] hidden states, bf16 or fp32.
+        weight: [V, H] head, contiguous, dtype of x; gets a gradient, summed in fp32, only if it requires one.
+        target: [T] int64 in [0, V), or ignore_index.
+        token_weight: [T] finite and not negative, a constant; None for 1.
+        ignore_index: rows with this target are left out before anything is computed, which waits for the device to
+            count them; a captured CUDA graph cannot, and computes them with a weight of 0. None promises that there
+            are none.
+        label_smoothing: share of the target's probability spread over the vocabulary.
+        z_loss: coefficient of lse².
+        reduction: `mean` divides by the weights of the rows that count (a loss of 0 where there are none).
+        exact: keep every block of the gradient; None is exact for a head that trains and not for a frozen one.
+
+    Returns:
+        The loss, fp32: a scalar, or [T] for `none` with 0 in ignored rows. NaN in rows whose states are not finite, and
+        in all that an infinite or NaN weight reaches; `linear_cross_entropy_with_stats` names the first.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, with its name; on a GPU values are asserted by the device.
+    """
+    rows, normaliser, _ = _rows(
+        x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction
+    )
+    return reduced(rows, normaliser, reduction)
 
 
 def linear_cross_entropy_with_stats(
@@ -271,54 +301,30 @@ def linear_cross_entropy_with_stats(
     reduction: Literal["mean", "sum", "none"] = "mean",
     exact: bool | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Cross-entropy of X Wᵀ against targets, in nats, and what the call did.
+    """`linear_cross_entropy`, and what the call did."""
+    rows, normaliser, figures = _rows(
+        x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction
+    )
+    return reduced(rows, normaliser, reduction), Stats(normaliser, *figures.unbind(), first_bad_row(rows))
 
-    Args:
-        x: [T, H] hidden states.
-        weight: [V, H] head, contiguous, dtype of x; gets a gradient, summed in fp32, only if it requires one.
-        target: [T] int64 in [0, V), or ignore_index.
-        token_weight: [T] non-negative, or None for 1.
-        ignore_index: rows with this target are left out before anything is computed, which waits for the device to
-            count them; None promises that there are none and does not wait.
-        label_smoothing: share of the target's probability spread over the vocabulary.
-        z_loss: coefficient of lse².
-        reduction: `mean` divides by the weights of the rows that count (a loss of 0 where there are none).
-        exact: keep every block of the gradient; None is exact for a head that trains and not for a frozen one.
 
-    Returns:
-        The loss, fp32: a scalar, or [T] for `none` with 0 in ignored rows.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a setting is out of its range.
-    """
+def _rows(x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction):
+    """(weighted loss [T], sum of the weights that count, [dropped mass, active share])."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, found {reduction!r}")
-    if not 0 <= label_smoothing < 1 or z_loss < 0:
-        raise ValueError("label_smoothing must lie in [0, 1) and z_loss must not be negative")
-    if token_weight is not None and token_weight.shape != target.shape:
-        raise ValueError(f"token_weight is {list(token_weight.shape)}, target is {list(target.shape)}")
-    num_rows, kept = len(x), None
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), found {label_smoothing}")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be finite and not negative, found {z_loss}")
+    check_head(x, weight)
+    check_token_ids("target", target, x, (len(x),))
+    row_weight = row_weights(token_weight, x)
     if ignore_index is not None:
-        kept = (target != ignore_index).nonzero()[:, 0]
-        if len(kept) < num_rows:
-            x, target = x[kept], target[kept]
-            token_weight = None if token_weight is None else token_weight[kept]
-        else:
-            kept = None
-    check_head(x, weight, target)
-    row_weight = x.new_ones(len(x), dtype=torch.float32) if token_weight is None else token_weight.float()
-    normaliser = row_weight.sum()
+        row_weight = row_weight.masked_fill(target == ignore_index, 0.0)
     grad = torch.is_grad_enabled()
     needs_x, needs_weight = grad and x.requires_grad, grad and weight.requires_grad
-    exact = needs_weight if exact is None else exact
     loss, _, _, figures = _linear_cross_entropy(
-        x.contiguous(), weight, target.contiguous(), row_weight, label_smoothing, z_loss, exact, needs_x, needs_weight
-    )
-    bad_row = first_bad_row(loss)
-    if kept is not None and len(kept):
-        bad_row = torch.where(bad_row < 0, bad_row, kept[bad_row.clamp(min=0)])
-    stats = Stats(normaliser, figures[0], figures[1], bad_row)
-    loss = reduced(loss, normaliser, reduction)
-    if reduction == "none" and kept is not None:
-        loss = loss.new_zeros(num_rows).index_copy(0, kept, loss)
-    return loss, stats
+        x.contiguous(), weight, target.contiguous(), row_weight, ignore_index, label_smoothing, z_loss,
+        needs_weight if exact is None else exact, needs_x, needs_weight,
+    )  # fmt: skip
+    return loss, row_weight.sum(), figures

@@ -2,7 +2,7 @@
 
 One pass over the vocabulary, 2 * T * V * H FLOP and nothing stored: exp(z - z_y) summed over all other tokens is S, and
 log p = -log1p(S), exact to fp32 however confident the model is. A guard's verdict wants a handful of tokens at one
-position; the margin between two of them needs no sum at all, two dot products a row.
+position; the margin between two of them needs no sum at all, a dot product a row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.exp_gemm import check_head, check_range, exp_gemm, gather_dot, on_tensor_cores
+from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids
+from thinksafe.kernels.exp_gemm import exp_gemm, gather_dot, on_tensor_cores
 
 _CHUNK = 1024  # rows of logits that the reference forms at once
 
@@ -32,29 +33,30 @@ class Logprobs:
     top1: Tensor | None
 
 
-def reference(x: Tensor, weight: Tensor, target: Tensor, by_products: bool = False) -> Logprobs:
-    """The same through logits in fp32 or better, some rows at a time."""
+def reference(x: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of token_ids [T, K], entropy [T], most likely token [T]) through logits in fp32 or better,
+    some rows at a time."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    parts = []
+    x, weight, parts = x.to(dtype), weight.to(dtype), []
     for start in range(0, max(len(x), 1), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        logprobs = (x[rows].to(dtype) @ weight.to(dtype).T).log_softmax(-1)
-        chosen = logprobs.gather(-1, target[rows, None])[:, 0]
-        entropy = -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1) if by_products else chosen
-        parts.append((chosen, entropy, logprobs.argmax(-1) if by_products else chosen))
-    logprob, entropy, top1 = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
+        logits = x[rows] @ weight.T
+        # A logit of -inf, which an infinite weight makes, is a NaN.
+        logprobs = logits.log_softmax(-1) + 0 * logits.sum(-1, keepdim=True)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        parts.append((logprobs.gather(-1, token_ids[rows]), entropy, logprobs.argmax(-1)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @torch.library.custom_op("thinksafe::linear_logprob", mutates_args=())
 def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability, entropy, most likely token), the last two empty unless asked for."""
-    check_range(target, len(weight))
+    check_range("target", target, len(weight))
+    none = x.new_empty(0, dtype=torch.float32), target.new_empty(0)
     if not on_tensor_cores(x) or len(x) == 0:
-        done = reference(x, weight, target, by_products)
-        if by_products:
-            return done.logprob, done.entropy, done.top1
-        return done.logprob, x.new_empty(0), target.new_empty(0)
+        logprob, *rest = reference(x, weight, target[:, None])
+        return logprob[:, 0], *(rest if by_products else none)
+    check_tma(x=x, weight=weight)
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
     done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
     others = done.sums.sum(0)
@@ -62,7 +64,7 @@ def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool
     # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
     logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
     if not by_products:
-        return logprob, x.new_empty(0), target.new_empty(0)
+        return logprob, *none
     lse = target_logit - logprob
     mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
     tile = done.best.argmax(0, keepdim=True)
@@ -72,19 +74,15 @@ def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool
 @_linear_logprob.register_fake
 def _(x, weight, target, by_products):
     rows = len(x) if by_products else 0
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (
-        x.new_empty(len(x), dtype=dtype),
-        x.new_empty(rows, dtype=dtype if by_products else x.dtype),
-        target.new_empty(rows),
-    )
+    return x.new_empty(len(x), dtype=torch.float32), x.new_empty(rows, dtype=torch.float32), target.new_empty(rows)
 
 
 @torch.library.custom_op("thinksafe::linear_logprob_of", mutates_args=())
 def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    check_range(token_ids, len(weight))
+    check_range("token_ids", token_ids, len(weight))
     if not on_tensor_cores(x) or len(x) == 0:
-        return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
+        return reference(x, weight, token_ids)[0]
+    check_tma(x=x, weight=weight)
     logits = gather_dot(x, weight, token_ids)
     # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
     best, column = logits.max(-1)
@@ -93,26 +91,18 @@ def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return logits - lse[:, None]
 
 
-@torch.library.custom_op("thinksafe::chosen_logits", mutates_args=())
-def _chosen_logits(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    check_range(token_ids, len(weight))
-    if on_tensor_cores(x):
-        return gather_dot(x, weight, token_ids)
-    return torch.einsum("th,tkh->tk", x.float(), weight[token_ids].float())
-
-
 @_linear_logprob_of.register_fake
-@_chosen_logits.register_fake
 def _(x, weight, token_ids):
     return x.new_empty(token_ids.shape, dtype=torch.float32)
 
 
 @torch.no_grad()
 def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bool = False) -> Logprobs:
-    """Log-probability of one token a row.
+    """Log-probability of one token a row, without a gradient: one that trains is a `linear_cross_entropy` of
+    reduction="none", negated.
 
     Args:
-        x: [T, H] hidden states.
+        x: [T, H] hidden states, bf16 or fp32.
         weight: [V, H] head, contiguous, in the dtype of x.
         target: [T] int64 in [0, V).
         by_products: also give entropy and the most likely token.
@@ -121,9 +111,10 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bo
         See `Logprobs`; NaN where x or the head are not finite.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or a target is out of range.
+        TypeError, ValueError: an argument does not fit, with its name; on a GPU values are asserted by the device.
     """
-    check_head(x, weight, target)
+    check_head(x, weight)
+    check_token_ids("target", target, x, (len(x),))
     logprob, entropy, top1 = _linear_logprob(x.contiguous(), weight, target.contiguous(), by_products)
     return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
 
@@ -134,19 +125,29 @@ def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
     Args:
         x: [T, H]; weight: [V, H]; as for `linear_logprob`.
-        token_ids: [T, K] int64 in [0, V).
+        token_ids: [T, K] int64 in [0, V), K at least 1.
 
     Returns:
-        [T, K] fp32.
+        [T, K] fp32, NaN where x or the head are not finite.
+
+    Raises:
+        TypeError, ValueError: as for `linear_logprob`.
     """
-    check_head(x, weight, token_ids)
+    check_head(x, weight)
+    width = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.dim() == 2 else 1
+    check_token_ids("token_ids", token_ids, x, (len(x), width))
     return _linear_logprob_of(x.contiguous(), weight, token_ids.contiguous())
 
 
 @torch.no_grad()
 def linear_margin(x: Tensor, weight: Tensor, token: int, other: int) -> Tensor:
-    """log p(token) - log p(other) for every row, [T] fp32: two dot products, no sum over the vocabulary."""
-    token_ids = torch.tensor([[token, other]], device=x.device).expand(len(x), 2).contiguous()
-    check_head(x, weight, token_ids)
-    logits = _chosen_logits(x.contiguous(), weight, token_ids)
-    return logits[:, 0] - logits[:, 1]
+    """log p(token) - log p(other) for every row, [T] fp32: the rows' product with a difference of two rows of the head,
+    no sum over the vocabulary.
+
+    Raises:
+        TypeError, ValueError: as for `linear_logprob`.
+    """
+    check_head(x, weight)
+    if not (0 <= token < len(weight) and 0 <= other < len(weight)):
+        raise ValueError(f"token and other must lie in [0, {len(weight)}), found {token} and {other}")
+    return (x.float() * (weight[token].float() - weight[other].float())).sum(-1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.checks import check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _TILE = 4096  # elements a program holds at once: 16 to 32 a thread, which leaves registers for the backward's five
@@ -192,24 +193,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [..., H], floating point.
-        weight: [H], the learned gain, in the dtype of x.
+        weight: [H], the learned gain, contiguous, in the dtype of x.
         eps: added to the mean square.
 
     Returns:
         [..., H] in the dtype of x.
 
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError, ValueError: an argument does not fit, with its name.
     """
     _check(x, weight)
     return _rms_norm(x.contiguous(), None, weight, eps)[0] if on_triton(x) else reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass; arguments as for `rms_norm`."""
+    """(rms_norm(x + residual), x + residual) in one pass; residual like x, the others as for `rms_norm`."""
     _check(x, weight)
-    if x.shape != residual.shape or x.dtype != residual.dtype:
-        raise ValueError(f"residual is {residual.dtype} {list(residual.shape)}, x is {x.dtype} {list(x.shape)}")
+    check_tensor("residual", residual, x.shape, x.dtype, x.device)
     if on_triton(x):
         return _rms_norm(x.contiguous(), residual.contiguous(), weight, eps)[:2]
     total = x + residual
@@ -217,5 +217,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if weight.shape != x.shape[-1:] or weight.device != x.device:
-        raise ValueError(f"weight is {list(weight.shape)} on {weight.device}, x ends in {x.shape[-1]} on {x.device}")
+    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point [..., H] with H at least 1; found {x.dtype} {list(x.shape)}")
+    check_tensor("weight", weight, x.shape[-1:], x.dtype, x.device, strided=False)

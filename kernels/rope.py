@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from thinksafe.kernels.checks import check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.rms_norm import reference as rms_norm_reference
 
@@ -203,16 +204,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate every head of x.
 
     Args:
-        x: [T, num_heads, D], D a power of two on a GPU.
+        x: [T, num_heads, D], floating point; D even, and a power of two on a GPU.
         cos, sin: [T, D/2] fp32, of the tokens' positions.
 
     Returns:
         [T, num_heads, D] in the dtype of x.
 
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError, ValueError: an argument does not fit, with its name.
     """
-    return _rotate(x, None, 0.0, cos, sin)
+    return _rotate("x", x, None, 0.0, cos, sin)
 
 
 def qk_norm_rope(
@@ -221,8 +222,8 @@ def qk_norm_rope(
     """Qwen3's normalisation of every head of q and k, then the rotation, in one pass over each.
 
     Args:
-        q: [T, num_heads, D]; k: [T, num_kv_heads, D].
-        q_weight, k_weight: [D], gains.
+        q: [T, num_heads, D]; k: [T, num_kv_heads, D]; as for `rope`.
+        q_weight, k_weight: [D], gains, contiguous, in the dtypes of q and k.
         eps: added to the mean square.
         cos, sin: [T, D/2] fp32.
 
@@ -230,17 +231,21 @@ def qk_norm_rope(
         q and k, same shapes and dtypes.
 
     Raises:
-        ValueError: the shapes do not fit.
+        TypeError, ValueError: an argument does not fit, with its name.
     """
-    return _rotate(q, q_weight, eps, cos, sin), _rotate(k, k_weight, eps, cos, sin)
+    return _rotate("q", q, q_weight, eps, cos, sin), _rotate("k", k, k_weight, eps, cos, sin)
 
 
-def _rotate(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    expected = (x.shape[0], x.shape[-1] // 2)
-    if x.dim() != 3 or cos.shape != expected or sin.shape != expected:
-        raise ValueError(f"x is {list(x.shape)}, cos is {list(cos.shape)}: expected [T, heads, D] and [T, D/2]")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight is {list(weight.shape)}, heads have {x.shape[-1]} elements")
+def _rotate(name: str, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    if x.dim() != 3 or not x.is_floating_point() or x.shape[2] % 2 or x.shape[2] == 0:
+        raise ValueError(f"{name} must be floating-point [T, heads, D] with D even; found {x.dtype} {list(x.shape)}")
+    half = x.shape[2] // 2
+    if on_triton(x) and (half & (half - 1) or half > TILE):
+        raise ValueError(f"{name} has heads of {x.shape[2]} elements; a GPU takes powers of two up to {2 * TILE}")
+    for table, angles in (("cos", cos), ("sin", sin)):
+        check_tensor(table, angles, (x.shape[0], half), torch.float32, x.device)
+    if weight is not None:
+        check_tensor(f"{name}_weight", weight, x.shape[2:], x.dtype, x.device, strided=False)
     if on_triton(x):
         return _norm_rope(x.contiguous(), weight, eps, cos.contiguous(), sin.contiguous())[0]
     return reference(x, weight, eps, cos, sin)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thinksafe.kernels.checks import check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _BLOCK = 4096
@@ -80,14 +81,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element.
 
     Args:
-        gate, up: [..., I], same shape, dtype and device.
+        gate, up: [..., I], floating point, alike in shape, dtype and device.
 
     Returns:
         [..., I].
 
     Raises:
-        ValueError: they differ.
+        TypeError, ValueError: they differ or are not floating point.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
-        raise ValueError(f"gate is {gate.dtype} {list(gate.shape)}, up is {up.dtype} {list(up.shape)}")
+    if not gate.is_floating_point():
+        raise ValueError(f"gate must be floating point, found {gate.dtype}")
+    check_tensor("up", up, gate.shape, gate.dtype, gate.device)
     return _swiglu(gate.contiguous(), up.contiguous()) if on_triton(gate) else reference(gate, up)

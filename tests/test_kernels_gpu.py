@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_calls import CALLS
 
 from thinksafe.kernels import linear_cross_entropy as lce
 from thinksafe.kernels import linear_kl as lkl
@@ -46,18 +47,19 @@ def test_cross_entropy_is_closer_to_fp64_than_the_caps(fresh_seed, shape, traina
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logprobs_equal_fp64(fresh_seed, shape):
     x, weight, target = peaked(*shape)
-    expected = llp.reference(x.double(), weight.double(), target, True)
+    ids = torch.cat((target[:, None], torch.randint(shape[2], (shape[0], 3), device="cuda")), 1)
+    exact, entropy, top1 = llp.reference(x.double(), weight.double(), ids)
     actual = llp.linear_logprob(x, weight, target, by_products=True)
-    torch.testing.assert_close(actual.logprob.double(), expected.logprob, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(actual.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-4)
-    assert torch.equal(actual.top1, expected.top1)
-    ids = torch.randint(shape[2], (shape[0], 3), device="cuda")
-    exact = (x.double() @ weight.double().T).log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(actual.logprob.double(), exact[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual.entropy.double(), entropy, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual.top1, top1)
     torch.testing.assert_close(llp.linear_logprob_of(x, weight, ids).double(), exact, rtol=1e-5, atol=1e-4)
+    margin = llp.linear_margin(x, weight, 3, 7).double()
+    torch.testing.assert_close(margin, x.double() @ (weight[3] - weight[7].double()), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-@pytest.mark.parametrize("distance", [1e-2, 0.1, 0.5])
+@pytest.mark.parametrize("distance", [1e-2, 0.1, 0.5, 8.0])
 @pytest.mark.parametrize("reference_hidden", [None, 1024, 1536])
 def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, distance, reference_hidden):
     """One head, a head of its own, and a head of its own over wider states, of which the rest changes little."""
@@ -75,8 +77,8 @@ def test_divergence_is_closer_to_fp64_than_the_caps(fresh_seed, direction, dista
     expected.backward()
     value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, head, direction=direction)
     value.backward()
-    assert abs(value.item() - expected.item()) <= 1e-5 + 1e-3 * expected.item()
-    assert relative(x.grad, x64.grad) < (4e-3 if expected < 1 else 1e-2)
+    assert abs(value.item() - expected.item()) <= max(1e-5, (1e-3 if direction == "jsd" else 1e-5) * expected.item())
+    assert relative(x.grad, x64.grad) < 4e-3
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -86,6 +88,28 @@ def test_equal_models_differ_by_exactly_nothing(fresh_seed, direction):
     value = lkl.linear_kl(student, x, weight, direction=direction, reduction="none")
     value.sum().backward()
     assert not value.any() and not student.grad.any()
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [0, 1])
+def test_whatever_is_broken_is_nan(fresh_seed, poison, where):
+    """A row of states spoils itself, a row of the head everything: also where it makes a token merely impossible."""
+    case = peaked(200, 128, 5000)
+    case[where][150, 5] = poison
+    x, weight, target = case
+    target[target == 150] = 0
+    broken = torch.tensor([150] if where == 0 else range(200), device="cuda")
+    scores = llp.linear_logprob(x, weight, target, by_products=True)
+    _, stats = lce.linear_cross_entropy_with_stats(x, weight, target)
+    assert stats.bad_row == broken[0]
+    for rows in (
+        scores.logprob,
+        scores.entropy,
+        llp.linear_logprob_of(x, weight, target[:, None])[:, 0],
+        lce.linear_cross_entropy(x, weight, target, reduction="none"),
+        *(lkl.linear_kl(x, x.flip(1), weight, None, way, reduction="none") for way in ("forward", "reverse", "jsd")),
+    ):
+        assert torch.equal(rows.isnan().nonzero()[:, 0], broken)
 
 
 def test_index_arithmetic_beyond_two_to_the_31(fresh_seed):
@@ -157,8 +181,46 @@ def test_rotation_equals_its_reference(fresh_seed):
         assert relative(actual, expected) < 1e-2
 
 
-def test_a_step_runs_under_torch_compile(fresh_seed):
-    x, weight, target = peaked(64, 256, 4096)
-    x.requires_grad_()
-    compiled = torch.compile(lambda x: lce.linear_cross_entropy(x, weight, target, ignore_index=None), fullgraph=True)
-    torch.testing.assert_close(compiled(x), lce.linear_cross_entropy(x, weight, target, ignore_index=None))
+def step(name, x, weight, target):
+    """A call and, where there is one, its gradient."""
+    found = CALLS[name](x, weight, target)
+    leaves = [leaf for leaf in (x, weight) if leaf.requires_grad]
+    if not (leaves and found.requires_grad):
+        return (found.detach(),)
+    gradients = torch.autograd.grad(found.float().sum(), leaves, allow_unused=True)
+    return found.detach(), *(gradient for gradient in gradients if gradient is not None)
+
+
+def masked(T, H, V):
+    x, weight, target = peaked(T, H, V)
+    return x.requires_grad_(), weight, torch.where(torch.arange(T, device="cuda") % 3 == 0, -100, target)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_captured_graph_replays_what_a_call_does(fresh_seed, name, trainable):
+    """With other states and targets in the same memory than those it was captured with."""
+    inputs = masked(192, 256, 4096)
+    inputs[1].requires_grad_(trainable)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(name, *inputs)  # kernels are compiled before they are captured
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step(name, *inputs)
+    with torch.no_grad():
+        for old, new in zip(inputs, masked(192, 256, 4096), strict=True):
+            old.copy_(new.flip(0))
+    graph.replay()
+    for actual, expected in zip(replayed, step(name, *inputs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_compiles_in_one_graph(fresh_seed, name):
+    inputs = masked(64, 256, 4096)
+    torch._dynamo.reset()
+    actual = torch.compile(CALLS[name], fullgraph=True)(*inputs)
+    torch.testing.assert_close(actual, CALLS[name](*inputs), rtol=2e-2, atol=1e-3)

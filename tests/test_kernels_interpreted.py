@@ -14,7 +14,7 @@ if not INTERPRETED:
 
 from out_of_memory import OutOfMemoryAt
 
-from thinksafe.kernels import chunked_loss, rms_norm, rope, swiglu
+from thinksafe.kernels import checks, chunked_loss, rms_norm, rope, swiglu
 from thinksafe.kernels import linear_cross_entropy as lce
 from thinksafe.kernels import linear_kl as lkl
 from thinksafe.kernels import linear_logprob as llp
@@ -109,12 +109,34 @@ def test_masked_rows_cost_nothing_and_change_nothing(fresh_seed):
     mask = torch.rand(40) < 0.4
     ignored = torch.where(mask, -100, target)
     whole, kept = x.clone().requires_grad_(), x[~mask].clone().requires_grad_()
-    masked = lce.linear_cross_entropy(whole, weight, ignored, exact=True)
-    compact = lce.linear_cross_entropy(kept, weight, target[~mask], exact=True)
-    masked.backward(), compact.backward()
-    assert torch.equal(masked, compact)
-    assert torch.equal(whole.grad[~mask], kept.grad)
-    assert not whole.grad[mask].any()
+    masked = lce.linear_cross_entropy(whole, weight, ignored, exact=True, reduction="none")
+    compact = lce.linear_cross_entropy(kept, weight, target[~mask], exact=True, reduction="none")
+    masked.sum().backward(), compact.sum().backward()
+    assert torch.equal(masked[~mask], compact) and not masked[mask].any()
+    assert torch.equal(whole.grad[~mask], kept.grad) and not whole.grad[mask].any()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_where_rows_cannot_be_counted_masked_ones_weigh_nothing(fresh_seed, monkeypatch, trainable, exact):
+    """As while a CUDA graph is captured; what stands in masked rows, be it NaN, stays out of everything."""
+    x, weight, target = peaked(40, 32, 100, sharpness=5.0)
+    mask, token_weight = torch.rand(40) < 0.4, torch.rand(40) + 0.1
+    target[mask], x[mask] = -100, torch.nan
+
+    def run():
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_(trainable)
+        loss, stats = lce.linear_cross_entropy_with_stats(
+            *leaves, target, token_weight=token_weight, exact=exact, label_smoothing=0.1, z_loss=1e-3
+        )
+        return [loss, stats.normaliser, *torch.autograd.grad(loss, leaves[: 1 + trainable])], stats.bad_row
+
+    expected, _ = run()
+    monkeypatch.setattr(lce, "_may_wait", lambda x: False)
+    found, bad_row = run()
+    assert bad_row == -1
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_chunks_do_not_change_the_gradient_of_x(fresh_seed, monkeypatch):
@@ -220,13 +242,13 @@ def test_a_broken_row_is_named_and_spoils_no_other(fresh_seed, poison):
 def test_logprob_entropy_and_top1_equal_fp64(fresh_seed, shape, scale):
     T, H, V = shape
     x, weight, target = torch.randn(T, H) * scale, torch.randn(V, H), torch.randint(V, (T,))
-    expected = llp.reference(x.double(), weight.double(), target, True)
+    logprob, entropy, top1 = llp.reference(x.double(), weight.double(), target[:, None])
     plain, full = (llp.linear_logprob(x, weight, target, by_products=flag) for flag in (False, True))
     tolerance = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, scale**2)}
-    torch.testing.assert_close(plain.logprob.double(), expected.logprob, **tolerance)
-    torch.testing.assert_close(full.logprob.double(), expected.logprob, **tolerance)
-    torch.testing.assert_close(full.entropy.double(), expected.entropy, **tolerance)
-    assert torch.equal(full.top1, expected.top1)
+    torch.testing.assert_close(plain.logprob.double(), logprob[:, 0], **tolerance)
+    torch.testing.assert_close(full.logprob.double(), logprob[:, 0], **tolerance)
+    torch.testing.assert_close(full.entropy.double(), entropy, **tolerance)
+    assert torch.equal(full.top1, top1)
     ids = torch.randint(V, (T, 3))
     several = llp.linear_logprob_of(x, weight, ids)
     torch.testing.assert_close(several.double(), (x @ weight.T).double().log_softmax(1).gather(1, ids), **tolerance)
@@ -260,10 +282,9 @@ def test_divergence_and_its_gradients_equal_fp64(
     else:
         expected = rows.sum() / token_weight.double().sum()
     value.backward(), expected.backward()
-    # D's fp16 rounding averages out over a real vocabulary; over 33 words it leaves some parts in a thousand.
-    assert abs(value.item() - expected.item()) <= 1e-5 + 1e-2 * rows.abs().max().item()
-    assert close(x.grad, x64.grad, 1e-2)
-    assert close(weight.grad, weight64.grad, 1e-2)
+    assert abs(value.item() - expected.item()) <= 1e-5 + 1e-4 * rows.abs().max().item()
+    assert close(x.grad, x64.grad, 1e-3)
+    assert close(weight.grad, weight64.grad, 1e-3)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -279,8 +300,24 @@ def test_divergence_is_precise_from_a_millionth_to_a_nat(fresh_seed, direction, 
     value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, direction=direction)
     value.backward(), expected.backward()
     assert kl / 30 < expected < 10 * kl
-    assert abs(value.item() - expected.item()) <= 1e-5 + 3e-4 * expected.item()
-    assert close(x.grad, x64.grad, 4e-3)
+    assert abs(value.item() - expected.item()) <= 1e-5
+    assert value.item() == pytest.approx(expected.item(), rel=2e-3)
+    assert close(x.grad, x64.grad, 1e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("scale, distance", [(3.0, 3.0), (1.0, 1.0), (0.3, 10.0)])
+def test_models_far_apart_are_as_precise(fresh_seed, direction, scale, distance):
+    """Logits of 25 nats and differences of hundreds, where a difference in fp16 is off by a tenth."""
+    x_reference, weight = scale * torch.randn(16, 64), torch.randn(1024, 64)
+    x = x_reference + distance * torch.randn(16, 64)
+    x64 = x.double().requires_grad_()
+    expected = lkl.reference(x64, x_reference.double(), weight.double(), direction=direction)
+    value = lkl.linear_kl(x.requires_grad_(), x_reference, weight, direction=direction, reduction="none")
+    expected.sum().backward(), value.sum().backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=1e-5)
+    # Nearly all mass on one token leaves a gradient that fp32 logits cannot give: compared with what one token can.
+    assert (x.grad.double() - x64.grad).norm() <= 4e-3 * x64.grad.norm() + 1e-4 * weight.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -296,15 +333,6 @@ def test_divergence_of_confident_rows_is_as_precise(fresh_seed, direction):
     assert close(x.grad, x64.grad, 4e-3)
 
 
-def test_a_student_hundreds_of_nats_away_still_has_its_divergence(fresh_seed):
-    """Beyond 88 nats the pivoted sum overflows; D, some hundreds, is then rounded to a quarter."""
-    x_reference, weight = torch.randn(8, 64), torch.randn(200, 64)
-    x = torch.randn(8, 64) * 30
-    expected = lkl.reference(x.double(), x_reference.double(), weight.double())
-    value = lkl.linear_kl(x, x_reference, weight, reduction="none")
-    torch.testing.assert_close(value.double(), expected, rtol=1e-2, atol=0)
-
-
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 def test_equal_models_differ_by_exactly_nothing(fresh_seed, direction):
     x, weight = torch.randn(35, 48) * 3, torch.randn(127, 48)
@@ -312,15 +340,6 @@ def test_equal_models_differ_by_exactly_nothing(fresh_seed, direction):
     value = lkl.linear_kl(student, x, weight, direction=direction, reduction="none")
     value.sum().backward()
     assert not value.any() and not student.grad.any()
-
-
-def test_a_nan_in_either_model_is_a_nan_in_its_row(fresh_seed):
-    x, weight = torch.randn(20, 32), torch.randn(70, 32)
-    for student in (True, False):
-        broken = x.clone()
-        broken[6, 1] = float("nan")
-        value = lkl.linear_kl(broken if student else x, x if student else broken, weight, reduction="none")
-        assert torch.isnan(value).nonzero().tolist() == [[6]]
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (5, 130), (3, 7, 128), (70, 1024)])
@@ -363,15 +382,26 @@ def test_operators_are_registered_as_torch_wants_them():
     x, weight, target = torch.randn(9, 32), torch.randn(40, 32), torch.randint(40, (9,))
     ones = torch.ones(9)
     torch.library.opcheck(
-        lce._linear_cross_entropy, (x.requires_grad_(), weight, target, ones, 0.1, 0.0, True, True, False)
+        lce._linear_cross_entropy, (x.requires_grad_(), weight, target, ones, -100, 0.1, 0.0, True, True, False)
     )
     torch.library.opcheck(lkl._linear_kl, (x, x.detach() + 0.1, weight, None, ones, "forward", True, False))
     for by_products in (False, True):
         torch.library.opcheck(llp._linear_logprob, (x.detach(), weight, target, by_products))
-    for operator in (llp._linear_logprob_of, llp._chosen_logits):
-        torch.library.opcheck(operator, (x.detach(), weight, target[:, None]))
-    torch.library.opcheck(rms_norm._rms_norm, (x, None, torch.ones(32, requires_grad=True), 1e-6))
+    torch.library.opcheck(llp._linear_logprob_of, (x.detach(), weight, target[:, None]))
+    torch.library.opcheck(checks._row_weights, (ones,))
+    gain = torch.ones(32, requires_grad=True)
+    for residual in (None, x.detach() + 1):
+        torch.library.opcheck(rms_norm._rms_norm, (x, residual, gain, 1e-6))
+    torch.library.opcheck(rms_norm._rms_norm_backward, (x.detach(), None, x.detach(), gain.detach(), ones, True))
+    heads, angle = torch.randn(9, 2, 32, requires_grad=True), torch.randn(9, 16)
+    for weight in (None, gain):
+        torch.library.opcheck(rope._norm_rope, (heads, weight, 1e-6, angle.cos(), angle.sin()))
+    rstd = torch.ones(18)
+    torch.library.opcheck(
+        rope._norm_rope_backward, (heads.detach(), heads.detach(), gain.detach(), angle.cos(), angle.sin(), rstd, True)
+    )
     torch.library.opcheck(swiglu._swiglu, (x, torch.randn(9, 32, requires_grad=True)))
+    torch.library.opcheck(swiglu._swiglu_backward, (x.detach(), x.detach() + 1, x.detach() + 2))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
@@ -387,8 +417,6 @@ def test_a_reference_of_another_hidden_size_is_taken_with_its_own_head(fresh_see
     assert abs(value.item() - expected.item()) <= 1e-3 * expected.item()
     assert close(x.grad, x64.grad, 4e-3)
     assert close(weight.grad, weight64.grad, 4e-3)
-    with pytest.raises(ValueError, match=r"x must be \[T, H\]"):
-        lkl.linear_kl(x, x_reference, weight)
 
 
 @pytest.mark.parametrize("loss", ["cross-entropy", "divergence"])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_calls import CALLS
 from out_of_memory import OutOfMemoryAt
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -13,7 +14,6 @@ from thinksafe.kernels import chunked_loss
 from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
 from thinksafe.kernels import linear_kl as linear_kl_module
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
-from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
 from thinksafe.kernels.packed_attention import packed_attention
 from thinksafe.kernels.packed_attention import reference as packed_attention_reference
 from thinksafe.kernels.rms_norm import rms_norm
@@ -166,7 +166,7 @@ def test_memory_that_never_suffices_is_an_error_and_no_endless_loop():
 
     sizes = []
     with pytest.raises(torch.OutOfMemoryError):
-        chunked_loss.over_chunks(2000, 1024, torch.zeros(0), run)
+        chunked_loss.over_chunks(range(2000), 1024, torch.zeros(0), torch.zeros(0), run)
     assert sizes == [1024, 512, 256, 128]
 
 
@@ -222,28 +222,15 @@ def test_packed_attention_and_its_gradients_equal_a_loop_in_fp64(lengths, num_he
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
 
 
-OPERATIONS = {
-    "linear_cross_entropy": lambda x, weight, ids: linear_cross_entropy(
-        x, weight, ids[:, 0], ignore_index=None, z_loss=0.1, label_smoothing=0.1
-    ),
-    "linear_logprob": lambda x, weight, ids: linear_logprob(x, weight, ids[:, 0]).logprob,
-    "entropy": lambda x, weight, ids: linear_logprob(x, weight, ids[:, 0], by_products=True).entropy,
-    "linear_logprob_of": linear_logprob_of,
-    "linear_margin": lambda x, weight, ids: linear_margin(x, weight, 3, 7),
-    "linear_kl": lambda x, weight, ids: linear_kl_module.linear_kl(x, 1.1 * x, weight),
-    "rms_norm": lambda x, weight, ids: rms_norm(x, weight[0], 1e-6),
-    "swiglu": lambda x, weight, ids: swiglu(x, x.flip(0)),
-}
-
-
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CALLS)
 def test_operations_compile_in_one_graph(name):
-    """Forward and backward. What looks at values, as the check of the ids' range, stands in registered operators."""
+    """Forward and backward. What looks at values, as rows that are masked or the range of ids, stands in registered
+    operators."""
     x, weight = torch.randn(9, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
-    token_ids = torch.randint(50, (9, 2))
-    expected = OPERATIONS[name](x, weight, token_ids)
+    target = torch.where(torch.arange(9) % 3 == 0, -100, torch.randint(50, (9,)))
+    expected = CALLS[name](x, weight, target)
     torch._dynamo.reset()
-    actual = torch.compile(OPERATIONS[name], fullgraph=True, backend="aot_eager")(x, weight, token_ids)
+    actual = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")(x, weight, target)
     torch.testing.assert_close(actual, expected)
     assert actual.requires_grad == expected.requires_grad
     if expected.requires_grad:

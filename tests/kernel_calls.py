@@ -1,0 +1,44 @@
+"""One call of every operation on hidden states, in every form that compiles to something else: what the tests of
+torch.compile, on a CPU and on a GPU, and of CUDA graphs go through."""
+
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
+from thinksafe.kernels.linear_kl import linear_kl
+from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
+from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
+from thinksafe.kernels.rope import qk_norm_rope, rope
+from thinksafe.kernels.swiglu import swiglu
+
+
+def _angles(x):
+    return x.detach().float()[:, : x.shape[1] // 4]
+
+
+def _heads(x):
+    return x.view(len(x), 2, -1)
+
+
+CALLS = {
+    "cross-entropy": lambda x, weight, target: linear_cross_entropy(x, weight, target),
+    "cross-entropy without a mask": lambda x, weight, target: linear_cross_entropy(
+        x, weight, target.clamp(0), ignore_index=None, z_loss=0.1, label_smoothing=0.1
+    ),
+    "cross-entropy a row": lambda x, weight, target: linear_cross_entropy(
+        x, weight, target, token_weight=x.detach()[:, 0].float().square(), reduction="none"
+    ),
+    "statistics": lambda x, weight, target: linear_cross_entropy_with_stats(x, weight, target)[1].bad_row,
+    "log-probability": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0)).logprob,
+    "entropy": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0), by_products=True).entropy,
+    "log-probabilities of": lambda x, weight, target: linear_logprob_of(x, weight, target.clamp(0)[:, None]),
+    "margin": lambda x, weight, target: linear_margin(x, weight, 3, 7),
+    "forward KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight),
+    "reverse KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, weight.flip(0), "reverse"),
+    "JSD": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, direction="jsd"),
+    "norm": lambda x, weight, target: rms_norm(x, weight[0], 1e-6),
+    "norm with residual": lambda x, weight, target: add_rms_norm(x, x.flip(0), weight[0], 1e-6)[0],
+    "rotation": lambda x, weight, target: rope(_heads(x), _angles(x).cos(), _angles(x).sin()),
+    "norm and rotation": lambda x, weight, target: qk_norm_rope(
+        _heads(x), _heads(x)[:, :1], *weight[:2, : x.shape[1] // 2], 1e-6, _angles(x).cos(), _angles(x).sin()
+    )[0],
+    "gate": lambda x, weight, target: swiglu(x, x.flip(0)),
+}
+"""name -> a call of x [T, H], weight [V, H] and target [T], in which some rows are -100."""

@@ -1,0 +1,239 @@
+"""Bad input to an operation is one clear error that names the argument, on every path: plain torch on a CPU, and with
+TRITON_INTERPRET=1 what a GPU runs."""
+
+import pytest
+import torch
+
+from thinksafe.kernels.dispatch import INTERPRETED
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
+from thinksafe.kernels.linear_kl import linear_kl
+from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
+from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
+from thinksafe.kernels.rope import qk_norm_rope, rope
+from thinksafe.kernels.swiglu import swiglu
+
+T, H, V = 6, 16, 40
+NAN, INF = float("nan"), float("inf")
+OTHER_DEVICE = torch.device("meta")
+
+
+def arguments(operation):
+    """A call that is well."""
+    x, head, ids = torch.randn(T, H), torch.randn(V, H), torch.randint(V, (T,))
+    heads, angles, gain = torch.randn(T, 2, H), torch.randn(T, H // 2), torch.randn(H)
+    return {
+        linear_cross_entropy: {"x": x, "weight": head, "target": ids},
+        linear_logprob: {"x": x, "weight": head, "target": ids},
+        linear_logprob_of: {"x": x, "weight": head, "token_ids": ids[:, None]},
+        linear_margin: {"x": x, "weight": head, "token": 3, "other": 5},
+        linear_kl: {"x_student": x, "x_reference": x + 1, "weight": head},
+        rms_norm: {"x": x, "weight": gain, "eps": 1e-6},
+        add_rms_norm: {"x": x, "residual": x + 1, "weight": gain, "eps": 1e-6},
+        rope: {"x": heads, "cos": angles, "sin": angles},
+        qk_norm_rope: {"q": heads, "k": heads, "q_weight": gain, "k_weight": gain, "eps": 1e-6, "cos": angles}
+        | {"sin": angles},
+        swiglu: {"gate": x, "up": x + 1},
+    }[operation]
+
+
+def adapted():
+    """A head in the shape that PEFT gives it."""
+    head = torch.nn.Linear(H, V)
+    head.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(H, 2)})
+    return head
+
+
+def strided(*shape):
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+HEAD_FAULTS = [
+    ({"weight": torch.nn.Linear(H, V)}, TypeError, "weight must be the head's .* found Linear: pass .weight"),
+    ({"weight": adapted()}, TypeError, "weight is a head with an adapter on it.* merge it first"),
+    ({"weight": None}, TypeError, "weight must be a tensor, found NoneType"),
+    ({"weight": torch.randn(V, H + 1)}, ValueError, r"H and V at least 1; found \[6, 16\] and \[40, 17\]"),
+    ({"weight": torch.randn(0, H)}, ValueError, r"H and V at least 1; found \[6, 16\] and \[0, 16\]"),
+    ({"weight": torch.randn(V)}, ValueError, r"weight \[V, H\]"),
+    ({"weight": torch.randn(V, H).bfloat16()}, ValueError, "both float32; found torch.float32 and torch.bfloat16"),
+    ({"weight": strided(V, H)}, ValueError, "weight must be contiguous"),
+    ({"weight": torch.randn(V, H, device=OTHER_DEVICE)}, ValueError, "x.* is on cpu, weight on meta"),
+]
+HEAD_OPERATIONS = (linear_cross_entropy, linear_logprob, linear_logprob_of, linear_margin, linear_kl)
+EMPTY_HEAD = torch.randn(V, 0)
+FAULTS = [
+    *((operation, *fault) for operation in HEAD_OPERATIONS for fault in HEAD_FAULTS),
+    (linear_cross_entropy, {"x": torch.randn(T, 0), "weight": EMPTY_HEAD}, ValueError, "at least 1"),
+    (linear_cross_entropy, {"x": torch.randn(T, H).half(), "weight": torch.randn(V, H).half()}, ValueError, "bfloat16"),
+    (linear_cross_entropy, {"x": [1.0]}, TypeError, "x must be a tensor, found list"),
+    (linear_cross_entropy, {"target": torch.randint(V, (T - 1,))}, ValueError, r"target must .*\[6\].*\[5\]"),
+    # Ignored rows hide no mismatch: four of five would be left.
+    (linear_cross_entropy, {"target": torch.tensor([1, 2, -100, 3, 4])}, ValueError, r"target must .*\[6\].*\[5\]"),
+    (linear_cross_entropy, {"target": torch.randint(V, (T, 1))}, ValueError, "target must be"),
+    (linear_cross_entropy, {"target": torch.ones(T, dtype=torch.int32)}, ValueError, "target must be torch.int64"),
+    (linear_cross_entropy, {"target": torch.full((T,), V)}, ValueError, r"target holds a token id outside \[0, 40\)"),
+    (linear_cross_entropy, {"target": torch.full((T,), -1)}, ValueError, r"target holds a token id outside \[0, 40\)"),
+    (linear_cross_entropy, {"target": torch.full((T,), -100), "ignore_index": None}, ValueError, "outside"),
+    (linear_cross_entropy, {"target": torch.ones(T, dtype=torch.int64, device=OTHER_DEVICE)}, ValueError, "on meta"),
+    *(
+        (linear_cross_entropy, {name: value}, ValueError, f"{name} must")
+        for name, values in {"label_smoothing": (NAN, -0.1, 1.0, INF), "z_loss": (NAN, -1e-3, INF)}.items()
+        for value in values
+    ),
+    (linear_cross_entropy, {"reduction": "average"}, ValueError, "reduction must .*'average'"),
+    *(
+        (operation, {"token_weight": value}, error, message)
+        for operation in (linear_cross_entropy, linear_kl)
+        for value, error, message in (
+            (torch.ones(T - 1), ValueError, r"token_weight must be .*\[6\].*found .*\[5\]"),
+            (torch.ones(T, device=OTHER_DEVICE), ValueError, "token_weight must be .*found .*on meta"),
+            (torch.ones(T, dtype=torch.int64), TypeError, "token_weight must be a floating-point tensor"),
+            (2.0, TypeError, "token_weight must be a floating-point tensor, found float"),
+            (torch.ones(T, requires_grad=True), ValueError, "token_weight is a constant and gets no gradient"),
+            (torch.linspace(-0.1, 1, T), ValueError, "token_weight must be finite and not negative"),
+            (torch.full((T,), NAN), ValueError, "token_weight must be finite and not negative"),
+            (torch.full((T,), INF), ValueError, "token_weight must be finite and not negative"),
+        )
+    ),
+    (linear_logprob, {"target": torch.randint(V, (T, 2))}, ValueError, "target must be"),
+    (linear_logprob, {"target": torch.full((T,), V)}, ValueError, "target holds a token id outside"),
+    (linear_logprob_of, {"token_ids": torch.randint(V, (T,))}, ValueError, r"token_ids must be .*\[6, 1\]"),
+    (linear_logprob_of, {"token_ids": torch.randint(V, (T, 0))}, ValueError, "token_ids must name at least one token"),
+    (linear_logprob_of, {"token_ids": torch.randint(V, (T, 2, 2))}, ValueError, "token_ids must be"),
+    (linear_logprob_of, {"token_ids": torch.full((T, 2), -1)}, ValueError, "token_ids holds a token id outside"),
+    (linear_margin, {"token": V}, ValueError, r"token and other must lie in \[0, 40\), found 40 and 5"),
+    (linear_margin, {"other": -1}, ValueError, "found 3 and -1"),
+    (linear_kl, {"direction": "backward"}, ValueError, "direction must be forward, reverse or jsd, found 'backward'"),
+    (linear_kl, {"reduction": "average"}, ValueError, "reduction must be"),
+    (linear_kl, {"x_reference": torch.randn(T - 1, H)}, ValueError, r"x_reference must be .*\[6, 16\]"),
+    (linear_kl, {"x_reference": torch.randn(T, H).bfloat16()}, ValueError, "x_reference and weight must both be"),
+    (linear_kl, {"x_reference": torch.randn(T, H + 4)}, ValueError, r"x_reference must be \[T, H\] and"),
+    (linear_kl, {"weight_reference": torch.randn(V + 1, H)}, ValueError, r"weight_reference must be .*\[40, 16\]"),
+    (linear_kl, {"weight_reference": adapted()}, TypeError, "weight_reference is a head with an adapter"),
+    (
+        linear_kl,
+        {"x_reference": torch.randn(T, H).bfloat16(), "weight_reference": torch.randn(V, H).bfloat16()},
+        ValueError,
+        "weight_reference must be torch.float32",
+    ),
+    *(
+        (operation, fault, ValueError, message)
+        for operation in (rms_norm, add_rms_norm)
+        for fault, message in (
+            ({"weight": torch.randn(H + 1)}, r"weight must be .*\[16\] .*found .*\[17\]"),
+            ({"weight": torch.randn(H).bfloat16()}, "weight must be torch.float32"),
+            ({"weight": torch.randn(H, device=OTHER_DEVICE)}, "weight must be .*found .*on meta"),
+            ({"weight": strided(H)}, "weight must be contiguous"),
+            ({"x": torch.randn(T, 0), "weight": torch.randn(0)}, "H at least 1"),
+            ({"x": torch.ones(T, H, dtype=torch.int64)}, "x must be floating-point"),
+        )
+    ),
+    (add_rms_norm, {"residual": torch.randn(T, H).bfloat16()}, ValueError, "residual must be torch.float32"),
+    (add_rms_norm, {"residual": torch.randn(H)}, ValueError, r"residual must be .*\[6, 16\]"),
+    (add_rms_norm, {"residual": torch.randn(T, H, device=OTHER_DEVICE)}, ValueError, "residual must be .*on meta"),
+    (rope, {"x": torch.randn(T, H)}, ValueError, "x must be floating-point .T, heads, D."),
+    (rope, {"x": torch.randn(T, 2, 7)}, ValueError, "D even"),
+    *(
+        (operation, {table: angles}, ValueError, f"{table} must be torch.float32")
+        for operation in (rope, qk_norm_rope)
+        for table in ("cos", "sin")
+        for angles in (
+            torch.randn(T, H),
+            torch.randn(T + 1, H // 2),
+            torch.randn(T, H // 2).bfloat16(),
+            torch.randn(T, H // 2, device=OTHER_DEVICE),
+        )
+    ),
+    *(
+        (qk_norm_rope, {f"{which}_weight": gain}, ValueError, f"{which}_weight must be")
+        for which in "qk"
+        for gain in (torch.randn(H + 1), torch.randn(H).bfloat16(), strided(H), torch.randn(H, device=OTHER_DEVICE))
+    ),
+    (qk_norm_rope, {"k": torch.randn(T + 1, 2, H)}, ValueError, r"cos must be torch.float32 \[7, 8\]"),
+    (swiglu, {"up": torch.randn(T, H + 1)}, ValueError, "up must be"),
+    (swiglu, {"up": torch.randn(T, H).bfloat16()}, ValueError, "up must be torch.float32"),
+    (swiglu, {"up": torch.randn(T, H, device=OTHER_DEVICE)}, ValueError, "up must be .*on meta"),
+    (swiglu, {"gate": torch.ones(T, H, dtype=torch.int64)}, ValueError, "gate must be floating point"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation, fault, error, message", FAULTS)
+def test_bad_input_is_one_clear_error(operation, fault, error, message):
+    with pytest.raises(error, match=message) as raised:
+        operation(**arguments(operation) | fault)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("operation", dict.fromkeys(fault[0] for fault in FAULTS))
+def test_the_call_that_faults_are_put_into_is_well(operation):
+    operation(**arguments(operation))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("operation", [linear_cross_entropy, linear_logprob, linear_logprob_of, linear_kl])
+def test_what_tma_cannot_read_is_named(operation):
+    well = arguments(operation)
+    for name in set(well) & {"x", "weight", "x_student", "x_reference"}:
+        tensor = well[name]
+        moved = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+        with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes"):
+            operation(**well | {name: moved})
+    narrow = {name: tensor[:, :3].contiguous() for name, tensor in well.items() if name not in ("target", "token_ids")}
+    with pytest.raises(ValueError, match=r"a row of x.* must be a multiple of 16 bytes; H is 3"):
+        operation(**well | narrow)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_heads_that_are_no_power_of_two_are_refused_by_the_kernel():
+    with pytest.raises(ValueError, match="x has heads of 48 elements; a GPU takes powers of two"):
+        rope(torch.randn(T, 2, 48), torch.randn(T, 24), torch.randn(T, 24))
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
+def test_a_loss_of_broken_states_or_a_broken_head_is_nan_and_its_row_is_named(poison, where, settings):
+    """Rows whose logits are -inf count too: to a softmax such a token is merely impossible."""
+    well = arguments(linear_cross_entropy)
+    well["x"][:3, 5] = -well["x"][:3, 5].abs()
+    well["x"][3:, 5] = well["x"][3:, 5].abs()
+    well[where][4, 5] = poison
+    well["target"][:] = 0  # not the broken token itself
+    rows, stats = linear_cross_entropy_with_stats(**well, **settings, reduction="none")
+    broken = [4] if where == "x" else list(range(T))
+    assert rows.isnan().nonzero()[:, 0].tolist() == broken and stats.bad_row == broken[0]
+    assert linear_cross_entropy(**well, **settings).isnan()
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_scores_of_broken_states_or_a_broken_head_are_nan(poison, where):
+    well = arguments(linear_logprob)
+    well[where][4, 5] = poison
+    well["target"][:] = 0
+    broken = [4] if where == "x" else list(range(T))
+    full = linear_logprob(**well, by_products=True)
+    for rows in (linear_logprob(**well).logprob, full.logprob, full.entropy):
+        assert rows.isnan().nonzero()[:, 0].tolist() == broken
+    several = linear_logprob_of(well["x"], well["weight"], well["target"][:, None].expand(-1, 3))
+    assert several.isnan().all(1).nonzero()[:, 0].tolist() == broken
+    if where == "x":
+        assert linear_margin(well["x"], well["weight"], 3, 5).isfinite().logical_not().nonzero()[:, 0].tolist() == [4]
+
+
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["x_student", "x_reference", "weight", "weight_reference"])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_a_divergence_of_anything_broken_is_nan(poison, where, direction):
+    well = arguments(linear_kl) | {"direction": direction, "reduction": "none"}
+    if where == "weight_reference":
+        well[where] = torch.randn(V, H)
+    well[where][4, 5] = poison
+    broken = [4] if where.startswith("x") else list(range(T))
+    x = well["x_student"].requires_grad_()
+    rows = linear_kl(**well)
+    assert rows.isnan().nonzero()[:, 0].tolist() == broken
+    rows.sum().backward()
+    assert x.grad.isfinite().all(1).logical_not().nonzero()[:, 0].tolist() == broken
