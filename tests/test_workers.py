@@ -30,19 +30,19 @@ def together(count: int, work) -> list:
 @settings(max_examples=30, deadline=None)
 def test_every_item_goes_to_exactly_one(count, size):
     items = [f"item {index}" for index in range(size)]
-    taken = together(count, lambda workers: list(workers.share("a", items)))
+    taken = together(count, lambda workers: list(workers.share(items)))
     assert sorted(chain(*taken)) == sorted(items)
 
 
-def test_queues_of_different_names_do_not_mix():
-    taken = together(2, lambda workers: [*workers.share("a", range(5)), *workers.share("b", range(5))])
+def test_one_queue_after_another_does_not_mix_with_it():
+    taken = together(2, lambda workers: [*workers.share(range(5)), *workers.share(range(5))])
     assert sorted(chain(*taken)) == sorted([*range(5), *range(5)])
 
 
 def test_a_slow_worker_gets_fewer():
     def work(workers: Workers) -> int:
         done = 0
-        for _ in workers.share("a", range(60)):
+        for _ in workers.share(range(60)):
             time.sleep(0.02 if workers.rank else 0.002)
             done += 1
         return done
@@ -58,7 +58,7 @@ def test_nobody_leaves_a_meeting_before_the_last_has_come():
     def work(workers: Workers) -> None:
         time.sleep(0.2 * workers.rank)
         came.append(time.monotonic())
-        workers.meet("here")
+        workers.meet()
         left.append(time.monotonic())
 
     together(3, work)
@@ -66,9 +66,37 @@ def test_nobody_leaves_a_meeting_before_the_last_has_come():
     assert min(left) >= max(came)
 
 
+def test_the_first_one_does_it_once_and_all_have_the_result():
+    calls = []
+
+    def work(workers: Workers) -> list:
+        def look() -> dict:
+            calls.append(workers.rank)
+            workers.meet()  # within `once` the leader waits for nobody
+            return {"found": [*workers.share(range(3)), workers.once(lambda: 7), workers.total()(2)]}
+
+        return [workers.once(look), workers.once(lambda: None), workers.once(lambda: workers.rank)]
+
+    assert together(3, work) == [[{"found": [0, 1, 2, 7, 2]}, None, 0]] * 3
+    assert calls == [0]
+
+
+def test_a_total_is_of_all():
+    def work(workers: Workers) -> int:
+        total = workers.total()
+        for _ in range(10):
+            total(workers.rank + 1)
+        workers.meet()
+        return total(0)
+
+    assert together(3, work) == [60] * 3
+
+
 def test_a_process_alone_waits_for_nobody_and_takes_everything(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    alone = Workers.join()
-    assert alone == Workers() and alone.leads
-    alone.meet("here")
-    assert list(alone.share("a", "xyz")) == ["x", "y", "z"]
+    with Workers.join() as alone:
+        assert alone.leads and alone.count == 1
+        alone.meet()
+        assert list(alone.share("xyz")) == ["x", "y", "z"]
+        assert alone.once(lambda: 3) == 3
+        assert [alone.total()(2), alone.total()(3)] == [2, 3]

@@ -10,7 +10,7 @@ try:
     import re
     import signal
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import contextmanager
+    from contextlib import contextmanager, redirect_stderr, redirect_stdout
     from pathlib import Path
     from typing import Any
 
@@ -50,14 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with _leaving_at_once():
-            options = _parser().parse_args(arguments)
+            options = _parsed(arguments)
         options.command(options)
         return 0
     except UserError as error:
         print(f"thinksafe: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nthinksafe: interrupted; nothing finished is lost, the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        why = str(interrupt) or "interrupted"
+        print(f"\nthinksafe: {why}; nothing finished is lost, the same command goes on from here", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
@@ -79,6 +80,14 @@ def _disk_errors() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     return OSError, SafetensorError
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Of several workers, which are all given the same, one explains and complains."""
+    if os.environ.get("RANK", "0") == "0":
+        return _parser().parse_args(arguments)
+    with open(os.devnull, "w") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
+        return _parser().parse_args(arguments)
 
 
 @contextmanager
@@ -233,17 +242,17 @@ def _bundled() -> list[str]:
 
 def _run(options: argparse.Namespace) -> None:
     def work(run, models, stages) -> None:
-        stages.check(run, models)
+        run.workers.once(lambda: stages.check(run, models))
         stages.generate(run, models)
         stages.probe(run, models)
         stages.filter_responses(run, models)
         stages.retry(run, models)
-        stages.accept(run)
-        _print_coverage(run)
+        run.workers.once(lambda: stages.accept(run))
+        run.workers.once(lambda: _print_coverage(run))
         stages.evaluate(run, models, "before")
-        stages.train(run, models)
+        run.workers.once(lambda: stages.train(run, models))
         stages.evaluate(run, models, "after")
-        _print_report(stages.report(run))
+        run.workers.once(lambda: _print_report(stages.report(run)))
 
     _in_run_directory(options, work)
 
@@ -255,7 +264,7 @@ def _generate(options: argparse.Namespace) -> None:
     def work(run, models, stages) -> None:
         stages.generate(run, models)
         stages.probe(run, models)
-        print(run.path / "responses.jsonl")
+        run.workers.once(lambda: print(run.path / "responses.jsonl"))
 
     _in_run_directory(options, work)
 
@@ -265,16 +274,16 @@ def _filter(options: argparse.Namespace) -> None:
         if options.responses is not None:
             from thinksafe.intake import take_in_responses
 
-            take_in_responses(run, options.responses)
+            run.workers.once(lambda: take_in_responses(run, options.responses))
         stages.filter_responses(run, models)
         stages.retry(run, models)
         if options.marks is not None:
             from thinksafe.intake import take_in_marks
 
-            take_in_marks(run, options.marks)
-        stages.accept(run)
-        _print_coverage(run)
-        print(run.path / "accepted.jsonl")
+            run.workers.once(lambda: take_in_marks(run, options.marks))
+        run.workers.once(lambda: stages.accept(run))
+        run.workers.once(lambda: _print_coverage(run))
+        run.workers.once(lambda: print(run.path / "accepted.jsonl"))
 
     _in_run_directory(options, work)
 
@@ -284,9 +293,10 @@ def _train(options: argparse.Namespace) -> None:
         if options.data is not None:
             from thinksafe.intake import take_in_examples
 
-            take_in_examples(run, options.data)
-        stages.train(run, models)
-        print(run.path / ("adapter" if run.recipe.training.method == "lora" else "model"))
+            run.workers.once(lambda: take_in_examples(run, options.data))
+        run.workers.once(lambda: stages.train(run, models))
+        student = run.path / ("adapter" if run.recipe.training.method == "lora" else "model")
+        run.workers.once(lambda: print(student))
 
     _in_run_directory(options, work)
 
@@ -303,23 +313,32 @@ def _evaluate(options: argparse.Namespace) -> None:
         stages.evaluate(run, models, "before")
         if options.adapter is not None or run.is_done("train"):
             stages.evaluate(run, models, "after", options.adapter)
-        _print_report(stages.report(run))
+        run.workers.once(lambda: _print_report(stages.report(run)))
 
     _in_run_directory(options, work)
 
 
 def _report(options: argparse.Namespace) -> None:
-    _in_run_directory(options, lambda run, models, stages: _print_report(stages.report(run)))
+    def work(run, models, stages) -> None:
+        run.workers.once(lambda: _print_report(stages.report(run)))
+
+    _in_run_directory(options, work)
 
 
 def _review(options: argparse.Namespace) -> None:
-    _in_run_directory(options, lambda run, models, stages: print(stages.review(run, options.most)))
+    def work(run, models, stages) -> None:
+        run.workers.once(lambda: print(stages.review(run, options.most)))
+
+    _in_run_directory(options, work)
 
 
 def _export_data(options: argparse.Namespace) -> None:
     from thinksafe.export import export_data
 
-    _in_run_directory(options, lambda run, models, stages: print(export_data(run, options.to)))
+    def work(run, models, stages) -> None:
+        run.workers.once(lambda: print(export_data(run, options.to)))
+
+    _in_run_directory(options, work)
 
 
 def _estimate(options: argparse.Namespace) -> None:
@@ -368,14 +387,15 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
         from thinksafe.models import Models
         from thinksafe.recipe import load_recipe
         from thinksafe.rundir import RunDir
+        from thinksafe.workers import Workers
 
     seed = [] if options.seed is None else [f"seed={options.seed}"]
-    recipe = load_recipe(_recipe_source(options), [*options.set, *seed])
-    out = options.out or Path("runs") / recipe.name
-    with RunDir.open(out, recipe) as run:
-        models = Models(recipe)
-        stages.foresee(run, models)
-        work(run, models, stages)
+    with Workers.join() as workers:
+        recipe = load_recipe(_recipe_source(options), [*options.set, *seed])
+        with RunDir.open(options.out or Path("runs") / recipe.name, recipe, workers) as run:
+            models = Models(recipe, workers.local_rank)
+            workers.once(lambda: stages.foresee(run, models))
+            work(run, models, stages)
 
 
 def _print_coverage(run: Any) -> None:

@@ -91,15 +91,15 @@ def _use(shard: Path, records: Iterable[Response | Example]) -> None:
 
 def required(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
     """A file that a stage wrote, unchanged since, or that was taken in from elsewhere."""
-    if not run.is_done(stage) and not file.exists():
+    if not run.is_done(stage) and not run.workers.once(file.exists):
         raise UserError(f"{file}: not there yet; run {remedy}")
     return file
 
 
-def refuse_repeated(responses: Iterable[Response], file: Path) -> None:
+def refuse_repeated(file: Path) -> None:
     """A verdict is on a prompt and a sample number, so two responses must not share both."""
     seen = set()
-    for number, response in enumerate(responses, start=1):
+    for number, response in enumerate(read_records(file, Response), start=1):
         if (response.prompt_id, response.sample) in seen:
             raise UserError(
                 f"{file}: record {number} is a second response with sample {response.sample} to its prompt; "

@@ -35,15 +35,24 @@ class Models:
         device, dtype: where and how weights are kept.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, local_rank: int = 0):
         """Choose device and dtype.
 
+        Args:
+            local_rank: of this worker on its machine: the number of its GPU.
+
         Raises:
-            UserError: a GPU is asked for and there is none.
+            UserError: a GPU is asked for and there is none, or fewer than workers.
         """
         if recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda is asked for, but torch sees no GPU; use device=auto or device=cpu")
         gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
+        if gpu and local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs for more workers; start one worker a GPU"
+            )
+        if gpu:
+            torch.cuda.set_device(local_rank)
         self.device = torch.device("cuda" if gpu else "cpu")
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)

@@ -2,29 +2,36 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 
 from tqdm import tqdm
 
+from thinksafe.workers import ALONE, Workers
+
+_EXCHANGE_EVERY = 0.5
+"""Seconds between two looks at what other workers have done."""
+
 
 class TokenBar(AbstractContextManager):
-    """A bar over responses, verdicts or steps that also counts tokens."""
+    """A bar over responses, verdicts or steps that also counts tokens. The first worker shows what all have done."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0):
-        self._title = title
-        self._bar = tqdm(total=total, initial=done, desc=f"{title:>16}", unit=f" {unit}", disable=None, file=sys.stderr)
-        self._unit = unit
-        self._started = time.perf_counter()
-        self._tokens = 0
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, workers: Workers = ALONE):
+        """done: of `total`, what was there before."""
+        self._title, self._unit, self._before, self._workers = title, unit, done, workers
+        shown = {"desc": f"{title:>16}", "unit": f" {unit}", "file": sys.stderr}
+        self._bar = tqdm(total=total, initial=done, disable=None if workers.leads else True, **shown)
+        self._started = self._exchanged = time.perf_counter()
+        self._items, self._tokens = 0, 0
+        self._to_tell, self._sums = [0, 0], (workers.total(), workers.total())
 
     def update(self, tokens: int, **figures: str) -> None:
         """One more item, of so many tokens; `figures` are shown beside the rate."""
-        self._tokens += tokens
-        self._bar.update(1)
-        if not self._bar.disable:
-            rate = self._tokens / (time.perf_counter() - self._started)
-            shown = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
-            self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        self._to_tell[0] += 1
+        self._to_tell[1] += tokens
+        if self._workers.count == 1 or time.perf_counter() - self._exchanged > _EXCHANGE_EVERY:
+            self._exchange(figures)
 
     def share_of_limit(self, least_seconds: float) -> dict[str, str]:
         """How close the work so far came to what the hardware allows: a figure for `update`, where that is known."""
@@ -32,10 +39,26 @@ class TokenBar(AbstractContextManager):
             return {}
         return {"share of the limit": f"{least_seconds / (time.perf_counter() - self._started):.0%}"}
 
+    def _exchange(self, figures: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Tell the others what was done since the last time, and show what all have."""
+        self._exchanged = time.perf_counter()
+        self._items, self._tokens = (add(amount) for add, amount in zip(self._sums, self._to_tell, strict=True))
+        self._to_tell = [0, 0]
+        if not self._bar.disable:
+            rate = self._tokens / (self._exchanged - self._started)
+            shown = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
+            self._bar.set_postfix_str("  ".join(shown), refresh=False)
+        self._bar.update(self._before + self._items - self._bar.n)
+
     def __exit__(self, *error) -> None:
+        """Without an error, it is over when all workers are."""
+        if error[0] is None:
+            self._exchange()
+            self._workers.meet(meanwhile=self._exchange)
+            self._exchange()
         seconds = time.perf_counter() - self._started
         self._bar.close()
-        if self._bar.disable and error[0] is None:
+        if self._bar.disable and self._workers.leads and error[0] is None:
             rate = self._tokens / max(seconds, 1e-9)
             line = f"{self._title:>30}: {self._bar.total:6} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s"
             print(line, file=sys.stderr)

@@ -76,6 +76,11 @@ class Response:
     def __post_init__(self):
         _fill_prompt_id(self)
 
+    @property
+    def key(self) -> str:
+        """Unique in a shard."""
+        return f"{self.prompt_id}/{self.sample}"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -106,6 +111,11 @@ class Verdict:
     windows: int = 1
     labels: dict[str, float] = field(default_factory=dict)
     rung: int = 0
+
+    @property
+    def key(self) -> str:
+        """That of the response."""
+        return f"{self.prompt_id}/{self.sample}"
 
 
 @dataclass(frozen=True)
@@ -313,25 +323,28 @@ class Shard(Sequence[Record]):
     """The records of a JSONL file by their number, read when they are asked for.
 
     In memory is only where each line begins: a stage can go through a hundred thousand long responses, or pick a few.
+
+    Attributes:
+        starts: byte at which each record's line begins.
     """
 
     def __init__(self, file: Path, kind: type[Record]):
         self._kind, self._file = kind, file
         self._lines = file.open("rb")
-        self._starts, position = array("q"), 0
+        self.starts, position = array("q"), 0
         for line in self._lines:
             if line.strip():
-                self._starts.append(position)
+                self.starts.append(position)
             position += len(line)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
     def __getitem__(self, number: int) -> Record:
         """Raises:
         UserError: the line is no such record.
         """
-        self._lines.seek(self._starts[number])
+        self._lines.seek(self.starts[number])
         where = f"{self._file}: record {number + 1}"
         try:
             row = json.loads(self._lines.readline())

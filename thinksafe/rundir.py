@@ -1,8 +1,12 @@
 """The run directory is the database: recipe, manifest, shards. `kill -9` at any moment loses nothing finished.
 
-A shard is JSONL. While a stage writes it, it is called NAME.partial and grows a line at a time; a line torn by a kill
-is cut off when the stage goes on. When the stage is done the shard is fsynced and renamed, and the manifest, itself
-replaced atomically, lists it with its hash.
+A shard is JSONL. While a stage writes it, every worker appends to a part of its own, NAME.partial-RANK, a line at a
+time; a line torn by a kill is cut off when the stage goes on. What an earlier launch left lies in NAME.partial. When
+the stage is done the records are put in the order of what was asked, so that the shard is the same whoever wrote which
+part of it and when; it is fsynced and renamed, and the manifest, itself replaced atomically, lists it with its hash.
+
+Whatever one worker wrote and another is to read is looked at before it is used: a shared file system may show it late,
+and a folder that is not shared never does.
 """
 
 import fcntl
@@ -10,9 +14,11 @@ import hashlib
 import json
 import os
 import platform
+import secrets
+import socket
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -25,61 +31,141 @@ import yaml
 import thinksafe
 from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
-from thinksafe.records import Example, Prompt, Record, Response, read_records, to_json
+from thinksafe.records import Example, Prompt, Record, Response, Shard, to_json
+from thinksafe.workers import ALONE, Workers
 
 _TAIL = 2**16
 """Bytes read at once in search of a shard's last whole line."""
+_SEEN_WITHIN = 60.0
+"""Seconds after which a network file system shows one machine what another has written."""
+_NOT_SHARED = "with several machines, --out must lie on a file system that all of them share"
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
 class Journal:
-    """A shard being written: appended to line by line, final once `finish` has renamed it."""
+    """A shard being written by all workers: appended to line by line, final once `finish` has renamed it."""
 
-    def __init__(self, final: Path, kind: type[Record]):
-        self.final, self._kind = final, kind
-        self.partial = final.with_name(final.name + ".partial")
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():  # finished, but killed before the manifest knew
-            os.replace(final, self.partial)
-        self._drop_torn_line()
+    def __init__(self, final: Path, kind: type[Record], workers: Workers = ALONE):
+        self.final, self._kind, self._workers = final, kind, workers
+        self._earlier = final.with_name(final.name + ".partial")
+        write_for_all(self._earlier, workers, self._gather)
+        self.partial = final.with_name(f"{final.name}.partial-{workers.rank}")
         self._file = self.partial.open("a", encoding="utf-8")
 
     def records(self) -> Iterator[Record]:
-        """What is in it so far, in file order: at first, what an earlier process wrote."""
-        return read_records(self.partial, self._kind) if self._file.tell() else iter(())
-
-    def _drop_torn_line(self) -> None:
-        if not self.partial.exists():
-            return
-        with self.partial.open("r+b") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            while end:
-                start = max(0, end - _TAIL)
-                stream.seek(start)
-                if newline := stream.read(end - start).rfind(b"\n") + 1:
-                    end = start + newline
-                    break
-                end = start
-            stream.truncate(end)
+        """What earlier processes wrote: the same for all workers."""
+        return iter(Shard(self._earlier, self._kind))
 
     def append(self, record: Record) -> None:
         """Write one line and hand it to the system, where it outlives this process."""
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
-    def finish(self) -> None:
-        """Make the shard final."""
+    def finish(self, keys: Iterable[str]) -> None:
+        """Wait for the others, and make the shard final.
+
+        Args:
+            keys: of all the records that were asked for, in the order in which they are to stand.
+
+        Raises:
+            UserError: another worker's records do not come to be seen here.
+        """
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self.partial, self.final)
+        self._workers.meet()
+        write_for_all(self.final, self._workers, lambda: self._finish(keys))
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.final.parent.glob(f"{self.final.name}.partial-*"))
+
+    def _gather(self) -> None:
+        """Move all that is there into one file, each record once. A kill in the midst of it costs nothing."""
+        self._earlier.parent.mkdir(parents=True, exist_ok=True)
+        if self.final.exists():  # whole, but killed before the manifest knew
+            os.replace(self.final, self._earlier)
+        self._earlier.touch()
+        _drop_torn_line(self._earlier)
+        known = {record.key for record in Shard(self._earlier, self._kind)}
+        with self._earlier.open("a", encoding="utf-8") as earlier:
+            for part in self._parts():
+                _drop_torn_line(part)
+                for record in Shard(part, self._kind):
+                    if record.key not in known:
+                        known.add(record.key)
+                        earlier.write(to_json(record) + "\n")
+            earlier.flush()
+            os.fsync(earlier.fileno())
+        for part in self._parts():
+            part.unlink()
+
+    def _finish(self, keys: Iterable[str]) -> None:
+        self._gather()
+        places, wanted = self._places(), list(keys)
+        until = time.monotonic() + _SEEN_WITHIN
+        while not places.keys() >= set(wanted):
+            if self._workers.count == 1 or time.monotonic() > until:
+                raise UserError(f"{self.final}: not every worker's records are to be seen here; {_NOT_SHARED}")
+            time.sleep(1)
+            self._gather()
+            places = self._places()
+        ordered = self.final.with_name(self.final.name + ".ordered")
+        with self._earlier.open("rb") as earlier, ordered.open("wb") as stream:
+            for key in wanted:
+                earlier.seek(places[key])
+                stream.write(earlier.readline())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(ordered, self.final)
+        self._earlier.unlink()
+
+    def _places(self) -> dict[str, int]:
+        """Where each record's line begins."""
+        shard = Shard(self._earlier, self._kind)
+        return {record.key: start for record, start in zip(shard, shard.starts, strict=True)}
+
+
+def _drop_torn_line(file: Path) -> None:
+    with file.open("r+b") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - _TAIL)
+            stream.seek(start)
+            if newline := stream.read(end - start).rfind(b"\n") + 1:
+                end = start + newline
+                break
+            end = start
+        stream.truncate(end)
+
+
+def write_for_all(file: Path, workers: Workers, write: Callable[[], Any] = lambda: None) -> Path:
+    """Let the first worker write a file, and wait until this one sees it as it is.
+
+    Args:
+        write: does it; by default it is there already.
+
+    Raises:
+        UserError: it never comes to be seen.
+    """
+
+    def written() -> str:
+        write()
+        return sha256(file) if workers.count > 1 else ""
+
+    digest = workers.once(written)
+    until = time.monotonic() + _SEEN_WITHIN
+    while not workers.leads and not (file.exists() and sha256(file) == digest):
+        if time.monotonic() > until:
+            raise UserError(f"{file}: is not what the first worker wrote there; {_NOT_SHARED}")
+        time.sleep(0.2)
+    return file
 
 
 class StageClock:
     """Seconds a stage has worked, kept in a file so that a killed stage does not lose them."""
 
-    def __init__(self, file: Path):
-        self._file = file
+    def __init__(self, file: Path, saves: bool = True):
+        self._file, self._saves = file, saves
         self._before = float(file.read_text() or 0) if file.exists() else 0.0
         self._started = self._saved = time.perf_counter()
 
@@ -89,7 +175,7 @@ class StageClock:
 
     def tick(self) -> None:
         """Save the time, at most once a second."""
-        if time.perf_counter() - self._saved > 1:
+        if self._saves and time.perf_counter() - self._saved > 1:
             self._saved = time.perf_counter()
             write_atomically(self._file, f"{self.seconds:.3f}")
 
@@ -99,42 +185,39 @@ class StageClock:
 
 
 class RunDir:
-    """One run's folder, locked while it is open.
+    """One run's folder, locked while it is open. All workers open it and go through the same stages.
 
     Attributes:
         path: the folder.
         recipe: what the run is.
+        workers: the processes at work in it; the first one alone writes what is written once.
     """
 
-    def __init__(self, path: Path, recipe: Recipe):
+    def __init__(self, path: Path, recipe: Recipe, workers: Workers = ALONE):
         self.path = path
         self.recipe = recipe
+        self.workers = workers
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, recipe: Recipe) -> Iterator["RunDir"]:
+    def open(cls, path: Path, recipe: Recipe, workers: Workers = ALONE) -> Iterator["RunDir"]:
         """Create the folder or go on with it.
 
         Raises:
-            UserError: the folder belongs to another recipe, holds something else, or another process works in it.
+            UserError: the folder belongs to another recipe, holds something else, another process works in it, or not
+                all workers see it.
         """
         recipe_file = path / "recipe.yaml"
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        begun = {".lock", "recipe.yaml.partial"}  # all that a process leaves that was killed right here
-        if path.is_dir() and not recipe_file.exists() and any(p.name not in begun for p in path.iterdir()):
-            raise UserError(f"--out {path}: is not empty and no run directory; give a new folder")
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {path}: another process is working in this run directory") from None
+
+        def write_recipe() -> None:
             if not recipe_file.exists() or _may_be_corrected(recipe_file):
                 write_atomically(recipe_file, recipe.to_yaml())
             else:
                 _refuse_other(recipe_file, recipe)
-            yield cls(path, recipe)
+
+        with _locked(path, workers):
+            workers.once(write_recipe)
+            yield cls(path, recipe, workers)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -156,6 +239,9 @@ class RunDir:
         Raises:
             UserError: a file is gone or was changed since.
         """
+        return self.workers.once(lambda: self._is_done(stage))
+
+    def _is_done(self, stage: str) -> bool:
         entry = self.manifest["stages"].get(stage)
         if entry is None:
             return False
@@ -187,12 +273,18 @@ class RunDir:
         """Record what a run is made from, the first time; later, make sure that it is still the same.
 
         Raises:
-            UserError: it is not.
+            UserError: it is not, or another machine has another one.
         """
-        manifest = self.manifest
-        if manifest.setdefault("inputs", {}).setdefault(name, digest) != digest:
-            raise UserError(f"{name}: was changed since this run began; restore it or give a new --out folder")
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+        def remember() -> str:
+            manifest = self.manifest
+            if manifest.setdefault("inputs", {}).setdefault(name, digest) != digest:
+                raise UserError(f"{name}: was changed since this run began; restore it or give a new --out folder")
+            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            return digest
+
+        if self.workers.once(remember) != digest:
+            raise UserError(f"{name}: is another one here than on the first worker's machine; give all the same")
 
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
         """Record a stage as done.
@@ -201,6 +293,9 @@ class RunDir:
             files: what it wrote, all final.
             figures: `tokens` and whatever else the report wants; JSON values.
         """
+        self.workers.once(lambda: self._finish_stage(stage, files, clock, figures))
+
+    def _finish_stage(self, stage: str, files: list[Path], clock: StageClock, figures: dict[str, Any]) -> None:
         manifest = self.manifest
         hashes = {str(file.relative_to(self.path)): sha256(file) for file in files}
         if torch.cuda.is_available():
@@ -213,13 +308,51 @@ class RunDir:
         """The stage's clock, going on from where a killed process left it; a GPU's peak of memory is counted anew."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds")
+        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds", saves=self.workers.leads)
+
+
+@contextmanager
+def _locked(path: Path, workers: Workers) -> Iterator[None]:
+    """A lock that all workers hold together: as long as one of them lives, no other launch gets in."""
+    lock_file = path / ".lock"
+
+    def claim() -> TextIO:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path}: is a file; give a folder")
+        begun = {".lock", "recipe.yaml.partial"}  # all that a process leaves that was killed right here
+        if path.is_dir() and not (path / "recipe.yaml").exists() and any(p.name not in begun for p in path.iterdir()):
+            raise UserError(f"--out {path}: is not empty and no run directory; give a new folder")
+        path.mkdir(parents=True, exist_ok=True)
+        lock = lock_file.open("a+")
+        _lock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}\n")  # no other folder holds this line
+        lock.flush()
+        _lock(lock, fcntl.LOCK_SH)
+        return lock
+
+    with ExitStack() as held:
+        if workers.leads:
+            held.enter_context(claim())
+        write_for_all(lock_file, workers)
+        if not workers.leads:
+            _lock(held.enter_context(lock_file.open()), fcntl.LOCK_SH)
+        workers.meet()  # nobody works before all hold it
+        yield
+
+
+def _lock(lock: TextIO, kind: int) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {Path(lock.name).parent}: another process is working in this run directory") from None
 
 
 def _may_be_corrected(recipe_file: Path) -> bool:
     """Whether the recipe was written here by us, and no stage has written anything after it."""
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
     inputs = {
+        ".lock",
         recipe_file.name,
         f"{recipe_file.name}.partial",
         "prompts.jsonl",

@@ -1,6 +1,7 @@
 """The stages, from generate to report. Each reads records of the run directory and writes more.
 
-Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing.
+Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing. All workers of a
+run call generate, probe, filter_responses, retry and evaluate together; the other stages are for the first one alone.
 """
 
 import json
@@ -8,9 +9,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -41,7 +42,7 @@ from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.review import write_review
 from thinksafe.reporting.summary import summarise
-from thinksafe.rundir import Journal, RunDir, StageClock, replacing, write_atomically, write_shard
+from thinksafe.rundir import Journal, RunDir, StageClock, replacing, write_atomically, write_for_all, write_shard
 from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
@@ -49,6 +50,7 @@ from thinksafe.steering import Rung
 from thinksafe.training.costs import TrainingCosts, keeping_on, largest_pack
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
+from thinksafe.workers import Workers
 
 Moment = Literal["before", "after"]
 
@@ -59,7 +61,7 @@ def foresee(run: RunDir, models: Models) -> None:
     if hardware is None or run.manifest["stages"]:
         return
     try:
-        found = estimate(run.recipe, hardware)
+        found = estimate(run.recipe, hardware, run.workers.count)
     except UserError as error:
         print(f"no estimate: {error}", file=sys.stderr)
         return
@@ -86,7 +88,11 @@ def generate(run: RunDir, models: Models) -> None:
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
     prompts_file, (shard, _) = run.path / "prompts.jsonl", run.attempts(0)
-    write_shard(prompts_file, islice(load_prompts(run.recipe.prompts), run.recipe.limit))
+
+    def take_in() -> None:
+        write_shard(prompts_file, islice(load_prompts(run.recipe.prompts), run.recipe.limit))
+
+    write_for_all(prompts_file, run.workers, take_in)
     prompts, first = Shard(prompts_file, Prompt), config.rungs[0]
 
     def task(number: int) -> Task:
@@ -118,14 +124,14 @@ def filter_responses(run: RunDir, models: Models) -> None:
         return
     clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempts(0)
     required(run, responses_file, "generate", "`thinksafe generate` first, or give --responses FILE")
-    refuse_repeated(read_records(responses_file, Response), responses_file)
+    write_for_all(responses_file, run.workers, lambda: refuse_repeated(responses_file))
     _remember_guard(run)
     responses, files = Shard(responses_file, Response), [verdicts_file]
-    tokens = _judge(models, responses, verdicts_file, clock, "filter")
+    tokens = _judge(run, models, responses, verdicts_file, clock, "filter")
     unsteered_file = run.path / "unsteered.jsonl"
-    if unsteered_file.exists():
+    if run.workers.once(unsteered_file.exists):
         files.append(run.path / "unsteered_verdicts.jsonl")
-        tokens += _judge(models, Shard(unsteered_file, Response), files[1], clock, "filter probe")
+        tokens += _judge(run, models, Shard(unsteered_file, Response), files[1], clock, "filter probe")
     run.finish_stage("filter", files, clock, tokens=tokens, records=len(responses))
 
 
@@ -144,7 +150,7 @@ def retry(run: RunDir, models: Models) -> None:
         if not run.is_done(judging):
             _remember_guard(run)
             clock, responses = run.clock(judging), Shard(responses_file, Response)
-            judged = _judge(models, responses, verdicts_file, clock, f"filter rung {number}")
+            judged = _judge(run, models, responses, verdicts_file, clock, f"filter rung {number}")
             run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
 
 
@@ -229,9 +235,12 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
     checkpoint = None
     if moment == "after" and adapter is None:
         full = run.path / "model"
-        checkpoint, adapter = (full, None) if full.exists() else (None, run.path / "adapter")
+        checkpoint, adapter = (full, None) if run.workers.once(full.exists) else (None, run.path / "adapter")
     if moment == "after":
-        refuse_other_student(run.path / "evaluation" / moment, checkpoint or adapter)
+        student = checkpoint or adapter
+        run.workers.once(lambda: refuse_other_student(run.path / "evaluation" / moment, student))
+        for name in run.workers.once(lambda: sorted(file.name for file in student.glob("*.safetensors"))):
+            write_for_all(student / name, run.workers)
     if run.is_done(stage):
         return
     clock, tokens, results, files = run.clock(stage), 0, [], []
@@ -244,16 +253,15 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
         title = f"{moment} {entry.name}"
         sampling = run.recipe.evaluation.sampling
         tokens += _sample(run, models, responses_file, tasks, sampling, clock, title, checkpoint, adapter)
-        responses = list(read_records(responses_file, Response))
+        responses, verdicts = Shard(responses_file, Response), ()
         files.append(responses_file)
-        verdicts: list[Verdict] = []
         if entry.kind != "reasoning":
-            _judge(models, responses, verdicts_file, clock, f"judge {entry.name}", every_response=True)
-            verdicts = list(read_records(verdicts_file, Verdict))
+            _judge(run, models, responses, verdicts_file, clock, f"judge {entry.name}", every_response=True)
+            verdicts = Shard(verdicts_file, Verdict)
             files.append(verdicts_file)
-        results.append(measure(entry, prompts[entry.name], responses, verdicts))
+        results.append(measure(entry, prompts[entry.name], list(responses), list(verdicts)))
     files.append(run.path / "evaluation" / f"{moment}.json")
-    write_atomically(files[-1], json.dumps(results, indent=1) + "\n")
+    run.workers.once(lambda: write_atomically(files[-1], json.dumps(results, indent=1) + "\n"))
     run.finish_stage(stage, files, clock, tokens=tokens, records=sum(result["responses"] for result in results))
 
 
@@ -288,8 +296,7 @@ def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:
     waiting = sorted(next_sample.keys() - accepted)
     limit = run.recipe.generation.max_retries
     if limit is not None:
-        stages = run.manifest["stages"]
-        spent = sum(stage["records"] for name, stage in stages.items() if name.startswith("generate_rung_"))
+        spent = run.workers.once(lambda: _retries(run))
         waiting = waiting[: (limit - spent) // rung.samples]
     first: dict[str, int] = {}
     asked, responses = set(waiting), Shard(run.attempts(0)[0], Response)
@@ -307,6 +314,12 @@ def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:
     return Mapped(task, range(len(waiting) * rung.samples))
 
 
+def _retries(run: RunDir) -> int:
+    """Responses that rungs of the ladder have asked for so far."""
+    stages = run.manifest["stages"]
+    return sum(stage["records"] for name, stage in stages.items() if name.startswith("generate_rung_"))
+
+
 def _sample(
     run: RunDir,
     models: Models,
@@ -319,11 +332,8 @@ def _sample(
     adapter: Path | None = None,
 ) -> int:
     """Answer the tasks that a shard does not hold yet and finish it; response tokens in the whole shard."""
-    journal = Journal(shard, Response)
-    done, tokens = set(), 0
-    for response in journal.records():
-        done.add(f"{response.prompt_id}/{response.sample}")
-        tokens += response.num_tokens
+    journal = Journal(shard, Response, run.workers)
+    done = {response.key for response in journal.records()}
     todo = [number for number, task in enumerate(tasks) if task.key not in done]
     if len(todo) + len(done) > len(tasks):
         raise UserError(
@@ -331,20 +341,21 @@ def _sample(
         )
     if todo:
         run.remember_input("model", fingerprint(models.base))
-        engine = Engine(models.student(checkpoint, adapter), run.recipe.sampler)
+        fair = -(-len(todo) // run.workers.count)
+        engine = Engine(models.student(checkpoint, adapter), run.recipe.sampler, fair)
         refuse_too_long(models.chat, tasks, engine.max_prompt_tokens)
-        with TokenBar(title, len(tasks), "responses", len(done)) as bar:
-            asked = Mapped(tasks.__getitem__, todo)
+        asked = run.workers.share(Mapped(tasks.__getitem__, todo))
+        with TokenBar(title, len(tasks), "responses", len(done), run.workers) as bar:
             for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):
                 journal.append(response)
-                tokens += response.num_tokens
                 bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
                 clock.tick()
-    journal.finish()
-    return tokens
+    journal.finish(task.key for task in tasks)
+    return sum(response.num_tokens for response in Shard(shard, Response))
 
 
 def _judge(
+    run: RunDir,
     models: Models,
     responses: Sequence[Response],
     shard: Path,
@@ -357,34 +368,41 @@ def _judge(
     Args:
         every_response: also ask the guard about malformed ones, as an evaluation must; a filter drops them unread.
     """
-    journal = Journal(shard, Verdict)
-    done = {(verdict.prompt_id, verdict.sample) for verdict in journal.records()}
-    if len(done) < len(responses):
+    journal = Journal(shard, Verdict, run.workers)
+    done = {verdict.key for verdict in journal.records()}
+    todo = [number for number, response in enumerate(responses) if response.key not in done]
+    if todo:
         guard, asked = models.guard, {}
-        with TokenBar(title, len(responses), "verdicts", len(done)) as bar:
+        with TokenBar(title, len(responses), "verdicts", len(done), run.workers) as bar:
 
-            def readable() -> Iterator[Exchange]:
-                for response in responses:
-                    if (response.prompt_id, response.sample) in done:
-                        continue
+            def readable(some: Iterable[Response]) -> Iterator[Exchange]:
+                for response in some:
                     problem = response_problem(response, models.chat)
                     if problem is None or (every_response and response.text):
-                        key = f"{response.prompt_id}/{response.sample}"
-                        asked[key] = response
-                        yield Exchange(key, response.prompt, response.text)
+                        asked[response.key] = response
+                        yield Exchange(response.key, response.prompt, response.text)
                     else:
                         journal.append(_verdict(response, guard.name, "dropped", problem))
                         bar.update(0)
 
-            for judgement in guard.judge(readable()):
-                response = asked.pop(judgement.id)
-                reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
-                journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
-                bar.update(response.num_tokens)
-                clock.tick()
-    journal.finish()
-    dropped = {(v.prompt_id, v.sample) for v in read_records(shard, Verdict) if v.decision == "dropped"}
-    return sum(r.num_tokens for r in responses if (r.prompt_id, r.sample) not in dropped)
+            for turn in _turns(run.workers, Mapped(responses.__getitem__, todo)):
+                for judgement in guard.judge(readable(turn)):
+                    response = asked.pop(judgement.id)
+                    reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
+                    journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
+                    bar.update(response.num_tokens)
+                    clock.tick()
+    journal.finish(response.key for response in responses)
+    dropped = {verdict.key for verdict in Shard(shard, Verdict) if verdict.decision == "dropped"}
+    return sum(response.num_tokens for response in responses if response.key not in dropped)
+
+
+def _turns(workers: Workers, items: Sequence[Response]) -> Iterator[Iterable[Response]]:
+    """This worker's share, some at a time: a guard reads ahead, and what it holds no other worker can take."""
+    asked = workers.share(items)
+    most = len(items) if workers.count == 1 else -(-len(items) // (4 * workers.count))
+    for first in asked:
+        yield chain((first,), islice(asked, most - 1))
 
 
 def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:

@@ -1,26 +1,37 @@
-"""Several processes on one list of tasks: each takes the next when it has room for it, until there is none.
+"""Several processes on one run: they share lists of tasks, wait for one another, and end together.
 
-torchrun starts one process a GPU and gives them a store. A task is a number in a list that every process makes alike;
-the store counts how far the list has been handed out. A response is a function of its task alone, so who answers it
-changes nothing. If a process dies, torchrun starts all of them anew, with counters of their own.
+A launcher (torchrun, deepspeed, srun) starts one process a GPU and says where they meet; a store there holds a few
+counters. All workers go through the same stages in the same order, so what they do together is told apart by how many
+such things they have done before. A task is a place in a list that all make alike, and a response is a function of its
+task alone: who answers it changes nothing.
+
+A worker that dies takes the others with it, by the launcher or, where that does not notice, by its silence; the same
+command then goes on from what is written.
 """
 
+import json
 import os
+import signal
+import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
-from torch.distributed import PrefixStore, Store, rendezvous
+from torch.distributed import Store, rendezvous
+
+from thinksafe.errors import UserError
 
 T = TypeVar("T")
 _START_WITHIN = timedelta(minutes=10)
-_LOOK_EVERY = 0.1
+_LISTEN_EVERY, _DEAD_AFTER = 1.0, 40.0
+_LEFT = 1 << 40
+"""A pulse that beats no more, since its worker is done."""
 
 
-@dataclass(frozen=True)
 class Workers:
     """This process among its like.
 
@@ -28,49 +39,181 @@ class Workers:
         rank: from 0; the first one leads: it alone writes what is written once.
         count: how many there are.
         store: what they share; None for a process alone.
+        local_rank: of this process among those of its machine.
     """
 
-    rank: int = 0
-    count: int = 1
-    store: Store | None = None
+    def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None, local_rank: int = 0):
+        self.rank, self.count, self.store, self.local_rank = rank, count, store, local_rank
+        self._done_together = 0
+        self._leader_alone = False
+        self._over = threading.Event()
 
     @classmethod
-    def join(cls) -> "Workers":
-        """The processes that torchrun started, each on a GPU of its own; otherwise this process alone."""
+    @contextmanager
+    def join(cls) -> Iterator["Workers"]:
+        """The processes that a launcher started together; this process alone where there is no launcher.
+
+        Of what goes wrong in several of them, one speaks and the others end in silence.
+        """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return cls()
+            yield ALONE
+            return
         store, rank, count = next(rendezvous("env://", timeout=_START_WITHIN))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # The store outlives a restart of the workers, their counters must not.
-        return cls(rank, count, PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store))
+        workers = cls(rank, count, store, int(os.environ.get("LOCAL_RANK", "0")))
+        store.set(f"host/{rank}", socket.gethostname())
+        threading.Thread(target=workers._listen, daemon=True).start()
+        before = signal.signal(signal.SIGTERM, _stop)
+        try:
+            yield workers
+            workers._leave()
+            signal.signal(signal.SIGTERM, before)
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever speaks is not cut short when the others end
+            if not workers._is_first_to_fail():
+                raise SystemExit(1) from None
+            if isinstance(error, UserError) and not workers.leads:
+                raise UserError(f"worker {rank} on {socket.gethostname()}: {error}") from None
+            raise
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that writes what is written once."""
         return self.rank == 0
 
-    def share(self, name: str, items: Sequence[T]) -> Iterator[T]:
-        """The items that fall to this process: each goes to exactly one, whoever asks first.
+    def once(self, work: Callable[[], T]) -> T:
+        """Let the first worker do something alone, while the others wait for its result.
+
+        Within it, `once`, `meet`, `share` and `total` concern nobody else.
 
         Args:
-            name: of the queue, never used before.
-            items: the same in every process.
+            work: returns a JSON value.
         """
-        if self.store is None:
-            yield from items
-            return
-        while (index := self.store.add(f"queue/{name}", 1) - 1) < len(items):
-            yield items[index]
+        if self._is_alone:
+            return work()
+        key = self._next_key()
+        if self.leads:
+            self._leader_alone = True
+            try:
+                result = json.dumps(work())
+            finally:
+                self._leader_alone = False
+            self.store.set(key, result)
+        else:
+            _wait_for(lambda: self.store.check([key]))
+            result = self.store.get(key)
+        return json.loads(result)
 
-    def meet(self, name: str) -> None:
+    def meet(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
         """Wait, for as long as it takes, until all have come here.
 
         Args:
-            name: of the meeting, never used before.
+            meanwhile: called now and then.
         """
-        if self.store is None:
+        if self._is_alone:
             return
-        self.store.add(f"meeting/{name}", 1)
-        while self.store.add(f"meeting/{name}", 0) < self.count:
-            time.sleep(_LOOK_EVERY)
+        key = self._next_key()
+        self.store.add(key, 1)
+        _wait_for(lambda: self.store.add(key, 0) >= self.count, meanwhile)
+
+    def share(self, items: Sequence[T]) -> Iterator[T]:
+        """The items that fall to this process: each goes to exactly one, whoever asks first.
+
+        Args:
+            items: the same in every process.
+        """
+        if self._is_alone:
+            return iter(items)
+        key = self._next_key()
+        return self._share(key, items)
+
+    def total(self) -> Callable[[int], int]:
+        """A sum over all workers: a function that adds to it and returns it."""
+        if self._is_alone:
+            own = [0]
+
+            def add(amount: int) -> int:
+                own[0] += amount
+                return own[0]
+
+            return add
+        key = self._next_key()
+        return lambda amount: self.store.add(key, amount)
+
+    @property
+    def _is_alone(self) -> bool:
+        return self.store is None or self._leader_alone
+
+    def _next_key(self) -> str:
+        self._done_together += 1
+        return f"together/{self._done_together}"
+
+    def _share(self, key: str, items: Sequence[T]) -> Iterator[T]:
+        while (index := self.store.add(key, 1) - 1) < len(items):
+            yield items[index]
+
+    def _listen(self) -> None:
+        """In a thread: be heard, hear of failures, and of the silence of the next worker."""
+        neighbour = (self.rank + 1) % self.count
+        heard, changed = 0, time.monotonic()
+        while not self._over.wait(_LISTEN_EVERY):
+            try:
+                self.store.add(f"pulse/{self.rank}", 1)
+                pulse = self.store.add(f"pulse/{neighbour}", 0)
+                failed = self.store.add("failed", 0)
+            except RuntimeError:
+                self._end("the launcher, or the machine of the first worker, is gone", always=True)
+                continue
+            if failed:
+                self._end("")
+            if pulse != heard or pulse >= _LEFT:
+                heard, changed = pulse, time.monotonic()
+            elif time.monotonic() - changed > _DEAD_AFTER:
+                host = self.store.get(f"host/{neighbour}").decode()
+                self._end(f"worker {neighbour} on {host} has been silent for {_DEAD_AFTER:.0f} seconds")
+
+    def _end(self, why: str, always: bool = False) -> None:
+        """End this process from the listening thread, unless it is ending anyway."""
+        if self._over.is_set():
+            return
+        if why and (always or self.store.add("failed", 1) == 1):
+            line = f"thinksafe: {why}, so all end; nothing finished is lost, the same command goes on from here\n"
+            os.write(sys.stderr.fileno(), line.encode())
+        os._exit(1)
+
+    def _is_first_to_fail(self) -> bool:
+        self._over.set()
+        try:
+            if not self.leads:  # what concerns all, the first worker says
+                _wait_for(lambda: self.store.add("failed", 0), within=1.0)
+            first = self.store.add("failed", 1) == 1
+            if self.leads:  # it may be this process that the others' store lives in
+                time.sleep(1.5 * _LISTEN_EVERY)
+        except RuntimeError:
+            return True  # nobody to ask: better said twice than never
+        return first
+
+    def _leave(self) -> None:
+        self._over.set()
+        self.store.add(f"pulse/{self.rank}", _LEFT)
+        gone = self.store.add("left", 1)
+        if self.leads and gone < self.count:
+            _wait_for(lambda: self.store.add("left", 0) >= self.count, within=_DEAD_AFTER)
+
+
+ALONE = Workers()
+"""A process that nobody started together with others."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt("stopped from outside, as a launcher does when another worker has failed")
+
+
+def _wait_for(
+    ready: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: None, within: float = float("inf")
+) -> None:
+    """Ask often at first, then ten times a second."""
+    pause, until = 0.001, time.monotonic() + within
+    while not ready() and time.monotonic() < until:
+        meanwhile()
+        time.sleep(pause)
+        pause = min(0.1, 2 * pause)

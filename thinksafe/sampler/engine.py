@@ -63,7 +63,8 @@ class Engine:
         limit_seconds: the least time that all passes so far could have taken on it.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig):
+    def __init__(self, decoder: Decoder, config: EngineConfig, most_at_once: int | None = None):
+        """most_at_once: requests that run or wait in line here; what more there is, other workers may take."""
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
         page_size = config.page_size or (64 if device.type == "cuda" else 16)
         page_bytes = decoder.config.kv_elements_per_token * page_size * dtype.itemsize
@@ -76,6 +77,7 @@ class Engine:
             config.max_running, num_pages, page_size, decoder.config.max_seq_len, config.max_step_tokens
         )
         self.runner = Runner(decoder, self.scheduler)
+        self.most_at_once = most_at_once or config.max_running + _QUEUED
         self.hardware, self.limit_seconds = hardware_of(device), 0.0
         self.passes_ahead = 1 if device.type == "cuda" else 0
 
@@ -110,7 +112,8 @@ class Engine:
         """Every pass with its results, in order, until no work is left; each must be committed before the next."""
         scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), iter(requests)
         while True:
-            scheduler.submit(islice(to_come, max(0, _QUEUED - len(scheduler.waiting))))
+            waiting, running = len(scheduler.waiting), len(scheduler.running)
+            scheduler.submit(islice(to_come, max(0, min(_QUEUED - waiting, self.most_at_once - waiting - running))))
             if not scheduler.has_work and not in_flight:
                 return
             plan = scheduler.plan()
