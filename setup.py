@@ -44,6 +44,7 @@ class BuildWithNvcc(build_ext):
 
 TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"
 DEEPSPEED = "deepspeed>=0.19.8"
+TENSORBOARD = "tensorboard"
 
 setup(
     name="thinksafe",
@@ -79,9 +80,12 @@ setup(
     extras_require={
         "gpu": [TRITON],
         "deepspeed": [DEEPSPEED],
+        "tensorboard": [TENSORBOARD],
+        "wandb": ["wandb"],
         "test": [
             TRITON,
             DEEPSPEED,
+            TENSORBOARD,
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

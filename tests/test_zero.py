@@ -180,7 +180,7 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(folder, 
 
 
 def steps_of(run: Path) -> list:
-    metrics = [dataclasses.replace(one, seconds=0) for one in read_metrics(run / "metrics.jsonl")]
+    metrics = [dataclasses.replace(one, seconds=0, tokens_per_second=0) for one in read_metrics(run / "metrics.jsonl")]
     assert [one.step for one in metrics] == list(range(1, metrics[0].total_steps + 1))
     return metrics
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from tqdm import tqdm
 
+from thinksafe.training.loop import StepMetrics
 from thinksafe.workers import ALONE, Workers
 
 _EXCHANGE_EVERY = 0.5
@@ -62,3 +63,13 @@ class TokenBar(AbstractContextManager):
             rate = self._tokens / max(seconds, 1e-9)
             line = f"{self._title:>30}: {self._bar.total:6} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s"
             print(line, file=sys.stderr)
+
+
+def in_figures(metrics: StepMetrics) -> dict[str, str]:
+    """What a bar shows of a training step, beside its rate: what is known of loss, MFU and memory."""
+    shown = {"loss": f"{metrics.loss:.3f}"}
+    if metrics.mfu is not None:
+        shown["MFU"] = f"{metrics.mfu:.0%}"
+    if metrics.peak_bytes is not None:
+        shown["memory"] = f"{metrics.peak_bytes / 2**30:.1f} GiB"
+    return shown

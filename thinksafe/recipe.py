@@ -23,6 +23,7 @@ from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.steering import Rung
 from thinksafe.training.loop import TrainingConfig
+from thinksafe.training.trackers import TrackerName
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Recipe:
         seed: of everything random.
         device: `auto` takes a GPU where there is one.
         dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        trackers: where training is also seen, `tensorboard` (event files in training/tensorboard) and `wandb` (Weights
+            & Biases); metrics.jsonl is always written.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -150,6 +153,7 @@ class Recipe:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    trackers: tuple[TrackerName, ...] = ()
     generation: GenerationConfig = GenerationConfig()
     guard: GuardConfig = GuardConfig()
     sampler: EngineConfig = EngineConfig()

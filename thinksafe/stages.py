@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
@@ -36,7 +37,7 @@ from thinksafe.model.lora import attach, check_targets, save_adapter
 from thinksafe.model.weights import fingerprint, load_config, resolve, save_decoder
 from thinksafe.models import Models
 from thinksafe.paths import expand
-from thinksafe.progress import TokenBar
+from thinksafe.progress import TokenBar, in_figures
 from thinksafe.prompts import load_prompts
 from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_id, read_records, to_json
 from thinksafe.reporting.html import write_report
@@ -47,9 +48,10 @@ from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
-from thinksafe.training.costs import TrainingCosts, keeping_on, largest_pack
+from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import train as run_training
+from thinksafe.training.trackers import require, tracking
 from thinksafe.workers import Workers
 
 Moment = Literal["before", "after"]
@@ -78,6 +80,7 @@ def check(run: RunDir, models: Models) -> None:
         check_targets(load_config(models.base)[0], run.recipe.lora)
     for name in run.recipe.guard.checkpoints:
         resolve(name, "guard.model")
+    require(run.recipe.trackers)
 
 
 def generate(run: RunDir, models: Models) -> None:
@@ -186,32 +189,37 @@ def train(run: RunDir, models: Models) -> None:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
     models.forget_guard()
     decoder = models.student()
-    lora = recipe.lora if config.method == "lora" else None
-    costs = TrainingCosts(decoder.config, lora, models.dtype.itemsize)
-    largest = largest_pack([len(sequence) for sequence in sequences], config.batch_size, config.max_tokens_per_pack)
-    decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
     if config.method == "lora":
         attach(decoder, recipe.lora, recipe.seed)
     else:
         decoder.requires_grad_(True)
+    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize)
+    largest = largest_pack([len(sequence) for sequence in sequences], config.batch_size, config.max_tokens_per_pack)
+    decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
+    if set(decoder.keeping) != {"none"}:
+        print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
     run.remember_input("model", fingerprint(models.base))
     engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
     steps = config.epochs * -(-len(sequences) // config.batch_size)
-    with TokenBar("train", steps, "steps") as bar:
+    training = run.path / "training"
+    watched = tracking(recipe.trackers, training, recipe.name, asdict(recipe))
+    with watched as trackers, TokenBar("train", steps, "steps") as bar:
 
         def on_step(metrics):
             clock.tick()
-            bar.update(metrics.tokens, loss=f"{metrics.loss:.3f}", step=str(metrics.step))
+            for tracker in trackers:
+                tracker.log(metrics)
+            bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
 
         try:
-            run_training(engine, sequences, config, recipe.seed, run.path / "training", on_step)
+            run_training(engine, sequences, config, recipe.seed, training, on_step)
         except NonFiniteStep as error:
             remedy = "lower training.learning_rate or look at those examples"
             raise UserError(f"training stopped, {error}; {remedy}") from None
     folder = _save_student(run, models, decoder)
     run.finish_stage(
         "train",
-        [*sorted(folder.iterdir()), run.path / "training" / "metrics.jsonl"],
+        [*sorted(folder.iterdir()), training / "metrics.jsonl"],
         clock,
         tokens=config.epochs * sum(map(len, sequences)),
         records=len(sequences),

@@ -71,6 +71,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config = shard.config(config)
         self.shard = shard
+        self.lora = None  # the LoraConfig of adapters that are attached, see lora.py
         self.keeping: tuple[Keeping, ...] = ("none",) * config.num_layers  # for the backward pass, by layer
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_layers))

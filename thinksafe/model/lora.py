@@ -72,6 +72,7 @@ def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
     check_targets(decoder.config, config)
     detach(decoder)
     decoder.requires_grad_(False)
+    decoder.lora = config
     generator = torch.Generator().manual_seed(seed)
     for layer in decoder.layers:
         layer.adapters = dict.fromkeys(config.target_modules, (config.alpha / config.rank, config.dropout))
@@ -91,6 +92,7 @@ def detach(decoder: Decoder) -> None:
         for name in layer.adapters:
             del layer._parameters[f"{name}_lora_A"], layer._parameters[f"{name}_lora_B"]
         layer.adapters = {}
+    decoder.lora = None
 
 
 @torch.no_grad()

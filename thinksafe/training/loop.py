@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from thinksafe.hardware import hardware_of
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.distributed import balanced, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.packing import TrainingSequence, pack
@@ -73,7 +75,16 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl: loss in nats a token, tokens counted with the prompts, wall seconds of the step."""
+    """One line of metrics.jsonl.
+
+    Attributes:
+        loss: in nats a token.
+        tokens: of all ranks, prompts included.
+        seconds: wall time of the step.
+        flop: useful ones of all ranks, as training/costs.py counts them; nothing that is computed again.
+        mfu: their share of what the ranks' GPUs promise; None where that is not known.
+        peak_bytes: of this rank's GPU so far; None on a CPU.
+    """
 
     step: int
     total_steps: int
@@ -82,6 +93,10 @@ class StepMetrics:
     grad_norm: float
     tokens: int
     seconds: float
+    tokens_per_second: float
+    flop: float
+    mfu: float | None
+    peak_bytes: int | None
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -132,6 +147,7 @@ def train(
             saved that is not finite, and training never ends with such weights.
     """
     identity = fingerprint(sequences, config, seed)
+    costs = TrainingCosts(engine.decoder.config, engine.decoder.lora, engine.decoder.embedding.element_size())
     total_steps = config.epochs * math.ceil(len(sequences) / config.batch_size)
     newest = load_newest(folder / "checkpoints", identity)
     first_step = 0
@@ -154,15 +170,32 @@ def train(
                     engine.check_weights()
             except NonFiniteStep as error:
                 raise NonFiniteStep(f"step {step + 1}, sequences {chosen.tolist()}: {error}") from None
-            tokens = sum(len(sequence) for sequence in batch)
             seconds = time.perf_counter() - started
-            metrics = StepMetrics(step + 1, total_steps, result.loss, rate, result.grad_norm, tokens, seconds)
+            speed = _speed(costs, batch, seconds, engine.device)
+            metrics = StepMetrics(step + 1, total_steps, result.loss, rate, result.grad_norm, **speed)
             metrics_file.write(json.dumps(asdict(metrics)) + "\n")
             metrics_file.flush()
             on_step(metrics)
             if saves:
                 save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
     engine.finish()
+
+
+def _speed(
+    costs: TrainingCosts, batch: Sequence[TrainingSequence], seconds: float, device: torch.device
+) -> dict[str, float | None]:
+    """What a step's work and time say of the hardware, as in StepMetrics."""
+    lengths = [len(sequence) for sequence in batch]
+    targets = sum(sequence.num_targets for sequence in batch)
+    flop, hardware = costs.useful_flop(Work(sum(lengths), targets, causal_pairs(lengths))), hardware_of(device)
+    return {
+        "tokens": sum(lengths),
+        "seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+        "flop": flop,
+        "mfu": flop / seconds / world_size() / hardware.peak_flop_per_second if hardware else None,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:
