@@ -41,11 +41,12 @@ class Build:
 
     Attributes:
         arguments: argument -> Triton type, for everything that is not a constant.
-        constants: constexpr arguments.
+        constants: constexpr arguments; pointers in neither are None.
         sizes: integer argument -> its value in the largest call; None where indices come out of a page table, which
             are tested on memory of more than 2^31 elements instead.
         programs: that call's grid.
         loads: pointer argument -> the largest index that is read there.
+        resident: programs that must fit a processor at the same time.
         uses: the `Figures` that must not be 0: the instructions it is written for.
     """
 
@@ -58,6 +59,7 @@ class Build:
     programs: tuple[int, ...] = ()
     loads: dict[str, int] = field(default_factory=dict)
     num_stages: int = 3
+    resident: int = 1
     uses: tuple[str, ...] = ("wide_loads",)
 
 
@@ -350,7 +352,7 @@ def builds() -> list[Build]:
 
 
 def paged_attention_builds() -> list[Build]:
-    """The sampler's kernels, for the groups and pages of the families served."""
+    """The sampler's kernels, for the groups and pages of the families served, and for caches in e4m3."""
     found = [
         Build(
             "paged_decode work",
@@ -360,75 +362,22 @@ def paged_attention_builds() -> list[Build]:
             num_warps=4,
         )
     ]
-    caches = {
-        **dict.fromkeys(("q_ptr", "key_ptr", "value_ptr", "out_ptr"), "*bf16"),
-        **dict.fromkeys(("page_table_ptr", "seq_lens_ptr"), "*i64"),
-        **dict.fromkeys(("work_ptr", "tiles_ptr", "cu_seqlens_ptr"), "*i32"),
-        **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
-        "scale": "fp32",
-        **dict.fromkeys(("width", "num_kv_heads", "max_splits"), "i32"),
-    }
-
-    def arguments(kernel: Any) -> dict[str, str]:
-        return {name: kind for name, kind in caches.items() if name in kernel.arg_names}
-
-    for group, D, page_size in ((2, 128, 64), (4, 128, 64), (8, 128, 64), (7, 64, 64), (2, 128, 16)):
-        name = f"{group} heads a group, D={D}, pages of {page_size}"
-        sizes = {"GROUP": group, "D": D, "BLOCK_D": D}
-        padded = triton.next_power_of_2(group)
-        tiles = paged_attention.DECODE[2]
+    for shape in ((2, 128, 64), (4, 128, 64), (8, 128, 64), (7, 64, 64), (2, 128, 16)):
+        found += _attention_builds(*shape)
+    found += _attention_builds(2, 128, 64, ("key", "value"))
+    found += _attention_builds(4, 128, 64, ("key", "value"))
+    found += _attention_builds(7, 128, 64, ("value",))
+    for num_heads, num_kv_heads, norm, fp8 in (
+        (16, 8, True, ()), (64, 8, True, ()), (28, 4, False, ()), (64, 8, True, ("key", "value")),
+        (28, 4, False, ("value",)),
+    ):  # fmt: skip
         found.append(
             Build(
-                f"paged_decode {name}",
-                paged_attention._decode_kernel,
-                arguments(paged_attention._decode_kernel),
-                {
-                    **sizes,
-                    "PAGE_SIZE": page_size,
-                    "SPLIT": paged_attention.SPLIT,
-                    "BLOCK_G": max(padded, tiles.rows),
-                    "BLOCK_N": tiles.tokens,
-                },
-                tiles.num_warps,
-                num_stages=tiles.num_stages,
-                uses=("mma", "wide_copies"),
-            )
-        )
-        tiles = paged_attention.PREFILL[2]
-        found.append(
-            Build(
-                f"paged_prefill {name}",
-                paged_attention._prefill_kernel,
-                arguments(paged_attention._prefill_kernel),
-                {**sizes, "PAGE_SIZE": page_size, "BLOCK_M": tiles.rows, "BLOCK_N": tiles.tokens},
-                tiles.num_warps,
-                num_stages=tiles.num_stages,
-                uses=("wgmma", "wide_copies"),
-            )
-        )
-        if page_size == 64:
-            found.append(
-                Build(
-                    f"paged_decode combine {name}",
-                    paged_attention._combine_kernel,
-                    arguments(paged_attention._combine_kernel),
-                    {
-                        **sizes,
-                        "SPLIT": paged_attention.SPLIT,
-                        "BLOCK_S": paged_attention.MAX_SPLITS,
-                        "BLOCK_G": padded,
-                    },
-                    num_warps=1,
-                )
-            )
-    for num_heads, num_kv_heads, norm in ((16, 8, True), (64, 8, True), (28, 4, False)):
-        found.append(
-            Build(
-                f"norm_rope_write_kv {num_heads} and {num_kv_heads} heads{'' if norm else ', no norm'}",
+                f"norm_rope_write_kv {num_heads} and {num_kv_heads} heads{'' if norm else ', no norm'}{_in_e4m3(fp8)}",
                 kv_write._norm_rope_write_kernel,
                 {
-                    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr"), "*bf16"),
-                    **dict.fromkeys(("out_ptr", "key_ptr", "value_ptr"), "*bf16"),
+                    **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr"), "*bf16"),
+                    **_cache_arguments(fp8),
                     **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
                     "slots_ptr": "*i64",
                     "num_heads": "i32",
@@ -451,6 +400,80 @@ def paged_attention_builds() -> list[Build]:
     return found
 
 
+def _in_e4m3(fp8: tuple[str, ...]) -> str:
+    return f", {' and '.join(f'{name}s' for name in fp8)} in e4m3" if fp8 else ""
+
+
+def _cache_arguments(fp8: tuple[str, ...]) -> dict[str, str]:
+    """Types of the cache's pointers where these of keys and values are in e4m3."""
+    pages = {f"{name}_ptr": "*fp8e4nv" if name in fp8 else "*bf16" for name in ("key", "value")}
+    return pages | {f"{name}_exponents_ptr": "*u8" for name in fp8}
+
+
+def _attention_builds(group: int, D: int, page_size: int, fp8: tuple[str, ...] = ()) -> list[Build]:
+    """Decoding and reading of prompts at one shape, and combining for the caches in bf16."""
+    known = {
+        **dict.fromkeys(("q_ptr", "out_ptr"), "*bf16"),
+        **_cache_arguments(fp8),
+        **dict.fromkeys(("page_table_ptr", "seq_lens_ptr"), "*i64"),
+        **dict.fromkeys(("work_ptr", "tiles_ptr", "cu_seqlens_ptr"), "*i32"),
+        **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
+        "scale": "fp32",
+        **dict.fromkeys(("width", "num_kv_heads", "max_splits"), "i32"),
+    }
+
+    def arguments(kernel: Any) -> dict[str, str]:
+        return {name: kind for name, kind in known.items() if name in kernel.arg_names}
+
+    name = f"{group} heads a group, D={D}, pages of {page_size}{_in_e4m3(fp8)}"
+    sizes = {"GROUP": group, "D": D, "BLOCK_D": D}
+    padded = triton.next_power_of_2(group)
+    decode, prefill = paged_attention.DECODE[2], paged_attention.PREFILL[2]
+    found = [
+        Build(
+            f"paged_decode {name}",
+            paged_attention._decode_kernel,
+            arguments(paged_attention._decode_kernel),
+            {
+                **sizes,
+                "PAGE_SIZE": page_size,
+                "SPLIT": paged_attention.SPLIT,
+                "BLOCK_G": max(padded, decode.rows),
+                "BLOCK_N": decode.tokens,
+            },
+            decode.num_warps,
+            num_stages=decode.num_stages,
+            resident=paged_attention.PROGRAMS_PER_PROCESSOR[bool(fp8)],
+            uses=("mma", "wide_copies"),
+        ),
+        Build(
+            f"paged_prefill {name}",
+            paged_attention._prefill_kernel,
+            arguments(paged_attention._prefill_kernel),
+            {**sizes, "PAGE_SIZE": page_size, "BLOCK_M": prefill.rows, "BLOCK_N": prefill.tokens},
+            prefill.num_warps,
+            num_stages=prefill.num_stages,
+            uses=("wgmma", "wide_copies"),
+        ),
+    ]
+    if page_size == 64 and not fp8:
+        found.append(
+            Build(
+                f"paged_decode combine {name}",
+                paged_attention._combine_kernel,
+                arguments(paged_attention._combine_kernel),
+                {
+                    **sizes,
+                    "SPLIT": paged_attention.SPLIT,
+                    "BLOCK_S": paged_attention.MAX_SPLITS,
+                    "BLOCK_G": padded,
+                },
+                num_warps=1,
+            )
+        )
+    return found
+
+
 def compile_for_hopper(build: Build) -> Any:
     """Triton's compiled kernel for sm_90a; no GPU is needed."""
     signature = {name: build.arguments.get(name, "constexpr") for name in build.kernel.arg_names}
@@ -460,7 +483,8 @@ def compile_for_hopper(build: Build) -> Any:
         for index, kind in enumerate(signature.values())
         if kind.startswith("*") or kind in ("i32", "i64")
     }
-    source = ASTSource(build.kernel, signature, build.constants, aligned)
+    constants = {name: None for name, kind in signature.items() if kind == "constexpr"} | build.constants
+    source = ASTSource(build.kernel, signature, constants, aligned)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

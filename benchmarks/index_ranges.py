@@ -79,6 +79,10 @@ def _interval(operation, rest, operands, programs, loads) -> Interval | None:
         return (0, count - 1) if operation == "tt.get_program_id" else (1, count)
     if operation == "tt.load":
         return (0, loads[operands[0]]) if operands[0] in loads else None
+    if operation == "tt.bitcast":
+        return -(2**31), 2**31 - 1
+    if operation == "arith.extui" and "xi1>" in rest:
+        return 0, 1
     if operation == "arith.select":
         operands = operands[1:]
     if not operands or None in operands:
@@ -97,8 +101,12 @@ def _interval(operation, rest, operands, programs, loads) -> Interval | None:
         return min(corners), max(corners)
     if operation == "arith.remsi" and a[0] >= 0 and b[0] >= 1:
         return 0, min(a[1], b[1] - 1)
+    if operation == "arith.shrsi" and b[0] == b[1]:
+        return a[0] >> b[0], a[1] >> b[0]
     if operation == "arith.minsi":
         return min(a[0], b[0]), min(a[1], b[1])
+    if operation == "arith.maxsi":
+        return max(a[0], b[0]), max(a[1], b[1])
     if operation == "arith.select":
         return min(a[0], b[0]), max(a[1], b[1])
     return None

@@ -160,7 +160,7 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
     }
     row = {"model": name, "variant": f"decode, {rows} rows of {context}", "tokens/s": rows / whole}
     if engine.hardware:
-        row["share of the limit"] = pass_seconds(plan, config, dtype.itemsize, engine.hardware) / whole
+        row["share of the limit"] = pass_seconds(plan, config, engine.sizes, engine.hardware) / whole
     row |= {"pass ms": 1e3 * whole, "host gap": 1 - on_device / whole}
     row |= {f"{part} ms": 1e3 * taken for part, taken in parts.items()}
     row["rest ms"] = 1e3 * (on_device - sum(parts.values()))

@@ -1,7 +1,8 @@
 """Norm and rotation of q and k, and the way of k and v into the page cache, in one launch.
 
 Apart, a decode step launches four kernels a layer here and moves k three times; one launch reads q, k and v once and
-writes each where it is read next: 2 * T * (num_heads + 2 * num_kv_heads) * D * itemsize bytes.
+writes each where it is read next: 2 * T * (num_heads + 2 * num_kv_heads) * D * itemsize bytes. A cache in e4m3 (see
+fp8.py) is rounded on the way, once, from fp32.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
-from thinksafe.kernels.paged_attention import write_kv
+from thinksafe.kernels.fp8 import exponent_of, power_of_two
+from thinksafe.kernels.paged_attention import Exponents, write_kv
 from thinksafe.kernels.rope import reference as rope_reference
 
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor,
-    sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor,
+    sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, exponents: Exponents = (None, None),
 ) -> Tensor:  # fmt: skip
     """`norm_rope_write_kv` in plain torch."""
-    write_kv(key_cache, value_cache, rope_reference(k, k_weight, eps, cos, sin), v, slots)
+    write_kv(key_cache, value_cache, rope_reference(k, k_weight, eps, cos, sin), v, slots, exponents)
     return rope_reference(q, q_weight, eps, cos, sin)
 
 
@@ -41,9 +43,19 @@ def _rotated(
 
 
 @jit
+def _scaled(x, largest, exponents_ptr, rows, inside):
+    """Heads [BLOCK_H, ...] fp32 as the cache takes them, their exponents stored where it is in e4m3."""
+    if exponents_ptr is not None:
+        exponent = exponent_of(largest)
+        tl.store(exponents_ptr + rows[:, None], exponent[:, None], mask=inside)
+        x = x * power_of_two(254 - exponent)[:, None]
+    return x
+
+
+@jit
 def _norm_rope_write_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, out_ptr, key_ptr, value_ptr,
-    num_heads, num_kv_heads, eps,
+    key_exponents_ptr, value_exponents_ptr, num_heads, num_kv_heads, eps,
     NORM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One token."""
@@ -60,13 +72,15 @@ def _norm_rope_write_kernel(
     inside = (heads < num_kv_heads)[:, None]
     rows = (slot // PAGE_SIZE * num_kv_heads + heads) * PAGE_SIZE + slot % PAGE_SIZE
     first, second = _rotated(k_ptr, k_weight_ptr, token, num_kv_heads, cos, sin, eps, NORM, BLOCK_KV, HALF)
+    largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
     to = rows[:, None] * (2 * HALF) + pairs[None, :]
-    tl.store(key_ptr + to, first, mask=inside)
-    tl.store(key_ptr + to + HALF, second, mask=inside)
+    tl.store(key_ptr + to, _scaled(first, largest, key_exponents_ptr, rows, inside), mask=inside)
+    tl.store(key_ptr + to + HALF, _scaled(second, largest, key_exponents_ptr, rows, inside), mask=inside)
 
     columns = tl.arange(0, 2 * HALF)
     at = (token * num_kv_heads + heads)[:, None] * (2 * HALF) + columns[None, :]
-    v = tl.load(v_ptr + at, mask=inside, other=0.0)
+    v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    v = _scaled(v, tl.max(tl.abs(v), axis=1), value_exponents_ptr, rows, inside)
     tl.store(value_ptr + rows[:, None] * (2 * HALF) + columns[None, :], v, mask=inside)
 
 
@@ -82,6 +96,7 @@ def norm_rope_write_kv(
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
+    exponents: Exponents = (None, None),
 ) -> Tensor:
     """Normalise and rotate q and k, and store k and v. Not differentiable.
 
@@ -92,6 +107,7 @@ def norm_rope_write_kv(
         cos, sin: [T, D/2] fp32.
         key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
         slots: [T] int64, page * page_size + offset of each token; no two alike.
+        exponents: of the caches that are in e4m3, changed in place.
 
     Returns:
         q, [T, num_heads, D].
@@ -106,13 +122,13 @@ def norm_rope_write_kv(
             f"{list(slots.shape)}: expected [T, heads, D], k and v alike, [T, D/2] and [T]"
         )
     if not on_triton(q):
-        return reference(q, k, v, q_weight, k_weight, eps, cos, sin, key_cache, value_cache, slots)
+        return reference(q, k, v, q_weight, k_weight, eps, cos, sin, key_cache, value_cache, slots, exponents)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if T:
         block_q, block_kv = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
         _norm_rope_write_kernel[(T,)](
             q.contiguous(), k.contiguous(), v.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(),
-            slots, out, key_cache, value_cache, num_heads, num_kv_heads, eps,
+            slots, out, key_cache, value_cache, *exponents, num_heads, num_kv_heads, eps,
             NORM=q_weight is not None, PAGE_SIZE=page_size, BLOCK_Q=block_q, BLOCK_KV=block_kv, HALF=D // 2,
             num_warps=4,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from thinksafe.model.attention import PackedAttention, packed_positions
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.request import Request, SamplingConfig
 from thinksafe.sampler.runner import Runner
 from thinksafe.sampler.scheduler import Scheduler
@@ -93,7 +94,7 @@ def paged_logits(decoder: Decoder, sequences, prompt_lengths, *, page_size, num_
             self.last_token[slots] = tokens
             return tokens, torch.zeros(len(forced))
 
-    runner = Replay(decoder, scheduler)
+    runner = Replay(decoder, scheduler, CacheFormat(decoder.embedding.dtype, decoder.embedding.dtype))
     runner._graphs = None  # a graph would not come back to Python
     for index, (sequence, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True)):
         sampling = SamplingConfig(max_tokens=len(sequence) - prompt_length + 1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from thinksafe.kernels import kv_write, paged_attention
 from thinksafe.kernels.dispatch import INTERPRETED
+from thinksafe.kernels.fp8 import dequantise, quantise
 from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles, write_kv
 from thinksafe.kernels.rope import qk_norm_rope, rope
@@ -23,10 +24,12 @@ class Paged:
     """Random contexts on shuffled pages of a pool that is NaN wherever no token lies.
 
     Sequences share the first `shared` pages of the longest one, as far as their own full pages go. Page-table entries
-    behind a last page name any page.
+    behind a last page name any page. Where keys or values are in e4m3, `cache` is what the stored numbers stand for.
     """
 
-    def __init__(self, lengths, page_size, heads, D, *, shared=0, seed=0, device="cpu", dtype=torch.float32):
+    def __init__(
+        self, lengths, page_size, heads, D, *, shared=0, seed=0, device="cpu", dtype=torch.float32, fp8=(False, False)
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.lengths, self.page_size, self.D = lengths, page_size, D
         self.num_heads, self.num_kv_heads = heads
@@ -46,7 +49,13 @@ class Paged:
             position = torch.arange(length)
             pages, offsets = self.page_table[row, position // page_size], position % page_size
             cache[:, pages, :, offsets] = torch.randn(length, 2, self.num_kv_heads, D, generator=generator)
+        # Heads of very different size, so that an exponent of another token or head would show.
+        cache *= 2.0 ** torch.randint(-6, 1, cache.shape[:-1], generator=generator)[..., None] if any(fp8) else 1
         self.cache = cache.to(device, dtype)
+        self.stored, self.exponents = list(self.cache), [None, None]
+        for kind in (kind for kind in (0, 1) if fp8[kind]):
+            self.stored[kind], self.exponents[kind] = quantise(self.cache[kind])
+            self.cache[kind] = dequantise(self.stored[kind], self.exponents[kind], dtype)
         self.page_table = self.page_table.to(device)
         self.seq_lens = torch.tensor(lengths, device=device)
 
@@ -73,7 +82,9 @@ class Paged:
         return torch.einsum("hts,hsd->thd", scores.softmax(-1), v)
 
     def decode(self, q, **settings):
-        return paged_decode(q, *self.cache, self.page_table, self.seq_lens, **settings)
+        return paged_decode(
+            q, *self.stored, self.page_table, self.seq_lens, exponents=tuple(self.exponents), **settings
+        )
 
     def prefill(self, q, counts):
         """Of each sequence the last counts[row] tokens."""
@@ -81,7 +92,7 @@ class Paged:
         group = self.num_heads // self.num_kv_heads
         tiles = prefill_tiles(np.array(counts), np.array(self.lengths), group, self.dtype.itemsize)
         tiles = torch.from_numpy(tiles).to(self.device)
-        return paged_prefill(q, *self.cache, self.page_table, cu_seqlens, self.seq_lens, tiles)
+        return paged_prefill(q, *self.stored, self.page_table, cu_seqlens, self.seq_lens, tiles, tuple(self.exponents))
 
 
 @st.composite
@@ -97,6 +108,7 @@ def problems(draw, shortest):
         draw(st.sampled_from([8, 64, 128])),
         shared=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 2**31)),
+        fp8=draw(st.sampled_from([(False, False), (False, True), (True, True)])),
     )
 
 
@@ -140,6 +152,13 @@ def test_shapes_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             paged_decode(q, *cache, table, problem.seq_lens)
+    q, in_e4m3 = torch.zeros(1, 4, 8), Paged([5], 4, (4, 2), 8, fp8=(True, True))
+    for exponents, message in (
+        ((None, None), "exponents be given"),
+        ((in_e4m3.exponents[0][1:], in_e4m3.exponents[1]), "exponents are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_decode(q, *in_e4m3.stored, in_e4m3.page_table, in_e4m3.seq_lens, exponents=exponents)
 
 
 @kernel_only
@@ -250,6 +269,59 @@ def test_norm_rotation_and_write_in_one_equal_the_three(fresh_seed, norm, page_s
     torch.testing.assert_close(written, expected, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("fp8", [(True, True), (False, True)])
+def test_a_cache_in_e4m3_gets_what_one_in_fp32_would_rounded_once(fresh_seed, norm, fp8):
+    """To the bit in plain torch. The interpreter cuts numbers off where hardware rounds them, small ones to 0, and
+    halves those that would round up to a power of two."""
+    T, (num_heads, num_kv_heads), D, num_pages = 9, (6, 2), 64, 7
+    q, k, v = (torch.randn(T, count, D) for count in (num_heads, num_kv_heads, num_kv_heads))
+    k, v = k * torch.logspace(-3, 3, T)[:, None, None], v * torch.logspace(3, -3, T)[:, None, None]
+    v[3, 1] = 0
+    q_weight, k_weight = (torch.randn(D), torch.randn(D)) if norm else (None, None)
+    angle = torch.randn(T, D // 2)
+    rest = (q_weight, k_weight, 1e-6, angle.cos(), angle.sin())
+    slots = torch.randperm(num_pages * 16)[:T]
+    whole, written = (torch.zeros(2, num_pages, num_kv_heads, 16, D) for _ in range(2))
+    wanted = norm_rope_write_kv(q, k, v, *rest, *whole, slots)
+    stored, exponents = list(written), [None, None]
+    for kind in (kind for kind in (0, 1) if fp8[kind]):
+        stored[kind], exponents[kind] = quantise(written[kind])
+    out = norm_rope_write_kv(q, k, v, *rest, *stored, slots, tuple(exponents))
+    assert torch.equal(out, wanted)
+    for kind in (0, 1):
+        if not fp8[kind]:
+            assert torch.equal(stored[kind], whole[kind])
+            continue
+        expected = quantise(whole[kind])
+        touched = whole[kind].any(-1)
+        assert torch.equal(exponents[kind][touched], expected[1][touched])
+        found, best = dequantise(stored[kind], exponents[kind], torch.float32), dequantise(*expected, torch.float32)
+        if not INTERPRETED:
+            assert torch.equal(found, best)
+        step = whole[kind].abs() / 8 + 2.0 ** (exponents[kind].float() - 127 - 6)[..., None]
+        carried = (best.frexp().mantissa.abs() == 0.5) & (best.abs() > whole[kind].abs())
+        assert (~touched[..., None] | carried | ((found - whole[kind]).abs() <= step)).all()
+
+
+def test_what_is_broken_stays_broken_in_e4m3():
+    x = torch.ones(3, 8)
+    x[0, 3], x[1, 3] = torch.nan, torch.inf
+    found = dequantise(*quantise(x), torch.float32)
+    assert found[0].isnan().any() and found[1].isnan().any()
+    assert torch.equal(found[2], x[2])
+
+
+@given(st.integers(-140, 120), st.integers(0, 2**31))
+def test_a_row_in_e4m3_is_within_a_sixteenth_of_each_number_whatever_its_size(power, seed):
+    """Of the largest, where a number is 2^15 times smaller than that."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(seed)) * 2.0**power
+    values, exponents = quantise(x)
+    found = dequantise(values, exponents, torch.float32)
+    assert ((found - x).abs() <= x.abs() / 16 + x.abs().amax(-1, keepdim=True) * 2.0**-17 + 2.0**-134).all()
+    assert torch.equal(dequantise(*quantise(found), torch.float32), found), "rounding again changes nothing"
+
+
 def test_writing_shapes_that_do_not_fit_is_refused():
     q, k, cos = torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 4)
     cache, slots = torch.zeros(2, 5, 2, 4, 8), torch.arange(3)
@@ -276,7 +348,7 @@ def test_pages_beyond_two_to_the_31_elements_are_found(tmp_path, page_size):
     wanted = problem.expected(q, 0)
     pages = torch.tensor([[num_pages - 1, num_pages - 2]])
     cache[pages[0]] = problem.cache[0, problem.page_table[0, :2]]
-    problem.cache, problem.page_table = (cache, cache), pages
+    problem.stored, problem.page_table = (cache, cache), pages
     torch.testing.assert_close(problem.prefill(q, [3]).double(), wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(problem.decode(q[2:]).double(), wanted[2:], rtol=1e-5, atol=1e-5)
     v, slot = torch.randn(1, 1, 64), pages[0, 0] * page_size + 5
@@ -320,6 +392,43 @@ def test_prefill_on_a_gpu_is_as_precise_as_plain_torch(fresh_seed, heads, D, pag
     found = problem.prefill(q, counts)
     assert relative(found, expected) <= 1.25 * relative(plain, expected) + 1e-6
     assert relative(found, expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [(True, True), (False, True)])
+@pytest.mark.parametrize(("heads", "D", "page_size"), SHAPES[:4])
+def test_a_cache_in_e4m3_on_a_gpu_is_read_as_precisely_as_one_in_bf16(fresh_seed, heads, D, page_size, fp8):
+    """Against fp64 on what the stored numbers stand for."""
+    lengths = [1, 0, 63, 64, 65, 511, 512, 513, 4000]
+    settings = {"shared": 4, "seed": fresh_seed, "device": "cuda", "dtype": torch.bfloat16, "fp8": fp8}
+    problem = Paged(lengths, page_size, heads, D, **settings)
+    q = problem.queries(len(lengths))
+    expected = torch.cat([problem.expected(q[row, None], row) for row in range(len(lengths))])
+    assert relative(problem.decode(q), expected) < 5e-3
+    counts = [min(length, 300) for length in lengths]
+    q = problem.queries(sum(counts))
+    parts = [problem.expected(part, row) for row, part in enumerate(q.split(counts)) if counts[row]]
+    assert relative(problem.prefill(q, counts), torch.cat(parts)) < 5e-3
+
+
+@pytest.mark.gpu
+def test_a_cache_in_e4m3_is_written_on_a_gpu_as_on_a_cpu(fresh_seed):
+    T, (num_heads, num_kv_heads), D = 300, (28, 4), 128
+    make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, v = make(T, num_heads, D), make(T, num_kv_heads, D), make(T, num_kv_heads, D)
+    v *= torch.logspace(-3, 3, T, device="cuda", dtype=torch.bfloat16)[:, None, None]
+    angle = torch.randn(T, D // 2, device="cuda")
+    rest = (make(D), make(D), 1e-6, angle.cos(), angle.sin())
+    slots = torch.randperm(40 * 64, device="cuda")[:T]
+    (expected, wanted), (written, found) = (
+        [list(part) for part in zip(*(quantise(make(40, num_kv_heads, 64, D) * 0) for _ in range(2)), strict=True)]
+        for _ in range(2)
+    )
+    kv_write.reference(q, k, v, *rest, *expected, slots, tuple(wanted))
+    norm_rope_write_kv(q, k, v, *rest, *written, slots, tuple(found))
+    assert torch.equal(found[1], wanted[1]) and torch.equal(written[1].view(torch.uint8), expected[1].view(torch.uint8))
+    keys, best = (dequantise(*pair, torch.float32) for pair in ((written[0], found[0]), (expected[0], wanted[0])))
+    assert relative(keys, best.double()) < 0.03, "the reference rounds keys to bf16 first, and a sum differs"
 
 
 @pytest.mark.gpu

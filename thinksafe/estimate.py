@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+import torch
+
 from thinksafe.errors import UserError
 from thinksafe.guards.interface import GuardConfig
 from thinksafe.hardware import Hardware
@@ -24,6 +26,7 @@ from thinksafe.prompts import load_prompts
 from thinksafe.recipe import EvaluationSet, Recipe
 from thinksafe.records import Response, read_records
 from thinksafe.rundir import RunDir
+from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.training.costs import TrainingCosts, Work, described
 
@@ -270,7 +273,7 @@ def _sampling(
 ) -> Stage:
     """Every row of a pass reads its own context and all rows share the weights, as sampler/limits.py counts it."""
     weights = _BF16 * model.num_parameters
-    per_token = _BF16 * model.kv_elements_per_token
+    per_token = _cached_token_bytes(config, model)
     pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
     count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
     if not count:
@@ -322,10 +325,14 @@ def _judging(
     return Stage(name, tokens, least / SCORING_SHARE, least, memory | {"key-value cache": pool}, kinds)
 
 
+def _cached_token_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    return CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype).bytes_per_token(model)
+
+
 def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
     """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
     free = max(0.0, (1 - _SPARE) * hardware.memory_bytes - resident)
-    most = config.max_running * model.max_seq_len * _BF16 * model.kv_elements_per_token
+    most = config.max_running * model.max_seq_len * _cached_token_bytes(config, model)
     return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
 
 

@@ -17,8 +17,10 @@ import torch
 
 from thinksafe.errors import UserError
 from thinksafe.hardware import hardware_of
+from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
-from thinksafe.sampler.limits import pass_seconds
+from thinksafe.sampler.cache import CacheDtype, CacheFormat
+from thinksafe.sampler.limits import Sizes, pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.runner import Results, Runner
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
@@ -37,6 +39,8 @@ class EngineConfig:
         page_size: tokens a cache page; prefixes are shared in whole pages. 0 takes 64 on a GPU, where a page of one
             head is a tile of the kernels, and 16 on a CPU.
         kv_cache_gib: size of the page pool; 0 takes 85% of a GPU's free memory, or 1 GiB of a CPU's.
+        kv_cache_dtype: `fp8` keeps keys and values in e4m3, half the bytes; `auto` in the model's dtype. Keys of models
+            with biases on q, k and v (Qwen2, R1-Distill-Qwen) stay in it either way.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -45,6 +49,7 @@ class EngineConfig:
     max_step_tokens: int = 8192
     page_size: int = 0
     kv_cache_gib: float = 0.0
+    kv_cache_dtype: CacheDtype = "auto"
 
     def __post_init__(self):
         for name in ("max_running", "max_step_tokens"):
@@ -60,6 +65,7 @@ class Engine:
 
     Attributes:
         hardware: what the device can do, or None where that is not known.
+        sizes: what a pass reads.
         limit_seconds: the least time that all passes so far could have taken on it.
     """
 
@@ -67,7 +73,10 @@ class Engine:
         """most_at_once: requests that run or wait in line here; what more there is, other workers may take."""
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
         page_size = config.page_size or (64 if device.type == "cuda" else 16)
-        page_bytes = decoder.config.kv_elements_per_token * page_size * dtype.itemsize
+        if config.kv_cache_dtype == "fp8" and not supported(device):
+            raise UserError("sampler.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or more; use auto")
+        cache_format = CacheFormat.of(decoder.config, dtype, config.kv_cache_dtype)
+        page_bytes = cache_format.bytes_per_token(decoder.config) * page_size
         # More than every slot at full context could never be used.
         most = config.max_running * -(-decoder.config.max_seq_len // page_size)
         num_pages = decoder.shard.least(min(_cache_bytes(config, device) // page_bytes, most), device)
@@ -76,9 +85,10 @@ class Engine:
         self.scheduler = Scheduler(
             config.max_running, num_pages, page_size, decoder.config.max_seq_len, config.max_step_tokens
         )
-        self.runner = Runner(decoder, self.scheduler)
+        self.runner = Runner(decoder, self.scheduler, cache_format)
         self.most_at_once = most_at_once or config.max_running + _QUEUED
         self.hardware, self.limit_seconds = hardware_of(device), 0.0
+        self.sizes = Sizes.of(decoder, cache_format)
         self.passes_ahead = 1 if device.type == "cuda" else 0
 
     @property
@@ -126,9 +136,7 @@ class Engine:
 
     def _count_limit(self, plan: StepPlan) -> None:
         if self.hardware:
-            decoder = self.runner.decoder
-            itemsize = decoder.embedding.element_size()
-            self.limit_seconds += pass_seconds(plan, decoder.config, itemsize, self.hardware)
+            self.limit_seconds += pass_seconds(plan, self.runner.decoder.config, self.sizes, self.hardware)
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:

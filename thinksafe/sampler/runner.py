@@ -17,33 +17,34 @@ from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_p
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.decoder import Decoder
+from thinksafe.sampler.cache import CacheFormat, PageCache
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
 
 
 class DecodeAttention:
     """One new token a row against the row's pages, as the decoder calls it."""
 
-    def __init__(self, cache: Tensor, page_table: Tensor, positions: Tensor):
-        """cache: as the runner's; page_table: [B, W] int64; positions: [B] int64, of the new tokens."""
-        page_size = cache.shape[4]
+    def __init__(self, cache: PageCache, page_table: Tensor, positions: Tensor):
+        """page_table: [B, W] int64; positions: [B] int64, of the new tokens."""
+        page_size = cache.page_size
         pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0]
         self.cache, self.page_table, self.seq_lens = cache, page_table, positions + 1
         self.cache_slots = pages * page_size + positions % page_size
         self.work = decode_work(self.seq_lens, page_table.shape[1] * page_size)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values = self.cache[layer]
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots)
-        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.work)
+        keys, values, exponents = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, exponents)
+        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.work, exponents)
 
 
 class PrefillAttention:
     """Stretches of several sequences, end to end, each against its own pages. All rows write before any row attends,
     so a row may read pages that another one fills in the same pass."""
 
-    def __init__(self, cache: Tensor, plan: StepPlan, page_table: np.ndarray, group: int):
-        """group: query heads a key-value head."""
-        device, page_size = cache.device, cache.shape[4]
+    def __init__(self, cache: PageCache, plan: StepPlan, page_table: np.ndarray, group: int, itemsize: int):
+        """group: query heads a key-value head; itemsize: bytes an element of the queries."""
+        device, page_size = cache.device, cache.page_size
         self.cache = cache
         counts = plan.ends - plan.starts
         cu_seqlens = np.concatenate(([0], np.cumsum(counts)))
@@ -55,14 +56,14 @@ class PrefillAttention:
         self.positions = upload(positions, device)
         self.last_rows = upload((cu_seqlens[1:] - 1)[plan.completes], device)
         width = -(-int(plan.ends.max()) // page_size)
-        tiles = prefill_tiles(counts, plan.ends, group, cache.element_size())
+        tiles = prefill_tiles(counts, plan.ends, group, itemsize)
         arrays = (page_table[plan.slots, :width], cu_seqlens.astype(np.int32), plan.ends, tiles)
         self.rows = [upload(array, device) for array in arrays]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values = self.cache[layer]
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots)
-        return paged_prefill(q, keys, values, *self.rows)
+        keys, values, exponents = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, exponents)
+        return paged_prefill(q, keys, values, *self.rows, exponents)
 
 
 class Results:
@@ -92,15 +93,13 @@ class Runner:
     given out.
 
     Attributes:
-        cache: [num_layers, 2, num_pages + 1, num_kv_heads, page_size, D], keys and values.
+        cache: keys and values.
     """
 
-    def __init__(self, decoder: Decoder, scheduler: Scheduler):
-        config, weights = decoder.config, decoder.embedding
-        self.decoder, self.scheduler, self.device = decoder, scheduler, weights.device
+    def __init__(self, decoder: Decoder, scheduler: Scheduler, cache_format: CacheFormat):
+        self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
         num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
-        shape = (config.num_layers, 2, num_pages + 1, config.num_kv_heads, scheduler.page_size, config.head_dim)
-        self.cache = torch.zeros(shape, dtype=weights.dtype, device=self.device)
+        self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
         self.spare_slot, self.spare_page = num_slots, num_pages
 
         def column(dtype: torch.dtype) -> Tensor:
@@ -159,9 +158,9 @@ class Runner:
 
     def _read(self, plan: StepPlan) -> Tensor:
         """Hidden state of the last token of every completing row, [plan.completes.sum(), H]."""
-        config = self.decoder.config
+        config, itemsize = self.decoder.config, self.decoder.embedding.element_size()
         group = config.num_heads // config.num_kv_heads
-        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table, group)
+        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table, group, itemsize)
         tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
         hidden = self.decoder(upload(tokens, self.device), attention.positions, attention)
         return hidden[attention.last_rows]
