@@ -88,6 +88,18 @@ def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:
 
 def builds() -> list[Build]:
     """Everything that is launched on a GPU for bf16 models."""
+    return [
+        *head_builds(),
+        *divergence_builds(),
+        *norm_builds(),
+        *rotation_builds(),
+        *gate_builds(),
+        *paged_attention_builds(),
+    ]
+
+
+def head_builds() -> list[Build]:
+    """Cross-entropy and scoring."""
     found = []
     for tiles, flags in (
         (exp_gemm.PLAIN, ["SUMS"]),
@@ -128,24 +140,73 @@ def builds() -> list[Build]:
                 uses=("wgmma", "tma_loads"),
             )
         )
+    for block in (1024, 2048):
+        found.append(
+            Build(
+                f"exp_gemm chosen logits, {block} at a time",
+                exp_gemm._gather_dot_kernel,
+                {
+                    **dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16"),
+                    "ids_ptr": "*i64",
+                    "out_ptr": "*fp32",
+                    "K": "i32",
+                    "H": "i32",
+                },
+                {"BLOCK_H": block},
+                4,
+                {"K": 8, "H": H},
+                (8 * T,),
+                {"ids_ptr": V},
+            )
+        )
+    block_t, block_v = exp_gemm.PLAIN.block_t, exp_gemm.PLAIN.block_v
+    block_k, block_h = linear_cross_entropy.SPARSE_BLOCK_K, linear_cross_entropy.SPARSE_BLOCK_H
     found.append(
         Build(
-            "exp_gemm chosen logits",
-            exp_gemm._gather_dot_kernel,
+            "linear_cross_entropy sparse product",
+            linear_cross_entropy._sparse_gemm_kernel,
             {
-                **dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16"),
-                "ids_ptr": "*i64",
+                "e_desc": descriptor(block_t, block_k),
+                "w_desc": descriptor(block_k, block_h),
                 "out_ptr": "*fp32",
-                "K": "i32",
-                "H": "i32",
+                "blocks_ptr": "*i32",
+                "counts_ptr": "*i32",
+                **dict.fromkeys(("T", "H", "num_v"), "i32"),
             },
-            {"BLOCK_H": 2048},
-            4,
-            {"K": 8, "H": H},
-            (8 * T,),
-            {"ids_ptr": V},
+            {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k, "BLOCK_H": block_h},
+            8,
+            {"T": T, "H": H, "num_v": triton.cdiv(V, block_v)},
+            (H // block_h, T // block_t),
+            {"blocks_ptr": triton.cdiv(V, block_v), "counts_ptr": triton.cdiv(V, block_v)},
+            uses=("wgmma", "tma_loads"),
         )
     )
+    for spread, block in ((False, 1024), (False, 2048), (True, 1024), (True, 2048)):
+        found.append(
+            Build(
+                f"linear_cross_entropy combine{' with smoothing' if spread else ''}, {block} at a time",
+                linear_cross_entropy._combine_kernel,
+                {
+                    "product_ptr": "*fp32",
+                    "weight_ptr": "*bf16",
+                    "target_ptr": "*i64",
+                    **dict.fromkeys(("mean_ptr", "scale_ptr", "own_ptr", "spread_ptr"), "*fp32"),
+                    "out_ptr": "*bf16",
+                    "H": "i32",
+                },
+                {"SPREAD": spread, "BLOCK_H": block},
+                4,
+                {"H": H},
+                (T,),
+                {"target_ptr": V},
+            )
+        )
+    return found
+
+
+def divergence_builds() -> list[Build]:
+    """Both passes of every direction."""
+    found = []
     tiles = linear_kl.TILES
     for shared_head, reverse in ((True, False), (True, True), (False, False), (False, True)):
         x, w = descriptor(tiles.block_t, tiles.block_h), descriptor(tiles.block_v, tiles.block_h)
@@ -207,49 +268,13 @@ def builds() -> list[Build]:
                     (width, T // linear_kl.ELEMENTWISE_ROWS),
                 )
             )
-    block_t, block_v = exp_gemm.PLAIN.block_t, exp_gemm.PLAIN.block_v
-    block_k, block_h = linear_cross_entropy.SPARSE_BLOCK_K, linear_cross_entropy.SPARSE_BLOCK_H
-    found.append(
-        Build(
-            "linear_cross_entropy sparse product",
-            linear_cross_entropy._sparse_gemm_kernel,
-            {
-                "e_desc": descriptor(block_t, block_k),
-                "w_desc": descriptor(block_k, block_h),
-                "out_ptr": "*fp32",
-                "blocks_ptr": "*i32",
-                "counts_ptr": "*i32",
-                **dict.fromkeys(("T", "H", "num_v"), "i32"),
-            },
-            {"BLOCK_T": block_t, "BLOCK_V": block_v, "BLOCK_K": block_k, "BLOCK_H": block_h},
-            8,
-            {"T": T, "H": H, "num_v": triton.cdiv(V, block_v)},
-            (H // block_h, T // block_t),
-            {"blocks_ptr": triton.cdiv(V, block_v), "counts_ptr": triton.cdiv(V, block_v)},
-            uses=("wgmma", "tma_loads"),
-        )
-    )
-    for spread in (False, True):
-        found.append(
-            Build(
-                f"linear_cross_entropy combine{' with smoothing' if spread else ''}",
-                linear_cross_entropy._combine_kernel,
-                {
-                    "product_ptr": "*fp32",
-                    "weight_ptr": "*bf16",
-                    "target_ptr": "*i64",
-                    **dict.fromkeys(("mean_ptr", "scale_ptr", "own_ptr", "spread_ptr"), "*fp32"),
-                    "out_ptr": "*bf16",
-                    "H": "i32",
-                },
-                {"SPREAD": spread, "BLOCK_H": 2048},
-                4,
-                {"H": H},
-                (T,),
-                {"target_ptr": V},
-            )
-        )
-    for hidden in (1024, 2048, 4096):
+    return found
+
+
+def norm_builds() -> list[Build]:
+    """Every tile that a hidden size can take, with and without what training needs."""
+    found = []
+    for hidden in (1024, 2048, 4096, 5120):
         tile, num_warps = rms_norm._tile(hidden)
         blocks = T // tile["ROWS"]
         for residual in (False, True):
@@ -270,85 +295,96 @@ def builds() -> list[Build]:
                     (blocks,),
                 )
             )
-        found.append(
-            Build(
-                f"rms_norm backward H={hidden}",
-                rms_norm._backward_kernel,
-                {
-                    **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_sum_ptr", "grad_x_ptr"), "*bf16"),
-                    **dict.fromkeys(("rstd_ptr", "grad_weight_ptr"), "*fp32"),
-                    **dict.fromkeys(("num_rows", "H", "num_blocks"), "i32"),
-                },
-                {"HAS_GRAD_SUM": True, "NEEDS_WEIGHT": True, **tile},
-                num_warps,
-                {"num_rows": T, "H": hidden, "num_blocks": blocks},
-                (1024,),
+        for grad_sum, needs_weight in ((False, False), (True, False), (True, True)):
+            found.append(
+                Build(
+                    f"rms_norm backward{' with residual' if grad_sum else ''}{' and gain' if needs_weight else ''} "
+                    f"H={hidden}",
+                    rms_norm._backward_kernel,
+                    {
+                        **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_sum_ptr", "grad_x_ptr"), "*bf16"),
+                        **dict.fromkeys(("rstd_ptr", "grad_weight_ptr"), "*fp32"),
+                        **dict.fromkeys(("num_rows", "H", "num_blocks"), "i32"),
+                    },
+                    {"HAS_GRAD_SUM": grad_sum, "NEEDS_WEIGHT": needs_weight, **tile},
+                    num_warps,
+                    {"num_rows": T, "H": hidden, "num_blocks": blocks},
+                    (1024,),
+                )
             )
-        )
-    rotation = {"ROWS": rope.TILE // 64, "HALF": 64}
-    heads = {"num_rows": T * HEADS, "num_heads": HEADS}
-    blocks = T * HEADS // rotation["ROWS"]
+    return found
+
+
+def rotation_builds() -> list[Build]:
+    """Heads of 64 and 128 elements."""
+    found = []
     angles = dict.fromkeys(("cos_ptr", "sin_ptr", "rstd_ptr"), "*fp32")
-    for norm in (False, True):
-        name = "qk_norm_rope" if norm else "rope"
+    heads = {"num_rows": T * HEADS, "num_heads": HEADS}
+    for half in (32, 64):
+        tile = {"ROWS": rope.TILE // half, "HALF": half}
+        blocks = T * HEADS // tile["ROWS"]
+        for norm in (False, True):
+            found.append(
+                Build(
+                    f"{'qk_norm_rope' if norm else 'rope'} D={2 * half}",
+                    rope._forward_kernel,
+                    {
+                        **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16"),
+                        **angles,
+                        "num_rows": "i32",
+                        "num_heads": "i32",
+                        "eps": "fp32",
+                    },
+                    {"NORM": norm, **tile},
+                    4,
+                    heads,
+                    (blocks,),
+                )
+            )
+        for norm, needs_weight in ((False, False), (True, False), (True, True)):
+            found.append(
+                Build(
+                    f"{'qk_norm_rope' if norm else 'rope'} backward{' with gain' if needs_weight else ''} D={2 * half}",
+                    rope._backward_kernel,
+                    {
+                        **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16"),
+                        **angles,
+                        "grad_weight_ptr": "*fp32",
+                        **dict.fromkeys(("num_rows", "num_heads", "num_blocks"), "i32"),
+                    },
+                    {"NORM": norm, "NEEDS_WEIGHT": needs_weight, **tile},
+                    4,
+                    heads | {"num_blocks": blocks},
+                    (1024,),
+                )
+            )
+    return found
+
+
+def gate_builds() -> list[Build]:
+    """One shape for all sizes."""
+    elements = T * INTERMEDIATE
+    found = []
+    for name, kernel, tensors in (
+        ("swiglu", swiglu._forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
+        (
+            "swiglu backward",
+            swiglu._backward_kernel,
+            ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr"),
+        ),
+    ):
         found.append(
             Build(
                 name,
-                rope._forward_kernel,
-                {
-                    **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16"),
-                    **angles,
-                    "num_rows": "i32",
-                    "num_heads": "i32",
-                    "eps": "fp32",
-                },
-                {"NORM": norm, **rotation},
-                4,
-                heads,
-                (blocks,),
+                kernel,
+                {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
+                {"BLOCK": swiglu._BLOCK},
+                8,
+                {"num_elements": elements},
+                (elements // swiglu._BLOCK,),
             )
         )
-        found.append(
-            Build(
-                f"{name} backward",
-                rope._backward_kernel,
-                {
-                    **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16"),
-                    **angles,
-                    "grad_weight_ptr": "*fp32",
-                    **dict.fromkeys(("num_rows", "num_heads", "num_blocks"), "i32"),
-                },
-                {"NORM": norm, "NEEDS_WEIGHT": norm, **rotation},
-                4,
-                heads | {"num_blocks": blocks},
-                (1024,),
-            )
-        )
-    tensors = ("gate_ptr", "up_ptr", "y_ptr")
-    found.append(
-        Build(
-            "swiglu",
-            swiglu._forward_kernel,
-            {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
-            {"BLOCK": swiglu._BLOCK},
-            8,
-            {"num_elements": T * INTERMEDIATE},
-            (T * INTERMEDIATE // swiglu._BLOCK,),
-        )
-    )
-    tensors = ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
-    found.append(
-        Build(
-            "swiglu backward",
-            swiglu._backward_kernel,
-            {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
-            {"BLOCK": swiglu._BLOCK},
-            8,
-            {"num_elements": T * INTERMEDIATE},
-            (T * INTERMEDIATE // swiglu._BLOCK,),
-        )
-    )
-    return found + paged_attention_builds()
+    return found
 
 
 def paged_attention_builds() -> list[Build]:

@@ -1,69 +1,107 @@
-"""Forward KL from a reference on the language-model head, frozen and shared: three passes of 2 T V H FLOP at least.
+"""Divergences from a reference on the language-model head, frozen and shared: three passes of 2 T V H FLOP at least.
 
-Data is peaked and random; the student is a small step away from the reference (about 1e-3 nats), where bf16 logits
-leave a gradient that is mostly rounding: the error of dX against fp64 on 64 rows stands beside the time.
+Forward KL, reverse KL and JSD, on peaked and on random data. The student is a small step away from the reference (about
+1e-3 nats), where bf16 logits leave a gradient that is mostly rounding, or far away from it (some nats): the errors of
+value and of dX against fp64 on 64 rows stand beside the time.
 """
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Callable
+from typing import Any
 
-from benchmarks.harness import Result, measure, peer, progress
-from benchmarks.loss import figures, relative_error
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Result, figures, measure, peer, progress, relative_error
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_kl import linear_kl, reference
 
-_CHECKED_ROWS = 64
+CHECKED_ROWS, TORCH_ROWS = 64, 1024
+DIRECTIONS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
+"""Direction -> Liger-Kernel's beta."""
+
+Losses = dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]]
 
 
 def run() -> Result:
-    """T = 8,192 and 32,768 at three hidden sizes."""
-    if not torch.cuda.is_available():
-        return Result("divergence", "Needs a GPU: on a CPU both sides run plain torch, so nothing was measured.", [])
+    """All directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
     rows, notes = [], ["medians of 3 calls, forward and backward; bf16; V = 151,936; frozen head, shared"]
-    liger = peer("liger_kernel.transformers.functional", notes)
-    for T in (8192, 32_768):
+    losses = peers(notes)
+    for T, directions, steps in ((8192, tuple(DIRECTIONS), (0.03, 1.0)), (32_768, ("forward",), (0.03,))):
         for hidden in (1024, 2048, 4096):
             for data in ("peaked", "random"):
-                progress(f"divergence: T {T:,}, H {hidden}, {data}")
-                rows += _at(*head_case(T, hidden, data, "cuda")[:2], data, liger, notes)
-    return Result("divergence", "Exact where student and reference are near, and 4 bytes a logit pair.", rows, notes)
+                x, weight, _ = head_case(T, hidden, data, "cuda")
+                for direction in directions:
+                    for step in steps:
+                        progress(f"divergence: T {T:,}, H {hidden}, {data}, {direction}, step {step}")
+                        rows += at(x, weight, step, data, direction, losses, notes)
+    return Result("divergence", "Precise near the reference and far from it, in 4 bytes a pair.", rows, notes)
 
 
-def _at(x_reference, weight, data, liger, notes) -> list[dict]:
+def peers(notes: list[str]) -> Losses:
+    """Mean divergences of (x, x_reference, weight, direction) by others, as far as they are installed."""
+    compiled = torch.compile(_eager, dynamic=False)
+
+    def chunks(divergence):
+        def loss(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Tensor:
+            """Backward in parts: in one piece two fp32 copies of the logits would take 40 GB at T = 32k."""
+            total = 0.0
+            for start in range(0, len(x), TORCH_ROWS):
+                rows = slice(start, start + TORCH_ROWS)
+                part = divergence(x[rows], x_reference[rows], weight, direction).sum() / len(x)
+                part.backward()
+                total = total + part.detach()
+            return total
+
+        return loss
+
+    losses = {"torch, 1,024 rows a part": chunks(_eager), "torch.compile, 1,024 rows a part": chunks(compiled)}
+    if liger := peer("liger_kernel.transformers.functional", notes):
+        losses["Liger-Kernel"] = lambda x, x_reference, weight, direction: liger.liger_fused_linear_jsd(
+            x, weight, x_reference, weight, jsd_beta=DIRECTIONS[direction]
+        )
+    return losses
+
+
+def _eager(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Tensor:
+    student, other = (x @ weight.T).float().log_softmax(-1), (x_reference @ weight.T).float().log_softmax(-1)
+    if direction == "forward":
+        return (other.exp() * (other - student)).sum(-1)
+    if direction == "reverse":
+        return (student.exp() * (student - other)).sum(-1)
+    middle = torch.logaddexp(student, other) - 0.6931471805599453
+    return 0.5 * (other.exp() * (other - middle) + student.exp() * (student - middle)).sum(-1)
+
+
+def at(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[dict[str, Any]]:
+    """One row a variant."""
     (T, H), V = x_reference.shape, len(weight)
-    x = (x_reference.float() + 0.03 * torch.randn_like(x_reference, dtype=torch.float32)).bfloat16().requires_grad_()
+    x = (x_reference.float() + step * torch.randn_like(x_reference, dtype=torch.float32)).to(x_reference.dtype)
+    x.requires_grad_()
+    ours = {"ThinkSafe": lambda x, other, weight, direction: linear_kl(x, other, weight, None, direction)}
+    variants, values = ours | losses, {}
 
-    def ours() -> None:
-        x.grad = None
-        linear_kl(x, x_reference, weight).backward()
+    def call(name):
+        def work() -> None:
+            x.grad = None
+            value = variants[name](x, x_reference, weight, direction)
+            values[name] = value.detach()
+            if value.requires_grad:
+                value.backward()
 
-    def eager() -> None:
-        x.grad = None
-        for part in range(0, T, 1024):  # in one piece two fp32 copies of the logits would take 40 GB at T = 32k
-            rows = slice(part, part + 1024)
-            student = (x[rows] @ weight.T).float().log_softmax(-1)
-            other = (x_reference[rows] @ weight.T).float().log_softmax(-1)
-            (F.kl_div(student, other, log_target=True, reduction="sum") / T).backward()
+        return work
 
-    def liger_forward_kl() -> None:
-        x.grad = None
-        liger.liger_fused_linear_jsd(x, weight, x_reference, weight, jsd_beta=0.0).backward()
-
-    checked = torch.randperm(T, device=x.device)[:_CHECKED_ROWS]
+    checked = torch.randperm(T, device=x.device)[:CHECKED_ROWS]
     leaf = x[checked].detach().double().requires_grad_()
-    divergence = reference(leaf, x_reference[checked].double(), weight.double())
-    divergence.sum().backward()
+    exact = reference(leaf, x_reference[checked].double(), weight.double(), direction=direction)
+    exact.sum().backward()
     errors = {}
 
     def check(name: str) -> None:
-        errors[name] = relative_error(x.grad[checked].double() * T, leaf.grad)
+        errors[name] = relative_error(x.grad[checked] * T, leaf.grad)
 
-    variants = {"ThinkSafe": ours, "torch, chunks of 1,024": eager}
-    if liger:
-        variants["Liger-Kernel JSD, beta 0"] = liger_forward_kl
-    return [
-        {"T": T, "H": H, "data": data, "variant": name, "KL": divergence.mean().item()}
-        | figures(found, 3 * 2 * T * V * H)
-        | {"error of dX": errors[name]}
-        for name, found in measure(variants, 3, notes, check).items()
-    ]
+    rows = []
+    for name, found in measure({name: call(name) for name in variants}, 3, notes, check).items():
+        row = {"T": T, "H": H, "data": data, "direction": direction, "nats": exact.mean().item(), "variant": name}
+        row |= figures(found, 3 * 2 * T * V * H)
+        rows.append(row | {"value": values[name].item(), "error of dX": errors[name]})
+    return rows

@@ -1,18 +1,24 @@
-"""What every suite needs: the machine's description, timing, peers, a table, and results as JSON."""
+"""What every suite needs: the machine's description, timing, floors, peers, and results as JSON and Markdown."""
 
 import importlib
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+RATE, BANDWIDTH = 790e12, 4.3e12
+"""The two ceilings measured on an H200: FLOP/s of a large cuBLAS product in bf16, bytes/s of a large copy."""
 
 
 @dataclass
@@ -48,14 +54,24 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Times of each variant, taken in turns after one warm-up each, so that a drifting clock hits all alike."""
+    """Times of each variant, taken in turns after one warm-up each, so that a drifting clock hits all alike; each with
+    nothing of its data left in a GPU's L2."""
     for work in variants.values():
         work()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, work in variants.items():
+            if torch.cuda.is_available():
+                _beyond_cache().zero_()
             times[name].append(seconds(work))
     return times
+
+
+@cache
+def _beyond_cache() -> Tensor:
+    """Memory that, written, fills the L2 twice."""
+    size = 2 * torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 @dataclass
@@ -98,6 +114,21 @@ def measure(
     return {name: Measured(statistics.median(taken), peaks[name]) for name, taken in times.items()}
 
 
+def figures(found: Measured, flop: float = 0, num_bytes: float = 0) -> dict[str, float]:
+    """Time and memory beside the floor: the counted FLOP at RATE or bytes at BANDWIDTH, whichever takes longer."""
+    floor = max(flop / RATE, num_bytes / BANDWIDTH)
+    speed = {"TFLOP/s": flop / found.seconds / 1e12} if flop / RATE == floor else {}
+    if not speed:
+        speed = {"TB/s": num_bytes / found.seconds / 1e12}
+    times = {"ms": 1e3 * found.seconds, "floor ms": 1e3 * floor, "share of the floor": floor / found.seconds}
+    return times | speed | {"peak GB": found.peak_bytes / 1e9}
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """In the 2-norm."""
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
 def peer(module: str, notes: list[str]) -> Any:
     """The module of another project, or None and a note that it is absent."""
     try:
@@ -110,6 +141,17 @@ def peer(module: str, notes: list[str]) -> Any:
 def progress(text: str) -> None:
     """A line on stderr, since a suite takes minutes."""
     print(f"   {text}", file=sys.stderr, flush=True)
+
+
+def _clock() -> dict[str, str]:
+    """The GPU's clocks under load, its limits and its driver, as nvidia-smi tells them; nothing without a GPU."""
+    fields = "clocks.sm,clocks.max.sm,power.limit,driver_version"
+    if not torch.cuda.is_available():
+        return {}
+    _beyond_cache().zero_()
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return dict(zip(fields.split(","), told[0].split(", "), strict=True)) if told else {}
 
 
 def _versions() -> dict[str, str]:
@@ -137,7 +179,7 @@ def _cell(value: Any) -> str:
 
 
 def write(result: Result, command: str) -> Path:
-    """Store a result as benchmarks/results/<device>/<suite>.json."""
+    """Store a result as benchmarks/results/<device>/<suite>.json and, to be read, <suite>.md."""
     folder = Path(__file__).parent / "results" / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -149,6 +191,7 @@ def write(result: Result, command: str) -> Path:
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
+            **_clock(),
             **_versions(),
         },
         "rows": result.rows,
@@ -156,4 +199,15 @@ def write(result: Result, command: str) -> Path:
     }
     file = folder / f"{result.suite}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
+    file.with_suffix(".md").write_text(markdown(record))
     return file
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """A stored result as a page: claim, table, notes, and where it was measured."""
+    machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    notes = "".join(f"- {note}\n" for note in record["notes"])
+    return (
+        f"# {record['suite']}\n\n{record['claim']}\n\n{table(record['rows'])}\n\n{notes}\n"
+        f"`{record['command']}` on {machine}\n"
+    )

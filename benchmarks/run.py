@@ -1,6 +1,7 @@
 """Runs benchmark suites: `python -m benchmarks.run --suite sampler`, or `--suite all`.
 
-Each suite compares variants in one process on the same data and writes benchmarks/results/<device>/<suite>.json.
+Each suite compares variants in one process on the same data and writes benchmarks/results/<device>/<suite>.json and,
+to be read, <suite>.md. Suites of kernels need a GPU: on a CPU both sides would run plain torch.
 """
 
 import argparse
@@ -10,7 +11,8 @@ import torch
 
 from benchmarks.harness import device_name, table, write
 
-SUITES = ("loss", "divergence", "elementwise", "sampler", "train")
+KERNELS = ("loss", "scoring", "divergence", "elementwise")
+SUITES = (*KERNELS, "sampler", "train")
 
 
 def main() -> None:
@@ -18,14 +20,16 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=[*SUITES, "all"], required=True)
     chosen = parser.parse_args().suite
+    suites = SUITES if chosen == "all" else (chosen,)
     if not torch.cuda.is_available():
-        print("no GPU: the suites run small models on the CPU, where only the ratios mean something\n")
+        left_out = [name for name in suites if name in KERNELS]
+        suites = [name for name in suites if name not in KERNELS]
+        parts = [f"{', '.join(left_out)} measured nothing, for the kernels need one"] if left_out else []
+        parts += [f"{', '.join(suites)} with small models, where only ratios mean something"] if suites else []
+        print(f"no GPU: {'; '.join(parts)}")
     written = []
-    for name in SUITES if chosen == "all" else [chosen]:
+    for name in suites:
         result = importlib.import_module(f"benchmarks.{name}").run()
-        if not result.rows:
-            print(f"## {name}\n{result.claim}\n")
-            continue
         file = write(result, f"python -m benchmarks.run --suite {name}")
         print(f"## {name} on {device_name()}\n{result.claim}\n\n{table(result.rows)}\n")
         print("\n".join(result.notes) + "\n")
