@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import hugging_face_name, load_decoder
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
-from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import (
     TrainingConfig,
     fingerprint,
     learning_rate,
+    plan_steps,
     read_metrics,
-    step_indices,
     train,
 )
 from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
@@ -137,6 +137,61 @@ def test_loss_and_gradient_of_every_weight_are_those_of_transformers(tmp_path, f
     assert_close({hugging_face_name(name): gradient for name, gradient in found.items()}, theirs)
 
 
+def textbook_kl(model, sequences, reduction):
+    """(loss, gradients by parameter): cross-entropy, or full-vocabulary KL(base ‖ adapted), weighted, by definition."""
+    model.zero_grad()
+    losses, weights = [], []
+    for sequence in sequences:
+        ids, start = torch.from_numpy(sequence.input_ids).long(), sequence.response_start
+        logprobs = model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
+        if sequence.keeps_to_reference:
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
+            tokens = (reference.exp() * (reference - logprobs)).sum(-1)
+        else:
+            tokens = -logprobs.gather(-1, ids[start:, None])[:, 0]
+        losses.append(sequence.weight * (tokens.sum() if reduction == "token" else tokens.mean()))
+        weights.append(sequence.weight * (len(tokens) if reduction == "token" else 1))
+    loss = sum(losses) / sum(weights)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("max_tokens", PACKINGS)
+def test_benign_responses_keep_to_the_reference_whatever_the_packing(folder, tmp_path, max_tokens, reduction):
+    decoder = load_decoder(folder, torch.float32, CPU)
+    ours = engine(decoder)
+    mixed = [
+        dataclasses.replace(one, keeps_to_reference=index % 2 == 1, weight=1.0 + index)
+        for index, one in enumerate(SEQUENCES)
+    ]
+    expected_loss, theirs = textbook_kl(peft_twin(decoder, folder, tmp_path), mixed, reduction)
+    loss, found = gradients(ours, pack(mixed, max_tokens, CPU, reduction))
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    path = {id(parameter): name for name, parameter in adapter_parameters(decoder).items()}
+    found = {path[id(ours.parameters[name])]: gradient for name, gradient in found.items()}
+    assert_close(found, {name.replace(".default", ""): gradient for name, gradient in theirs.items()})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_student_that_is_the_reference_has_no_loss_and_moves_only_away_from_its_copy(folder, method):
+    """The reference is what the student was when the engine was made, also where every weight is trained."""
+    decoder = load_decoder(folder, torch.float32, CPU)
+    if method == "lora":
+        attach(decoder, LORA, seed=0)
+    else:
+        decoder.requires_grad_(True)
+    ours = SingleEngine(decoder, 1e9, 0.0, with_reference=True)
+    kept = pack([dataclasses.replace(one, keeps_to_reference=True) for one in SEQUENCES], 64, CPU)
+    result = ours.step(kept, 1e-2)
+    assert result == StepResult(0.0, 0.0)
+    ours.step(pack(SEQUENCES, 64, CPU), 1e-2)
+    first = ours.step(kept, 1e-3).loss
+    losses = [ours.step(kept, 1e-3).loss for _ in range(20)]
+    assert 0 < losses[-1] < 0.5 * first
+
+
 def test_only_response_tokens_are_targets(decoder):
     batch = collate(SEQUENCES, CPU)
     expected = np.concatenate([sequence.input_ids[sequence.response_start :] for sequence in SEQUENCES])
@@ -216,17 +271,86 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_counts(untie
     assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
 
 
-def test_a_run_that_breaks_names_the_step_and_its_sequences(untied, tmp_path):
-    decoder, broken = load_decoder(untied, torch.float32, CPU), sequence(9, 4, 7)
+def poisoned(folder, names: str) -> tuple[SingleEngine, list[TrainingSequence]]:
+    """An engine and sequences in this order, where an upper-case name is of one whose every loss is NaN."""
+    decoder = load_decoder(folder, torch.float32, CPU)
     with torch.no_grad():
-        decoder.embedding[int(broken.input_ids[0])] = math.nan
-    whole = [one for one in SEQUENCES if broken.input_ids[0] not in one.input_ids]
-    attach(decoder, LORA, seed=0)
-    config = TrainingConfig(batch_size=2, epochs=1)
-    step = next(step for step in range(len(whole)) if 0 in step_indices(step, len(whole) + 1, 2, 3))
-    with pytest.raises(NonFiniteStep, match=rf"step {step + 1}, sequences \[.*\b0\b.*\]: loss nan"):
-        train(SingleEngine(decoder, 1.0, 0.0), [broken, *whole], config, 3, tmp_path)
-    assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step
+        decoder.embedding[POISON] = math.nan
+    sequences = []
+    for seed, name in enumerate(names):
+        ids = np.random.default_rng(seed).integers(0, POISON, 12).astype(np.int32)
+        ids[3] = POISON if name.isupper() else ids[3]
+        sequences.append(TrainingSequence(ids, 5, name))
+    return engine(decoder, "lora", DROPOUT, clip=1.0), sequences
+
+
+POISON = 379
+ONE_BY_ONE = TrainingConfig(epochs=1, batch_size=1, learning_rate=1e-2, checkpoint_every=2)
+
+
+def in_order(names: str, seed: int) -> str:
+    """Names so placed that a run with this seed trains them in the order given."""
+    order = np.concatenate(plan_steps([12] * len(names), ONE_BY_ONE, seed))
+    return "".join(name for _, name in sorted(zip(order, names, strict=True)))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(untied, tmp_path):
+    names = "aBcDEfg"
+    ours, sequences = poisoned(untied, in_order(names, 3))
+    train(ours, sequences, ONE_BY_ONE, 3, tmp_path)
+    steps = list(read_metrics(tmp_path / "metrics.jsonl"))
+    for step, name in zip(steps, names, strict=True):
+        assert (step.loss is None) == (step.grad_norm is None) == name.isupper()
+        assert step.note == (f"left out: loss nan, gradient norm nan; in it {name}" if name.isupper() else "")
+    assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
+
+
+def test_a_run_with_left_out_steps_goes_on_bit_for_bit(untied, tmp_path):
+    """Also when the steps before the checkpoint, or all so far, were left out."""
+    for names in ("aBcDEfg", "ABcdefg", "abCDeFg"):
+        ours, sequences = poisoned(untied, in_order(names, 3))
+        train(ours, sequences, ONE_BY_ONE, 3, tmp_path / names)
+        for until in range(1, 7):
+            out = tmp_path / f"{names} {until}"
+
+            def on_step(metrics, until=until):
+                if metrics.step == until:
+                    raise Killed
+
+            with pytest.raises(Killed):
+                train(poisoned(untied, in_order(names, 3))[0], sequences, ONE_BY_ONE, 3, out, on_step)
+            again = poisoned(untied, in_order(names, 3))[0]
+            train(again, sequences, ONE_BY_ONE, 3, out)
+            expected = ours.tensors()
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in again.tensors().items())
+            found, whole = (untimed(folder) for folder in (out, tmp_path / names))
+            assert found == whole
+
+
+@pytest.mark.parametrize("killed", [None, 2])
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(untied, tmp_path, killed):
+    """Whether or not a restart lies between them."""
+
+    def on_step(metrics):
+        if metrics.step == killed:
+            raise Killed
+
+    ours, sequences = poisoned(untied, in_order("aBCDefg", 3))
+    if killed:
+        with pytest.raises(Killed):
+            train(ours, sequences, dataclasses.replace(ONE_BY_ONE, checkpoint_every=1), 3, tmp_path, on_step)
+        ours, _ = poisoned(untied, in_order("aBCDefg", 3))
+    with pytest.raises(NonFiniteStep, match=r"^step 4, the 3rd in a row left out: loss nan, .*; in it D$"):
+        train(ours, sequences, dataclasses.replace(ONE_BY_ONE, checkpoint_every=1), 3, tmp_path)
+    assert [step.step for step in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
+    ours, losses = engine(load_decoder(folder, torch.float32, CPU)), iter([1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2])
+    ours.step = lambda packs, rate: StepResult(next(losses), 1.0)
+    train(ours, SEQUENCES[:1], TrainingConfig(epochs=34, batch_size=1), 0, tmp_path)
+    notes = {step.step: step.note for step in read_metrics(tmp_path / "metrics.jsonl") if step.note}
+    assert notes == {32: "loss spike: 9, usually 1.11"}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -246,7 +370,7 @@ def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, method, v
                 next(reversed(ours.masters.values())).view(-1)[-1] = value
 
     ours.optimizer.step = break_one
-    with pytest.raises(NonFiniteStep, match=rf"step {step}, sequences .*weights"):
+    with pytest.raises(NonFiniteStep, match="norm of the weights"):
         train(ours, SEQUENCES, config, 0, tmp_path)
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step - 1
     found = max((one.name for one in (tmp_path / "checkpoints").glob("*")), default=None)
@@ -297,15 +421,29 @@ def test_the_learning_rate_is_positive_rises_then_falls(total, ratio):
 
 @given(count=st.integers(1, 60), batch=st.integers(1, 70), seed=st.integers(0, 2**63 - 1))
 def test_every_epoch_takes_each_sequence_once(count, batch, seed):
-    steps = math.ceil(count / batch)
-    epochs = []
-    for epoch in range(3):
-        chosen = [step_indices(step, count, batch, seed) for step in range(epoch * steps, (epoch + 1) * steps)]
+    steps = plan_steps([5] * count, TrainingConfig(batch_size=batch), seed)
+    per_epoch, epochs = math.ceil(count / batch), []
+    assert len(steps) == 3 * per_epoch
+    for first in range(0, len(steps), per_epoch):
+        chosen = steps[first : first + per_epoch]
         assert all(len(step) == batch for step in chosen[:-1]) and len(chosen[-1]) > 0
         epochs.append(np.concatenate(chosen).tolist())
         assert sorted(epochs[-1]) == list(range(count))
     if count > 20:
         assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(count))
+
+
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40), room=st.integers(1, 200))
+def test_steps_of_a_token_budget_are_as_full_as_their_order_allows(lengths, room):
+    by_tokens = plan_steps(lengths, TrainingConfig(epochs=2, batch_tokens=room), 7)
+    one_by_one = plan_steps(lengths, TrainingConfig(epochs=2, batch_size=1), 7)
+    assert np.concatenate(by_tokens).tolist() == np.concatenate(one_by_one).tolist()
+    sums = [sum(lengths[index] for index in step) for step in by_tokens]
+    assert all(total <= room or len(step) == 1 for total, step in zip(sums, by_tokens, strict=True))
+    taken = 0
+    for total, step, following in zip(sums, by_tokens, by_tokens[1:], strict=False):
+        taken += len(step)
+        assert taken == len(lengths) or total + lengths[following[0]] > room
 
 
 @given(lengths=st.lists(st.integers(1, 100), max_size=40), room=st.integers(1, 150))
@@ -327,6 +465,11 @@ DROPOUT = dataclasses.replace(LORA, dropout=0.2)
 
 class Killed(BaseException):
     pass
+
+
+def untimed(folder):
+    """What metrics.jsonl says but for the time it took."""
+    return [dataclasses.replace(one, seconds=0, tokens_per_second=0) for one in read_metrics(folder / "metrics.jsonl")]
 
 
 def fresh_engine(folder, method, dtype=torch.float32):
@@ -351,10 +494,7 @@ def run(folder, out, method="lora", until=STEPS, dtype=torch.float32, sequences=
 def assert_same_run(out, weights, expected_out, expected_weights):
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
-    found, expected = (
-        [dataclasses.replace(one, seconds=0, tokens_per_second=0) for one in read_metrics(folder / "metrics.jsonl")]
-        for folder in (out, expected_out)
-    )
+    found, expected = (untimed(folder) for folder in (out, expected_out))
     assert found == expected and [metrics.step for metrics in found] == list(range(1, STEPS + 1))
 
 
@@ -459,9 +599,12 @@ def test_everything_that_shapes_a_run_is_in_its_fingerprint():
         ([*rest, one], RUN, 11),
         ([TrainingSequence(one.input_ids, one.response_start + 1), *rest], RUN, 11),
         ([TrainingSequence(one.input_ids + 1, one.response_start), *rest], RUN, 11),
+        ([dataclasses.replace(one, weight=2.0), *rest], RUN, 11),
+        ([dataclasses.replace(one, keeps_to_reference=True), *rest], RUN, 11),
         *[(SEQUENCES, dataclasses.replace(RUN, **{name: value}), 11) for name, value in [
             ("epochs", 4), ("batch_size", 4), ("learning_rate", 1.0), ("warmup_ratio", 0.5), ("weight_decay", 0.1),
             ("max_grad_norm", 2.0), ("max_tokens_per_pack", 65), ("method", "full"),
+            ("batch_tokens", 99), ("loss_reduction", "sequence"), ("benign_loss", "kl"),
         ]],
     ]  # fmt: skip
     for variant in variants:

@@ -33,6 +33,9 @@ SETUPS = {
     "lora-1": ("lora", ZeroConfig(1)),
     "full-3": ("full", ZeroConfig(3)),
     "full-2": ("full", ZeroConfig(2)),
+    "lora-3-kl": ("lora", ZeroConfig(3)),
+    "lora-2-kl": ("lora", ZeroConfig(2)),
+    "full-3-kl": ("full", ZeroConfig(3)),
 }
 KEEPING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
 """What layers keep for the backward pass: sharded weights are gathered again where it is computed again."""
@@ -48,6 +51,14 @@ BATCHES = [SEQUENCES, SEQUENCES[2:3], SEQUENCES[1:], SEQUENCES[4:]]
 """In the second one rank has nothing to do, in the others the ranks have different numbers of packs."""
 GOOD, BAD = SEQUENCES[0], SEQUENCES[2]
 POISON = next(id_ for id_ in BAD.input_ids.tolist() if id_ not in GOOD.input_ids)
+
+
+def batches(setup: str) -> list[list[TrainingSequence]]:
+    """What a set-up trains on, step by step."""
+    if not setup.endswith("kl"):
+        return BATCHES
+    mixed = [dataclasses.replace(one, keeps_to_reference=len(one) % 2 == 1, weight=1 + len(one)) for one in SEQUENCES]
+    return [mixed, mixed[2:3], mixed[4:], mixed[:1]]
 
 
 def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
@@ -69,12 +80,12 @@ def my_packs(batch):
     return pack([batch[index] for index in mine], 64, CPU)
 
 
-def zero_engine(decoder, config, keep_gathered=False):
+def zero_engine(decoder, config, keep_gathered=False, with_reference=False):
     """By default with nothing kept gathered: DeepSpeed's own settings would never shard a model so small."""
     from thinksafe.training import zero
 
     if keep_gathered:
-        return zero.ZeroEngine(decoder, CLIP, DECAY, config)
+        return zero.ZeroEngine(decoder, CLIP, DECAY, config, with_reference)
     original = zero.deepspeed_settings
 
     def settings(*arguments):
@@ -85,7 +96,7 @@ def zero_engine(decoder, config, keep_gathered=False):
 
     zero.deepspeed_settings = settings
     try:
-        return zero.ZeroEngine(decoder, CLIP, DECAY, config)
+        return zero.ZeroEngine(decoder, CLIP, DECAY, config, with_reference)
     finally:
         zero.deepspeed_settings = original
 
@@ -108,9 +119,10 @@ def steps(folder: Path, out: Path) -> None:
     for name, (method, config) in SETUPS.items():
         decoder = student(folder, method)
         decoder.keeping = (KEEPING.get(name, "none"),) * decoder.config.num_layers
-        engine = zero_engine(decoder, config)
+        engine = zero_engine(decoder, config, with_reference=name.endswith("kl"))
         results = [
-            dataclasses.astuple(engine.step(my_packs(batch), rate)) for batch, rate in zip(BATCHES, RATES, strict=True)
+            dataclasses.astuple(engine.step(my_packs(batch), rate))
+            for batch, rate in zip(batches(name), RATES, strict=True)
         ]
         sharded = sum(parameter.numel() for parameter in decoder.parameters()) == 0
         engine.check_weights()
@@ -139,9 +151,9 @@ def bf16_steps(folder: Path, out: Path) -> None:
 
 def not_finite(folder: Path, out: Path) -> None:
     """Between two good steps some that break on one rank alone: an activation, the loss alone, the gradient alone."""
-    from thinksafe.training import zero
+    from thinksafe.training import losses
 
-    linear_cross_entropy = zero.linear_cross_entropy
+    linear_cross_entropy = losses.linear_cross_entropy
 
     def infinite_loss(*args, **options):
         return linear_cross_entropy(*args, **options) + torch.inf
@@ -160,9 +172,9 @@ def not_finite(folder: Path, out: Path) -> None:
         before = whole_state(engine)
         messages = [_message(engine.step, my_packs([GOOD, BAD]), 1e-2)]
         for broken in (infinite_loss, nan_gradient):
-            zero.linear_cross_entropy = broken if rank() == 1 else linear_cross_entropy
+            losses.linear_cross_entropy = broken if rank() == 1 else linear_cross_entropy
             messages.append(_message(engine.step, my_packs([GOOD, GOOD]), 1e-2))
-        zero.linear_cross_entropy = linear_cross_entropy
+        losses.linear_cross_entropy = linear_cross_entropy
         after = whole_state(engine)
         same = all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
         engine.step(my_packs([GOOD]), 1e-2)

@@ -104,7 +104,7 @@ class Chat:
         """Prompt ids, then response ids, which alone are trained."""
         prompt = self.prompt_ids(example.prompt)
         ids = np.array(prompt + self.response_ids(example.response), dtype=np.int32)
-        return TrainingSequence(ids, len(prompt))
+        return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
         """A sampled response as text in canonical order; control tokens that the model wrote are spelled out."""

@@ -6,6 +6,7 @@ Files come from this run, from elsewhere (`--responses`, `--data`) or from the r
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def training_sequences(file: Path, recipe: Recipe, models: Models) -> tuple[list
             dropped[problem] += 1
             continue
         sequence = models.chat.training_sequence(example)
+        if recipe.training.benign_loss == "kl" and example.label == "benign":
+            sequence = replace(sequence, keeps_to_reference=True)
         if len(sequence) > limit:
             dropped[f"longer_than_{limit}_tokens"] += 1
         else:

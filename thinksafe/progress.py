@@ -34,6 +34,10 @@ class TokenBar(AbstractContextManager):
         if self._workers.count == 1 or time.perf_counter() - self._exchanged > _EXCHANGE_EVERY:
             self._exchange(figures)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        tqdm.write(f"{self._title:>16}: {text}", file=sys.stderr)
+
     def share_of_limit(self, least_seconds: float) -> dict[str, str]:
         """How close the work so far came to what the hardware allows: a figure for `update`, where that is known."""
         if not least_seconds:
@@ -67,7 +71,7 @@ class TokenBar(AbstractContextManager):
 
 def in_figures(metrics: StepMetrics) -> dict[str, str]:
     """What a bar shows of a training step, beside its rate: what is known of loss, MFU and memory."""
-    shown = {"loss": f"{metrics.loss:.3f}"}
+    shown = {} if metrics.loss is None else {"loss": f"{metrics.loss:.3f}"}
     if metrics.mfu is not None:
         shown["MFU"] = f"{metrics.mfu:.0%}"
     if metrics.peak_bytes is not None:

@@ -8,6 +8,7 @@ A file's lines are JSON objects with the dataclass's fields; prompts may also co
 import codecs
 import hashlib
 import json
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -125,6 +126,7 @@ class Example:
     Attributes:
         sample, rung: of the response.
         accepted_by: the guard, or `person: ` and a name.
+        weight: of the example in the training loss, positive.
     """
 
     prompt: str
@@ -134,9 +136,12 @@ class Example:
     sample: int = 0
     rung: int = 0
     accepted_by: str = ""
+    weight: float = 1.0
 
     def __post_init__(self):
         _fill_prompt_id(self)
+        if not 0 < self.weight < math.inf:
+            raise ValueError("weight must be positive and finite")
 
 
 @dataclass(frozen=True)

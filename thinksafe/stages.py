@@ -50,6 +50,7 @@ from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
 from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.loop import plan_steps
 from thinksafe.training.loop import train as run_training
 from thinksafe.training.trackers import require, tracking
 from thinksafe.workers import Workers
@@ -194,13 +195,15 @@ def train(run: RunDir, models: Models) -> None:
     else:
         decoder.requires_grad_(True)
     costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize)
-    largest = largest_pack([len(sequence) for sequence in sequences], config.batch_size, config.max_tokens_per_pack)
+    lengths = [len(sequence) for sequence in sequences]
+    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
     decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
     if set(decoder.keeping) != {"none"}:
         print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
     run.remember_input("model", fingerprint(models.base))
-    engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
-    steps = config.epochs * -(-len(sequences) // config.batch_size)
+    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
+    engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
+    steps = len(plan_steps(lengths, config, recipe.seed))
     training = run.path / "training"
     watched = tracking(recipe.trackers, training, recipe.name, asdict(recipe))
     with watched as trackers, TokenBar("train", steps, "steps") as bar:
@@ -209,12 +212,14 @@ def train(run: RunDir, models: Models) -> None:
             clock.tick()
             for tracker in trackers:
                 tracker.log(metrics)
+            if metrics.note:
+                bar.say(f"step {metrics.step} {metrics.note}")
             bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
 
         try:
             run_training(engine, sequences, config, recipe.seed, training, on_step)
         except NonFiniteStep as error:
-            remedy = "lower training.learning_rate or look at those examples"
+            remedy = "lower training.learning_rate, or look at those examples in accepted.jsonl"
             raise UserError(f"training stopped, {error}; {remedy}") from None
     folder = _save_student(run, models, decoder)
     run.finish_stage(

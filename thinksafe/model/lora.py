@@ -7,6 +7,8 @@ share them.
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +95,19 @@ def detach(decoder: Decoder) -> None:
             del layer._parameters[f"{name}_lora_A"], layer._parameters[f"{name}_lora_B"]
         layer.adapters = {}
     decoder.lora = None
+
+
+@contextmanager
+def without_adapters(decoder: Decoder) -> Iterator[None]:
+    """The base model as long as this lasts; the adapters are put aside, not removed."""
+    adapters = [layer.adapters for layer in decoder.layers]
+    try:
+        for layer in decoder.layers:
+            layer.adapters = {}
+        yield
+    finally:
+        for layer, aside in zip(decoder.layers, adapters, strict=True):
+            layer.adapters = aside
 
 
 @torch.no_grad()

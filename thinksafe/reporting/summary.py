@@ -68,7 +68,9 @@ def summarise(run: RunDir) -> dict[str, Any]:
             "examples": stages["train"]["records"],
             "dropped": stages["train"]["dropped"],
             "tokens": stages["train"]["tokens"],
-            "loss": [[step.step, step.loss] for step in metrics],
+            "benign_loss": recipe.training.benign_loss,
+            "left_out": [[step.step, step.note] for step in metrics if step.loss is None],
+            "loss": [[step.step, step.loss] for step in metrics if step.loss is not None],
             "learning_rate": [[step.step, step.learning_rate] for step in metrics],
         }
     return report

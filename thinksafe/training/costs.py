@@ -92,6 +92,12 @@ class TrainingCosts:
             adapters -= 2 * rank * in_features if name in _FLOW[first] else 0
         return forward + into_layers + adapters * work.tokens + attention + into_attention + 4 * head
 
+    def reference_flop(self, work: Work) -> float:
+        """A forward pass and the head, of sequences that are compared with the reference."""
+        model = self.model
+        layers = 2 * model.num_layers * model.layer_weights * work.tokens + model.attention_flop(work.pairs)
+        return layers + 2 * model.head_weights * work.targets
+
     def repeated_flop(self, keeping: Sequence[Keeping], work: Work) -> float:
         """What layers that keep only their input compute again: all but their last product."""
         model, full = self.model, keeping.count("full")
@@ -161,10 +167,11 @@ class TrainingCosts:
         return flop / hardware.flop_per_second + moved / hardware.bytes_per_second
 
 
-def largest_pack(lengths: Sequence[int], batch_size: int, max_tokens: int) -> int:
-    """Tokens of the largest pack that a step can hold."""
-    longest = sorted(lengths, reverse=True)[:batch_size]
-    return max(longest[0], min(max_tokens, sum(longest)))
+def largest_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max_tokens: int) -> int:
+    """Tokens of the largest pack that a step can hold; see `TrainingConfig` for what makes a step."""
+    longest = sorted(lengths, reverse=True)
+    step = min(batch_tokens, sum(lengths)) if batch_tokens else sum(longest[:batch_size])
+    return max(longest[0], min(max_tokens, step))
 
 
 def keeping_on(device: torch.device, setting: str, costs: TrainingCosts, tokens: int) -> tuple[Keeping, ...]:

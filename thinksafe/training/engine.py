@@ -1,8 +1,8 @@
 """The single-process training engine: forward, backward, clip, AdamW.
 
 The loop drives an engine through `step`, `tensors` and `load_tensors` and does not know which one it has. The loss is
-the sum of token losses over the step's packs divided by the step's token count, so how sequences fall into packs does
-not change the gradient.
+the weighted sum of token losses over the step's packs divided by the sum of the weights, so how sequences fall into
+packs does not change the gradient.
 """
 
 import math
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.model.decoder import Decoder
+from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import PackedBatch
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss in nats a token, and the gradient's norm before clipping."""
+    """Weighted mean of the token losses, in nats, and the gradient's norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -31,8 +31,10 @@ class NonFiniteStep(ArithmeticError):
 class SingleEngine:
     """AdamW on whatever parameters of the decoder require a gradient, with fp32 master copies of bf16 ones."""
 
-    def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float):
+    def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float, with_reference: bool = False):
+        """with_reference: whether sequences will come that keep to what the decoder is now, adapters aside."""
         self.decoder = decoder
+        self.loss = PackLoss(decoder, with_reference)
         self.device = decoder.embedding.device
         self.max_grad_norm = max_grad_norm
         self.parameters: dict[str, nn.Parameter] = {
@@ -44,6 +46,9 @@ class SingleEngine:
             for name, parameter in self.parameters.items()
         }
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        for master in self.masters.values():  # now, so that a checkpoint holds them even if no step was finite
+            moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
         """One optimiser step over all packs.
@@ -51,18 +56,11 @@ class SingleEngine:
         Raises:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
-        num_targets = sum(len(pack.targets) for pack in packs)
+        total_weight = sum(pack.total_weight for pack in packs)
         loss = torch.zeros((), device=self.device)
         self.decoder.train()
         for pack in packs:
-            hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
-            # The packer left masked rows out, so nothing is counted on the device.
-            pack_loss = (
-                linear_cross_entropy(
-                    hidden[pack.target_rows], self.decoder.head, pack.targets, ignore_index=None, reduction="sum"
-                )
-                / num_targets
-            )
+            pack_loss = self.loss(pack, pack.num_reference_rows > 0) / total_weight
             pack_loss.backward()
             loss += pack_loss.detach()
         for name, parameter in self.parameters.items():

@@ -1,18 +1,24 @@
 """The training loop: pick the step's sequences, pack them, step, log, now and then save.
 
 Order, packing, learning rate and dropout are functions of (seed, step) alone, so a run that was killed goes on as if
-nothing had happened, bit for bit on a CPU.
+nothing had happened, bit for bit on a CPU. The next step's packs are made while the device computes this one's.
+
+A step whose loss or gradient is not finite changes nothing and is left out, with the names of the examples that were in
+it; after three in a row the run stops.
 """
 
 import hashlib
 import json
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +28,19 @@ from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.distributed import balanced, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.packing import PackedBatch, Reduction, TrainingSequence, pack
 
 if TYPE_CHECKING:
     from thinksafe.training.zero import ZeroEngine
+
+
+T = TypeVar("T")
+_SKIPS_AT_MOST = 3
+"""Steps in a row that are not finite, after which there is more wrong than an example."""
+_RECENT = 50
+_NAMED = 16
+_FAR_OUT = 6.0
+"""A loss so many standard deviations above the mean of the _RECENT ones is worth a look."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,11 @@ class TrainingConfig:
         method: train adapters or every weight.
         epochs: passes over the accepted examples.
         batch_size: sequences an optimiser step.
+        batch_tokens: tokens of prompts and responses an optimiser step at most, in place of batch_size; 0 for none. A
+            longer sequence is a step of its own.
+        loss_reduction: whether in a step every response `token` counts alike, or every `sequence`.
+        benign_loss: on benign responses `cross_entropy`, or `kl`, the divergence of the whole next-token distribution
+            from the untrained student's: the paper's +KL. It costs that student's forward pass over these tokens.
         learning_rate: its peak, after a linear warm-up; then a cosine to 0.
         warmup_ratio: share of all steps that warm up.
         weight_decay: AdamW's.
@@ -52,6 +72,9 @@ class TrainingConfig:
     method: Literal["lora", "full"] = "lora"
     epochs: int = 3
     batch_size: int = 8
+    batch_tokens: int = 0
+    loss_reduction: Reduction = "token"
+    benign_loss: Literal["cross_entropy", "kl"] = "cross_entropy"
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -69,8 +92,8 @@ class TrainingConfig:
             raise ValueError("warmup_ratio must lie between 0 and 1")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("learning_rate and max_grad_norm must be positive")
-        if self.weight_decay < 0:
-            raise ValueError("weight_decay must not be negative")
+        if self.weight_decay < 0 or self.batch_tokens < 0:
+            raise ValueError("weight_decay and batch_tokens must not be negative")
 
 
 @dataclass(frozen=True)
@@ -78,25 +101,27 @@ class StepMetrics:
     """One line of metrics.jsonl.
 
     Attributes:
-        loss: in nats a token.
+        loss, grad_norm: in nats a token, and before clipping; None for a step that was left out.
         tokens: of all ranks, prompts included.
         seconds: wall time of the step.
         flop: useful ones of all ranks, as training/costs.py counts them; nothing that is computed again.
         mfu: their share of what the ranks' GPUs promise; None where that is not known.
         peak_bytes: of this rank's GPU so far; None on a CPU.
+        note: why the step was left out, or what else was odd.
     """
 
     step: int
     total_steps: int
-    loss: float
+    loss: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     seconds: float
     tokens_per_second: float
     flop: float
     mfu: float | None
     peak_bytes: int | None
+    note: str = ""
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -108,19 +133,38 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> np.ndarray:
-    """The sequences of one step: each epoch is a fresh permutation, its last batch may be short."""
-    steps_per_epoch = math.ceil(num_sequences / batch_size)
-    epoch, offset = divmod(step, steps_per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(num_sequences)
-    return order[offset * batch_size : (offset + 1) * batch_size]
+def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> list[np.ndarray]:
+    """The indices of each step's sequences: each epoch is a fresh permutation, cut into batches in its order.
+
+    A batch has `batch_size` sequences, the last of an epoch what is left; or as many as `batch_tokens` hold.
+    """
+    steps = []
+    for epoch in range(config.epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+        if config.batch_tokens:
+            steps += np.split(order, _cuts([lengths[index] for index in order], config.batch_tokens))
+        else:
+            steps += np.split(order, range(config.batch_size, len(order), config.batch_size))
+    return steps
+
+
+def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Where a batch is full and the next one begins."""
+    cuts, held = [], 0
+    for index, length in enumerate(lengths):
+        if held and held + length > max_tokens:
+            cuts.append(index)
+            held = 0
+        held += length
+    return cuts
 
 
 def fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
     """Identifies a training run: a checkpoint of another one is not taken up."""
     digest = hashlib.sha256(json.dumps([asdict(config), seed]).encode())
     for sequence in sequences:
-        digest.update(np.int64([len(sequence), sequence.response_start]).tobytes())
+        digest.update(np.int64([len(sequence), sequence.response_start, sequence.keeps_to_reference]).tobytes())
+        digest.update(np.float64(sequence.weight).tobytes())
         digest.update(sequence.input_ids.tobytes())
     return digest.hexdigest()
 
@@ -143,36 +187,48 @@ def train(
         on_step: called after every step, for progress; on every rank.
 
     Raises:
-        NonFiniteStep: names the step and the sequences in it. Weights are looked at before a checkpoint, so none is
-            saved that is not finite, and training never ends with such weights.
+        NonFiniteStep: several steps in a row were, or a weight is; names the step and the examples in it. Weights are
+            looked at before a checkpoint, so none is saved that is not finite, and training never ends with such.
     """
     identity = fingerprint(sequences, config, seed)
     costs = TrainingCosts(engine.decoder.config, engine.decoder.lora, engine.decoder.embedding.element_size())
-    total_steps = config.epochs * math.ceil(len(sequences) / config.batch_size)
+    schedule = plan_steps([len(sequence) for sequence in sequences], config, seed)
     newest = load_newest(folder / "checkpoints", identity)
     first_step = 0
     if newest is not None:
         first_step, state = newest
         engine.load_tensors(state)
     folder.mkdir(parents=True, exist_ok=True)
+    recent, skips = _history(folder / "metrics.jsonl", first_step)
+
+    def packs_of(step: int) -> list[PackedBatch]:
+        batch = [sequences[index] for index in schedule[step]]
+        mine = balanced([len(sequence) for sequence in batch], world_size())[rank()]
+        return pack([batch[i] for i in mine], config.max_tokens_per_pack, engine.device, config.loss_reduction)
+
     with _metrics_from(folder / "metrics.jsonl", first_step) if rank() == 0 else open(os.devnull, "w") as metrics_file:
-        for step in range(first_step, total_steps):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        for step, packs in _one_ahead(packs_of, range(first_step, len(schedule))):
             torch.manual_seed(hash((seed, step)) + rank())
-            chosen = step_indices(step, len(sequences), config.batch_size, seed)
-            batch = [sequences[index] for index in chosen]
-            mine = [batch[index] for index in balanced([len(sequence) for sequence in batch], world_size())[rank()]]
-            rate = learning_rate(step, total_steps, config)
+            rate, loss, grad_norm = learning_rate(step, len(schedule), config), None, None
+            batch = [sequences[index] for index in schedule[step]]
             try:
-                result = engine.step(pack(mine, config.max_tokens_per_pack, engine.device), rate)
-                saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == total_steps
-                if saves:
-                    engine.check_weights()
+                result = engine.step(packs, rate)
+                loss, grad_norm, skips = result.loss, result.grad_norm, 0
+                note = _spike(loss, recent)
+                recent.append(loss)
             except NonFiniteStep as error:
-                raise NonFiniteStep(f"step {step + 1}, sequences {chosen.tolist()}: {error}") from None
-            seconds = time.perf_counter() - started
-            speed = _speed(costs, batch, seconds, engine.device)
-            metrics = StepMetrics(step + 1, total_steps, result.loss, rate, result.grad_norm, **speed)
+                skips += 1
+                note = f"left out: {error}; in it {_names(batch)}"
+                if skips == _SKIPS_AT_MOST:
+                    raise NonFiniteStep(f"step {step + 1}, the {skips}rd in a row {note}") from None
+            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == len(schedule)
+            if saves:
+                engine.check_weights()
+            now = time.perf_counter()
+            speed = _speed(costs, batch, now - started, engine.device)
+            metrics = StepMetrics(step + 1, len(schedule), loss, rate, grad_norm, **speed, note=note)
+            started = now
             metrics_file.write(json.dumps(asdict(metrics)) + "\n")
             metrics_file.flush()
             on_step(metrics)
@@ -185,17 +241,57 @@ def _speed(
     costs: TrainingCosts, batch: Sequence[TrainingSequence], seconds: float, device: torch.device
 ) -> dict[str, float | None]:
     """What a step's work and time say of the hardware, as in StepMetrics."""
-    lengths = [len(sequence) for sequence in batch]
-    targets = sum(sequence.num_targets for sequence in batch)
-    flop, hardware = costs.useful_flop(Work(sum(lengths), targets, causal_pairs(lengths))), hardware_of(device)
+    work, hardware = _work(batch), hardware_of(device)
+    compared = _work([sequence for sequence in batch if sequence.keeps_to_reference])
+    flop = costs.useful_flop(work) + costs.reference_flop(compared)
     return {
-        "tokens": sum(lengths),
+        "tokens": work.tokens,
         "seconds": seconds,
-        "tokens_per_second": sum(lengths) / seconds,
+        "tokens_per_second": work.tokens / seconds,
         "flop": flop,
         "mfu": flop / seconds / world_size() / hardware.peak_flop_per_second if hardware else None,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def _work(batch: Sequence[TrainingSequence]) -> Work:
+    lengths = [len(sequence) for sequence in batch]
+    return Work(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
+
+
+def _one_ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[tuple[int, T]]:
+    """Each step with what is made for it, the next one's while this one's is used."""
+    with ThreadPoolExecutor(1) as aside:
+        coming: deque[tuple[int, Future[T]]] = deque()
+        for step in steps:
+            coming.append((step, aside.submit(make, step)))
+            if len(coming) > 1:
+                ready, made = coming.popleft()
+                yield ready, made.result()
+        for ready, made in coming:
+            yield ready, made.result()
+
+
+def _spike(loss: float, recent: Sequence[float]) -> str:
+    """What to say of a loss that is far above the recent ones; empty where it is not, or too few are known."""
+    if len(recent) < _RECENT // 2:
+        return ""
+    usual, spread = statistics.mean(recent), statistics.stdev(recent)
+    return f"loss spike: {loss:.3g}, usually {usual:.3g}" if loss > usual + _FAR_OUT * spread else ""
+
+
+def _names(batch: Sequence[TrainingSequence]) -> str:
+    """The examples of a step, the first few by name."""
+    shown = ", ".join(sequence.name or "an unnamed example" for sequence in batch[:_NAMED])
+    return shown + (f" and {len(batch) - _NAMED} more" if len(batch) > _NAMED else "")
+
+
+def _history(file: Path, first_step: int) -> tuple[deque[float], int]:
+    """Of the steps already done: the recent losses, and how many at the end were left out."""
+    done = [metrics for metrics in read_metrics(file) if metrics.step <= first_step]
+    losses = [metrics.loss for metrics in done if metrics.loss is not None]
+    skips = next((n for n, metrics in enumerate(reversed(done)) if metrics.loss is not None), len(done))
+    return deque(losses, maxlen=_RECENT), skips
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:

@@ -1,16 +1,20 @@
 """Sequences laid end to end, so that no step computes padding and no token sees another sequence.
 
 A row of hidden states predicts the next token; only rows whose next token belongs to the response have a target.
+Sequences that are to stay as the reference has them lie at the front, so that the reference reads a slice of the pack.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from thinksafe.model.attention import PackedAttention, packed_positions
+
+Reduction = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +24,16 @@ class TrainingSequence:
     Attributes:
         input_ids: [T] int32, prompt and response.
         response_start: index of the first response token, at least 1; everything from there on is trained.
+        name: of the example, for messages.
+        weight: of the example in the loss, positive.
+        keeps_to_reference: its loss is the divergence from the reference, not the cross-entropy.
     """
 
     input_ids: np.ndarray
     response_start: int
+    name: str = ""
+    weight: float = 1.0
+    keeps_to_reference: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -43,6 +53,11 @@ class PackedBatch:
         attention: keeps the sequences apart.
         target_rows: [R] int64, rows of the hidden states that have a target.
         targets: [R] int64, the tokens they predict.
+        token_weight: [R] fp32, of each target in the loss.
+        total_weight: their sum.
+        num_reference_rows: the first so many of target_rows are compared with the reference.
+        num_reference_tokens: the first so many tokens are the sequences that these belong to.
+        reference_attention: keeps those apart.
     """
 
     input_ids: Tensor
@@ -50,6 +65,11 @@ class PackedBatch:
     attention: PackedAttention
     target_rows: Tensor
     targets: Tensor
+    token_weight: Tensor
+    total_weight: float
+    num_reference_rows: int
+    num_reference_tokens: int
+    reference_attention: PackedAttention
 
 
 def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -67,8 +87,16 @@ def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[i
     return groups
 
 
-def collate(sequences: Sequence[TrainingSequence], device: torch.device | str) -> PackedBatch:
-    """Lay sequences end to end."""
+def collate(
+    sequences: Sequence[TrainingSequence], device: torch.device | str, reduction: Reduction = "token"
+) -> PackedBatch:
+    """Lay sequences end to end.
+
+    Args:
+        reduction: whether every token counts alike, or every sequence, whose tokens then share its weight.
+    """
+    sequences = sorted(sequences, key=lambda sequence: not sequence.keeps_to_reference)
+    to_reference = [sequence for sequence in sequences if sequence.keeps_to_reference]
     lengths = [len(sequence) for sequence in sequences]
     input_ids = torch.from_numpy(np.concatenate([sequence.input_ids for sequence in sequences])).long()
     starts = np.cumsum([0, *lengths])
@@ -77,16 +105,34 @@ def collate(sequences: Sequence[TrainingSequence], device: torch.device | str) -
         for start, sequence in zip(starts, sequences, strict=False)
     ]
     target_rows = torch.from_numpy(np.concatenate(rows))
+    counts = [sequence.num_targets for sequence in sequences]
+    shares = [s.weight / max(1, n if reduction == "sequence" else 1) for s, n in zip(sequences, counts, strict=True)]
+    weights = np.repeat(shares, counts)
     return PackedBatch(
-        input_ids.to(device),
-        packed_positions(lengths, device),
-        PackedAttention.of(lengths, device),
-        target_rows.to(device),
-        input_ids[target_rows + 1].to(device),
+        input_ids=_moved(input_ids, device),
+        positions=_moved(packed_positions(lengths, "cpu"), device),
+        attention=PackedAttention.of(lengths, device),
+        target_rows=_moved(target_rows, device),
+        targets=_moved(input_ids[target_rows + 1], device),
+        token_weight=_moved(torch.from_numpy(weights).float(), device),
+        total_weight=float(weights.sum()),
+        num_reference_rows=sum(sequence.num_targets for sequence in to_reference),
+        num_reference_tokens=sum(map(len, to_reference)),
+        reference_attention=PackedAttention.of(lengths[: len(to_reference)], device),
     )
 
 
-def pack(sequences: Sequence[TrainingSequence], max_tokens: int, device: torch.device | str) -> list[PackedBatch]:
+def pack(
+    sequences: Sequence[TrainingSequence],
+    max_tokens: int,
+    device: torch.device | str,
+    reduction: Reduction = "token",
+) -> list[PackedBatch]:
     """The micro-batches of one optimiser step, each within max_tokens."""
     groups = first_fit_decreasing([len(sequence) for sequence in sequences], max_tokens)
-    return [collate([sequences[i] for i in group], device) for group in groups]
+    return [collate([sequences[i] for i in group], device, reduction) for group in groups]
+
+
+def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

@@ -84,11 +84,9 @@ class WandB:
 
 
 def figures(metrics: StepMetrics) -> dict[str, float]:
-    """What is drawn of a step: everything that is known, but the count of steps."""
-    values = asdict(metrics)
-    return {
-        f"train/{key}": values[key] for key in values if key not in ("step", "total_steps") and values[key] is not None
-    }
+    """What is drawn of a step: every number that is known, but the count of steps."""
+    untold = ("step", "total_steps", "note")
+    return {f"train/{key}": value for key, value in asdict(metrics).items() if key not in untold and value is not None}
 
 
 @contextmanager

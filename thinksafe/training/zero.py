@@ -1,9 +1,10 @@
 """The training engine on DeepSpeed: the same step, with optimiser, gradients or weights sharded over the ranks (ZeRO).
 
 For what does not fit on one GPU; where it fits, SingleEngine does the same with less of the host's time. Each rank
-gives its own packs; the loss is the sum over all ranks' tokens divided by their number, so neither the number of ranks
-nor how sequences fall into packs changes the gradient. State is taken and loaded by parameter in fp32, under the names
-that SingleEngine uses: a run may go on with another number of ranks, another stage, or without ZeRO.
+gives its own packs; the loss is the weighted sum over all ranks' tokens divided by the sum of the weights, so neither
+the number of ranks nor how sequences fall into packs changes the gradient. State is taken and loaded by parameter in
+fp32, under the names that SingleEngine uses: a run may go on with another number of ranks, another stage, or without
+ZeRO.
 
 DeepSpeed compiles nothing here: torch's AdamW also runs on the CPU, where an offloaded optimiser lives.
 """
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinksafe.errors import UserError
-from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.model.decoder import Decoder
 from thinksafe.training.distributed import ZeroConfig, balanced, gather, join, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, StepResult
+from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import PackedBatch, TrainingSequence, collate
 
 try:
@@ -44,34 +45,6 @@ deepspeed.utils.logger.setLevel("WARNING")
 warnings.filterwarnings("ignore", r"`torch\.distributed\..* is deprecated", FutureWarning)  # DeepSpeed's, every step
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-class LossHead(nn.Module):
-    """The language-model head as a module of its own, so that ZeRO-3 gathers it for a pack and not for a chunk.
-
-    The gradients are formed in the forward pass, while the weight is whole.
-    """
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Token losses of [R, H] rows against [R] targets, summed, in nats."""
-        return linear_cross_entropy(hidden, self.weight, targets, ignore_index=None, reduction="sum")
-
-
-class PackLoss(nn.Module):
-    """Decoder and head: a pack in, the sum of its token losses out."""
-
-    def __init__(self, decoder: Decoder):
-        super().__init__()
-        self.decoder = decoder
-        self.head = LossHead(decoder.head)
-
-    def forward(self, pack: PackedBatch) -> Tensor:
-        hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
-        return self.head(hidden[pack.target_rows], pack.targets)
 
 
 def deepspeed_settings(zero: ZeroConfig, max_grad_norm: float, dtype: torch.dtype) -> dict[str, Any]:
@@ -96,8 +69,19 @@ class ZeroEngine:
     master copies; `finish` puts the fp32 values back.
     """
 
-    def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float, zero: ZeroConfig):
-        """Shard a decoder that every rank has loaded whole, on its own device."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_grad_norm: float,
+        weight_decay: float,
+        zero: ZeroConfig,
+        with_reference: bool = False,
+    ):
+        """Shard a decoder that every rank has loaded whole, on its own device.
+
+        Args:
+            with_reference: whether sequences will come that keep to what the decoder is now, adapters aside.
+        """
         join()
         self.decoder = decoder
         self.device = decoder.embedding.device
@@ -111,11 +95,13 @@ class ZeroEngine:
         dtype = decoder.embedding.dtype
         settings = deepspeed_settings(zero, max_grad_norm, dtype)
         adapters = {name: p.detach().clone() for name, p in self.parameters.items() if p.dtype != dtype}
-        self.engine, *_ = deepspeed.initialize(model=PackLoss(decoder), optimizer=optimizer, config=settings)
+        model = PackLoss(decoder, with_reference)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         # DeepSpeed has rounded fp32 adapters of a bf16 base before it made their masters.
         for name, whole in adapters.items():
             self._assign(self.parameters[name], "weight", whole)
         self._publish_masters()
+        self._make_moments()
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
         """One optimiser step over all packs of all ranks; a rank may have none.
@@ -123,16 +109,18 @@ class ZeroEngine:
         Raises:
             NonFiniteStep: loss or gradient is not finite on some rank; nothing was updated on any.
         """
-        mine = torch.tensor([len(packs), sum(len(pack.targets) for pack in packs)], device=self.device)
+        asks = any(pack.num_reference_rows for pack in packs)
+        mine = [len(packs), sum(pack.total_weight for pack in packs), asks]
+        mine = torch.tensor(mine, dtype=torch.float64, device=self.device)
         theirs = [torch.empty_like(mine) for _ in range(world_size())]
         dist.all_gather(theirs, mine)
-        counts = torch.stack(theirs)
-        num_packs, num_targets = counts[:, 0].max().item(), counts[:, 1].sum().item()
+        counts, weights, asking = torch.stack(theirs).T.tolist()
+        num_packs, total_weight, ask_reference = int(max(counts)), sum(weights), any(asking)
         loss = torch.zeros((), device=self.device)
         self.engine.train()
         for index, pack in enumerate(packs + [self._no_targets] * (num_packs - len(packs))):
             self.engine.set_gradient_accumulation_boundary(index == num_packs - 1)
-            pack_loss = self.engine(pack) / num_targets
+            pack_loss = self.engine(pack, ask_reference) / total_weight
             loss += pack_loss.detach()
             # A loss that is not finite makes the gradient NaN, and DeepSpeed leaves out a step with such a gradient,
             # on all ranks and before it touches anything.
@@ -175,7 +163,6 @@ class ZeroEngine:
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """Take over what `tensors` of all ranks returned, each parameter read by some rank, whichever."""
         owner = {key: number for number, keys in enumerate(gather(list(state))) for key in keys}
-        self._make_moments()
 
         def received(key: str, shape: torch.Size) -> Tensor:
             value = torch.empty(shape, device=self.device)
@@ -210,7 +197,7 @@ class ZeroEngine:
         return self.engine.optimizer.optimizer.state[self._flat_masters()[0]]["step"]
 
     def _make_moments(self) -> None:
-        """AdamW has none before its first step."""
+        """Now, so that a checkpoint holds them even if no step was finite; AdamW has none before its first step."""
         optimizer = self.engine.optimizer
         for master in self._flat_masters():
             moments = {key: torch.zeros_like(master) for key in _MOMENTS}
