@@ -1,8 +1,12 @@
 """Causal attention over sequences that lie end to end in one tensor, without a token of padding in the model.
 
 A token sees the tokens of its own sequence up to itself and nothing of its neighbours. FLOPs: 2 * D * sum(len^2) a
-query head, forward.
+query head, forward. On a GPU in 16 bits this is FlashAttention's: its own package where that is installed, which reads
+grouped heads as they are, else the one in torch, for which keys and values are repeated for every query head.
 """
+
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +26,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
         [T, num_heads, D].
     """
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        # (-1, 0): any number of tokens to the left, none to the right.
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+        return _VARLEN(q, k, v, cu_seqlens, max_seqlen)
     return reference(q, k, v, cu_seqlens, max_seqlen)
 
 
@@ -43,3 +42,26 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
     out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, enable_gqa=True)
     return out.transpose(1, 2)[sequence, offset]
+
+
+def _with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+
+
+def _with_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    # (-1, 0): any number of tokens to the left, none to the right.
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
+
+
+def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    """Which of the two; found out once, and without importing either."""
+    return _with_flash_attn if find_spec("flash_attn") else _with_torch
+
+
+_VARLEN = _varlen()

@@ -11,10 +11,10 @@ from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thinksafe.kernels.packed_attention import _with_torch
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
@@ -24,17 +24,12 @@ from thinksafe.model.lora import LoraConfig, attach
 def on_gpu_path():
     """Kernels and attention take the way that CUDA tensors take."""
 
-    def attention(q, k, v, cu_seqlens, max_seqlen):
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
-
     def dropout(x, share, training):
         return torch.native_dropout(x, share, training)[0] if share else x
 
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),
-        patch("thinksafe.model.attention.packed_attention", attention),
+        patch("thinksafe.model.attention.packed_attention", _with_torch),
         patch("thinksafe.model.decoder.F.dropout", dropout),
     ):
         yield

@@ -1,6 +1,8 @@
 """Every operation's plain PyTorch form against an oracle: a loop in fp64, autograd, or transformers' own function."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from thinksafe.kernels import chunked_loss
 from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
 from thinksafe.kernels import linear_kl as linear_kl_module
+from thinksafe.kernels import packed_attention as packed_attention_module
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.kernels.packed_attention import packed_attention
 from thinksafe.kernels.packed_attention import reference as packed_attention_reference
@@ -220,6 +223,28 @@ def test_packed_attention_and_its_gradients_equal_a_loop_in_fp64(lengths, num_he
     exact_grads = torch.autograd.grad(exact, exact_inputs, grad_output.double())
     for grad, exact_grad in zip(grads, exact_grads, strict=True):
         torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("backend", ["flash_attn", "torch"])
+def test_both_flash_attentions_are_asked_for_the_same(monkeypatch, backend, num_heads, num_kv_heads):
+    """What each is given, computed by hand as its documentation has it: heads grouped or repeated, causal, scaled."""
+    lengths = [5, 1, 12]
+    *inputs, cu_seqlens = attention_case(lengths, num_heads, num_kv_heads, 8)
+
+    def computed(q, k, v, cu_q, cu_k, max_q, max_k, causal=False, window_size=(-1, -1)):
+        assert cu_q.tolist() == cu_k.tolist() == [0, 5, 6, 18] and max_q == max_k == 12
+        assert causal or window_size == (-1, 0)
+        assert k.shape[1] == v.shape[1] == (num_kv_heads if backend == "flash_attn" else num_heads)
+        return packed_attention_reference(q, k, v, cu_q, max_q)
+
+    fake = SimpleNamespace(__spec__=object(), flash_attn_varlen_func=computed)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake if backend == "flash_attn" else None)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", computed)
+    if backend == "flash_attn":
+        assert packed_attention_module._varlen() is packed_attention_module._with_flash_attn
+    found = getattr(packed_attention_module, f"_with_{backend}")(*inputs, cu_seqlens, 12)
+    torch.testing.assert_close(found, packed_attention(*inputs, cu_seqlens, 12))
 
 
 @pytest.mark.parametrize("name", CALLS)
