@@ -264,7 +264,7 @@ def linear_cross_entropy(
     """Cross-entropy of X Wᵀ against targets, in nats.
 
     Args:
-        x: [T, H] hidden states, bf16 or fp32.
+        x: [T, H] hidden states, bf16, or fp32, which a GPU computes in plain torch.
         weight: [V, H] head, contiguous, dtype of x; gets a gradient, summed in fp32, only if it requires one.
         target: [T] int64 in [0, V), or ignore_index.
         token_weight: [T] finite and not negative, a constant; None for 1.

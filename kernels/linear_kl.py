@@ -181,21 +181,18 @@ def _divergence_kernel(
         tl.store(value_ptr + out, tl.sum(value, axis=1), mask=rows < T)
 
 
-def _chunk_on_triton(
-    x_student, x_reference, weight, weight_reference, direction, row_weight, needs_x, needs_weight
-):  # fmt: skip
-    """(weighted divergence, dX or None, dW or None) of some rows."""
+def _pair(x_student, x_reference, weight, weight_reference, reverse: bool) -> tuple[Tensor, ...]:
+    """The first pass: E and D [T, width], and for every tile [V tiles, T] the log of its mass under the reference, the
+    log-ratio of its masses, the KL of the shares in it, and what rounding D adds to the student's mean of D."""
     (T, H), V = x_student.shape, weight.shape[0]
-    shape = (triton.cdiv(V, TILES.block_v), T)
-    lse_student, lse_reference, gap, within, slip = x_student.new_empty((5, *shape), dtype=torch.float32)
-    width = shape[0] * TILES.block_v
-    e = x_student.new_empty(T, width)
-    d = x_student.new_empty(T, width, dtype=torch.float16)
+    num_t, num_v = triton.cdiv(T, TILES.block_t), triton.cdiv(V, TILES.block_v)
+    lse_student, lse_reference, gap, within, slip = x_student.new_empty((5, num_v, T), dtype=torch.float32)
+    e = x_student.new_empty(T, num_v * TILES.block_v)
+    d = torch.empty_like(e, dtype=torch.float16)
     rows, columns = [TILES.block_t, TILES.block_h], [TILES.block_v, TILES.block_h]
     out = [TILES.block_t, TILES.block_v]
     weight_desc = TensorDescriptor.from_tensor(weight, columns)
-    num_t = triton.cdiv(T, TILES.block_t)
-    _pair_gemm_kernel[(min(num_t * shape[0], num_processors(weight.device)),)](
+    _pair_gemm_kernel[(min(num_t * num_v, num_processors(weight.device)),)](
         TensorDescriptor.from_tensor(x_student, rows),
         TensorDescriptor.from_tensor(x_reference, rows),
         weight_desc,
@@ -203,47 +200,51 @@ def _chunk_on_triton(
         TensorDescriptor.from_tensor(e, out),
         TensorDescriptor.from_tensor(d, out),
         lse_student, lse_reference, gap, within, slip, T, V, H, x_reference.shape[1],
-        SHARED_HEAD=weight_reference is None, REVERSE=direction == "reverse", LOG2E=LOG2E, BLOCK_T=TILES.block_t,
+        SHARED_HEAD=weight_reference is None, REVERSE=reverse, LOG2E=LOG2E, BLOCK_T=TILES.block_t,
         BLOCK_V=TILES.block_v, BLOCK_H=TILES.block_h, GROUP=TILES.group, num_warps=TILES.num_warps,
         num_stages=TILES.num_stages,
     )  # fmt: skip
     lse = torch.logsumexp(lse_reference, 0)
-    log_mass = lse_reference - lse  # of each tile under the reference
+    log_mass = lse_reference - lse
     # lse_s - lse_r from the tiles' own differences, less that of the likeliest one, so that nothing cancels.
     start = gap.gather(0, log_mass.argmax(0, keepdim=True))
     shift = (log_mass.exp() * torch.expm1(gap - start)).sum(0)
     # Beyond fp32, a tile is 88 nats more likely than it was, and the two sums are precise enough.
     delta = torch.where(torch.isfinite(shift), start[0] + torch.log1p(shift), torch.logsumexp(lse_student, 0) - lse)
-    # The log-ratio of a tile's masses, NaN in every tile of a row if it is in one.
-    gap = gap - delta + 0 * within.sum(0)
-    value, mean = torch.empty_like(gap), torch.zeros_like(gap)
+    # A NaN in one tile is one in all of the row.
+    return e, d, log_mass, gap - delta + 0 * within.sum(0), within, slip
 
-    def elementwise(write: bool, row_mean: Tensor) -> Tensor:
-        _divergence_kernel[(shape[0], triton.cdiv(T, ELEMENTWISE_ROWS))](
-            e, d, log_mass, gap, row_mean, row_weight, value, mean, T, V, width,
+
+def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction, row_weight, needs_x, needs_weight):
+    """(weighted divergence, dX or None, dW or None) of some rows."""
+    T, V = len(x_student), len(weight)
+    reverse = direction == "reverse"
+    e, d, log_mass, gap, within, slip = _pair(x_student, x_reference, weight, weight_reference, reverse)
+    value, mean = torch.empty_like(gap), torch.empty_like(gap)
+
+    def elementwise(write: bool, row_mean: Tensor | None) -> Tensor:
+        _divergence_kernel[(len(gap), triton.cdiv(T, ELEMENTWISE_ROWS))](
+            e, d, log_mass, gap, row_mean, row_weight, value, mean, T, V, e.shape[1],
             DIRECTION=direction, WRITE=write, BLOCK_T=ELEMENTWISE_ROWS, BLOCK_V=TILES.block_v, num_warps=8,
         )  # fmt: skip
         return value.sum(0)
 
     wants_gradient = needs_x or needs_weight
     if direction == "jsd":
-        found = elementwise(False, delta)
+        found = elementwise(False, None)
         if wants_gradient:
             elementwise(True, mean.sum(0))
     else:
-        reverse = direction == "reverse"
         mass = (log_mass + gap if reverse else log_mass).exp()
         chained = (mass * (within + gap if reverse else within - gap)).sum(0)
         # What the gradient subtracts is the mean of the L it gets, D's rounding included.
-        found = elementwise(wants_gradient, chained + (mass * slip).sum(0) if reverse else chained)
+        found = elementwise(wants_gradient, chained + (mass * slip).sum(0) if reverse else None)
         found = torch.where(chained < _NEAR, found, chained)
     dx = matmul_fp32(e[:, :V], weight).to(x_student.dtype) if needs_x else None
     return row_weight * found, dx, matmul_fp32(e[:, :V].T, x_student) if needs_weight else None
 
 
-def _chunk_on_reference(
-    x_student, x_reference, weight, weight_reference, direction, row_weight, needs_x, needs_weight
-):  # fmt: skip
+def _chunk_on_reference(x_student, x_reference, weight, weight_reference, direction, row_weight, needs_x, needs_weight):
     """The same in plain torch; inside an operator autograd sees nothing, so the gradients are written out."""
     student = matmul_fp32(x_student, weight.T)
     other = matmul_fp32(x_reference, (weight if weight_reference is None else weight_reference).T)
@@ -322,7 +323,7 @@ def linear_kl(
     """Divergence of the student from the reference at every row, in nats.
 
     Args:
-        x_student: [T, H] hidden states, bf16 or fp32, gets a gradient.
+        x_student: [T, H] hidden states, bf16, or fp32, which a GPU computes in plain torch; gets a gradient.
         x_reference: [T, H'] the reference's, a constant; H' may differ from H where the reference has its own head.
         weight: [V, H] head, contiguous; gets a gradient, summed in fp32, only if it requires one.
         weight_reference: [V, H'] the reference's own head, a constant, or None where both share `weight`.

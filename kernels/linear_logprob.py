@@ -102,7 +102,7 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bo
     reduction="none", negated.
 
     Args:
-        x: [T, H] hidden states, bf16 or fp32.
+        x: [T, H] hidden states, bf16, or fp32, which a GPU computes in plain torch.
         weight: [V, H] head, contiguous, in the dtype of x.
         target: [T] int64 in [0, V).
         by_products: also give entropy and the most likely token.

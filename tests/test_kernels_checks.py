@@ -225,11 +225,12 @@ def test_scores_of_broken_states_or_a_broken_head_are_nan(poison, where):
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["x_student", "x_reference", "weight", "weight_reference"])
+@pytest.mark.parametrize("own_head", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_a_divergence_of_anything_broken_is_nan(poison, where, direction):
+def test_a_divergence_of_anything_broken_is_nan(poison, where, own_head, direction):
     well = arguments(linear_kl) | {"direction": direction, "reduction": "none"}
-    if where == "weight_reference":
-        well[where] = torch.randn(V, H)
+    if own_head or where == "weight_reference":
+        well["weight_reference"] = torch.randn(V, H)
     well[where][4, 5] = poison
     broken = [4] if where.startswith("x") else list(range(T))
     x = well["x_student"].requires_grad_()

@@ -36,10 +36,13 @@ def test_cross_entropy_is_closer_to_fp64_than_the_caps(fresh_seed, shape, traina
     rows = lce.reference(x64, weight64, target, torch.ones(shape[0], device="cuda", dtype=torch.float64))
     rows.mean().backward()
     x.requires_grad_(), weight.requires_grad_(trainable)
+    logits = x.detach() @ weight.detach().T
+    baseline = logits.float().softmax(-1).scatter_add(1, target[:, None], -torch.ones_like(logits[:, :1]).float())
+    baseline = relative(baseline.bfloat16() / len(x) @ weight.detach(), x64.grad)
     loss, stats = lce.linear_cross_entropy_with_stats(x, weight, target, exact=exact)
     loss.backward()
     assert abs(loss.item() - rows.mean().item()) <= 1e-5 * rows.mean().item() + 1e-5
-    assert relative(x.grad, x64.grad) < 3e-3 + stats.dropped_mass.item()
+    assert relative(x.grad, x64.grad) < min(3e-3, 1.25 * baseline + 1e-3) + stats.dropped_mass.item()
     if trainable:
         assert relative(weight.grad, weight64.grad) < 5e-3
 
