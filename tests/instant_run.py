@@ -33,7 +33,7 @@ class InstantGuard:
 def instant_models(accepts):
     """In the place of `Models`; needs `instantly` around what samples."""
     chat = SimpleNamespace(has_control_token=lambda text: False)
-    return SimpleNamespace(base="", chat=chat, guard=InstantGuard(accepts), student=lambda *_: None)
+    return SimpleNamespace(base="", chat=chat, guard=InstantGuard(accepts), sampled_student=lambda *_: None)
 
 
 @contextmanager

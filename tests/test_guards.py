@@ -660,14 +660,18 @@ def test_every_format_with_a_frame_shows_it(tokenizers):
 def test_a_guard_is_built_from_its_config(folders, decoders, tokenizers):
     asked = []
 
-    def load(model):
+    def load(model, tensor_parallel):
         asked.append(model)
+        assert tensor_parallel == 2
         return decoders[model], tokenizers[model]
 
-    members = tuple(GuardConfig(kind=kind, model=kind) for kind in ("llama_guard", "wildguard"))
+    over_two = EngineConfig(tensor_parallel=2)
+    members = tuple(GuardConfig(kind=kind, model=kind, sampler=over_two) for kind in ("llama_guard", "wildguard"))
     both = GuardConfig(kind="ensemble", members=members)
     assert build_guard(both, load).name == "all(llama_guard:llama_guard, wildguard:wildguard)"
-    assert tuple(asked) == both.checkpoints == ("llama_guard", "wildguard")
+    assert tuple(asked) == both.checkpoints == ("llama_guard", "wildguard") and both.tensor_parallel == 2
+    with pytest.raises(ValueError, match=r"the same sampler\.tensor_parallel"):
+        GuardConfig(kind="ensemble", members=(members[0], GuardConfig(kind="wildguard")))
     oracle = GuardConfig(kind="oracle")
     assert isinstance(build_guard(oracle, load), OracleGuard) and oracle.checkpoints == ()
 

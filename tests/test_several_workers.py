@@ -3,6 +3,7 @@
 Started for real, with torchrun on a CPU. A launch takes seconds, so a test looks at several things.
 """
 
+import json
 import os
 import random
 import signal
@@ -12,9 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from checkpoints import make_checkpoint, make_llama_guard
 from test_pipeline import ROOT, progress, run, settings
 
+from thinksafe.cli import main
 from thinksafe.recipe import load_recipe
+from thinksafe.records import Verdict, read_records
 from thinksafe.rundir import RunDir
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -22,11 +27,11 @@ OF_THE_LAUNCH = {".lock", "manifest.json", "report.json", "report.html", "metric
 """Files in which seconds or process numbers stand."""
 
 
-def start(count: int, arguments: list[str], out: Path) -> subprocess.Popen:
+def start(count: int, arguments: list[str], out: Path, command: str = "run") -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-    command = [*(torchrun if count > 1 else [sys.executable, "-m"]), "thinksafe.cli", "run", *arguments]
+    started = [*(torchrun if count > 1 else [sys.executable, "-m"]), "thinksafe.cli", command, *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--out", str(out)], env=ENVIRONMENT, **pipes)
+    return subprocess.Popen([*started, "--out", str(out)], env=ENVIRONMENT, **pipes)
 
 
 def said(errors: str) -> list[str]:
@@ -53,36 +58,40 @@ def by_one(tmp_path_factory):
     return folder / "run", arguments
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return "thinksafe.cli" in Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_at(launcher: subprocess.Popen, out: Path, size: float, choose_victim) -> str:
+    """Wait until so many bytes are written, kill one process, and wait until all have ended; what they said."""
+    while launcher.poll() is None and progress(out) < size:
+        time.sleep(0.005)
+    workers = workers_of(launcher)
+    assert workers and launcher.poll() is None, "the test should have killed somebody"
+    os.kill(choose_victim(launcher.pid, workers), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)  # the workers hold the other end of the pipe
+    assert launcher.returncode != 0 and not any(map(is_alive, workers))
+    return errors
+
+
 @pytest.mark.slow
-def test_three_workers_leave_what_one_leaves(by_one, tmp_path):
+def test_whoever_is_killed_ends_all_and_any_number_of_others_ends_with_the_bytes_of_one(by_one, tmp_path, fresh_seed):
+    """First a worker dies, then the launcher, whose workers must find out by themselves."""
     whole, arguments = by_one
-    launcher = start(3, arguments, tmp_path / "run")
+    choose, out, size = random.Random(fresh_seed), tmp_path / "run", progress(whole)
+    launcher = start(3, arguments, out)
+    errors = kill_at(launcher, out, choose.uniform(0.02, 0.3) * size, lambda _, workers: choose.choice(workers))
+    assert len(said(errors)) <= 1 and "SIGKILL" in errors
+    launcher = start(2, arguments, out)
+    errors = kill_at(launcher, out, choose.uniform(0.3, 0.6) * size, lambda launcher, _: launcher)
+    assert said(errors) and all("is gone" in line for line in said(errors)) and "Traceback" not in errors
+    launcher = start(3, arguments, out)
     printed, errors = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, errors
-    assert printed.count("report.html") == 1 and not said(errors)
-    assert errors.count("generate:     40 responses") == 1, "one line about the work of all"
-    assert contents(tmp_path / "run") == contents(whole)
-
-
-@pytest.mark.slow
-def test_a_worker_killed_anywhere_ends_all_and_any_number_of_others_goes_on(by_one, tmp_path, fresh_seed):
-    whole, arguments = by_one
-    choose, out, kills = random.Random(fresh_seed), tmp_path / "run", 0
-    for count, share in ((3, choose.uniform(0.02, 0.3)), (2, choose.uniform(0.3, 0.6))):
-        launcher = start(count, arguments, out)
-        while launcher.poll() is None and progress(out) < share * progress(whole):
-            time.sleep(0.005)
-        if launcher.poll() is None and (workers := workers_of(launcher)):
-            os.kill(choose.choice(workers), signal.SIGKILL)
-            killed = time.monotonic()
-            _, errors = launcher.communicate(timeout=60)
-            assert launcher.returncode != 0 and time.monotonic() - killed < 60
-            assert len(said(errors)) <= 1, errors
-            kills += 1
-    assert kills == 2, "the test should have killed somebody"
-    launcher = start(1, arguments, out)
-    _, errors = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, errors
+    assert launcher.returncode == 0 and not said(errors), errors
+    assert printed.count("report.html") == 1 and errors.count("after arithmetic:     12 responses") == 1
     assert contents(out) == contents(whole)
 
 
@@ -99,3 +108,62 @@ def test_several_workers_complain_with_one_voice_and_leave_a_run_of_others_alone
             (line,) = said(errors)
             assert launcher.returncode != 0 and words in line
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture(scope="module")
+def dealt_out(tmp_path_factory):
+    """A recipe whose student two workers hold together and whose guard four."""
+    folder = tmp_path_factory.mktemp("dealt out")
+    make_checkpoint("qwen3", folder / "student", num_key_value_heads=2)
+    make_llama_guard(folder / "guard", num_key_value_heads=4)
+    rows = [f"How do I fold a boat of {n} sheets?" for n in range(12)]
+    lines = [f'{{"text": "{text}", "label": "{("harmful", "benign")[n % 2]}"}}\n' for n, text in enumerate(rows)]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    engine = {"max_running": 4, "max_step_tokens": 512, "kv_cache_gib": 0.02}
+    sampling = {"temperature": 1.0, "top_k": 0, "max_tokens": 12}
+    sets = [{"name": "harm", "file": "prompts.jsonl", "kind": "harmful", "samples": 12}]
+    recipe = {
+        "name": "dealt-out",
+        "model": "student",
+        "prompts": "prompts.jsonl",
+        "sampler": engine,
+        "generation": {"unsteered_probe": 2, "sampling": sampling},
+        "guard": {"kind": "llama_guard", "model": "guard", "min_mass": 0.0, "sampler": dict(engine)},
+        "lora": {"rank": 2, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+        "training": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
+        "evaluation": {"sampling": sampling, "sets": sets},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.mark.slow
+def test_models_dealt_out_to_several_workers_say_what_whole_ones_say(dealt_out, tmp_path, capfd):
+    """Two workers hold student and guard together, until one is killed; then four: two students of two parts each share
+    the prompts, and the guard is one of four parts."""
+    given = ["--recipe", str(dealt_out / "recipe.yaml")]
+    parts = ["--set", "sampler.tensor_parallel=2", "--set", "guard.sampler.tensor_parallel=4"]
+    (tmp_path / "examples.jsonl").write_text(
+        json.dumps({"prompt": "How?", "label": "benign", "response": "<think>\nHm.\n</think>\n\nSo."})
+    )
+    trained, whole, out = (tmp_path / name for name in ("trained", "whole", "parts"))
+    assert main(["train", *given, "--data", str(tmp_path / "examples.jsonl"), "--out", str(trained)]) == 0
+    evaluate = [*given, "--adapter", str(trained / "adapter")]
+    assert main(["evaluate", *evaluate, "--out", str(whole)]) == 0
+    launcher = start(2, [*evaluate, *parts], out, "evaluate")
+    kill_at(launcher, out, 10_000, lambda _, workers: workers[1])
+    launcher = start(4, [*evaluate, *parts], out, "evaluate")
+    _, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, errors
+    files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*.jsonl"))
+    assert "evaluation/after/harm.verdicts.jsonl" in files
+    for file in files:
+        if file.endswith("responses.jsonl"):
+            assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+        else:
+            ours, theirs = (read_records(run / file, Verdict) for run in (out, whole))
+            for one, other in zip(ours, theirs, strict=True):
+                assert (one.key, one.decision) == (other.key, other.decision)
+                assert (one.p_safe, one.p_unsafe) == pytest.approx((other.p_safe, other.p_unsafe), abs=1e-4)
+    assert main(["generate", *given, *parts, "--out", str(tmp_path / "alone")]) == 2
+    assert "tensor_parallel: 2 GPUs are to hold one model, and 1 worker cannot" in capfd.readouterr().err

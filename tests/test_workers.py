@@ -1,9 +1,15 @@
 """Processes that share a queue: every task goes to one of them, and nobody passes a meeting before the others came."""
 
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from itertools import chain
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,3 +106,39 @@ def test_a_process_alone_waits_for_nobody_and_takes_everything(monkeypatch):
         assert list(alone.share("xyz")) == ["x", "y", "z"]
         assert alone.once(lambda: 3) == 3
         assert [alone.total()(2), alone.total()(3)] == [2, 3]
+
+
+_JOINED = """
+import sys, time
+from thinksafe import workers
+workers._DEAD_AFTER = 3.0
+with workers.Workers.join() as one:
+    one.meet()
+    print("joined", flush=True)
+    if sys.argv[1:] == ["fails"] and one.rank == 1:
+        raise SystemExit("because")
+    one.meet() if one.rank == 0 else time.sleep(60)
+"""
+
+
+def without_launcher(*arguments: str) -> list[subprocess.Popen]:
+    """Two workers that nobody looks after, as on two machines; both have joined."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", _JOINED, *arguments]
+    both = [subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}, **pipes) for rank in range(2)]
+    assert [one.stdout.readline() for one in both] == ["joined\n"] * 2
+    return both
+
+
+@pytest.mark.slow
+def test_workers_that_no_launcher_looks_after_end_when_one_is_silent_or_fails():
+    silent, failing = without_launcher(), without_launcher("fails")
+    silent[1].send_signal(signal.SIGSTOP)
+    for (waiting, other), words in ((silent, "worker 1 on"), (failing, "")):
+        _, errors = waiting.communicate(timeout=30)
+        assert waiting.returncode == 1 and words in errors and len(errors.splitlines()) == bool(words)
+        other.kill()
+        assert ("because" in other.communicate()[1]) == (not words)

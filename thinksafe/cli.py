@@ -309,7 +309,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 "--set 'evaluation.sets=[{name: mine, file: prompts.jsonl, kind: harmful}]'"
             )
         if options.adapter is not None:
-            models.student(adapter=options.adapter)  # a wrong one is found before hours of `before`
+            models.sampled_student(adapter=options.adapter)  # a wrong one is found before hours of `before`
         stages.evaluate(run, models, "before")
         if options.adapter is not None or run.is_done("train"):
             stages.evaluate(run, models, "after", options.adapter)
@@ -393,7 +393,7 @@ def _in_run_directory(options: argparse.Namespace, work: Callable[[Any, Any, Any
     with Workers.join() as workers:
         recipe = load_recipe(_recipe_source(options), [*options.set, *seed])
         with RunDir.open(options.out or Path("runs") / recipe.name, recipe, workers) as run:
-            models = Models(recipe, workers.local_rank)
+            models = Models(recipe, workers)
             workers.once(lambda: stages.foresee(run, models))
             work(run, models, stages)
 

@@ -11,9 +11,11 @@ from thinksafe.guards.build import build_guard
 from thinksafe.guards.interface import Guard
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import detach, load_adapter
+from thinksafe.model.parallel import WHOLE, Shard
 from thinksafe.model.weights import load_config, load_decoder, resolve
 from thinksafe.recipe import Recipe
 from thinksafe.tokenization import SafeTokenizer
+from thinksafe.workers import ALONE, Workers
 
 _SMALL = 256
 """Hidden size below which a second CPU thread gains nothing, and on a busy machine costs twentyfold by spinning."""
@@ -35,11 +37,8 @@ class Models:
         device, dtype: where and how weights are kept.
     """
 
-    def __init__(self, recipe: Recipe, local_rank: int = 0):
+    def __init__(self, recipe: Recipe, workers: Workers = ALONE):
         """Choose device and dtype.
-
-        Args:
-            local_rank: of this worker on its machine: the number of its GPU.
 
         Raises:
             UserError: a GPU is asked for and there is none, or fewer than workers.
@@ -47,17 +46,17 @@ class Models:
         if recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda is asked for, but torch sees no GPU; use device=auto or device=cpu")
         gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
-        if gpu and local_rank >= torch.cuda.device_count():
+        if gpu and workers.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"this machine has {torch.cuda.device_count()} GPUs for more workers; start one worker a GPU"
             )
         if gpu:
-            torch.cuda.set_device(local_rank)
+            torch.cuda.set_device(workers.local_rank)
         self.device = torch.device("cuda" if gpu else "cpu")
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._recipe = recipe
-        self._loaded: tuple[Path, Decoder] | None = None
+        self._recipe, self._workers = recipe, workers
+        self._loaded: tuple[tuple[Path, int], Decoder] | None = None
 
     @cached_property
     def base(self) -> Path:
@@ -76,19 +75,27 @@ class Models:
         """The guard of the recipe."""
         return build_guard(self._recipe.guard, self._judge)
 
-    def _judge(self, name: str) -> tuple[Decoder, SafeTokenizer]:
+    def _judge(self, name: str, tensor_parallel: int) -> tuple[Decoder, SafeTokenizer]:
         """A checkpoint that judges."""
         folder = resolve(name, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
-        return load_decoder(folder, self.dtype, self.device), tokenizer
+        return self._load(folder, tensor_parallel), tokenizer
 
-    def student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
-        """The student with this adapter on, or none; `folder` is another checkpoint of it, after full fine-tuning."""
-        wanted = folder or self.base
+    def student(self) -> Decoder:
+        """The student as it is trained: whole, without adapter."""
+        return self._student(self.base, None, 1)
+
+    def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
+        """The student as it answers: with this adapter on, or none, and this process's part of it where several GPUs
+        hold it. `folder` is another checkpoint of it, after full fine-tuning."""
+        return self._student(folder or self.base, adapter, self._recipe.sampler.tensor_parallel)
+
+    def _student(self, folder: Path, adapter: Path | None, tensor_parallel: int) -> Decoder:
+        wanted = (folder, tensor_parallel)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old weights go before the new ones come
-            self._loaded = (wanted, load_decoder(wanted, self.dtype, self.device))
+            self._loaded = (wanted, self._load(*wanted))
         decoder = self._loaded[1]
         if self.device.type == "cpu" and decoder.config.hidden_size < _SMALL:
             torch.set_num_threads(1)
@@ -96,6 +103,13 @@ class Models:
         if adapter is not None:
             load_adapter(decoder, adapter)
         return decoder.requires_grad_(False).eval()
+
+    def _load(self, folder: Path, tensor_parallel: int) -> Decoder:
+        shard = WHOLE
+        if tensor_parallel > 1:
+            group = self._workers.neighbours(tensor_parallel, self.device)
+            shard = Shard(self._workers.rank % tensor_parallel, tensor_parallel, group)
+        return load_decoder(folder, self.dtype, self.device, shard)
 
     def forget_student(self) -> None:
         """The loaded weights were trained on in place: the next stage reads them anew."""

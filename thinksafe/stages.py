@@ -354,15 +354,17 @@ def _sample(
         )
     if todo:
         run.remember_input("model", fingerprint(models.base))
-        fair = -(-len(todo) // run.workers.count)
-        engine = Engine(models.student(checkpoint, adapter), run.recipe.sampler, fair)
+        together = run.recipe.sampler.tensor_parallel
+        fair = -(-len(todo) * together // run.workers.count)
+        engine = Engine(models.sampled_student(checkpoint, adapter), run.recipe.sampler, fair)
         refuse_too_long(models.chat, tasks, engine.max_prompt_tokens)
-        asked = run.workers.share(Mapped(tasks.__getitem__, todo))
+        asked = run.workers.share(Mapped(tasks.__getitem__, todo), together)
         with TokenBar(title, len(tasks), "responses", len(done), run.workers) as bar:
             for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):
-                journal.append(response)
-                bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
-                clock.tick()
+                if run.workers.speaks(together):
+                    journal.append(response)
+                    bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
+                    clock.tick()
     journal.finish(task.key for task in tasks)
     return sum(response.num_tokens for response in Shard(shard, Response))
 
@@ -385,7 +387,8 @@ def _judge(
     done = {verdict.key for verdict in journal.records()}
     todo = [number for number, response in enumerate(responses) if response.key not in done]
     if todo:
-        guard, asked = models.guard, {}
+        guard, asked, together = models.guard, {}, run.recipe.guard.tensor_parallel
+        speaks = run.workers.speaks(together)
         with TokenBar(title, len(responses), "verdicts", len(done), run.workers) as bar:
 
             def readable(some: Iterable[Response]) -> Iterator[Exchange]:
@@ -394,26 +397,27 @@ def _judge(
                     if problem is None or (every_response and response.text):
                         asked[response.key] = response
                         yield Exchange(response.key, response.prompt, response.text)
-                    else:
+                    elif speaks:
                         journal.append(_verdict(response, guard.name, "dropped", problem))
                         bar.update(0)
 
-            for turn in _turns(run.workers, Mapped(responses.__getitem__, todo)):
+            for turn in _turns(run.workers, Mapped(responses.__getitem__, todo), together):
                 for judgement in guard.judge(readable(turn)):
                     response = asked.pop(judgement.id)
-                    reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
-                    journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
-                    bar.update(response.num_tokens)
-                    clock.tick()
+                    if speaks:
+                        reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
+                        journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
+                        bar.update(response.num_tokens)
+                        clock.tick()
     journal.finish(response.key for response in responses)
     dropped = {verdict.key for verdict in Shard(shard, Verdict) if verdict.decision == "dropped"}
     return sum(response.num_tokens for response in responses if response.key not in dropped)
 
 
-def _turns(workers: Workers, items: Sequence[Response]) -> Iterator[Iterable[Response]]:
+def _turns(workers: Workers, items: Sequence[Response], together: int) -> Iterator[Iterable[Response]]:
     """This worker's share, some at a time: a guard reads ahead, and what it holds no other worker can take."""
-    asked = workers.share(items)
-    most = len(items) if workers.count == 1 else -(-len(items) // (4 * workers.count))
+    asked, others = workers.share(items, together), workers.count > together
+    most = -(-len(items) * together // (4 * workers.count)) if others else len(items)
     for first in asked:
         yield chain((first,), islice(asked, most - 1))
 

@@ -3,14 +3,17 @@
 A launcher (torchrun, deepspeed, srun) starts one process a GPU and says where they meet; a store there holds a few
 counters. All workers go through the same stages in the same order, so what they do together is told apart by how many
 such things they have done before. A task is a place in a list that all make alike, and a response is a function of its
-task alone: who answers it changes nothing.
+task alone: who answers it changes nothing. Where a model does not fit one GPU, neighbours hold it together, and take
+their tasks as one.
 
 A worker that dies takes the others with it, by the launcher or, where that does not notice, by its silence; the same
 command then goes on from what is written.
 """
 
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -19,8 +22,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
 from torch.distributed import Store, rendezvous
 
 from thinksafe.errors import UserError
@@ -28,6 +34,8 @@ from thinksafe.errors import UserError
 T = TypeVar("T")
 _START_WITHIN = timedelta(minutes=10)
 _LISTEN_EVERY, _DEAD_AFTER = 1.0, 40.0
+_OF_GLOO = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
+_GOES_ON = "nothing finished is lost, the same command goes on from here"
 _LEFT = 1 << 40
 """A pulse that beats no more, since its worker is done."""
 
@@ -45,6 +53,7 @@ class Workers:
     def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None, local_rank: int = 0):
         self.rank, self.count, self.store, self.local_rank = rank, count, store, local_rank
         self._done_together = 0
+        self._neighbours: dict[int, dist.ProcessGroup] = {}
         self._leader_alone = False
         self._over = threading.Event()
 
@@ -71,9 +80,11 @@ class Workers:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever speaks is not cut short when the others end
             if not workers._is_first_to_fail():
                 raise SystemExit(1) from None
+            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_GLOO.search(str(error))):
+                error = UserError(f"another worker or the launcher is gone ({str(error).splitlines()[0]}); {_GOES_ON}")
             if isinstance(error, UserError) and not workers.leads:
-                raise UserError(f"worker {rank} on {socket.gethostname()}: {error}") from None
-            raise
+                error = UserError(f"worker {rank} on {socket.gethostname()}: {error}")
+            raise error from None
 
     @property
     def leads(self) -> bool:
@@ -115,16 +126,40 @@ class Workers:
         self.store.add(key, 1)
         _wait_for(lambda: self.store.add(key, 0) >= self.count, meanwhile)
 
-    def share(self, items: Sequence[T]) -> Iterator[T]:
+    def share(self, items: Sequence[T], together: int = 1) -> Iterator[T]:
         """The items that fall to this process: each goes to exactly one, whoever asks first.
 
         Args:
             items: the same in every process.
+            together: so many neighbours count as one, and get the same items in the same order.
         """
         if self._is_alone:
             return iter(items)
-        key = self._next_key()
-        return self._share(key, items)
+        return self._share(self._next_key(), items, together)
+
+    def speaks(self, together: int) -> bool:
+        """Whether this process writes down what it and its neighbours, so many together, have found."""
+        return self.rank % together == 0
+
+    def neighbours(self, together: int, device: torch.device) -> dist.ProcessGroup:
+        """The so many processes, this one among them, that hold one model on such devices.
+
+        Raises:
+            UserError: the workers cannot be put together so.
+        """
+        if self.count % together:
+            started = "1 worker" if self.count == 1 else f"{self.count} workers"
+            raise UserError(
+                f"tensor_parallel: {together} GPUs are to hold one model, and {started} cannot be put together so; "
+                f"start a multiple of {together} with torchrun --nproc-per-node"
+            )
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if together not in self._neighbours:
+            everybody = range(self.count)
+            groups = [dist.new_group(list(everybody[first : first + together])) for first in everybody[::together]]
+            self._neighbours[together] = groups[self.rank // together]
+        return self._neighbours[together]
 
     def total(self) -> Callable[[int], int]:
         """A sum over all workers: a function that adds to it and returns it."""
@@ -147,8 +182,18 @@ class Workers:
         self._done_together += 1
         return f"together/{self._done_together}"
 
-    def _share(self, key: str, items: Sequence[T]) -> Iterator[T]:
-        while (index := self.store.add(key, 1) - 1) < len(items):
+    def _share(self, key: str, items: Sequence[T], together: int) -> Iterator[T]:
+        for turn in itertools.count():
+            told = f"{key}/{self.rank // together}/{turn}"
+            if self.speaks(together):
+                index = self.store.add(key, 1) - 1
+                if together > 1:
+                    self.store.set(told, str(index))
+            else:
+                _wait_for(partial(self.store.check, [told]))
+                index = int(self.store.get(told))
+            if index >= len(items):
+                return
             yield items[index]
 
     def _listen(self) -> None:
@@ -176,7 +221,7 @@ class Workers:
         if self._over.is_set():
             return
         if why and (always or self.store.add("failed", 1) == 1):
-            line = f"thinksafe: {why}, so all end; nothing finished is lost, the same command goes on from here\n"
+            line = f"thinksafe: {why}, so all end; {_GOES_ON}\n"
             os.write(sys.stderr.fileno(), line.encode())
         os._exit(1)
 
@@ -194,6 +239,8 @@ class Workers:
 
     def _leave(self) -> None:
         self._over.set()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         self.store.add(f"pulse/{self.rank}", _LEFT)
         gone = self.store.add("left", 1)
         if self.leads and gone < self.count:

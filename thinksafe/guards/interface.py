@@ -62,9 +62,16 @@ class GuardConfig:
             raise ValueError("a guard of kind template, and no other, needs a format")
         if (self.kind == "ensemble") != (len(self.members) > 1):
             raise ValueError("a guard of kind ensemble, and no other, needs members, two or more")
+        if len({member.tensor_parallel for member in self.members}) > 1:
+            raise ValueError("all members read the same responses: give them the same sampler.tensor_parallel")
         policy = (self.judged, self.threshold, self.margin, self.min_mass or 0)
         if self.kind == "llama_guard_reference" and policy != ("response", 0.5, 0, 0):
             raise ValueError("llama_guard_reference decides as the paper's code does: leave its other keys out")
+
+    @property
+    def tensor_parallel(self) -> int:
+        """GPUs that hold a model of the guard together."""
+        return self.members[0].tensor_parallel if self.members else self.sampler.tensor_parallel
 
     @property
     def checkpoints(self) -> tuple[str, ...]:

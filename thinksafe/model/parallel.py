@@ -47,7 +47,8 @@ class Shard:
         """
         for name, size in (("key-value heads", whole.num_kv_heads), ("neurons a layer", whole.intermediate_size)):
             if size % self.count:
-                raise UserError(f"the model's {size} {name} cannot be dealt out evenly to {self.count} GPUs")
+                cut = f"the model's {size} {name} cannot be dealt out evenly to {self.count} GPUs"
+                raise UserError(f"tensor_parallel: {cut}; give a number that divides them")
         return replace(
             whole,
             num_heads=whole.num_heads // self.count,

@@ -41,6 +41,7 @@ class EngineConfig:
         kv_cache_gib: size of the page pool; 0 takes 85% of a GPU's free memory, or 1 GiB of a CPU's.
         kv_cache_dtype: `fp8` keeps keys and values in e4m3, half the bytes; `auto` in the model's dtype. Keys of models
             with biases on q, k and v (Qwen2, R1-Distill-Qwen) stay in it either way.
+        tensor_parallel: GPUs that hold the model together, where one has no room for it; as many workers are one.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -50,9 +51,10 @@ class EngineConfig:
     page_size: int = 0
     kv_cache_gib: float = 0.0
     kv_cache_dtype: CacheDtype = "auto"
+    tensor_parallel: int = 1
 
     def __post_init__(self):
-        for name in ("max_running", "max_step_tokens"):
+        for name in ("max_running", "max_step_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in ("page_size", "kv_cache_gib"):
