@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import device_name, table, write
 
 KERNELS = ("loss", "scoring", "divergence", "elementwise")
-SUITES = (*KERNELS, "sampler", "train")
+SUITES = (*KERNELS, "sampler", "guards", "train")
 
 
 def main() -> None:

@@ -17,6 +17,17 @@ MODELS = {
     "qwen3-4b": PUBLIC["Qwen/Qwen3-4B"],
     "qwen3-8b": PUBLIC["Qwen/Qwen3-8B"],
     "llama-3-8b": PUBLIC["meta-llama/Meta-Llama-3-8B"],
+    # What a CPU can judge with in seconds: products outweigh attention as in an 8B model.
+    "cpu-guard-14m": PUBLIC["meta-llama/Meta-Llama-3-8B"]
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 1792,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+    },
     # What a CPU can sample and train in seconds: the work per token is small, so overheads show.
     "cpu-6m": _QWEN3
     | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 32}

@@ -138,6 +138,6 @@ def test_cuda_that_does_not_compile_stops_the_installation_with_what_nvcc_says(t
 def test_what_a_gpu_machine_runs_needs_none_of_the_packages_it_lacks():
     """`make gpu` installs nothing, and the machine may have neither pydantic nor datasets."""
     block = "import sys; sys.modules.update(dict.fromkeys(['pydantic', 'datasets', 'deepspeed', 'flash_attn']))"
-    modules = "benchmarks.run, benchmarks.sampler, benchmarks.train, test_sampler, test_decoder"
+    modules = "benchmarks.run, benchmarks.sampler, benchmarks.guards, benchmarks.train, test_sampler, test_decoder"
     code = f"{block}; sys.path.insert(0, 'tests'); import {modules}, test_kernels_reference"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
