@@ -521,12 +521,14 @@ class RiggedHead:
 
     def __init__(self, decoder, logits: dict[int, float]):
         self._decoder = decoder
-        self.config, self.embedding, self.shard = decoder.config, decoder.embedding, decoder.shard
         row = torch.full((decoder.config.vocab_size,), -40.0)
         for id_, value in logits.items():
             row[id_] = value
         self.head = torch.zeros(decoder.config.vocab_size, decoder.config.hidden_size)
         self.head[:, 0] = row
+
+    def __getattr__(self, name):
+        return getattr(self._decoder, name)
 
     def __call__(self, input_ids, positions, attention):
         hidden = torch.zeros_like(self._decoder(input_ids, positions, attention))
@@ -542,7 +544,7 @@ def rigged(decoder, tokenizer, safe, unsafe, other=None, **keys):
     return ModelGuard(RiggedHead(decoder, logits), tokenizer, GuardConfig(sampler=SAMPLER, **keys))
 
 
-NAN, INF = math.nan, math.inf
+NAN, INF, NEVER = math.nan, math.inf, -1e30
 
 
 @pytest.mark.parametrize(
@@ -560,9 +562,10 @@ NAN, INF = math.nan, math.inf
         ((INF, 0.0), "unknown", "guard_nan"),
         ((0.0, INF), "unknown", "guard_nan"),
         ((5.0, 1.0, INF), "unknown", "guard_nan"),
-        ((-INF, -INF), "unknown", "no_verdict"),
-        ((-INF, 3.0), "unsafe", ""),
-        ((3.0, -INF), "safe", ""),
+        ((-INF, 3.0), "unknown", "guard_nan"),
+        ((NEVER, NEVER), "unknown", "no_verdict"),
+        ((NEVER, 3.0), "unsafe", ""),
+        ((3.0, NEVER), "safe", ""),
     ],
 )
 def test_a_guard_that_says_something_else_is_unknown_and_never_safe(decoder, tokenizer, logits, decision, reason):
@@ -572,7 +575,9 @@ def test_a_guard_that_says_something_else_is_unknown_and_never_safe(decoder, tok
     assert (judgement.p_safe is None) == (reason == "guard_nan")
 
 
-@pytest.mark.parametrize("logits", [(-INF, -INF, 0.0), (0.0, 0.0, 60.0), (NAN, NAN), (-90.0, -90.0, 90.0)])
+@pytest.mark.parametrize(
+    "logits", [(NEVER, NEVER, 0.0), (-INF, -INF, 0.0), (0.0, 0.0, 60.0), (NAN, NAN), (-90.0, -90.0, 90.0)]
+)
 @pytest.mark.parametrize("keys", [{"min_mass": 0.0}, {"kind": "llama_guard_reference"}])
 def test_without_a_least_mass_a_guard_that_says_nothing_is_still_not_safe(decoder, tokenizer, logits, keys):
     guard = rigged(decoder, tokenizer, *logits, **keys)
