@@ -66,8 +66,8 @@ def _write_parquet(accepted: Iterator[Attempt], file: Path) -> dict[str, list[in
     text, count, share = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
     columns = {
         "prompt": text, "response": text, "label": text, "prompt_id": text, "sample": count, "rung": count,
-        "accepted_by": text, "steering": text, "seed": pyarrow.int64(), "num_prompt_tokens": count, "num_tokens": count,
-        "guard": text, "p_safe": share, "p_unsafe": share, "refusal": pyarrow.bool_(),
+        "accepted_by": text, "weight": share, "steering": text, "seed": pyarrow.int64(), "num_prompt_tokens": count,
+        "num_tokens": count, "guard": text, "p_safe": share, "p_unsafe": share, "refusal": pyarrow.bool_(),
     }  # fmt: skip
     lengths = defaultdict(list)
     with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(columns.items()), compression="zstd") as writer:
