@@ -21,12 +21,14 @@ from benchmarks.harness import table
 from benchmarks.index_ranges import Ranges, index_ranges
 from thinksafe.kernels import (
     exp_gemm,
+    fp8,
     kv_write,
     linear_cross_entropy,
     linear_kl,
     paged_attention,
     rms_norm,
     rope,
+    row_linear,
     swiglu,
 )
 
@@ -94,6 +96,7 @@ def builds() -> list[Build]:
         *norm_builds(),
         *rotation_builds(),
         *gate_builds(),
+        *row_linear_builds(),
         *paged_attention_builds(),
     ]
 
@@ -387,6 +390,52 @@ def gate_builds() -> list[Build]:
     return found
 
 
+def row_linear_builds() -> list[Build]:
+    """Every tile of the products whose rows are independent, in bf16 and in e4m3, and the rounding to it."""
+    found = []
+    for kind, itemsize in (("bf16", 2), ("fp8e4nv", 1)):
+        block_k = row_linear.BLOCK_BYTES // itemsize
+        for tiles in row_linear.TILES[itemsize]:
+            found.append(
+                Build(
+                    f"row_linear {'bf16' if itemsize == 2 else 'e4m3'} {tiles.rows}x{tiles.columns}",
+                    row_linear._row_linear_kernel,
+                    {
+                        "x_desc": descriptor(tiles.rows, block_k, kind),
+                        "w_desc": descriptor(tiles.columns, block_k, kind),
+                        **(dict.fromkeys(("x_exponents_ptr", "w_exponents_ptr"), "*u8") if itemsize == 1 else {}),
+                        "bias_ptr": "*bf16",
+                        "out_ptr": "*bf16",
+                        **dict.fromkeys(("T", "N", "K"), "i32"),
+                    },
+                    {
+                        "BLOCK_T": tiles.rows,
+                        "BLOCK_N": tiles.columns,
+                        "BLOCK_K": block_k,
+                        "GROUP": row_linear.GROUP,
+                    },
+                    tiles.num_warps,
+                    {"T": T, "N": V, "K": H},
+                    (PROCESSORS,),
+                    {},
+                    tiles.num_stages,
+                    uses=("wgmma", "tma_loads"),
+                )
+            )
+    found.append(
+        Build(
+            "quantise a row",
+            fp8._quantise_kernel,
+            {"x_ptr": "*bf16", "values_ptr": "*fp8e4nv", "exponents_ptr": "*u8", "D": "i32"},
+            {"BLOCK_D": 16_384},
+            8,
+            {"D": 2 * H},
+            (T,),
+        )
+    )
+    return found
+
+
 def paged_attention_builds() -> list[Build]:
     """The sampler's kernels, for the groups and pages of the families served, and for caches in e4m3."""
     found = [
@@ -403,17 +452,17 @@ def paged_attention_builds() -> list[Build]:
     found += _attention_builds(2, 128, 64, ("key", "value"))
     found += _attention_builds(4, 128, 64, ("key", "value"))
     found += _attention_builds(7, 128, 64, ("value",))
-    for num_heads, num_kv_heads, norm, fp8 in (
+    for num_heads, num_kv_heads, norm, in_e4m3 in (
         (16, 8, True, ()), (64, 8, True, ()), (28, 4, False, ()), (64, 8, True, ("key", "value")),
         (28, 4, False, ("value",)),
     ):  # fmt: skip
         found.append(
             Build(
-                f"norm_rope_write_kv {num_heads} and {num_kv_heads} heads{'' if norm else ', no norm'}{_in_e4m3(fp8)}",
+                f"norm_rope_write_kv {num_heads}/{num_kv_heads} heads{'' if norm else ', no norm'}{_named(in_e4m3)}",
                 kv_write._norm_rope_write_kernel,
                 {
                     **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "q_weight_ptr", "k_weight_ptr", "out_ptr"), "*bf16"),
-                    **_cache_arguments(fp8),
+                    **_cache_arguments(in_e4m3),
                     **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
                     "slots_ptr": "*i64",
                     "num_heads": "i32",
@@ -436,21 +485,21 @@ def paged_attention_builds() -> list[Build]:
     return found
 
 
-def _in_e4m3(fp8: tuple[str, ...]) -> str:
-    return f", {' and '.join(f'{name}s' for name in fp8)} in e4m3" if fp8 else ""
+def _named(in_e4m3: tuple[str, ...]) -> str:
+    return f", {' and '.join(f'{name}s' for name in in_e4m3)} in e4m3" if in_e4m3 else ""
 
 
-def _cache_arguments(fp8: tuple[str, ...]) -> dict[str, str]:
+def _cache_arguments(in_e4m3: tuple[str, ...]) -> dict[str, str]:
     """Types of the cache's pointers where these of keys and values are in e4m3."""
-    pages = {f"{name}_ptr": "*fp8e4nv" if name in fp8 else "*bf16" for name in ("key", "value")}
-    return pages | {f"{name}_exponents_ptr": "*u8" for name in fp8}
+    pages = {f"{name}_ptr": "*fp8e4nv" if name in in_e4m3 else "*bf16" for name in ("key", "value")}
+    return pages | {f"{name}_exponents_ptr": "*u8" for name in in_e4m3}
 
 
-def _attention_builds(group: int, D: int, page_size: int, fp8: tuple[str, ...] = ()) -> list[Build]:
+def _attention_builds(group: int, D: int, page_size: int, in_e4m3: tuple[str, ...] = ()) -> list[Build]:
     """Decoding and reading of prompts at one shape, and combining for the caches in bf16."""
     known = {
         **dict.fromkeys(("q_ptr", "out_ptr"), "*bf16"),
-        **_cache_arguments(fp8),
+        **_cache_arguments(in_e4m3),
         **dict.fromkeys(("page_table_ptr", "seq_lens_ptr"), "*i64"),
         **dict.fromkeys(("work_ptr", "tiles_ptr", "cu_seqlens_ptr"), "*i32"),
         **dict.fromkeys(("partial_ptr", "lse_ptr"), "*fp32"),
@@ -461,7 +510,7 @@ def _attention_builds(group: int, D: int, page_size: int, fp8: tuple[str, ...] =
     def arguments(kernel: Any) -> dict[str, str]:
         return {name: kind for name, kind in known.items() if name in kernel.arg_names}
 
-    name = f"{group} heads a group, D={D}, pages of {page_size}{_in_e4m3(fp8)}"
+    name = f"{group} heads a group, D={D}, pages of {page_size}{_named(in_e4m3)}"
     sizes = {"GROUP": group, "D": D, "BLOCK_D": D}
     padded = triton.next_power_of_2(group)
     decode, prefill = paged_attention.DECODE[2], paged_attention.PREFILL[2]
@@ -479,7 +528,7 @@ def _attention_builds(group: int, D: int, page_size: int, fp8: tuple[str, ...] =
             },
             decode.num_warps,
             num_stages=decode.num_stages,
-            resident=paged_attention.PROGRAMS_PER_PROCESSOR[bool(fp8)],
+            resident=paged_attention.PROGRAMS_PER_PROCESSOR[bool(in_e4m3)],
             uses=("mma", "wide_copies"),
         ),
         Build(
@@ -492,7 +541,7 @@ def _attention_builds(group: int, D: int, page_size: int, fp8: tuple[str, ...] =
             uses=("wgmma", "wide_copies"),
         ),
     ]
-    if page_size == 64 and not fp8:
+    if page_size == 64 and not in_e4m3:
         found.append(
             Build(
                 f"paged_decode combine {name}",
@@ -548,7 +597,7 @@ def figures(build: Build, compiled: Any) -> Figures:
         stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared_bytes=compiled.metadata.shared,
-        wgmma=code.count("HGMMA"),
+        wgmma=len(re.findall(r"\b[HQ]GMMA", code)),
         mma=len(re.findall(r"\bHMMA", code)),
         tma_loads=code.count("UTMALDG"),
         wide_copies=len(re.findall(r"LDGSTS\S*\.128", code)),

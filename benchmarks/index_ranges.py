@@ -81,7 +81,7 @@ def _interval(operation, rest, operands, programs, loads) -> Interval | None:
         return (0, loads[operands[0]]) if operands[0] in loads else None
     if operation == "tt.bitcast":
         return -(2**31), 2**31 - 1
-    if operation == "arith.extui" and "xi1>" in rest:
+    if operation == "arith.extui" and re.search(r"\bi1\b|xi1>", rest):
         return 0, 1
     if operation == "arith.select":
         operands = operands[1:]

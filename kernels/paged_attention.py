@@ -32,7 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinksafe.kernels.dispatch import INTERPRETED, jit, on_triton, tl, triton
-from thinksafe.kernels.fp8 import E4M3, dequantise, power_of_two, quantise
+from thinksafe.kernels.fp8 import E4M3, dequantise, power_of_two
+from thinksafe.kernels.fp8 import reference as quantise
 
 SPLIT = 512
 MAX_SPLITS = 32
@@ -43,7 +44,9 @@ PROGRAMS_PER_PROCESSOR = {False: 3, True: 2}
 """Decoding programs that fit, and whether the cache is in e4m3: while one begins or ends a split, the others read. They
 need 72 KB of shared memory each, and in e4m3 up to 224 registers a thread."""
 _BATCH_TOKENS = 2**17
-"""Context tokens, padding included, that the reference copies out of the cache at once."""
+"""Context tokens that the reference copies out of the cache at once."""
+_STRETCH = 64
+"""Tokens that the reference pads a context to a multiple of, and positions of a prompt that it computes at once."""
 
 Exponents = tuple[Tensor | None, Tensor | None]
 """Of keys and of values, [num_pages, num_kv_heads, page_size] uint8 each; None for a cache that is not in e4m3."""
@@ -91,26 +94,24 @@ def reference_decode(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     exponents: Exponents = (None, None),
 ) -> Tensor:  # fmt: skip
-    """`paged_decode` in plain torch, rows of similar length together: padded copies of what the rows see."""
+    """`paged_decode` in plain torch, rows of similar length together, each padded to a length that is its own: a row's
+    bits depend on nothing else."""
     out = torch.zeros_like(q)
-    for rows in _similar_lengths(seq_lens):
-        visible = torch.arange(int(seq_lens[rows].max()), device=q.device) < seq_lens[rows, None]
+    for rows, length in _similar_lengths(seq_lens):
+        visible = torch.arange(length, device=q.device) < seq_lens[rows, None]
         k, v = _contexts(key_cache, value_cache, exponents, page_table[rows], visible, q.dtype)
-        mask = visible[:, None, None]
-        out[rows] = F.scaled_dot_product_attention(q[rows, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+        out[rows] = _attended(q[rows, None], k, v, visible[:, None])[:, 0]
     return out
 
 
-def _similar_lengths(seq_lens: Tensor) -> list[Tensor]:
-    """Rows with a context in batches, shortest first, each at most _BATCH_TOKENS when padded to its longest."""
-    order = seq_lens.argsort(stable=True)
-    lengths = seq_lens[order].tolist()
-    start = lengths.count(0)
+def _similar_lengths(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
+    """(rows, length padded to whole stretches) of rows with a context, at most _BATCH_TOKENS together."""
+    padded = (seq_lens + _STRETCH - 1) // _STRETCH * _STRETCH
     batches = []
-    for end in range(start + 1, len(lengths) + 1):
-        if end == len(lengths) or (end + 1 - start) * lengths[end] > _BATCH_TOKENS:
-            batches.append(order[start:end])
-            start = end
+    for length in padded.unique().tolist():
+        if length:
+            rows = (padded == length).nonzero()[:, 0]
+            batches += [(some, length) for some in rows.split(max(_BATCH_TOKENS // length, 1))]
     return batches
 
 
@@ -118,39 +119,59 @@ def _contexts(
     key_cache: Tensor, value_cache: Tensor, exponents: Exponents, page_table: Tensor, visible: Tensor,
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """Copies of keys and values, [B, num_kv_heads, L, D] each; page_table [B, W], visible [B, L]."""
-    _, num_heads, page_size, D = key_cache.shape
-    token = torch.arange(visible.shape[1], device=visible.device)
-    heads = torch.arange(num_heads, device=visible.device)[:, None]
-    rows = page_table[:, token // page_size] * (num_heads * page_size) + token % page_size
-    # Behind its last token lies anything, even NaN, which no mask undoes (0 * NaN): the first token stands in.
-    rows = torch.where(visible, rows, rows[:, :1])[:, None] + heads * page_size
+    """Copies of keys and values, [B, num_kv_heads, L, D] each; page_table [B, W]; visible [B, L], L in stretches, of
+    which the last alone holds what is not visible."""
+    (_, num_heads, page_size, D), length = key_cache.shape, visible.shape[1]
+    width = -(-length // page_size)
+    page_table = F.pad(page_table[:, :width], (0, max(0, width - page_table.shape[1])))
+    tiles = page_table[:, None] * num_heads + torch.arange(num_heads, device=page_table.device)[:, None]
     contexts = []
     for cache, powers in zip((key_cache, value_cache), exponents, strict=True):
         if powers is None:
-            context = cache.view(-1, D).index_select(0, rows.flatten())
+            context = cache.view(-1, page_size * D).index_select(0, tiles.flatten())
         else:
-            values = cache.view(torch.uint8).view(-1, D).index_select(0, rows.flatten()).view(E4M3)
-            context = dequantise(values, powers.view(-1)[rows.flatten()], dtype)
-        contexts.append(context.view(*rows.shape, D))
+            values = cache.view(torch.uint8).view(-1, page_size, D).index_select(0, tiles.flatten()).view(E4M3)
+            context = dequantise(values, powers.view(-1, page_size).index_select(0, tiles.flatten()), dtype)
+        context = context.view(len(page_table), num_heads, -1, D)[:, :, :length]
+        # Behind a last token lies anything, even NaN, which no weight of 0 undoes.
+        context[:, :, -_STRETCH:].masked_fill_(~visible[:, None, -_STRETCH:, None], 0)
+        contexts.append(context)
     return contexts
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """q [B, T, num_heads, D]; k, v [B, num_kv_heads, L, D]; visible [B, T, L]; the result has the shape of q."""
+    (B, T, _, D), num_kv_heads = q.shape, k.shape[1]
+    # Products of one shape a row and KV head, whatever the number of rows: so BLAS computes each alike.
+    grouped = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(B * num_kv_heads, -1, D)
+    scores = (grouped @ k.flatten(0, 1).transpose(1, 2)).view(B, num_kv_heads, -1, T, k.shape[2]) * D**-0.5
+    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
+    out = weights.view(B * num_kv_heads, -1, k.shape[2]) @ v.flatten(0, 1)
+    return out.view(B, num_kv_heads, -1, T, D).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def reference_prefill(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor,
     exponents: Exponents = (None, None),
 ) -> Tensor:  # fmt: skip
-    """`paged_prefill` in plain torch, one sequence at a time."""
+    """`paged_prefill` in plain torch, one sequence and one stretch of its positions at a time: a token's bits depend on
+    its position and what is before it, not on how its prompt was cut."""
     out = torch.empty_like(q)
     bounds = cu_seqlens.tolist()
     for row, (start, end, seq_len) in enumerate(zip(bounds, bounds[1:], seq_lens.tolist(), strict=False)):
-        position = torch.arange(seq_len, device=q.device)
-        everything = torch.ones(1, seq_len, dtype=torch.bool, device=q.device)
-        k, v = _contexts(key_cache, value_cache, exponents, page_table[row : row + 1], everything, q.dtype)
-        visible = position <= position[seq_len - (end - start) :, None]
-        queries = q[start:end].transpose(0, 1)[None]
-        attended = F.scaled_dot_product_attention(queries, k, v, attn_mask=visible, enable_gqa=True)
-        out[start:end] = attended[0].transpose(0, 1)
+        first = seq_len - (end - start)
+        position = torch.arange(-(-seq_len // _STRETCH) * _STRETCH, device=q.device)
+        written = (position < seq_len)[None]
+        k, v = _contexts(key_cache, value_cache, exponents, page_table[row : row + 1], written, q.dtype)
+        for low in range(first // _STRETCH * _STRETCH, seq_len, _STRETCH):
+            high = low + _STRETCH
+            mine = slice(max(low, first), min(high, seq_len))  # of the stretch's positions, those that are asked for
+            theirs = slice(start + mine.start - first, start + mine.stop - first)
+            inside = slice(mine.start - low, mine.stop - low)
+            queries = q.new_zeros(1, _STRETCH, *q.shape[1:])
+            queries[0, inside] = q[theirs]
+            visible = (position[:high] <= position[low:high, None])[None]
+            out[theirs] = _attended(queries, k[:, :, :high], v[:, :, :high], visible)[0, inside]
     return out
 
 

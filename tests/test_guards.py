@@ -665,10 +665,10 @@ def test_every_format_with_a_frame_shows_it(tokenizers):
 def test_a_guard_is_built_from_its_config(folders, decoders, tokenizers):
     asked = []
 
-    def load(model, tensor_parallel):
-        asked.append(model)
-        assert tensor_parallel == 2
-        return decoders[model], tokenizers[model]
+    def load(config):
+        asked.append(config.model)
+        assert config.sampler.tensor_parallel == 2
+        return decoders[config.model], tokenizers[config.model]
 
     over_two = EngineConfig(tensor_parallel=2)
     members = tuple(GuardConfig(kind=kind, model=kind, sampler=over_two) for kind in ("llama_guard", "wildguard"))

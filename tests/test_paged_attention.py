@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from thinksafe.kernels import kv_write, paged_attention
 from thinksafe.kernels.dispatch import INTERPRETED
-from thinksafe.kernels.fp8 import dequantise, quantise
+from thinksafe.kernels.fp8 import dequantise
+from thinksafe.kernels.fp8 import reference as quantise
 from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles, write_kv
 from thinksafe.kernels.rope import qk_norm_rope, rope

@@ -364,13 +364,12 @@ def test_digests_are_equal_exactly_where_the_whole_prefix_is(a, b, page_size):
         assert (x == y) == (a[: index * page_size] == b[: index * page_size])
 
 
-@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 2000))
+@given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 2000))
 def test_decoding_rows_are_batched_by_length_within_the_bound(lengths, bound):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged_attention, "_BATCH_TOKENS", bound)
         batches = paged_attention._similar_lengths(torch.tensor(lengths, dtype=torch.int64))
-    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= bound
-    longest = [max(lengths[row] for row in batch) for batch in batches]
-    assert longest == sorted(longest)
+    assert sorted(row for rows, _ in batches for row in rows.tolist()) == [r for r, n in enumerate(lengths) if n]
+    for rows, length in batches:
+        assert len(rows) == 1 or len(rows) * length <= bound
+        assert all(0 <= length - lengths[row] < paged_attention._STRETCH for row in rows.tolist())

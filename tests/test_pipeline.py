@@ -71,6 +71,17 @@ def finished(tmp_path_factory):
     return folder / "run", arguments
 
 
+def test_a_student_that_samples_in_e4m3_is_trained_in_full_precision(tmp_path):
+    """Weights and cache in e4m3 and batch-invariant, from prompts to the adapted student."""
+    arguments = settings(tmp_path / "sets", prompts=12, evaluated=4)
+    arguments += ["--set", "sampler.weights=fp8", "--set", "sampler.kv_cache_dtype=fp8"]
+    run(tmp_path / "run", [*arguments, "--set", "sampler.batch_invariant=true"])
+    responses = read(tmp_path / "run" / "responses.jsonl", Response)
+    assert {response.finish_reason for response in responses} == {"stop"}
+    assert len(read(tmp_path / "run" / "accepted.jsonl", Example)) >= 10
+    assert all(metrics.grad_norm > 0 for metrics in read_metrics(tmp_path / "run/training/metrics.jsonl"))
+
+
 def read(file: Path, kind: type) -> list:
     return list(read_records(file, kind))
 

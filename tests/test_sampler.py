@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from thinksafe.errors import UserError
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.decoder import Decoder
+from thinksafe.model.lora import LoraConfig, adapter_parameters, attach
 from thinksafe.model.weights import load_decoder
 from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.engine import _QUEUED, Engine, EngineConfig
 from thinksafe.sampler.loops import CHECK_EVERY, ends_in_a_loop
 from thinksafe.sampler.request import Completion, Request, SamplingConfig
@@ -48,15 +50,17 @@ def crowded(monkeypatch):
     monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
 
 
-def pool_of(decoder: Decoder, num_pages: int, page_size: int) -> float:
+def pool_of(decoder: Decoder, num_pages: int, page_size: int, cache="auto") -> float:
     """GiB that hold this many pages."""
-    return num_pages * page_size * decoder.config.kv_elements_per_token * decoder.embedding.dtype.itemsize / 2**30
+    cached_token = CacheFormat.of(decoder.config, decoder.embedding.dtype, cache).bytes_per_token(decoder.config)
+    return num_pages * page_size * cached_token / 2**30
 
 
 def engine_of(
     decoder: Decoder, *, page_size=16, num_pages=None, max_running=16, max_step_tokens=256, **settings
 ) -> Engine:
-    gib = pool_of(decoder, num_pages or -(-2048 // page_size), page_size)
+    cache = settings.get("kv_cache_dtype", "auto")
+    gib = pool_of(decoder, num_pages or -(-2048 // page_size), page_size, cache)
     return Engine(decoder, EngineConfig(max_running, max_step_tokens, page_size, gib, **settings))
 
 
@@ -287,6 +291,68 @@ def test_sampled_tokens_are_drawn_from_the_logits_of_transformers_at_their_own_p
         assert tuple(sample(logits, *columns, positions)[0].tolist()) == tokens
 
 
+def exactly(completions: dict[str, Completion]) -> dict:
+    """With log-probabilities, which equality leaves out."""
+    return {id_: (c.tokens, c.finish_reason, c.logprobs) for id_, c in completions.items()}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen3", {}),
+        ("qwen2", {"adapter": True}),
+        ("qwen2", {"kv_cache_dtype": "fp8"}),
+        ("llama", {"weights": "fp8"}),
+    ],
+)
+def test_batch_invariant_log_probabilities_have_the_same_bits_in_every_batch(tmp_path, crowded, family, settings):
+    """Whatever else is in the batch, its order, how prompts are cut, what is in the cache, and after preemption."""
+    kind, adapted = settings.get("weights", "auto"), settings.get("adapter", False)
+    decoder = load_decoder(make_checkpoint(family, tmp_path, seed=11), torch.float32, "cpu", weights=kind)
+    if adapted:
+        attach(decoder, LoraConfig(4, 8.0, 0.0, tuple(decoder.config.projections)), seed=0)
+        for parameter in adapter_parameters(decoder).values():
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    cache = settings.get("kv_cache_dtype", "auto")
+    requests = make_requests(PROMPTS, SAMPLED)
+
+    def invariant(**limits) -> Engine:
+        return engine_of(decoder, kv_cache_dtype=cache, batch_invariant=True, **limits)
+
+    together = exactly(answers(invariant(), requests))
+    alone = {}
+    for request in requests:
+        alone |= exactly(answers(invariant(), [request]))
+    assert alone == together
+    assert exactly(answers(invariant(), requests[::-1])) == together
+    for page_size, max_step_tokens, max_running, num_pages in [(16, 3, 5, 60), (4, 20, 16, 24), (1, 9, 9, 95)]:
+        limits = {"page_size": page_size, "max_step_tokens": max_step_tokens, "max_running": max_running}
+        engine = invariant(**limits, num_pages=num_pages)
+        assert exactly(answers(engine, requests)) == together
+        assert exactly(answers(engine, requests[3:] + requests[:3])) == together, "with prefixes in the cache"
+        assert (engine.scheduler.preemptions > 0) == (num_pages != 60)
+
+
+def test_without_the_mode_last_digits_depend_on_the_batch(models):
+    """Or the test above would prove nothing."""
+    decoder, _ = models("qwen3")
+    requests = make_requests(PROMPTS, SAMPLED)
+    together = exactly(answers(engine_of(decoder), requests))
+    assert any(exactly(answers(engine_of(decoder), [r]))[r.id] != together[r.id] for r in requests)
+
+
+def test_batch_invariant_scores_have_the_same_bits_in_every_batch(models):
+    decoder, _ = models("llama")
+    prompts = [(str(i), prompt) for i, prompt in enumerate(PROMPTS)]
+    engine = engine_of(decoder, batch_invariant=True)
+    together = scores_of(engine, prompts, (3, 399, 17))
+    usual = scores_of(engine_of(decoder), prompts, (3, 399, 17))
+    for id_, prompt in prompts:
+        cut = engine_of(decoder, batch_invariant=True, max_step_tokens=5, page_size=4)
+        assert np.array_equal(scores_of(cut, [(id_, prompt)], (3, 399, 17))[id_], together[id_])
+        np.testing.assert_allclose(usual[id_], together[id_], atol=1e-4)
+
+
 @pytest.mark.parametrize("passes_ahead", [1, 2, 3])
 def test_running_ahead_of_the_results_changes_nothing(models, crowded, passes_ahead):
     """As on a GPU: the next passes are planned before it is known whether a response has ended."""
@@ -445,7 +511,7 @@ def test_log_probabilities_with_a_cache_in_e4m3_are_near_those_of_transformers(m
     """Three bits behind the point are an error of 2.7% a number: these differ, by little. So it is after preemption."""
     decoder, model = models(family)
     requests = make_requests(PROMPTS, SAMPLED, stop_ids=())
-    engine = engine_of(decoder, page_size=4, num_pages=14, kv_cache_dtype="fp8")
+    engine = Engine(decoder, EngineConfig(16, 256, 4, pool_of(decoder, 14, 4), kv_cache_dtype="fp8"))
     assert len(engine.scheduler.pool.owners) == {"qwen3": 54, "qwen2": 22}.get(family, 52), "in the memory of 14 pages"
     got, apart = answers(engine, requests), []
     assert engine.scheduler.preemptions > 0

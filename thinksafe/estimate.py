@@ -272,7 +272,7 @@ def _sampling(
     guard_bytes: int = 0,
 ) -> Stage:
     """Every row of a pass reads its own context and all rows share the weights, as sampler/limits.py counts it."""
-    weights = _BF16 * model.num_parameters
+    weights = _weight_bytes(config, model)
     per_token = _cached_token_bytes(config, model)
     pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
     count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
@@ -281,9 +281,9 @@ def _sampling(
     context = pairs / tokens
     rows = max(1.0, min(config.max_running, pool / (per_token * context), count / num_gpus))
     layers, head = model.num_layers * model.layer_weights, model.head_weights
-    products = max(
-        _BF16 * (layers + head) / hardware.bytes_per_second, 2 * (layers + head) * rows / hardware.flop_per_second
-    )
+    # e4m3 is half of bf16's bytes and takes half of its time.
+    in_bf16 = head + layers * (0.5 if config.weights == "fp8" else 1)
+    products = max(_BF16 * in_bf16 / hardware.bytes_per_second, 2 * in_bf16 * rows / hardware.flop_per_second)
     attention = max(
         rows * context * per_token / hardware.bytes_per_second,
         model.attention_flop(rows * context) / hardware.flop_per_second,
@@ -292,7 +292,7 @@ def _sampling(
         2 * layers * one.count * one.prompt + model.attention_flop(one.count * one.prompt**2 / 2) for one in texts
     )
     # One response that runs to the limit is written alone at the end, at a row's pace.
-    tail = min(max_tokens, model.max_seq_len) * _BF16 * (layers + head) / hardware.bytes_per_second
+    tail = min(max_tokens, model.max_seq_len) * _BF16 * in_bf16 / hardware.bytes_per_second
     least = (tokens / rows * (products + attention) + prompts / hardware.flop_per_second) / num_gpus + tail
     remark = f"{tokens / max(least, 1e-9) * SAMPLING_SHARE:,.0f} tokens/s, {rows:,.0f} at once"
     memory = {"weights": weights} | ({"guard": guard_bytes} if guard_bytes else {}) | {"key-value cache": pool}
@@ -311,18 +311,25 @@ def _judging(
     members = [member for member in _members(guard) if member.kind != "oracle"]
     models = [shape_of(member.model, "guard.model") for member in members]
     memory = {"student": _BF16 * student.num_parameters}
-    memory["guard"] = sum(_BF16 * model.num_parameters for model in models)
+    memory["guard"] = sum(_weight_bytes(member.sampler, model) for member, model in zip(members, models, strict=True))
     flop, pool = 0.0, 0
     for member, model in zip(members, models, strict=True):
         for one in texts:
             read = one.prompt + one.response + _GUARD_TOKENS
-            flop += 2 * model.num_layers * model.layer_weights * one.count * read
+            products = 2 * model.num_layers * model.layer_weights * one.count * read
+            flop += products * (0.5 if member.sampler.weights == "fp8" else 1)
             flop += model.attention_flop(one.all_pairs + one.count * _GUARD_TOKENS * read)
         pool = max(pool, _pool_bytes(member.sampler, model, hardware, sum(memory.values())))
     least = flop / hardware.flop_per_second / num_gpus
     kinds = ", ".join(member.kind for member in _members(guard))
     tokens = round(sum(one.tokens for one in texts))
     return Stage(name, tokens, least / SCORING_SHARE, least, memory | {"key-value cache": pool}, kinds)
+
+
+def _weight_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """Of a model that samples or judges: bf16, but for projections in e4m3."""
+    saved = model.num_layers * model.layer_weights if config.weights == "fp8" else 0
+    return _BF16 * model.num_parameters - saved
 
 
 def _cached_token_bytes(config: EngineConfig, model: ModelConfig) -> int:

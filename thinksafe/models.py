@@ -8,11 +8,12 @@ import torch
 from thinksafe.chat import Chat
 from thinksafe.errors import UserError
 from thinksafe.guards.build import build_guard
-from thinksafe.guards.interface import Guard
+from thinksafe.guards.interface import Guard, GuardConfig
+from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import detach, load_adapter
 from thinksafe.model.parallel import WHOLE, Shard
-from thinksafe.model.weights import load_config, load_decoder, resolve
+from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve
 from thinksafe.recipe import Recipe
 from thinksafe.tokenization import SafeTokenizer
 from thinksafe.workers import ALONE, Workers
@@ -56,7 +57,7 @@ class Models:
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._recipe, self._workers = recipe, workers
-        self._loaded: tuple[tuple[Path, int], Decoder] | None = None
+        self._loaded: tuple[tuple[Path, int, WeightDtype], Decoder] | None = None
 
     @cached_property
     def base(self) -> Path:
@@ -75,24 +76,25 @@ class Models:
         """The guard of the recipe."""
         return build_guard(self._recipe.guard, self._judge)
 
-    def _judge(self, name: str, tensor_parallel: int) -> tuple[Decoder, SafeTokenizer]:
+    def _judge(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
         """A checkpoint that judges."""
-        folder = resolve(name, "guard.model")
+        folder = resolve(config.model, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
-        return self._load(folder, tensor_parallel), tokenizer
+        return self._load(folder, config.sampler.tensor_parallel, config.sampler.weights), tokenizer
 
     def student(self) -> Decoder:
-        """The student as it is trained: whole, without adapter."""
-        return self._student(self.base, None, 1)
+        """The student as it is trained: whole, without adapter, in full precision."""
+        return self._student(self.base, None, 1, "auto")
 
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
-        """The student as it answers: with this adapter on, or none, and this process's part of it where several GPUs
-        hold it. `folder` is another checkpoint of it, after full fine-tuning."""
-        return self._student(folder or self.base, adapter, self._recipe.sampler.tensor_parallel)
+        """The student as it answers: with this adapter on, or none, this process's part of it where several GPUs hold
+        it, in e4m3 where the recipe says so. `folder` is another checkpoint of it, after full fine-tuning."""
+        sampler = self._recipe.sampler
+        return self._student(folder or self.base, adapter, sampler.tensor_parallel, sampler.weights)
 
-    def _student(self, folder: Path, adapter: Path | None, tensor_parallel: int) -> Decoder:
-        wanted = (folder, tensor_parallel)
+    def _student(self, folder: Path, adapter: Path | None, tensor_parallel: int, weights: WeightDtype) -> Decoder:
+        wanted = (folder, tensor_parallel, weights)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old weights go before the new ones come
             self._loaded = (wanted, self._load(*wanted))
@@ -104,12 +106,14 @@ class Models:
             load_adapter(decoder, adapter)
         return decoder.requires_grad_(False).eval()
 
-    def _load(self, folder: Path, tensor_parallel: int) -> Decoder:
+    def _load(self, folder: Path, tensor_parallel: int, weights: WeightDtype) -> Decoder:
+        if weights == "fp8" and not supported(self.device):
+            raise UserError("sampler.weights: fp8 needs a GPU of compute capability 8.9 or more; use auto")
         shard = WHOLE
         if tensor_parallel > 1:
             group = self._workers.neighbours(tensor_parallel, self.device)
             shard = Shard(self._workers.rank % tensor_parallel, tensor_parallel, group)
-        return load_decoder(folder, self.dtype, self.device, shard)
+        return load_decoder(folder, self.dtype, self.device, shard, weights)
 
     def forget_student(self) -> None:
         """The loaded weights were trained on in place: the next stage reads them anew."""

@@ -10,11 +10,11 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.tokenization import SafeTokenizer
 
 
-def build_guard(config: GuardConfig, load: Callable[[str, int], tuple[Decoder, SafeTokenizer]]) -> Guard:
+def build_guard(config: GuardConfig, load: Callable[[GuardConfig], tuple[Decoder, SafeTokenizer]]) -> Guard:
     """A guard, with the checkpoints it needs.
 
     Args:
-        load: reads a checkpoint by folder or hub name, for so many GPUs together.
+        load: reads a guard's checkpoint.
 
     Raises:
         UserError: a checkpoint that does not fit its format.
@@ -23,4 +23,4 @@ def build_guard(config: GuardConfig, load: Callable[[str, int], tuple[Decoder, S
         return OracleGuard()
     if config.kind == "ensemble":
         return Ensemble([build_guard(member, load) for member in config.members], config.agree)
-    return ModelGuard(*load(config.model, config.sampler.tensor_parallel), config)
+    return ModelGuard(*load(config), config)

@@ -5,17 +5,23 @@ it, and is either causal attention within packed sequences (training) or attenti
 A layer is one module with raw parameters, since a sharding engine gathers module by module.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
+from thinksafe.kernels.row_linear import fp8_linear
 from thinksafe.kernels.swiglu import swiglu
 from thinksafe.model.activations import Keeping, run_layer
 from thinksafe.model.attention import Attention, Rotation
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.parallel import WHOLE, Shard
+
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(x [T, K], weight [N, K], bias [N] or None) -> x Wᵀ + b, [T, N]."""
 
 
 class DecoderLayer(nn.Module):
@@ -27,6 +33,7 @@ class DecoderLayer(nn.Module):
         self.index = index
         self.shard = shard
         self.adapters: dict[str, tuple[float, float]] = {}  # projection -> (scaling, dropout), see lora.py
+        self.exponents: dict[str, Tensor] = {}  # projection -> [out] uint8 where its weight is e4m3, see weights.py
         for name, (out_features, in_features, has_bias) in config.projections.items():
             self.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(out_features)) if has_bias else None)
@@ -35,27 +42,31 @@ class DecoderLayer(nn.Module):
         self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
         self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
 
-    def project(self, name: str, x: Tensor) -> Tensor:
+    def project(self, name: str, x: Tensor, linear: Linear) -> Tensor:
         """x Wᵀ + b, plus scaling * dropout(x) Aᵀ Bᵀ where the projection carries an adapter."""
-        out = F.linear(x, self._parameters[name], self._parameters[f"{name}_bias"])
+        weight, bias = self._parameters[name], self._parameters[f"{name}_bias"]
+        if name in self.exponents:
+            out = fp8_linear(x, weight, self.exponents[name], bias)
+        else:
+            out = linear(x, weight, bias)
         if name in self.adapters:
             scaling, dropout = self.adapters[name]
             down, up = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
-            low_rank = F.linear(F.dropout(x, dropout, self.training), down.to(x.dtype))
-            out = out + scaling * F.linear(low_rank, up.to(x.dtype))
+            low_rank = linear(F.dropout(x, dropout, self.training), down.to(x.dtype), None)
+            out = out + scaling * linear(low_rank, up.to(x.dtype), None)
         return out
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         x = rms_norm(hidden, self.input_norm, eps)
-        q = self.project("q_proj", x).unflatten(-1, (-1, head_dim))
-        k = self.project("k_proj", x).unflatten(-1, (-1, head_dim))
-        v = self.project("v_proj", x).unflatten(-1, (-1, head_dim))
+        q = self.project("q_proj", x, linear).unflatten(-1, (-1, head_dim))
+        k = self.project("k_proj", x, linear).unflatten(-1, (-1, head_dim))
+        v = self.project("v_proj", x, linear).unflatten(-1, (-1, head_dim))
         rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
-        mixed = self.shard.sum(self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2)))
-        x, hidden = add_rms_norm(mixed, hidden, self.mlp_norm, eps)
-        x = swiglu(self.project("gate_proj", x), self.project("up_proj", x))
-        return hidden + self.shard.sum(self.project("down_proj", x))
+        mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2), linear)
+        x, hidden = add_rms_norm(self.shard.sum(mixed), hidden, self.mlp_norm, eps)
+        x = swiglu(self.project("gate_proj", x, linear), self.project("up_proj", x, linear))
+        return hidden + self.shard.sum(self.project("down_proj", x, linear))
 
 
 class Decoder(nn.Module):
@@ -85,6 +96,15 @@ class Decoder(nn.Module):
         """[V, H], the language-model head; the embedding itself where the two are tied."""
         return self.embedding if self.config.tied_head else self.lm_head
 
+    def refuse_e4m3(self) -> None:
+        """What is about to happen to the weights needs them as the checkpoint has them.
+
+        Raises:
+            ValueError: they were quantised when they were loaded.
+        """
+        if any(layer.exponents for layer in self.layers):
+            raise ValueError("the decoder was loaded with weights in e4m3; load it again without")
+
     def initialise(self, seed: int, std: float = 0.02) -> None:
         """Fill a new model with Gaussian weights, unit gains and zero biases."""
         generator = torch.Generator().manual_seed(seed)
@@ -106,12 +126,13 @@ class Decoder(nn.Module):
             self._angles = torch.stack((angles.cos(), angles.sin())).to(positions.device)
         return self._angles[0, positions], self._angles[1, positions]
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention, linear: Linear = F.linear) -> Tensor:
         """Hidden states after the final norm.
 
         Args:
             input_ids, positions: [T] int64; positions count from 0 in each sequence, below config.max_seq_len.
             attention: mixes tokens, see `Attention`.
+            linear: how weights that are not in e4m3 are multiplied.
 
         Returns:
             [T, H]; logits are its product with `head`, left to the caller, who seldom wants all of them.
@@ -119,5 +140,5 @@ class Decoder(nn.Module):
         cos, sin = self._rotation(positions)
         hidden = F.embedding(input_ids, self.embedding)
         for layer, keeping in zip(self.layers, self.keeping, strict=True):
-            hidden = run_layer(layer, keeping, hidden, cos, sin, attention)
+            hidden = run_layer(layer, keeping, hidden, cos, sin, attention, linear)
         return rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)

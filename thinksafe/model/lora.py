@@ -112,7 +112,12 @@ def without_adapters(decoder: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(decoder: Decoder) -> None:
-    """Add B A into the base weights, in fp32 before rounding, and remove the adapters."""
+    """Add B A into the base weights, in fp32 before rounding, and remove the adapters.
+
+    Raises:
+        ValueError: the weights are in e4m3.
+    """
+    decoder.refuse_e4m3()
     for layer in decoder.layers:
         for name, (scaling, _) in layer.adapters.items():
             base, down, up = (layer._parameters[key] for key in (name, f"{name}_lora_A", f"{name}_lora_B"))

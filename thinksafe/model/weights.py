@@ -8,18 +8,21 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from thinksafe.errors import UserError
+from thinksafe.kernels.fp8 import E4M3, quantise
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.parallel import WHOLE, Shard
 from thinksafe.paths import expand
+
+WeightDtype = Literal["auto", "fp8"]
 
 _MIB = 2**20
 _MAX_SHARD_BYTES = 5 * 2**30
@@ -98,7 +101,9 @@ def load_config(folder: Path) -> tuple[ModelConfig, dict]:
     return ModelConfig.from_hugging_face(raw, str(file)), raw
 
 
-def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str, shard: Shard = WHOLE) -> Decoder:
+def load_decoder(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, shard: Shard = WHOLE, weights: WeightDtype = "auto"
+) -> Decoder:
     """Read a checkpoint, or this process's part of it, straight onto a device.
 
     Args:
@@ -106,6 +111,8 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str, s
         dtype: of the loaded parameters, whatever the file holds.
         device: where they go; one tensor at a time passes through host memory.
         shard: which part; nothing else is read from the disk.
+        weights: `fp8` quantises the layers' projections as they come, a scale an output, for a decoder that is never
+            trained, merged or saved. Embedding, head, norms and biases stay in `dtype`.
 
     Raises:
         UserError: a missing or corrupt file, a missing tensor, one of the wrong shape, a model that cannot be cut so.
@@ -113,7 +120,17 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str, s
     config, _ = load_config(folder)
     with torch.device("meta"):
         decoder = Decoder(config, shard)
-    decoder = decoder.to(dtype).to_empty(device=device)
+    decoder = decoder.to(dtype)
+    frozen = {}  # name -> layer and projection, of what is kept in e4m3
+    if weights == "fp8":
+        frozen = {
+            hugging_face_name(f"layers.{layer.index}.{projection}"): (layer, projection)
+            for layer in decoder.layers
+            for projection in config.projections
+        }
+        for layer, projection in frozen.values():
+            layer._parameters[projection] = nn.Parameter(layer._parameters[projection].to(E4M3), requires_grad=False)
+    decoder = decoder.to_empty(device=device)
     wanted = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
     with torch.no_grad():
         for name, stored in _tensors(folder):
@@ -126,6 +143,10 @@ def load_decoder(folder: Path, dtype: torch.dtype, device: torch.device | str, s
                 raise UserError(f"{folder}: tensor {name} has shape {shapes}")
             if shard.is_added_elsewhere(name):
                 parameter.zero_()
+            elif name in frozen:
+                layer, projection = frozen[name]
+                values, layer.exponents[projection] = quantise(tensor.to(device))
+                parameter.copy_(values)
             else:
                 parameter.copy_(tensor)
     if wanted:
@@ -165,7 +186,11 @@ def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
     Args:
         raw_config: the config.json the decoder came from, written back with the dtype updated.
         folder: made if missing; weights of an earlier save are replaced.
+
+    Raises:
+        ValueError: the weights are in e4m3.
     """
+    decoder.refuse_e4m3()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(decoder.embedding.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps({**raw_config, "dtype": dtype}, indent=2) + "\n")

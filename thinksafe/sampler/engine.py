@@ -19,6 +19,7 @@ from thinksafe.errors import UserError
 from thinksafe.hardware import hardware_of
 from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
+from thinksafe.model.weights import WeightDtype
 from thinksafe.sampler.cache import CacheDtype, CacheFormat
 from thinksafe.sampler.limits import Sizes, pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
@@ -42,6 +43,10 @@ class EngineConfig:
         kv_cache_dtype: `fp8` keeps keys and values in e4m3, half the bytes; `auto` in the model's dtype. Keys of models
             with biases on q, k and v (Qwen2, R1-Distill-Qwen) stay in it either way.
         tensor_parallel: GPUs that hold the model together, where one has no room for it; as many workers are one.
+        weights: `fp8` keeps the layers' projections in e4m3, quantised when they are loaded, and multiplies in it: half
+            the bytes and twice the rate; `auto` in the model's dtype. Training never uses it.
+        batch_invariant: a response has the same tokens and log-probabilities, bit for bit, whatever else is in the
+            batch, in which order and on how many workers; products take longer.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -52,6 +57,8 @@ class EngineConfig:
     kv_cache_gib: float = 0.0
     kv_cache_dtype: CacheDtype = "auto"
     tensor_parallel: int = 1
+    weights: WeightDtype = "auto"
+    batch_invariant: bool = False
 
     def __post_init__(self):
         for name in ("max_running", "max_step_tokens", "tensor_parallel"):
@@ -67,7 +74,7 @@ class Engine:
 
     Attributes:
         hardware: what the device can do, or None where that is not known.
-        sizes: what a pass reads.
+        sizes: what a pass reads; None likewise.
         limit_seconds: the least time that all passes so far could have taken on it.
     """
 
@@ -85,12 +92,17 @@ class Engine:
         if num_pages * page_size < 2:
             raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache")
         self.scheduler = Scheduler(
-            config.max_running, num_pages, page_size, decoder.config.max_seq_len, config.max_step_tokens
+            config.max_running,
+            num_pages,
+            page_size,
+            decoder.config.max_seq_len,
+            config.max_step_tokens,
+            replay=config.batch_invariant,
         )
-        self.runner = Runner(decoder, self.scheduler, cache_format)
+        self.runner = Runner(decoder, self.scheduler, cache_format, config.batch_invariant)
         self.most_at_once = most_at_once or config.max_running + _QUEUED
         self.hardware, self.limit_seconds = hardware_of(device), 0.0
-        self.sizes = Sizes.of(decoder, cache_format)
+        self.sizes = Sizes.of(decoder, cache_format) if self.hardware else None
         self.passes_ahead = 1 if device.type == "cuda" else 0
 
     @property

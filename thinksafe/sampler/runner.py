@@ -5,8 +5,11 @@ slots and positions, so it need not have seen the tokens of the pass before. Set
 request joins or gets a page. On a GPU a decode pass is one copy to the device, one CUDA graph and one copy back.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thinksafe.kernels.chunked_loss import matmul_fp32
@@ -14,6 +17,7 @@ from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.linear_logprob import linear_logprob_of
 from thinksafe.kernels.native import library
 from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles
+from thinksafe.kernels.row_linear import row_linear
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.decoder import Decoder
@@ -96,8 +100,15 @@ class Runner:
         cache: keys and values.
     """
 
-    def __init__(self, decoder: Decoder, scheduler: Scheduler, cache_format: CacheFormat):
+    def __init__(
+        self, decoder: Decoder, scheduler: Scheduler, cache_format: CacheFormat, batch_invariant: bool = False
+    ):
+        """batch_invariant: compute products so that a row's bits do not depend on the other rows."""
         self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
+        self.linear = row_linear if batch_invariant else F.linear
+        # In fp32: rounded to bf16, logits are off by 0.03 and more, which changes two draws in a hundred.
+        self.logits = partial(row_linear, dtype=torch.float32) if batch_invariant else _logits
+        self.logprobs_of = self._logprobs_of_all if batch_invariant else linear_logprob_of
         num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
         self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
         self.spare_slot, self.spare_page = num_slots, num_pages
@@ -135,7 +146,7 @@ class Runner:
         """Compute a pass over prompts: [N, K] fp32, log-probabilities of `token_ids` behind every completing row."""
         self._join(plan)
         hidden = self._read(plan)
-        logprobs = linear_logprob_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
+        logprobs = self.logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
         return Results(self.decoder.shard.agree(logprobs))
 
     def decode_inputs(self, plan: StepPlan, num_rows: int) -> np.ndarray:
@@ -153,7 +164,7 @@ class Runner:
         slots, positions, *entry, page = inputs
         self.page_table[tuple(entry)] = page
         attention = DecodeAttention(self.cache, self.page_table[slots], positions)
-        hidden = self.decoder(self.last_token[slots], positions, attention)
+        hidden = self.decoder(self.last_token[slots], positions, attention, self.linear)
         return self._draw(hidden, slots, positions + 1)
 
     def _read(self, plan: StepPlan) -> Tensor:
@@ -162,17 +173,21 @@ class Runner:
         group = config.num_heads // config.num_kv_heads
         attention = PrefillAttention(self.cache, plan, self.scheduler.page_table, group, itemsize)
         tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
-        hidden = self.decoder(upload(tokens, self.device), attention.positions, attention)
+        hidden = self.decoder(upload(tokens, self.device), attention.positions, attention, self.linear)
         return hidden[attention.last_rows]
 
     def _draw(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        # In fp32: rounded to bf16, logits are off by 0.03 and more, which changes two draws in a hundred.
-        logits = matmul_fp32(hidden, self.decoder.head.T)
+        logits = self.logits(hidden, self.decoder.head)
         settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
         tokens, logprobs = sample(logits, *settings, positions)
         tokens = self.decoder.shard.agree(tokens)
         self.last_token[slots] = tokens.clamp(min=0)  # -1, of a broken row, would be no index in a pass run ahead
         return tokens, logprobs
+
+    def _logprobs_of_all(self, hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+        """`linear_logprob_of` from whole rows of logits."""
+        logprobs = self.logits(hidden, head).log_softmax(-1).gather(-1, token_ids)
+        return logprobs.masked_fill(~hidden.isfinite().all(-1, keepdim=True), torch.nan)
 
     def _join(self, plan: StepPlan) -> None:
         """Send what the device must know of new occupants and their pages."""
@@ -181,6 +196,10 @@ class Runner:
             getattr(self, name)[slots] = upload(getattr(self.scheduler, name)[plan.joined], self.device)
         slots, indices, pages = upload(plan.new_pages.T, self.device)
         self.page_table[slots, indices] = pages
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    return matmul_fp32(hidden, head.T)
 
 
 class _DecodeGraph:

@@ -75,7 +75,19 @@ class Scheduler:
         num_in_flight: plans that are not committed.
     """
 
-    def __init__(self, num_slots: int, num_pages: int, page_size: int, max_seq_len: int, max_step_tokens: int):
+    def __init__(
+        self,
+        num_slots: int,
+        num_pages: int,
+        page_size: int,
+        max_seq_len: int,
+        max_step_tokens: int,
+        *,
+        replay: bool = False,
+    ):
+        """replay: write a preempted response anew from its first token, as it was written, where reading it as a part
+        of the prompt would give its cache other last bits."""
+        self.replay = replay
         self.page_size = page_size
         self.max_step_tokens = max_step_tokens
         self.pool = PagePool(num_pages)
@@ -330,8 +342,11 @@ class Scheduler:
         return True
 
     def _requeue(self, slot: int, length: int) -> None:
-        """Put a sequence back to the front of the queue with its first `length` tokens, all of them committed."""
+        """Put a sequence back to the front of the queue with its first `length` tokens, all of them committed; with its
+        prompt alone where responses are replayed."""
         sequence = self.running[slot]
+        if self.replay:
+            length = len(sequence.request.prompt)
         sequence.tokens = self.tokens[slot, :length].tolist()
         sequence.logprobs = self.logprobs[slot, len(sequence.request.prompt) : length].tolist()
         self._free(slot)
