@@ -58,7 +58,7 @@ def sequence(length: int, response: int, seed: int) -> TrainingSequence:
 SEQUENCES = [sequence(*sizes, 0) for sizes in [(30, 12), (7, 1), (55, 54), (16, 8), (30, 29), (2, 1), (41, 3)]]
 
 
-def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0) -> SingleEngine:
+def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0, with_reference=False) -> SingleEngine:
     if method == "lora":
         attach(decoder, config, seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -68,7 +68,7 @@ def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0) -> S
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     else:
         decoder.requires_grad_(True)
-    return SingleEngine(decoder, clip, weight_decay)
+    return SingleEngine(decoder, clip, weight_decay, with_reference)
 
 
 def gradients(engine: SingleEngine, packs, monkeypatch=None):
@@ -327,7 +327,7 @@ def test_a_run_with_left_out_steps_goes_on_bit_for_bit(untied, tmp_path):
             assert found == whole
 
 
-@pytest.mark.parametrize("killed", [None, 2])
+@pytest.mark.parametrize("killed", [None, 2, 3])
 def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(untied, tmp_path, killed):
     """Whether or not a restart lies between them."""
 
@@ -346,11 +346,26 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(untied, tmp_path,
 
 
 def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
-    ours, losses = engine(load_decoder(folder, torch.float32, CPU)), iter([1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2])
-    ours.step = lambda packs, rate: StepResult(next(losses), 1.0)
-    train(ours, SEQUENCES[:1], TrainingConfig(epochs=34, batch_size=1), 0, tmp_path)
-    notes = {step.step: step.note for step in read_metrics(tmp_path / "metrics.jsonl") if step.note}
-    assert notes == {32: "loss spike: 9, usually 1.11"}
+    """Whether or not a restart lies between them."""
+    config = TrainingConfig(epochs=34, batch_size=1, checkpoint_every=30)
+
+    def on_step(metrics):
+        if metrics.step == 31:
+            raise Killed
+
+    def losing(losses):
+        ours = engine(load_decoder(folder, torch.float32, CPU))
+        ours.step = lambda packs, rate: StepResult(losses.pop(0), 1.0)
+        return ours
+
+    losses = [1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2]
+    train(losing(losses[:]), SEQUENCES[:1], config, 0, tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(losing(losses[:]), SEQUENCES[:1], config, 0, tmp_path / "killed", on_step)
+    train(losing(losses[30:]), SEQUENCES[:1], config, 0, tmp_path / "killed")
+    for out in (tmp_path / "whole", tmp_path / "killed"):
+        notes = {step.step: step.note for step in read_metrics(out / "metrics.jsonl") if step.note}
+        assert notes == {32: "loss spike: 9, usually 1.11"}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -472,16 +487,16 @@ def untimed(folder):
     return [dataclasses.replace(one, seconds=0, tokens_per_second=0) for one in read_metrics(folder / "metrics.jsonl")]
 
 
-def fresh_engine(folder, method, dtype=torch.float32):
-    return engine(load_decoder(folder, dtype, CPU), method, DROPOUT, clip=1.0)
+def fresh_engine(folder, method, dtype=torch.float32, with_reference=False):
+    return engine(load_decoder(folder, dtype, CPU), method, DROPOUT, clip=1.0, with_reference=with_reference)
 
 
-def run(folder, out, method="lora", until=STEPS, dtype=torch.float32, sequences=SEQUENCES, config=RUN):
+def run(folder, out, method="lora", until=None, dtype=torch.float32, sequences=SEQUENCES, config=RUN):
     """Train until a step and be killed there, after its metrics and before its checkpoint; the weights."""
-    ours = fresh_engine(folder, method, dtype)
+    ours = fresh_engine(folder, method, dtype, any(sequence.keeps_to_reference for sequence in sequences))
 
     def on_step(metrics):
-        if metrics.step == until and until < metrics.total_steps:
+        if metrics.step == until:
             raise Killed
 
     try:
@@ -495,7 +510,7 @@ def assert_same_run(out, weights, expected_out, expected_weights):
     assert weights.keys() == expected_weights.keys()
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
     found, expected = (untimed(folder) for folder in (out, expected_out))
-    assert found == expected and [metrics.step for metrics in found] == list(range(1, STEPS + 1))
+    assert found == expected and [metrics.step for metrics in found] == list(range(1, found[0].total_steps + 1))
 
 
 @pytest.mark.parametrize(
@@ -511,6 +526,23 @@ def test_a_run_killed_at_any_step_ends_bit_for_bit_as_one_that_was_not(folder, t
     for step in (3, 4, 8):
         run(folder, out, method, step, dtype)
     assert_same_run(out, run(folder, out, method, dtype=dtype), tmp_path / "whole", expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_killed_run_goes_on_with_the_reference_it_began_with(folder, tmp_path, method):
+    """Where every weight is trained the reference is a copy, and a restart must not take it from the checkpoint."""
+    mixed = [
+        dataclasses.replace(one, keeps_to_reference=index % 2 == 0, weight=1.0 + index)
+        for index, one in enumerate(SEQUENCES)
+    ]
+    config = dataclasses.replace(RUN, method=method, batch_tokens=70, loss_reduction="sequence", benign_loss="kl")
+    options = {"method": method, "sequences": mixed, "config": config}
+    expected = run(folder, tmp_path / "whole", **options)
+    steps = len(untimed(tmp_path / "whole"))
+    for step in (1, steps // 2, steps - 1):
+        out = tmp_path / f"killed at {step}"
+        assert run(folder, out, until=step, **options) is None
+        assert_same_run(out, run(folder, out, **options), tmp_path / "whole", expected)
 
 
 def test_a_finished_run_takes_no_further_step(folder, tmp_path):

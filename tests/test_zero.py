@@ -25,6 +25,8 @@ from zero_ranks import (
     CLIP,
     DECAY,
     GOOD,
+    MIXED,
+    MIXED_RUN,
     POISON,
     RATES,
     RUN,
@@ -33,6 +35,8 @@ from zero_ranks import (
     SETUPS,
     batches,
     export,
+    mixed,
+    mixed_student,
     my_packs,
     student,
 )
@@ -178,6 +182,37 @@ def test_a_run_killed_while_it_saves_goes_on_as_if_nothing_had_happened(folder, 
     finish(folder, tmp_path, "resumed", "torn", ranks=3)
     assert json.loads((tmp_path / "torn.json").read_text())["first_step"] == 5
     assert_close(load_file(tmp_path / "torn.safetensors"), expected, LORA_WITHIN, "on three ranks")
+
+
+@pytest.mark.slow
+def test_a_run_with_kl_a_token_budget_and_left_out_steps_is_cut_off_and_goes_on_bit_for_bit(tmp_path):
+    """Also begun on two ranks and ended on one, as near as the steps are. Three bad steps in a row stop all ranks."""
+    untied = make_checkpoint("qwen3", tmp_path / "untied", tie_word_embeddings=False)
+    finish(untied, tmp_path, "interrupted")
+    for name, (method, _) in MIXED.items():
+        ours, theirs = json.loads((tmp_path / f"{name}.json").read_text())
+        assert ours == theirs, f"{name}: the ranks disagree"
+        assert set(ours["same"].values()) == {True}, (name, ours["same"])
+        whole = steps_of(tmp_path / name / "whole")
+        last = len(whole)
+        left_out = [one.step for one in whole if one.loss is None]
+        assert bool(left_out) == (method == "lora") and len(left_out) < last / 2
+        resumed = {"cut off at 1": list(range(1, last + 1)), "cut off at 5": list(range(5, last + 1))}
+        assert ours["steps"] == {"no step left": [], **resumed}
+        for place in resumed:
+            assert steps_of(tmp_path / name / place) == whole
+
+        newest = max((tmp_path / name / "whole" / "checkpoints").iterdir())
+        shutil.rmtree(newest)
+        single = SingleEngine(mixed_student(untied, method), CLIP, DECAY, with_reference=True)
+        seen = []
+        train(single, mixed(), MIXED_RUN, SEED, tmp_path / name / "whole", seen.append)
+        assert 1 < seen[0].step <= last
+        expected = load_file(tmp_path / f"{name}.safetensors")
+        assert_close(single.tensors(), expected, LORA_WITHIN if method == "lora" else FULL_WITHIN, name)
+        assert [one.step for one in steps_of(tmp_path / name / "whole") if one.loss is None] == left_out
+    lora = json.loads((tmp_path / "lora-2-kl.json").read_text())[0]
+    assert re.fullmatch(r"step 3, the 3rd in a row left out: loss nan, .*", lora["stopped"])
 
 
 def steps_of(run: Path) -> list:

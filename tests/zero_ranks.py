@@ -25,6 +25,7 @@ DROPOUT = dataclasses.replace(LORA, dropout=0.2)
 CLIP, DECAY = 0.5, 0.1
 RATES = (1e-2, 3e-3, 1e-2, 1e-2)
 RUN = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
+MIXED_RUN = dataclasses.replace(RUN, batch_tokens=70, loss_reduction="sequence", benign_loss="kl")
 SEED = 11
 SETUPS = {
     "lora-3": ("lora", ZeroConfig(3)),
@@ -37,6 +38,8 @@ SETUPS = {
     "lora-2-kl": ("lora", ZeroConfig(2)),
     "full-3-kl": ("full", ZeroConfig(3)),
 }
+MIXED = {"lora-2-kl": ("lora", ZeroConfig(2)), "full-3-kl": ("full", ZeroConfig(3))}
+"""Set-ups of the runs that are interrupted. The first one also meets a poisoned token of its frozen base."""
 KEEPING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
 """What layers keep for the backward pass: sharded weights are gathered again where it is computed again."""
 
@@ -53,12 +56,16 @@ GOOD, BAD = SEQUENCES[0], SEQUENCES[2]
 POISON = next(id_ for id_ in BAD.input_ids.tolist() if id_ not in GOOD.input_ids)
 
 
+def mixed() -> list[TrainingSequence]:
+    """Some that keep to the reference, no two with the same weight."""
+    return [dataclasses.replace(one, keeps_to_reference=len(one) % 2 == 1, weight=1 + len(one)) for one in SEQUENCES]
+
+
 def batches(setup: str) -> list[list[TrainingSequence]]:
     """What a set-up trains on, step by step."""
     if not setup.endswith("kl"):
         return BATCHES
-    mixed = [dataclasses.replace(one, keeps_to_reference=len(one) % 2 == 1, weight=1 + len(one)) for one in SEQUENCES]
-    return [mixed, mixed[2:3], mixed[4:], mixed[:1]]
+    return [mixed(), mixed()[2:3], mixed()[4:], mixed()[:1]]
 
 
 def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
@@ -223,10 +230,61 @@ def resumed(folder: Path, out: Path, *names: str) -> None:
             (out / f"{name}.json").write_text(json.dumps({"first_step": seen[0], "seeds": seeds}))
 
 
+class Interrupted(BaseException):
+    """All ranks stop between the metrics of a step and its checkpoint."""
+
+
+def interrupted(folder: Path, out: Path) -> None:
+    """The loop with everything that may be in a run, whole and cut off before and after its first checkpoint."""
+    for name, (method, config) in MIXED.items():
+
+        def run(place: str, until: int = 0, name=name, method=method, config=config):
+            """(state, steps taken), or None if cut off."""
+            decoder, seen = mixed_student(folder, method), []
+
+            def on_step(metrics):
+                seen.append(metrics.step)
+                if metrics.step == until:
+                    raise Interrupted
+
+            engine = zero_engine(decoder, config, with_reference=True)
+            try:
+                train(engine, mixed(), MIXED_RUN, SEED, out / name / place, on_step)
+            except Interrupted:
+                return None
+            return whole_state(engine), seen
+
+        state, _ = run("whole")
+        barrier()
+        found = {"no step left": run("whole")}
+        for until in (1, 5):
+            assert run(f"cut off at {until}", until) is None
+            found[f"cut off at {until}"] = run(f"cut off at {until}")
+        same = {place: all(torch.equal(state[key], other[key]) for key in state) for place, (other, _) in found.items()}
+        report = {"same": same, "steps": {place: seen for place, (_, seen) in found.items()}}
+        if method == "lora":
+            engine = zero_engine(mixed_student(folder, method), config, with_reference=True)
+            report["stopped"] = _message(train, engine, [BAD], dataclasses.replace(RUN, epochs=4), SEED, out / "bad")
+        everyones = gather(report)
+        if rank() == 0:
+            save_file(state, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(everyones))
+
+
+def mixed_student(folder: Path, method: str):
+    """Where the base is frozen one of its tokens is poisoned, so that the steps that meet it are left out."""
+    decoder = student(folder, method)
+    if method == "lora":
+        with torch.no_grad():
+            decoder.embedding[POISON] = torch.nan
+    return decoder
+
+
 if __name__ == "__main__":
     scenario, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     join()
     scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
+    scenarios["interrupted"] = interrupted
     scenarios[scenario](folder, out, *sys.argv[4:])
     barrier()
     if rank() == 0:
