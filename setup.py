@@ -55,7 +55,7 @@ setup(
     packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
     package_data={
         "thinksafe": ["export.md"],
-        "thinksafe.launch": ["recipes/*.yaml"],
+        "thinksafe.launch": ["recipes/*.yaml", "*.sh", "hostfile", "README.md"],
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html", "*.css", "*.js"],
     },

@@ -106,7 +106,7 @@ def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
         for pattern in ("thinksafe/**/*.py", "thinksafe/organism/bundle/**/*", "thinksafe/reporting/*.*")
         for file in ROOT.glob(pattern)
     ]
-    expected += [*ROOT.glob("kernels/*.py"), *ROOT.glob("launch/*.py"), *ROOT.glob("launch/recipes/*.yaml")]
+    expected += [*ROOT.glob("kernels/*.py"), *ROOT.glob("launch/*"), *ROOT.glob("launch/recipes/*.yaml")]
     for file in expected:
         if not file.is_file() or "__pycache__" in file.parts:
             continue

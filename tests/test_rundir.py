@@ -5,13 +5,22 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from thinksafe import rundir
 from thinksafe.errors import UserError
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Response, to_json
 from thinksafe.rundir import Journal, RunDir, sha256, write_atomically
+from thinksafe.workers import Workers
 
 RECIPE = check_recipe({"name": "n", "model": "m"}, "here")
 OTHER = dataclasses.replace(RECIPE, seed=1)
@@ -276,3 +285,109 @@ def test_the_manifest_tells_what_made_the_run(tmp_path):
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert {"thinksafe", "python", "torch", "transformers", "machine"} <= manifest["environment"].keys()
     assert manifest["created"].endswith("+00:00")
+
+
+# Several workers
+
+
+def together(count: int, work) -> list:
+    """What work(workers) gives, or raises, in `count` threads that share a run, by rank."""
+    store = torch.distributed.HashStore()
+
+    def outcome(rank: int):
+        try:
+            return work(Workers(rank, count, store))
+        except UserError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(outcome, range(count)))
+
+
+@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=25), st.integers(0, 40))
+@settings(max_examples=40)
+def test_a_shard_is_the_same_whoever_wrote_it_in_which_order(count, left, torn):
+    """An earlier launch of up to four workers left some records, one of them torn, some twice."""
+    records = [response(number) for number in range(10)]
+    wanted = "".join(to_json(record) + "\n" for record in records)
+    with tempfile.TemporaryDirectory() as folder:
+        shard = Path(folder) / "responses.jsonl"
+        for rank, number in left:
+            with shard.with_name(f"{shard.name}.partial-{rank}").open("a") as part:
+                part.write(to_json(records[number]) + "\n")
+        if left:
+            with shard.with_name(f"{shard.name}.partial-{left[0][0]}").open("a") as part:
+                part.write(to_json(records[0])[:torn])
+
+        def work(workers: Workers) -> set[str]:
+            journal = Journal(shard, Response, workers)
+            done = {record.key for record in journal.records()}
+            for record in workers.share([record for record in records[::-1] if record.key not in done]):
+                journal.append(record)
+            journal.finish(record.key for record in records)
+            return done
+
+        assert together(count, work) == [{records[number].key for _, number in left}] * count
+        assert shard.read_text() == wanted and os.listdir(folder) == [shard.name]
+
+
+def test_a_shard_that_lacks_a_record_is_never_final(shard, monkeypatch):
+    monkeypatch.setattr(rundir, "_SEEN_WITHIN", 0.0)
+
+    def work(workers: Workers):
+        journal = Journal(shard, Response, workers)
+        if workers.leads:
+            journal.append(response(1))
+            journal.finish([response(1).key, response(2).key])
+
+    workers = Workers(0, 1, torch.distributed.HashStore())
+    with pytest.raises(UserError, match="not every worker's records are to be seen here"):
+        work(workers)
+    assert not shard.exists() and list(Journal(shard, Response).records()) == [response(1)]
+
+
+def test_the_folder_is_closed_to_others_until_the_last_worker_has_left(tmp_path):
+    left = threading.Event()
+
+    def work(workers: Workers) -> str:
+        with RunDir.open(tmp_path / "run", RECIPE, workers):
+            if not workers.leads:
+                left.wait(10)
+                return "worked"
+        try:
+            with RunDir.open(tmp_path / "run", RECIPE):
+                return "got in"
+        finally:
+            left.set()
+
+    first, second = together(2, work)
+    assert "another process is working" in first and second == "worked"
+    with RunDir.open(tmp_path / "run", RECIPE):
+        pass
+
+
+def test_a_folder_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
+    """Each machine has its own, from an earlier run with the same recipe."""
+    monkeypatch.setattr(rundir, "_SEEN_WITHIN", 0.5)
+    monkeypatch.setattr(Workers, "meet", lambda self: None)  # the first one would wait for the other for ever
+    for name in "ab":
+        with RunDir.open(tmp_path / name, RECIPE):
+            pass
+
+    def work(workers: Workers) -> str:
+        with RunDir.open(tmp_path / "ab"[workers.rank], RECIPE, workers):
+            return "worked"
+
+    first, second = together(2, work)
+    assert first == "worked" and "b/.lock: is not what the first worker wrote there; with several machines" in second
+
+
+def test_an_input_that_differs_from_machine_to_machine_is_named(tmp_path):
+    def work(workers: Workers) -> str:
+        with RunDir.open(tmp_path / "run", RECIPE, workers) as run:
+            run.remember_input("model", "the same")
+            run.remember_input("guard", f"of {workers.rank}")
+            return "worked"
+
+    first, second = together(2, work)
+    assert first == "worked" and second.startswith("guard: is another one here than on the first worker's machine")

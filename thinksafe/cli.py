@@ -25,6 +25,7 @@ Restore the safety of a reasoning model with its own data.
   thinksafe run --recipe organism --out runs/demo     everything, on a bundled synthetic world, in minutes on a CPU
   thinksafe run --recipe qwen3-0.6b --out runs/qwen   the paper's settings on one GPU
   thinksafe estimate --recipe qwen3-8b --gpu H100     what that will take, before anything runs
+  torchrun --nproc-per-node gpu -m thinksafe.cli run ...     all GPUs of a machine; launch/README.md has more
 
 A run directory holds the recipe, every record and the report. Any command can be killed and given again: it goes on
 where it stopped. The stages can be run one by one on the same --out folder:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# A SLURM job: one torchrun a machine, one worker a GPU. Machines, GPUs and time are options of sbatch.
+#
+#   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh run --recipe qwen3-32b --out /shared/runs/qwen3-32b
+#
+# A job that is stopped or preempted goes on where it was when it is queued again, also with other numbers of machines.
+#SBATCH --job-name=thinksafe
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+exec srun --kill-on-bad-exit=1 torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${GPUS:-gpu}" \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:${MASTER_PORT:-29400}" \
+    -m thinksafe.cli "$@"
