@@ -130,11 +130,11 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 def peer(module: str, notes: list[str]) -> Any:
-    """The module of another project, or None and a note that it is absent."""
+    """The module of another project, or None and a note why not."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        notes.append(f"absent: {module} ({error})")
+    except Exception as error:  # theirs to raise: what does not fit their torch or Triton is no ImportError
+        notes.append(f"absent: {module} ({type(error).__name__}: {error})")
         return None
 
 
