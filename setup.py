@@ -45,6 +45,7 @@ class BuildWithNvcc(build_ext):
 TRITON = "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'"
 DEEPSPEED = "deepspeed>=0.19.8"
 TENSORBOARD = "tensorboard"
+PEERS = ["peft", "trl"]
 
 setup(
     name="thinksafe",
@@ -82,6 +83,7 @@ setup(
         "deepspeed": [DEEPSPEED],
         "tensorboard": [TENSORBOARD],
         "wandb": ["wandb"],
+        "bench": PEERS,
         "test": [
             TRITON,
             DEEPSPEED,
@@ -90,7 +92,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
-            "peft",
+            *PEERS,
             "ruff",
             "selenium",
             "setuptools",

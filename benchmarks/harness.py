@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RATE, BANDWIDTH = 790e12, 4.3e12
+from thinksafe.hardware import hardware_named
+
+RATE, BANDWIDTH = hardware_named("H200").flop_per_second, hardware_named("H200").bytes_per_second
 """The two ceilings measured on an H200: FLOP/s of a large cuBLAS product in bf16, bytes/s of a large copy."""
 
 
@@ -43,14 +45,17 @@ def device_name() -> str:
 
 
 def seconds(work: Callable[[], None]) -> float:
-    """Wall time of one call, the device's work included."""
-    if torch.cuda.is_available():
+    """Wall time of one call, the device's work included; without a GPU the processor's time, which other work on the
+    machine does not change."""
+    gpu = torch.cuda.is_available()
+    clock = time.perf_counter if gpu else time.process_time
+    if gpu:
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     work()
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def interleaved(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -156,7 +161,17 @@ def _clock() -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for package in ("torch", "triton", "transformers", "numpy", "liger-kernel", "cut-cross-entropy", "quack-kernels"):
+    for package in (
+        "torch",
+        "triton",
+        "transformers",
+        "numpy",
+        "trl",
+        "peft",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "quack-kernels",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -32,6 +32,10 @@ MODELS = {
     "cpu-6m": _QWEN3
     | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 32}
     | {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048},
+    # So small that a CPU, like a GPU with one short sequence, waits for the host and not for products.
+    "cpu-0.3m": _QWEN3
+    | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": 512, "head_dim": 16}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
 }
 """Entries of config.json by name."""
 

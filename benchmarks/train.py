@@ -1,78 +1,232 @@
-"""LoRA fine-tuning: our packed loop against transformers + PEFT on padded batches, same model, data and batch size.
+"""Fine-tuning: our packed loop against TRL's SFTTrainer and a plain loop on padded batches; same weights, sequences and
+eight of them a step.
 
-Padding to the longest of eight sequences computes tokens nobody needs; the loss over the whole vocabulary is formed
-for prompt tokens that carry none. Both sides train rank-32 adapters on q_proj and v_proj with AdamW.
+TRL runs at the settings of the paper's code (one sequence at a time, gradient checkpointing, sdpa) and at its best ones
+for the device: without checkpointing, and on a GPU eight sequences without padding where flash-attn is there, else
+padded; on a CPU one at a time, which pads nothing. Padding to the longest of eight computes tokens nobody needs, logits
+of prompt tokens carry no loss, and a module for each projection and norm costs the host time.
+
+On a CPU a model of 6M parameters waits for products, which packing cannot make fewer than a batch of one has; one of
+0.3M waits for the host, as a GPU does with one short sequence.
+
+The host's time for a layer is that of a pack too small to keep any device busy. Below it no step can be: 28 layers at
+1 to 1.4 ms are 28 to 39 ms, and 6k tokens of Qwen3-0.6B take an H200 about 55, so launches should not bound a step
+there, and steps are not recorded as CUDA graphs. If this row says otherwise on a GPU, that is the next thing to do.
 """
 
-import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import get_peft_model
+from torch import nn
 
-from benchmarks.harness import Result, interleaved
+from benchmarks.harness import Measured, Result, measure, peer, progress, seconds
 from benchmarks.sampler import _models
 from benchmarks.shapes import response_lengths
+from thinksafe.hardware import hardware_of
+from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described, keeping_on, largest_pack
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.packing import TrainingSequence, pack
 
-_PROMPT, _BATCH = 64, 8
+_PROMPT, _BATCH, _PACK = 64, 8, 32_768
+_LORA = LoraConfig()
+_ON_GPU = [
+    *((name, "lora") for name in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")),
+    *((name, "full") for name in ("qwen3-0.6b", "qwen3-1.7b")),
+]
 
 
 def run() -> Result:
     """Measure on whatever device there is."""
     gpu = torch.cuda.is_available()
-    name, steps, mean, longest = ("qwen3-0.6b", 12, 700, 8192) if gpu else ("cpu-6m", 6, 120, 600)
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    cases = _ON_GPU if gpu else [("cpu-0.3m", "lora"), ("cpu-0.3m", "full"), ("cpu-6m", "lora")]
+    rows, notes = [], []
+    for name, method in cases:
+        progress(f"{name}, {method}")
+        rows += _case(name, method, notes)
+        if gpu:
+            torch.cuda.empty_cache()
+    claim = (
+        "Packing computes no padding and no logits of prompt tokens, and a lean decoder leaves the host little to do."
+    )
+    return Result("train", claim, rows, list(dict.fromkeys(notes)))
+
+
+def _case(name: str, method: str, notes: list[str]) -> list[dict]:
+    """One model and method: all variants on the same sequences."""
+    gpu = torch.cuda.is_available()
+    steps, mean, longest = (12, 700, 8192) if gpu else (6, 120, 600)
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     ours, theirs = _models(name, device, dtype)
     rng = np.random.default_rng(0)
     sequences = [
         TrainingSequence(rng.integers(0, ours.config.vocab_size, _PROMPT + length, dtype=np.int32), _PROMPT)
         for length in response_lengths(steps * _BATCH, mean, longest, seed=1)
     ]
-    batches = [sequences[start : start + _BATCH] for start in range(0, len(sequences), _BATCH)]
+    if method == "lora":
+        attach(ours, _LORA, seed=0)
+    else:
+        ours.requires_grad_(True)
+    costs = TrainingCosts(ours.config, ours.lora, dtype.itemsize)
+    lengths = [len(sequence) for sequence in sequences]
+    ours.keeping = keeping_on(device, "auto", costs, largest_pack(lengths, _BATCH, 0, _PACK))
+    notes.append(
+        f"{name}, random weights, {steps} steps of {_BATCH} sequences, {sum(lengths):,} tokens, squared lengths sum to "
+        f"{sum(length**2 for length in lengths):,}; padding is not counted as tokens"
+    )
+    if gpu:
+        notes.append(f"{name}, {method}: ThinkSafe computes again: {described(ours.keeping)}")
+    engine = SingleEngine(ours, 1.0, 0.0, with_reference=method == "lora")
+    variants = {"ThinkSafe": lambda: _packed(engine, sequences, _BATCH)}
+    if method == "lora":
+        half = [replace(one, keeps_to_reference=index % 2 == 0) for index, one in enumerate(sequences)]
+        variants["ThinkSafe, +KL on half of the sequences"] = lambda: _packed(engine, half, _BATCH)
+    if gpu:  # what a token budget gives where the batch is free
+        variants["ThinkSafe, packs of 32k tokens a step"] = lambda: _packed(engine, sequences, len(sequences))
+    if model := _trained_by_peers(theirs, method, notes):
+        variants |= dict(_peers(model, sequences, notes))
+    measured = measure(variants, 2 if gpu else 3, notes)
+    targets = sum(sequence.num_targets for sequence in sequences)
+    flop = costs.useful_flop(Work(sum(lengths), targets, causal_pairs(lengths)))
+    rows = [
+        {"model": name, "method": method, "variant": variant} | _figures(found, sum(lengths), flop, device)
+        for variant, found in measured.items()
+    ]
+    for row in rows:
+        if not row["variant"].startswith("ThinkSafe"):
+            row["ThinkSafe is faster by"] = rows[0]["tokens/s"] / row["tokens/s"]
+    rows[0]["host ms a layer"] = _host_milliseconds(ours)
+    return rows
 
-    attach(ours, LoraConfig(), seed=0)
-    engine = SingleEngine(ours, max_grad_norm=1.0, weight_decay=0.0)
 
-    def packed() -> None:
-        for batch in batches:
-            engine.step(pack(batch, 16_384, device), 1e-5)
+def _figures(found: Measured, tokens: int, flop: float, device: torch.device) -> dict[str, float]:
+    """Rate, useful FLOP, their share of what the GPU promises, and memory beyond what is there between steps."""
+    figures = {"seconds": found.seconds, "tokens/s": tokens / found.seconds, "TFLOP/s": flop / found.seconds / 1e12}
+    if hardware := hardware_of(device):
+        figures["MFU"] = flop / found.seconds / hardware.peak_flop_per_second
+    return figures | ({"peak GiB": found.peak_bytes / 2**30} if device.type == "cuda" else {})
 
-    settings = PeftConfig(r=32, lora_alpha=16, lora_dropout=0.05, target_modules=["q_proj", "v_proj"])
-    adapted = get_peft_model(theirs, settings).train()
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+
+def _packed(engine: SingleEngine, sequences: list[TrainingSequence], batch_size: int) -> None:
+    for start in range(0, len(sequences), batch_size):
+        packs = pack(sequences[start : start + batch_size], _PACK, engine.device)
+        for group in [packs] if batch_size == _BATCH else [[one] for one in packs]:
+            engine.step(group, 1e-5)
+
+
+def _trained_by_peers(model: nn.Module, method: str, notes: list[str]) -> nn.Module | None:
+    """The same model as peers train it; None where PEFT is wanted and absent."""
+    if method == "full":
+        return model.train()
+    peft = peer("peft", notes)
+    if peft is None:
+        return None
+    targets = list(_LORA.target_modules)
+    settings = {"r": _LORA.rank, "lora_alpha": _LORA.alpha, "lora_dropout": _LORA.dropout, "target_modules": targets}
+    return peft.get_peft_model(model, peft.LoraConfig(**settings)).train()
+
+
+def _peers(
+    model: nn.Module, sequences: list[TrainingSequence], notes: list[str]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    trl, datasets = peer("trl", notes), peer("datasets", notes)
+    if trl and datasets:
+        gpu = torch.cuda.is_available()
+        flash = gpu and peer("flash_attn", notes) is not None
+        best = {"per_device_train_batch_size": _BATCH if gpu else 1, "padding_free": flash}
+        attention = "flash_attention_2" if flash else "sdpa"
+        reference = {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+        yield "TRL, the paper's settings", _with_trl(model, sequences, reference, "sdpa")
+        yield "TRL, its best settings", _with_trl(model, sequences, best | {"gradient_checkpointing": False}, attention)
+    yield "transformers, padded batches", _padded(model, sequences)
+
+
+def _with_trl(
+    model: nn.Module, sequences: list[TrainingSequence], settings: dict, attention: str
+) -> Callable[[], None]:
+    """An epoch of SFTTrainer over sequences that are tokenised already."""
+    import datasets
+    import transformers
+    import trl
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = Tokenizer(WordLevel({"pad": 0, "end": 1}, unk_token="pad"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="pad", eos_token="end")
+    examples = [
+        {
+            "input_ids": sequence.input_ids.tolist(),
+            "labels": [-100] * sequence.response_start + sequence.input_ids[sequence.response_start :].tolist(),
+        }
+        for sequence in sequences
+    ]
+    gpu = torch.cuda.is_available()
+
+    def epoch() -> None:
+        model.gradient_checkpointing_disable()
+        model.set_attn_implementation(attention)
+        quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            config = trl.SFTConfig(
+                folder,
+                gradient_accumulation_steps=_BATCH // settings["per_device_train_batch_size"],
+                num_train_epochs=1,
+                learning_rate=1e-5,
+                max_grad_norm=1.0,
+                max_length=None,
+                bf16=gpu,
+                use_cpu=not gpu,
+                **quiet,
+                **settings,
+            )
+            dataset = datasets.Dataset.from_list(examples)
+            trl.SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer).train()
+
+    return epoch
+
+
+def _padded(model: nn.Module, sequences: list[TrainingSequence]) -> Callable[[], None]:
+    """The plain loop: eight sequences padded to the longest, the model's own loss, AdamW."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
+    device = trained[0].device
 
-    def padded() -> None:
-        for batch in batches:
+    def epoch() -> None:
+        model.gradient_checkpointing_disable()
+        model.set_attn_implementation("sdpa")
+        for start in range(0, len(sequences), _BATCH):
+            batch = sequences[start : start + _BATCH]
             width = max(map(len, batch))
-            input_ids = torch.zeros(_BATCH, width, dtype=torch.long)
-            labels = torch.full((_BATCH, width), -100)
-            mask = torch.zeros(_BATCH, width, dtype=torch.long)
+            input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+            labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
             for row, sequence in enumerate(batch):
                 ids = torch.from_numpy(sequence.input_ids).long()
                 input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
                 labels[row, sequence.response_start : len(ids)] = ids[sequence.response_start :]
-            out = adapted(input_ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
+            out = model(input_ids.to(device), attention_mask=mask.to(device), labels=labels.to(device))
             out.loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
-    times = interleaved({"ThinkSafe, packed": packed, "transformers + PEFT, padded": padded}, rounds=3)
-    tokens = sum(map(len, sequences))
-    table = []
-    for variant, taken in times.items():
-        median = statistics.median(taken)
-        table.append({"variant": variant, "seconds": median, "tokens/s": tokens / median})
-    for row in table:
-        row["ThinkSafe is faster by"] = table[0]["tokens/s"] / row["tokens/s"]
-    return Result(
-        "train",
-        "Packing computes no padding and no logits of prompt tokens.",
-        table,
-        [f"{name}, random weights, {steps} steps of {_BATCH} sequences, {tokens:,} tokens, padding not counted"],
-    )
+    return epoch
+
+
+def _host_milliseconds(decoder: Decoder) -> float:
+    """A layer's forward and backward pass on eight sequences of two tokens."""
+    tiny = [TrainingSequence(np.zeros(2, np.int32), 1)] * _BATCH
+    (batch,) = pack(tiny, _PACK, decoder.embedding.device)
+
+    def step() -> None:
+        decoder(batch.input_ids, batch.positions, batch.attention).sum().backward()
+
+    step()
+    taken = min(seconds(step) for _ in range(20))
+    decoder.zero_grad()
+    return 1e3 * taken / decoder.config.num_layers

@@ -31,17 +31,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """The same through one dense, right-padded batch: a causal query never reaches the padding behind it."""
-    lengths = cu_seqlens.diff()
-    sequence = torch.repeat_interleave(lengths)
-    offset = torch.arange(q.shape[0], device=q.device) - cu_seqlens[sequence]
+    """The same, one sequence after another: of a dense batch most would be padding where one sequence is long."""
 
-    def padded(x: Tensor) -> Tensor:
-        dense = x.new_zeros(len(lengths), max_seqlen, *x.shape[1:])
-        return dense.index_put((sequence, offset), x).transpose(1, 2)
+    def of(*parts: Tensor) -> Tensor:
+        heads_first = (part.transpose(0, 1)[None] for part in parts)
+        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
-    out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), is_causal=True, enable_gqa=True)
-    return out.transpose(1, 2)[sequence, offset]
+    lengths = cu_seqlens.diff().tolist()
+    return torch.cat([of(*parts) for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
 
 
 def _with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:

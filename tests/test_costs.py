@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
@@ -14,9 +15,12 @@ from thinksafe.kernels import dispatch
 from thinksafe.model.activations import KEEPING
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.config import ModelConfig
+from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.model.weights import load_decoder
 from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described
+from thinksafe.training.losses import PackLoss
+from thinksafe.training.packing import TrainingSequence, pack
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = [("q_proj", "v_proj"), ("k_proj",), ("o_proj",), ("up_proj",), ("down_proj",), ("v_proj", "down_proj"), EVERY]
@@ -119,3 +123,42 @@ def test_eight_billion_parameters_with_adapters_train_on_32k_tokens_in_80_gb():
     chosen = costs.choose(0.95 * free, 32_768)
     assert chosen is not None and described(chosen).startswith("full in ")
     assert costs.state_bytes() + costs.step_bytes(chosen, 32_768, 32_768) < 80e9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "modes", [("none",) * 4, ("selective",) * 4, ("full",) * 4, ("full", "selective", *["none"] * 2)]
+)
+def test_a_step_on_a_gpu_takes_the_memory_that_is_counted_and_gives_the_same_gradients(modes):
+    """Forward, loss and backward of four layers of Qwen3-0.6B: within 10%, the allocator's gaps left out."""
+    config, lengths = config_of("qwen3-0.6b", layers=4), [4096, 3000, 1000, 96]
+    with torch.device("cuda"):
+        decoder = Decoder(config).to(torch.bfloat16)
+    decoder.initialise(seed=0)
+    attach(decoder, LoraConfig(), seed=0)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.02)
+    sequences = [TrainingSequence(np.arange(length, dtype=np.int32), 64) for length in lengths]
+    (batch,) = pack(sequences, 8192, "cuda")
+    loss = PackLoss(decoder.train(), with_reference=False)
+
+    def gradients(keeping) -> tuple[dict[str, torch.Tensor], int]:
+        decoder.keeping = keeping
+        decoder.zero_grad()
+        torch.manual_seed(5)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss(batch, False).backward()
+        taken = torch.cuda.max_memory_allocated() - before
+        return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}, taken
+
+    gradients(modes)  # tables and workspaces that stay
+    plain, _ = gradients(("none",) * 4)
+    found, taken = gradients(modes)
+    counted = TrainingCosts(config, LoraConfig()).step_bytes(modes, sum(lengths), len(batch.targets))
+    assert taken == pytest.approx(counted, rel=0.1)
+    assert found.keys() == plain.keys() and len(found) == 16
+    for name, gradient in plain.items():
+        torch.testing.assert_close(found[name], gradient, rtol=2e-2, atol=2e-2 * gradient.abs().max().item())

@@ -71,11 +71,22 @@ def test_more_gpus_share_the_work_and_cost_the_same():
         ("generation.samples=2", "filter", 2),
         ("limit=1000", "filter", 1000 / 39_987),
         ("guard={kind: ensemble, members: [{}, {}]}", "filter", 2),
+        ("training.batch_tokens=32768", "train", 1),
     ],
 )
 def test_time_follows_the_recipe(override, stage, factor):
     (_, before), (_, after) = of("qwen3-0.6b"), of("qwen3-0.6b", override)
     assert after[stage].seconds / before[stage].seconds == pytest.approx(factor, rel=0.01)
+
+
+def test_keeping_to_the_reference_costs_its_forward_pass():
+    """A third of a step on benign tokens, within the half more that we allow; in full fine-tuning a copy as well."""
+    (_, plain), (_, kept) = of("qwen3-8b"), of("qwen3-8b", "training.benign_loss=kl")
+    assert 1.2 < kept["train"].seconds / plain["train"].seconds < 1.5
+    assert kept["train"].memory["optimiser"] == plain["train"].memory["optimiser"]
+    overrides = ("training.method=full", "training.benign_loss=kl")
+    full = of("qwen3-0.6b", overrides[0])[1]["train"].memory, of("qwen3-0.6b", *overrides)[1]["train"].memory
+    assert full[1]["optimiser"] - full[0]["optimiser"] == full[0]["weights"]
 
 
 def test_full_fine_tuning_of_eight_billion_parameters_needs_131_gb_of_states():

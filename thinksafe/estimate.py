@@ -6,7 +6,7 @@ comes from the paper, or from the responses that a run directory already holds.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
@@ -96,7 +96,8 @@ class Texts:
             prompt += one.num_prompt_tokens
             response += one.num_tokens
             square += one.num_tokens**2
-        return cls(count, prompt / count, response / count, square / count)
+        most = max(count, 1)
+        return cls(count, prompt / most, response / most, square / most)
 
     @property
     def tokens(self) -> float:
@@ -183,6 +184,8 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
     if recipe.training.method == "lora":
         check_targets(model, recipe.lora)
     by_label = _responses(recipe, model, run, assumptions)
+    if recipe.generation.ladder:
+        assumptions.append("attempts on further rungs of the ladder are not counted")
     sampled = list(by_label.values())
     stages = [
         _sampling(
@@ -192,10 +195,10 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
     ]
     if recipe.evaluation.sets:
         before = _evaluation("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
-        stages += [before, _training(sampled, recipe, model, hardware, num_gpus)]
+        stages += [before, _training(by_label, recipe, model, hardware, num_gpus)]
         stages.append(replace(before, name="evaluate_after"))
     else:
-        stages.append(_training(sampled, recipe, model, hardware, num_gpus))
+        stages.append(_training(by_label, recipe, model, hardware, num_gpus))
     usable = (1 - _SPARE) * hardware.memory_bytes
     problems = [
         f"{stage.name} needs {stage.peak_bytes / 2**30:.1f} GiB, and {usable / 2**30:.1f} can be used"
@@ -231,11 +234,9 @@ def shape_of(name: str, key: str) -> ModelConfig:
 def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]) -> dict[str, Texts]:
     """Of each label, of all samples: as the run directory has them, or as the paper leads to expect."""
     if run is not None and "generate" in run.manifest["stages"]:
-        found: dict[str, list[Response]] = {"harmful": [], "benign": []}
-        for response in read_records(run.attempts(0)[0], Response):
-            found[response.label].append(response)
         assumptions.append("response lengths are those of the run directory")
-        return {label: Texts.of(responses) for label, responses in found.items() if responses}
+        found = {label: Texts.of(_of_label(run, label)) for label in _PAPERS_COUNTS}
+        return {label: texts for label, texts in found.items() if texts.count}
     counts = _prompt_counts(recipe)
     longest = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
     small = model.num_parameters < _SMALL_PARAMETERS
@@ -245,6 +246,10 @@ def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptio
         for label, count in counts.items()
         if count
     }
+
+
+def _of_label(run: RunDir, label: str) -> Iterator[Response]:
+    return (response for response in read_records(run.attempts(0)[0], Response) if response.label == label)
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:
@@ -258,6 +263,8 @@ def _prompt_counts(recipe: Recipe) -> dict[str, float]:
     counts = {"harmful": 0, "benign": 0}
     for prompt in islice(load_prompts(recipe.prompts), recipe.limit):
         counts[prompt.label] += 1
+    if not any(counts.values()):
+        raise UserError(f"prompts: {recipe.prompts} holds no prompt")
     return counts
 
 
@@ -276,8 +283,6 @@ def _sampling(
     per_token = _cached_token_bytes(config, model)
     pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
     count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
-    if not count:
-        return Stage(name, 0, 0.0, 0.0, {"weights": weights})
     context = pairs / tokens
     rows = max(1.0, min(config.max_running, pool / (per_token * context), count / num_gpus))
     layers, head = model.num_layers * model.layer_weights, model.head_weights
@@ -382,34 +387,44 @@ def _rows(entry: EvaluationSet, assumptions: list[str]) -> int:
     return _UNKNOWN_ROWS
 
 
-def _training(texts: Sequence[Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int) -> Stage:
+def _training(
+    by_label: dict[str, Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
+) -> Stage:
     """All responses for so many epochs; the largest pack decides what is kept for the backward pass."""
     config = recipe.training
-    costs = TrainingCosts(model, recipe.lora if config.method == "lora" else None)
-    count = sum(one.count for one in texts)
-    if not count:
-        return Stage("train", 0, 0.0, 0.0, {"weights": model.num_parameters * costs.itemsize})
-    targets = config.epochs * sum(one.tokens for one in texts)
-    tokens = targets + config.epochs * sum(one.count * one.prompt for one in texts)
-    work = Work(tokens, targets, config.epochs * sum(one.all_pairs for one in texts))
+    compared = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
+    lora = recipe.lora if config.method == "lora" else None
+    costs = TrainingCosts(model, lora, _BF16, with_reference=bool(compared))
+    work = _work(by_label.values(), config.epochs)
+    count, tokens = sum(one.count for one in by_label.values()), work.tokens
     steps = config.epochs * math.ceil(count / config.batch_size)
     longest = min(config.max_length, model.max_seq_len)
-    largest = max(longest, min(config.max_tokens_per_pack, config.batch_size * longest))
+    in_a_step = config.batch_size * longest
+    if config.batch_tokens:
+        steps, in_a_step = math.ceil(tokens / config.batch_tokens), config.batch_tokens
+    largest = max(longest, min(config.max_tokens_per_pack, in_a_step))
     free = (1 - _SPARE) * hardware.memory_bytes - costs.state_bytes()
     if config.activation_checkpointing == "auto":
         keeping = costs.choose(free, largest) or ("full",) * model.num_layers
     else:
         keeping = (config.activation_checkpointing,) * model.num_layers
-    least = costs.least_seconds(keeping, work, steps, hardware) / num_gpus
+    reference_flop = costs.reference_flop(_work(compared, config.epochs))
+    least = costs.least_seconds(keeping, work, steps, hardware) + reference_flop / hardware.flop_per_second
+    least /= num_gpus
     packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
     host = steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
     seconds = max(least / TRAINING_SHARE, host)
-    mfu = costs.useful_flop(work) / seconds / num_gpus / hardware.peak_flop_per_second
+    mfu = (costs.useful_flop(work) + reference_flop) / seconds / num_gpus / hardware.peak_flop_per_second
     bound = ", bound by the host" if seconds == host else ""
     remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{bound}; computed again: {described(keeping)}"
     memory = {
-        "weights": model.num_parameters * costs.itemsize,
+        "weights": _BF16 * model.num_parameters,
         "optimiser": costs.optimizer_bytes(),
         f"a pack of {largest:,} tokens": costs.step_bytes(keeping, largest, largest),
     }
     return Stage("train", round(tokens), seconds, least, memory, remark)
+
+
+def _work(texts: Iterable[Texts], epochs: int) -> Work:
+    sums = [(one.count * one.prompt + one.tokens, one.tokens, one.all_pairs) for one in texts]
+    return Work(*(epochs * sum(column) for column in zip((0, 0, 0), *sums, strict=True)))

@@ -194,14 +194,14 @@ def train(run: RunDir, models: Models) -> None:
         attach(decoder, recipe.lora, recipe.seed)
     else:
         decoder.requires_grad_(True)
-    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize)
+    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
+    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize, with_reference)
     lengths = [len(sequence) for sequence in sequences]
     largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
     decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
     if set(decoder.keeping) != {"none"}:
         print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
     run.remember_input("model", fingerprint(models.base))
-    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
     engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
     steps = len(plan_steps(lengths, config, recipe.seed))
     training = run.path / "training"

@@ -51,11 +51,13 @@ class TrainingCosts:
         model: the shape.
         lora: the adapters, or None where every weight is trained.
         itemsize: of weights and activations, in bytes.
+        with_reference: whether some sequences are compared with the untrained student.
     """
 
     model: ModelConfig
     lora: LoraConfig | None
     itemsize: int = 2
+    with_reference: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -122,13 +124,14 @@ class TrainingCosts:
         return self.model.num_parameters * self.itemsize + self.optimizer_bytes()
 
     def optimizer_bytes(self) -> int:
-        """The state without the model's own weights."""
+        """The state without the weights that are there before training."""
         if self.lora is not None:
             # fp32 adapters, gradients and two moments, and a copy in the activations' dtype.
             return self.trained_parameters * (16 + self.itemsize)
         # Gradients in the weights' dtype and in fp32, two moments; masters where the weights are not fp32 themselves.
         masters = 0 if self.itemsize == 4 else 4 + self.itemsize
-        return self.trained_parameters * (12 + masters)
+        reference = self.itemsize if self.with_reference else 0  # a copy; adapters are turned off instead
+        return self.trained_parameters * (12 + masters + reference)
 
     def step_bytes(self, keeping: Sequence[Keeping], tokens: int, targets: int) -> int:
         """What a pack takes at its peak, beside the state: in the loss, or in some layer's backward pass."""
@@ -138,8 +141,8 @@ class TrainingCosts:
             up_to_here += kept[one]
             # Layers above have let go of theirs; this one has again what it did not keep, and gradients of its gate.
             most = max(most, up_to_here + kept["none"] - kept[one] + 3 * size * model.intermediate_size)
-        rows = min(targets, CHUNK)
-        loss = rows * (size * model.vocab_size + 8 * model.hidden_size)
+        # A chunk's rows by the vocabulary; a divergence takes two such tables, of half as many rows.
+        loss = min(targets, CHUNK) * (size * model.vocab_size + 8 * model.hidden_size)
         if self.lora is None:
             loss += 8 * model.head_weights  # the head's gradient in fp32, and a chunk's part of it
         # The layers' output, the rows that have a target and their gradients, the rotation.
