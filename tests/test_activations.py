@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from checkpoints import make_checkpoint
 from gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
 
@@ -72,7 +73,7 @@ def test_what_a_layer_keeps_is_what_is_counted(name, trained):
     for keeping in KEEPING:
         with on_gpu_path(), torch.device("meta"), MemoryTrace() as trace:
             hidden = torch.empty(TOKENS, config.hidden_size, dtype=torch.bfloat16).requires_grad_(True)
-            out = run_layer(layer, keeping, hidden, cos, cos, PackedAttention(cu_seqlens, TOKENS))
+            out = run_layer(layer, keeping, hidden, cos, cos, PackedAttention(cu_seqlens, TOKENS), F.linear)
             # The output is the next layer's input; adapters in bf16 are kept once a step, not once a token.
             found[keeping] = (trace.held() - out.nbytes - (adapters if keeping == "none" else 0)) / TOKENS
     names, rank, dropout = (lora.target_modules, lora.rank, lora.dropout) if lora else (None, 0, 0.0)
