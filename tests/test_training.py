@@ -385,7 +385,7 @@ def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, method, v
                 next(reversed(ours.masters.values())).view(-1)[-1] = value
 
     ours.optimizer.step = break_one
-    with pytest.raises(NonFiniteStep, match="norm of the weights"):
+    with pytest.raises(NonFiniteStep, match=rf"^step {step}: the norm of the weights is (nan|inf)$"):
         train(ours, SEQUENCES, config, 0, tmp_path)
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step - 1
     found = max((one.name for one in (tmp_path / "checkpoints").glob("*")), default=None)

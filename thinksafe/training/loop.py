@@ -187,8 +187,8 @@ def train(
         on_step: called after every step, for progress; on every rank.
 
     Raises:
-        NonFiniteStep: several steps in a row were, or a weight is; names the step and the examples in it. Weights are
-            looked at before a checkpoint, so none is saved that is not finite, and training never ends with such.
+        NonFiniteStep: several steps in a row were, and it names the examples in the last one; or a weight is. Weights
+            are looked at before a checkpoint, so none is saved that is not finite, and training never ends with such.
     """
     identity = fingerprint(sequences, config, seed)
     costs = TrainingCosts(engine.decoder.config, engine.decoder.lora, engine.decoder.embedding.element_size())
@@ -224,7 +224,7 @@ def train(
                     raise NonFiniteStep(f"step {step + 1}, the {skips}rd in a row {note}") from None
             saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == len(schedule)
             if saves:
-                engine.check_weights()
+                _check_weights(engine, step)
             now = time.perf_counter()
             speed = _speed(costs, batch, now - started, engine.device)
             metrics = StepMetrics(step + 1, len(schedule), loss, rate, grad_norm, **speed, note=note)
@@ -235,6 +235,13 @@ def train(
             if saves:
                 save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
     engine.finish()
+
+
+def _check_weights(engine: "SingleEngine | ZeroEngine", step: int) -> None:
+    try:
+        engine.check_weights()
+    except NonFiniteStep as error:
+        raise NonFiniteStep(f"step {step + 1}: {error}") from None
 
 
 def _speed(
