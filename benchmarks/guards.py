@@ -24,6 +24,7 @@ from thinksafe.guards import model_guard
 from thinksafe.guards.formats import LLAMA_GUARD
 from thinksafe.guards.interface import Exchange, GuardConfig, Judgement
 from thinksafe.guards.model_guard import ModelGuard
+from thinksafe.kernels.fp8 import quantise
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.scheduler import Scheduler
@@ -43,18 +44,24 @@ def run() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(Path(folder))
     # A pass's activations: as many as fill a GPU, as few as a CPU's cache holds.
-    settings = EngineConfig(max_step_tokens=8192 if gpu else 1024, kv_cache_gib=30.0 if gpu else 0.25)
-    guard = ModelGuard(decoder, tokenizer, GuardConfig(model=name, min_mass=0.0, sampler=settings))
+    settings = EngineConfig(max_step_tokens=8192 if gpu else 1024, kv_cache_gib=20.0 if gpu else 0.25)
+    config = GuardConfig(model=name, min_mass=0.0, sampler=settings)
+    guard = ModelGuard(decoder, tokenizer, config)
+    guard_in_e4m3 = ModelGuard(_in_e4m3(decoder), tokenizer, config)
     exchanges = _exchanges(guard, count)
     rows = [guard._ids(exchange.prompt, exchange.response, "") for exchange in exchanges]
     places = sorted(range(count), key=lambda place: len(rows[place]))[count // few // 2 :: count // few]
     some, answer_ids = [rows[place] for place in places], guard._answer_ids[0]
     schedulers: list[Scheduler] = []
     found: dict[str, Judgement] = {}
+    found_in_e4m3: dict[str, Judgement] = {}
     theirs: dict[str, list[float]] = {}
 
     def ours() -> None:
         found.update((judgement.id, judgement) for judgement in guard.judge(exchanges))
+
+    def ours_in_e4m3() -> None:
+        found_in_e4m3.update((judgement.id, judgement) for judgement in guard_in_e4m3.judge(exchanges))
 
     @torch.inference_mode()
     def one_at_a_time() -> None:
@@ -79,6 +86,7 @@ def run() -> Result:
     products, flop = _layer_products(decoder, device, dtype, settings.max_step_tokens, 200 if gpu else 8)
     variants = {
         "ThinkSafe": ours,
+        "ThinkSafe, weights in e4m3": ours_in_e4m3,
         "transformers, one record at a time": one_at_a_time,
         f"transformers, {batch} of like length": batches_of_like_length,
         "products": products,
@@ -92,24 +100,28 @@ def run() -> Result:
     rate = flop / statistics.median(times.pop("products")) / 1e12
     table = []
     for variant, taken in times.items():
-        mine = variant == "ThinkSafe"
+        mine = variant.startswith("ThinkSafe")
         records, median = len(rows) if mine else few, statistics.median(taken)
         tokens = sum(map(len, rows)) if mine else sum(map(len, some))
         row = {"model": name, "variant": variant, "records/s": records / median, "tokens/s": tokens / median}
         if mine:
-            config = decoder.config
             row["computed"] = computed / tokens
-            row["GEMM TFLOP/s"] = 2 * config.num_layers * config.layer_weights * computed / median / 1e12
+            layers = decoder.config.num_layers * decoder.config.layer_weights
+            row["GEMM TFLOP/s"] = 2 * layers * computed / median / 1e12
             row["share of the GEMM rate"] = row["GEMM TFLOP/s"] / rate
         table.append(row)
     for row in table:
         row["ThinkSafe is faster by"] = table[0]["records/s"] / row["records/s"]
-    odds = {number: np.log(judgement.p_unsafe / judgement.p_safe) for number, judgement in found.items()}
+    odds, odds_in_e4m3 = (_log_odds(judgements) for judgements in (found, found_in_e4m3))
+    moved = [abs(odds[number] - other) for number, other in odds_in_e4m3.items()]
+    changed = sum(found[number].decision != other.decision for number, other in found_in_e4m3.items())
     differences = [abs(odds[number] - np.log(unsafe / safe)) for number, (safe, unsafe) in theirs.items()]
     notes = [
         f"{name}, random weights, {count} records of {sum(map(len, rows)) / count:.0f} tokens in the mean "
         f"({few} for transformers), of which {_policy_tokens(guard)} are the policy's; {dtype}".replace("torch.", ""),
         f"the layers' products alone, at {settings.max_step_tokens} tokens: {rate:.3g} TFLOP/s",
+        f"weights in e4m3 move the log-odds of unsafe by {np.median(moved):.2g} in the median and {max(moved):.2g} at "
+        f"most, where they spread by {np.std(list(odds.values())):.2g}: {changed} of {count} verdicts change",
         f"transformers gets ids, not text; largest difference of the log-odds of unsafe: {max(differences):.1e}",
     ]
     return Result("guards", "What is equal in all records is read once, and nothing is padded.", table, notes)
@@ -123,6 +135,24 @@ def _exchanges(guard: ModelGuard, count: int) -> list[Exchange]:
     lengths = response_lengths(count, mean, 4 * mean, seed=0)
     draw = np.random.default_rng(0)
     return [Exchange(str(n), prompt, " ".join(draw.choice(_WORDS, length))) for n, length in enumerate(lengths)]
+
+
+def _log_odds(judgements: dict[str, Judgement]) -> dict[str, float]:
+    return {number: float(np.log(found.p_unsafe / found.p_safe)) for number, found in judgements.items()}
+
+
+def _in_e4m3(decoder: Decoder) -> Decoder:
+    """The same decoder as `load_decoder(weights="fp8")` would give it; all but the projections is shared."""
+    with torch.device("meta"):
+        twin = Decoder(decoder.config)
+    for name, parameter in decoder.named_parameters():
+        module = twin.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        if leaf.endswith("_proj"):
+            values, module.exponents[leaf] = quantise(parameter.detach())
+            parameter = torch.nn.Parameter(values, requires_grad=False)
+        module._parameters[leaf] = parameter
+    return twin.eval()
 
 
 def _policy_tokens(guard: ModelGuard) -> int:

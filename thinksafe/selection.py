@@ -6,7 +6,7 @@ shortest, would be a draw from another one. What a person accepted goes before w
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from thinksafe.records import Example, Mark, Response, Verdict, content_id
@@ -79,7 +79,7 @@ def story(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def _told(attempt: Attempt, kept: Attempt | None) -> dict[str, Any]:
-    response, verdict = asdict(attempt.response), asdict(attempt.verdict)
+    response, verdict = vars(attempt.response), vars(attempt.verdict)
     fate = KEPT if attempt is kept else SPARE if attempt.accepted_by else attempt.rejection
     told = ("rung", "sample", "steering", "seed", "num_prompt_tokens", "num_tokens", "finish_reason")
     found = ("guard", "decision", "reason", "p_safe", "p_unsafe", "category", "labels", "refusal", "windows")
