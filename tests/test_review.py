@@ -359,6 +359,9 @@ def test_a_mark_on_what_nobody_read_is_refused(run, tmp_path, changes, words):
 
 def test_what_cannot_be_trained_on_is_nobodys_to_accept(run, tmp_path):
     assert "Say nothing." not in give(run, tmp_path, mark_of(run, "Say nothing.", "accept"))
+    with RunDir.open(run.path, run.recipe) as again:
+        figures = json.loads(stages.report(again).with_name("report.json").read_text())
+    assert figures["coverage"]["marks"] == {"impossible": 1}
 
 
 def test_marks_after_training_are_refused_with_a_way_out(run, tmp_path):

@@ -67,7 +67,8 @@ def take_in_marks(run: RunDir, file: Path) -> None:
     if (run.path / "training").exists():
         raise UserError(
             f"--marks {file}: the run has already been trained without these; take its records over into a new folder: "
-            f"thinksafe filter --responses {run.path / 'responses.jsonl'} --marks {file} --out NEW"
+            f"thinksafe filter --recipe {run.path / 'recipe.yaml'} --responses {run.path / 'responses.jsonl'} "
+            f"--marks {file} --out NEW"
         )
     run.forget_stage("accept")
     write_shard(there, sorted([*known, *added], key=lambda mark: mark.moment))

@@ -100,6 +100,8 @@ def _standing(attempt: dict[str, Any]) -> str:
     if len(set(words)) > 1:
         return "disagreed"
     safe, accepts = attempt["decision"] == "safe", "accept" in words
+    if accepts and attempt["decision"] == "dropped":
+        return "impossible"
     return ("confirmed" if safe else "rescued") if accepts else ("withdrawn" if safe else "agreed")
 
 
