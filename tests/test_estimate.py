@@ -89,6 +89,30 @@ def test_keeping_to_the_reference_costs_its_forward_pass():
     assert full[1]["optimiser"] - full[0]["optimiser"] == full[0]["weights"]
 
 
+def test_eight_bits_halve_what_decoding_reads():
+    _, plain = of("qwen3-8b")
+    _, cache = of("qwen3-8b", "sampler.kv_cache_dtype=fp8")
+    _, both = of("qwen3-8b", "sampler.kv_cache_dtype=fp8", "sampler.weights=fp8", "guard.sampler.weights=fp8")
+    assert 1.3 < plain["generate"].seconds / cache["generate"].seconds < 2
+    assert both["generate"].seconds < cache["generate"].seconds
+    assert both["generate"].memory["weights"] < 0.6 * plain["generate"].memory["weights"]
+    assert 1.8 < plain["filter"].seconds / both["filter"].seconds < 2
+    assert both["train"] == plain["train"], "training never uses it"
+    _, biased = of("r1-distill-qwen-7b", "sampler.kv_cache_dtype=fp8")
+    assert biased["generate"].seconds > 0.75 * of("r1-distill-qwen-7b")[1]["generate"].seconds, "its keys stay in bf16"
+
+
+def test_gpus_that_hold_a_model_together_make_room(capsys):
+    _, alone = of("qwen3-32b", gpu="H100", gpus=2)
+    _, together = of("qwen3-32b", "sampler.tensor_parallel=2", gpu="H100", gpus=2)
+    assert together["generate"].memory["weights"] < 0.55 * alone["generate"].memory["weights"]
+    assert together["generate"].seconds < alone["generate"].seconds, "more rows fit at once"
+    with pytest.raises(
+        UserError, match=r"sampler\.tensor_parallel: 2 GPUs hold one model together; give --gpus a multiple"
+    ):
+        of("qwen3-32b", "sampler.tensor_parallel=2", gpus=3)
+
+
 def test_full_fine_tuning_of_eight_billion_parameters_needs_131_gb_of_states():
     found, by_name = of("qwen3-8b", "training.method=full")
     assert by_name["train"].memory["weights"] + by_name["train"].memory["optimiser"] > 131e9

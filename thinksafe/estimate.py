@@ -191,7 +191,7 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
         _sampling(
             "generate", sampled, model, recipe.sampler, recipe.generation.sampling.max_tokens, hardware, num_gpus
         ),
-        _judging("filter", sampled, model, recipe.guard, hardware, num_gpus),
+        _judging("filter", sampled, recipe, model, hardware, num_gpus),
     ]
     if recipe.evaluation.sets:
         before = _evaluation("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
@@ -279,29 +279,52 @@ def _sampling(
     guard_bytes: int = 0,
 ) -> Stage:
     """Every row of a pass reads its own context and all rows share the weights, as sampler/limits.py counts it."""
-    weights = _weight_bytes(config, model)
-    per_token = _cached_token_bytes(config, model)
+    together, fp8 = config.tensor_parallel, config.weights == "fp8"
+    if num_gpus % together:
+        raise UserError(
+            f"sampler.tensor_parallel: {together} GPUs hold one model together; give --gpus a multiple of it"
+        )
+    weights, per_token = _weight_bytes(model, config), _cached_bytes(model, config)
     pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
     count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
-    context = pairs / tokens
-    rows = max(1.0, min(config.max_running, pool / (per_token * context), count / num_gpus))
-    layers, head = model.num_layers * model.layer_weights, model.head_weights
-    # e4m3 is half of bf16's bytes and takes half of its time.
-    in_bf16 = head + layers * (0.5 if config.weights == "fp8" else 1)
-    products = max(_BF16 * in_bf16 / hardware.bytes_per_second, 2 * in_bf16 * rows / hardware.flop_per_second)
-    attention = max(
-        rows * context * per_token / hardware.bytes_per_second,
-        model.attention_flop(rows * context) / hardware.flop_per_second,
-    )
+    context, groups = pairs / tokens, num_gpus / together
+    rows = max(1.0, min(config.max_running, pool / (per_token * context), count / groups))
+    bandwidth, rate = hardware.bytes_per_second, hardware.flop_per_second
+    layers, head = model.num_layers * model.layer_weights / together, model.head_weights
+    reading = ((1 if fp8 else _BF16) * layers + _BF16 * head) / bandwidth
+    products = max(reading, 2 * (layers * (0.5 if fp8 else 1) + head) * rows / rate)
+    attention = max(rows * context * per_token / bandwidth, model.attention_flop(rows * context) / together / rate)
     prompts = sum(
-        2 * layers * one.count * one.prompt + model.attention_flop(one.count * one.prompt**2 / 2) for one in texts
+        2 * layers * (0.5 if fp8 else 1) * one.count * one.prompt
+        + model.attention_flop(one.count * one.prompt**2 / 2) / together
+        for one in texts
     )
     # One response that runs to the limit is written alone at the end, at a row's pace.
-    tail = min(max_tokens, model.max_seq_len) * _BF16 * in_bf16 / hardware.bytes_per_second
-    least = (tokens / rows * (products + attention) + prompts / hardware.flop_per_second) / num_gpus + tail
-    remark = f"{tokens / max(least, 1e-9) * SAMPLING_SHARE:,.0f} tokens/s, {rows:,.0f} at once"
+    tail = min(max_tokens, model.max_seq_len) * reading
+    least = (tokens / rows * (products + attention) + prompts / rate) / groups + tail
+    remark = f"{tokens / least * SAMPLING_SHARE:,.0f} tokens/s, {rows:,.0f} at once"
     memory = {"weights": weights} | ({"guard": guard_bytes} if guard_bytes else {}) | {"key-value cache": pool}
     return Stage(name, round(tokens), least / SAMPLING_SHARE, least, memory, remark)
+
+
+def _weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Of a frozen model on one GPU: projections in e4m3 where that is asked for, and dealt out; the rest in bf16."""
+    projections = model.num_layers * model.layer_weights
+    size = 1 if config.weights == "fp8" else _BF16
+    return size * projections // config.tensor_parallel + _BF16 * (model.num_parameters - projections)
+
+
+def _cached_bytes(model: ModelConfig, config: EngineConfig) -> float:
+    """What a token adds to the cache on one GPU."""
+    kept_as = CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype)
+    return kept_as.bytes_per_token(model) / config.tensor_parallel
+
+
+def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
+    """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
+    free = max(0.0, (1 - _SPARE) * hardware.memory_bytes - resident)
+    most = config.max_running * model.max_seq_len * _cached_bytes(model, config)
+    return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
 
 
 def _members(config: GuardConfig) -> list[GuardConfig]:
@@ -310,42 +333,25 @@ def _members(config: GuardConfig) -> list[GuardConfig]:
 
 
 def _judging(
-    name: str, texts: Sequence[Texts], student: ModelConfig, guard: GuardConfig, hardware: Hardware, num_gpus: int
+    name: str, texts: Sequence[Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> Stage:
     """Every guard reads every prompt and response; only the verdict's position reaches its head."""
-    members = [member for member in _members(guard) if member.kind != "oracle"]
+    members = [member for member in _members(recipe.guard) if member.kind != "oracle"]
     models = [shape_of(member.model, "guard.model") for member in members]
-    memory = {"student": _BF16 * student.num_parameters}
-    memory["guard"] = sum(_weight_bytes(member.sampler, model) for member, model in zip(members, models, strict=True))
+    memory = {"student": _weight_bytes(model, recipe.sampler)}
+    memory["guard"] = sum(_weight_bytes(one, member.sampler) for one, member in zip(models, members, strict=True))
     flop, pool = 0.0, 0
-    for member, model in zip(members, models, strict=True):
-        for one in texts:
-            read = one.prompt + one.response + _GUARD_TOKENS
-            products = 2 * model.num_layers * model.layer_weights * one.count * read
-            flop += products * (0.5 if member.sampler.weights == "fp8" else 1)
-            flop += model.attention_flop(one.all_pairs + one.count * _GUARD_TOKENS * read)
-        pool = max(pool, _pool_bytes(member.sampler, model, hardware, sum(memory.values())))
+    for member, one in zip(members, models, strict=True):
+        cheaper = 0.5 if member.sampler.weights == "fp8" else 1
+        for text in texts:
+            read = text.prompt + text.response + _GUARD_TOKENS
+            flop += 2 * one.num_layers * one.layer_weights * text.count * read * cheaper
+            flop += one.attention_flop(text.all_pairs + text.count * _GUARD_TOKENS * read)
+        pool = max(pool, _pool_bytes(member.sampler, one, hardware, sum(memory.values())))
     least = flop / hardware.flop_per_second / num_gpus
-    kinds = ", ".join(member.kind for member in _members(guard))
-    tokens = round(sum(one.tokens for one in texts))
+    kinds = ", ".join(member.kind for member in _members(recipe.guard))
+    tokens = round(sum(text.tokens for text in texts))
     return Stage(name, tokens, least / SCORING_SHARE, least, memory | {"key-value cache": pool}, kinds)
-
-
-def _weight_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    """Of a model that samples or judges: bf16, but for projections in e4m3."""
-    saved = model.num_layers * model.layer_weights if config.weights == "fp8" else 0
-    return _BF16 * model.num_parameters - saved
-
-
-def _cached_token_bytes(config: EngineConfig, model: ModelConfig) -> int:
-    return CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype).bytes_per_token(model)
-
-
-def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
-    """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
-    free = max(0.0, (1 - _SPARE) * hardware.memory_bytes - resident)
-    most = config.max_running * model.max_seq_len * _cached_token_bytes(config, model)
-    return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
 
 
 def _evaluation(
@@ -370,7 +376,7 @@ def _evaluation(
         if reasoning:
             assumptions.append(f"answers to reasoning questions of {min(response, longest):,.0f} tokens")
     every = texts[True] + texts[False]
-    judged = _judging(name, texts[False], model, recipe.guard, hardware, num_gpus)
+    judged = _judging(name, texts[False], recipe, model, hardware, num_gpus)
     guard_bytes = judged.memory["guard"]
     sampled = _sampling(name, every, model, recipe.sampler, sampling.max_tokens, hardware, num_gpus, guard_bytes)
     seconds, least = sampled.seconds + judged.seconds, sampled.least_seconds + judged.least_seconds
