@@ -12,7 +12,7 @@ import torch
 from benchmarks.harness import device_name, table, write
 
 KERNELS = ("loss", "scoring", "divergence", "elementwise")
-SUITES = (*KERNELS, "sampler", "guards", "train")
+SUITES = (*KERNELS, "sampler", "precision", "guards", "train")
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Sampling: our engine against transformers' `generate` with static batches and its continuous batching.
 
 Same weights, same prompts, lengths drawn once and forced on all sides. A static batch runs until its longest response
-is done, so with skewed lengths most of its rows idle; continuous batching fills a row as soon as it is free.
+is done, so with skewed lengths most of its rows idle; continuous batching fills a row as soon as it is free. What the
+batch-invariant mode costs has a row of its own, and on a GPU what e4m3 gains.
 
 On a GPU every shape's decode pass is also taken apart, at a fixed number of rows and context, and set against the
 limit of thinksafe/sampler/limits.py. Parts are timed alone, so that they need not add up to the whole.
@@ -9,6 +10,9 @@ limit of thinksafe/sampler/limits.py. Parts are timed alone, so that they need n
 
 import statistics
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -20,7 +24,7 @@ from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.weights import hugging_face_name
+from thinksafe.model.weights import hugging_face_name, load_decoder, save_decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.limits import pass_seconds
 from thinksafe.sampler.request import Request, SamplingConfig
@@ -54,11 +58,20 @@ def _end_to_end(name: str, count: int, mean: float, longest: int, rows: int) -> 
         Request(str(i), tuple(prompt), SamplingConfig(max_tokens=length), i, ())
         for i, (prompt, length) in enumerate(zip(prompts.tolist(), lengths, strict=True))
     ]
-    # A quarter of the memory: transformers' engine wants a pool of its own beside.
-    engine = Engine(ours, EngineConfig(max_running=rows, kv_cache_gib=30.0 if gpu else 0.0))
+    # A part of the memory each: transformers' engine wants a pool of its own beside.
+    pool = 15.0 if gpu else 0.25
+    engines = {"ThinkSafe": Engine(ours, EngineConfig(rows, kv_cache_gib=pool))}
+    engines["ThinkSafe, batch-invariant"] = Engine(ours, EngineConfig(rows, kv_cache_gib=pool, batch_invariant=True))
+    if gpu:  # which alone computes with e4m3
+        with TemporaryDirectory() as folder:
+            save_decoder(ours, MODELS[name], Path(folder))
+            frozen = load_decoder(Path(folder), dtype, device, weights="fp8")
+        for variant, decoder in (("cache in e4m3", ours), ("weights and cache in e4m3", frozen)):
+            config = EngineConfig(rows, kv_cache_gib=pool / 2, kv_cache_dtype="fp8")
+            engines[f"ThinkSafe, {variant}"] = Engine(decoder, config)
     settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "pad_token_id": 0}
 
-    def continuous() -> None:
+    def continuous(engine: Engine) -> None:
         engine.limit_seconds = 0.0
         for _ in engine.generate(requests):
             pass
@@ -83,7 +96,8 @@ def _end_to_end(name: str, count: int, mean: float, longest: int, rows: int) -> 
                 if len(result.generated_tokens) != wanted:
                     raise RuntimeError(f"{len(result.generated_tokens)} tokens where {wanted} were asked for")
 
-    variants = {"ThinkSafe": continuous, "transformers generate, static batches": static}
+    variants = {variant: partial(continuous, engine) for variant, engine in engines.items()}
+    variants["transformers generate, static batches"] = static
     notes = [
         f"{name}, random weights, {count} prompts of {_PROMPT} tokens, {sum(lengths):,} tokens forced, {rows} rows"
     ]
@@ -97,8 +111,8 @@ def _end_to_end(name: str, count: int, mean: float, longest: int, rows: int) -> 
     for variant, times in interleaved(variants, rounds=2 if gpu else 3).items():
         median = statistics.median(times)
         row = {"model": name, "variant": variant, "seconds": median, "tokens/s": sum(lengths) / median}
-        if variant == "ThinkSafe" and engine.hardware:
-            row["share of the limit"] = engine.limit_seconds / times[-1]
+        if variant in engines and engines[variant].hardware:
+            row["share of the limit"] = engines[variant].limit_seconds / times[-1]
         table.append(row)
     for row in table:
         row["ThinkSafe is faster by"] = table[0]["tokens/s"] / row["tokens/s"]
@@ -108,7 +122,7 @@ def _end_to_end(name: str, count: int, mean: float, longest: int, rows: int) -> 
 def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
     """One shape's decode pass at so many rows of so much context, whole and in parts."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    decoder = _decoder(name, device, dtype)
+    decoder = random_decoder(name, device, dtype)
     config = decoder.config
     page_bytes = 64 * config.kv_elements_per_token * dtype.itemsize
     pages = rows * -(-(context + 4 * _DECODE_PASSES) // 64)
@@ -153,8 +167,19 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
 
     graph = runner._graphs[bucket(rows)].graph.replay if runner._graphs else None
     on_device = _median_seconds(graph or (lambda: runner.decode(inputs)))
+    inputs_of = {
+        name: torch.randn(rows, columns, device=device, dtype=dtype)
+        for name, (_, columns, _) in config.projections.items()
+    }
+
+    def projections() -> None:
+        for layer in decoder.layers:
+            for name, x in inputs_of.items():
+                layer.project(name, x, runner.linear)
+
     parts = {
         "attention": _median_seconds(layers_of_attention),
+        "GEMMs": _median_seconds(projections),
         "head": _median_seconds(lambda: matmul_fp32(hidden, decoder.head.T)),
         "sampling": _median_seconds(lambda: sample(logits, *columns)),
     }
@@ -181,7 +206,8 @@ def _median_seconds(work: Callable[[], object]) -> float:
         return statistics.median(seconds(five) / 5 for _ in range(3))
 
 
-def _decoder(name: str, device: str, dtype: torch.dtype) -> Decoder:
+def random_decoder(name: str, device: str, dtype: torch.dtype) -> Decoder:
+    """A model of this shape with random weights."""
     decoder = Decoder(ModelConfig.from_hugging_face(MODELS[name], name)).to(device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -195,7 +221,7 @@ def _decoder(name: str, device: str, dtype: torch.dtype) -> Decoder:
 
 def _models(name: str, device: str, dtype: torch.dtype):
     """The same random weights in our decoder and in transformers."""
-    raw, decoder = MODELS[name], _decoder(name, device, dtype)
+    raw, decoder = MODELS[name], random_decoder(name, device, dtype)
     settings = {key: value for key, value in raw.items() if key != "model_type"}
     reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw["model_type"], **settings), dtype=dtype)
     state = {hugging_face_name(parameter): tensor for parameter, tensor in decoder.named_parameters()}

@@ -17,6 +17,7 @@ MODELS = {
     "qwen3-4b": PUBLIC["Qwen/Qwen3-4B"],
     "qwen3-8b": PUBLIC["Qwen/Qwen3-8B"],
     "llama-3-8b": PUBLIC["meta-llama/Meta-Llama-3-8B"],
+    "r1-distill-qwen-1.5b": PUBLIC["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"],
     # What a CPU can judge with in seconds: products outweigh attention as in an 8B model.
     "cpu-guard-14m": PUBLIC["meta-llama/Meta-Llama-3-8B"]
     | {
@@ -38,6 +39,7 @@ MODELS = {
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
 }
 """Entries of config.json by name."""
+MODELS["cpu-6m-qwen2"] = MODELS["cpu-6m"] | {"model_type": "qwen2"}
 
 
 def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[int]:

@@ -11,7 +11,10 @@ lengths are known to the device alone: persistent programs walk a list of splits
 
 Reading prompts is bound by FLOP, 4 * D a query head and visible (query, key) pair. A tile of queries first passes over
 the keys before all of them, among those any prefix that other sequences share, without mask arithmetic, then over the
-causal remainder.
+causal remainder: two segments of keys, one online softmax. The shared prefix needs no argument of its own. Its page
+numbers stand at the front of every sequence's table, so that all programs read the same addresses, once from memory and
+then from the L2; the pages save its whole forward pass, 2 FLOP a weight and token, where a kernel that only shared its
+attention would save 4 * D. To find a page costs one 8-byte load, asked for a tile ahead, for 32 KB of keys and values.
 
 In both, the query heads of one KV group are rows of one tile, so that K and V are read once for all of them.
 

@@ -34,6 +34,19 @@ def request_seed(seed: int, task: Task) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def longest_first(tasks: Iterable[tuple[int, Task]]) -> list[int]:
+    """The tasks' numbers in the order in which they are best begun: steered ones last, since refusals are half as long
+    as other responses (442 tokens against 866) and whoever begins late ends late.
+
+    Of 2,500 prompts at the paper's lengths, 256 at once, this saves 1% of the time with Qwen3-0.6B and 5% with Qwen3-8B
+    against a mixed order; begun last, long ones cost as much. To know every length would save 4% and 15%.
+    """
+    unsteered, steered = [], []
+    for number, task in tasks:
+        (steered if task.steering else unsteered).append(number)
+    return unsteered + steered
+
+
 def refuse_too_long(chat: Chat, tasks: Iterable[Task], limit: int) -> None:
     """Find a prompt that leaves no room for a response before anything is sampled.
 

@@ -20,7 +20,7 @@ from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
 from thinksafe.estimate import estimate
 from thinksafe.evaluation.metrics import measure
-from thinksafe.generation import Task, refuse_too_long, respond
+from thinksafe.generation import Task, longest_first, refuse_too_long, respond
 from thinksafe.guards.interface import Exchange, Judgement
 from thinksafe.hardware import hardware_of
 from thinksafe.intake import (
@@ -347,7 +347,7 @@ def _sample(
     """Answer the tasks that a shard does not hold yet and finish it; response tokens in the whole shard."""
     journal = Journal(shard, Response, run.workers)
     done = {response.key for response in journal.records()}
-    todo = [number for number, task in enumerate(tasks) if task.key not in done]
+    todo = longest_first((number, task) for number, task in enumerate(tasks) if task.key not in done)
     if len(todo) + len(done) > len(tasks):
         raise UserError(
             f"{shard}: answers prompts that are not asked any more; restore them or give a new --out folder"

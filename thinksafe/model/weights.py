@@ -112,7 +112,8 @@ def load_decoder(
         device: where they go; one tensor at a time passes through host memory.
         shard: which part; nothing else is read from the disk.
         weights: `fp8` quantises the layers' projections as they come, a scale an output, for a decoder that is never
-            trained, merged or saved. Embedding, head, norms and biases stay in `dtype`.
+            trained, merged or saved. Embedding, head, norms and biases stay in `dtype`: the head alone would cost more
+            precision than all projections together (0.024 against 0.014 nats a token of the organism's student).
 
     Raises:
         UserError: a missing or corrupt file, a missing tensor, one of the wrong shape, a model that cannot be cut so.
