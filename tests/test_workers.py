@@ -11,9 +11,14 @@ from itertools import chain
 
 import pytest
 import torch
+from checkpoints import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinksafe.model.weights import load_decoder
+from thinksafe.progress import TokenBar
+from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.request import Request, SamplingConfig
 from thinksafe.workers import Workers
 
 
@@ -142,3 +147,56 @@ def test_workers_that_no_launcher_looks_after_end_when_one_is_silent_or_fails():
         assert waiting.returncode == 1 and words in errors and len(errors.splitlines()) == bool(words)
         other.kill()
         assert ("because" in other.communicate()[1]) == (not words)
+
+
+_RESTARTED = """
+import os, sys
+from thinksafe.workers import Workers
+with Workers.join() as one:
+    mine, again = list(one.share(range(6))), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    total = one.total()
+    total(len(mine))
+    one.meet()
+    print("started", again, one.once(lambda: [again, total(0)]), flush=True)
+    if again == "0" and one.rank == 1:
+        os._exit(3)
+    one.meet()
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_torchrun_starts_anew_know_nothing_of_the_counters_before(tmp_path):
+    (tmp_path / "work.py").write_text(_RESTARTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    command = [*torchrun, "--nproc-per-node", "2", str(tmp_path / "work.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["started 0 ['0', 6]"] * 2 + ["started 1 ['1', 6]"] * 2
+
+
+def test_a_bar_counts_the_work_of_all_and_the_first_worker_shows_it(capsys):
+    def work(workers: Workers) -> tuple[int, int]:
+        with TokenBar("sample", 14, "responses", done=2, workers=workers) as bar:
+            for _ in range(4):
+                bar.update(10 * (workers.rank + 1))
+        return bar._items, bar._tokens
+
+    assert together(3, work)[0] == (12, 240)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sample:     14 responses" in line
+
+
+def test_an_engine_holds_no_more_requests_than_its_share(tmp_path):
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path / "student"), torch.float32, "cpu")
+    taken = []
+
+    def requests():
+        for number in range(20):
+            taken.append(number)
+            yield Request(str(number), (3, 5, 7 + number), SamplingConfig(max_tokens=3 + number % 4), number, ())
+
+    finished = 0
+    for _ in Engine(decoder, EngineConfig(8, 64, 8, 0.01), most_at_once=3).generate(requests()):
+        assert len(taken) - finished <= 3
+        finished += 1
+    assert finished == 20

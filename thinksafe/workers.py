@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, rendezvous
+from torch.distributed import PrefixStore, Store, rendezvous
 
 from thinksafe.errors import UserError
 
@@ -68,6 +68,8 @@ class Workers:
             yield ALONE
             return
         store, rank, count = next(rendezvous("env://", timeout=_START_WITHIN))
+        # torchrun's store outlives a restart of the workers, their counters must not.
+        store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         workers = cls(rank, count, store, int(os.environ.get("LOCAL_RANK", "0")))
         store.set(f"host/{rank}", socket.gethostname())
         threading.Thread(target=workers._listen, daemon=True).start()
@@ -213,7 +215,8 @@ class Workers:
             if pulse != heard or pulse >= _LEFT:
                 heard, changed = pulse, time.monotonic()
             elif time.monotonic() - changed > _DEAD_AFTER:
-                host = self.store.get(f"host/{neighbour}").decode()
+                known = self.store.check([f"host/{neighbour}"])
+                host = self.store.get(f"host/{neighbour}").decode() if known else "an unknown machine"
                 self._end(f"worker {neighbour} on {host} has been silent for {_DEAD_AFTER:.0f} seconds")
 
     def _end(self, why: str, always: bool = False) -> None:
