@@ -96,6 +96,8 @@ def test_eight_bits_halve_what_decoding_reads():
     assert 1.3 < plain["generate"].seconds / cache["generate"].seconds < 2
     assert both["generate"].seconds < cache["generate"].seconds
     assert both["generate"].memory["weights"] < 0.6 * plain["generate"].memory["weights"]
+    one_by_one = [of("qwen3-8b", "sampler.max_running=1", f"sampler.weights={kept}")[1] for kept in ("auto", "fp8")]
+    assert 1.6 < one_by_one[0]["generate"].seconds / one_by_one[1]["generate"].seconds < 2, "bound by reading weights"
     assert 1.8 < plain["filter"].seconds / both["filter"].seconds < 2
     assert both["train"] == plain["train"], "training never uses it"
     _, biased = of("r1-distill-qwen-7b", "sampler.kv_cache_dtype=fp8")
