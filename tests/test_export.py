@@ -32,6 +32,7 @@ def load(folder, tmp_path):
 def test_datasets_loads_what_was_accepted(run, tmp_path):
     folder = export_data(run, tmp_path / "set")
     rows = load(folder, tmp_path)
+    assert not (tmp_path / "set.partial").exists()
     accepted = list(read_records(run.path / "accepted.jsonl", Example))
     names = list(asdict(accepted[0]))
     assert [{name: row[name] for name in names} for row in rows] == [asdict(example) for example in accepted]
