@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 Interval = tuple[int, int]
 
-_SAME = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", '"tt.reduce"')
+_SAME = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci", '"tt.reduce"')
 _INT = re.compile(r"(?:^|x)i(?:32|64)>?$")
 
 

@@ -81,7 +81,9 @@ def _exp_gemm_kernel(
                 # 0 times all logits: one of -inf, which an infinite weight makes, is no token of no chance but a NaN.
                 shift += 0.0 * tl.sum(logits, axis=1)
                 e = tl.exp2(logits * LOG2E - (shift * LOG2E)[:, None])
-                e = tl.where((columns[None, :] != target[:, None]) & (columns[None, :] < V), e, 0.0)
+                # In the tile's own 32-bit columns: comparing int64 targets took a sixth of all instructions.
+                place, column = target.to(tl.int32) - block_v * BLOCK_V, tl.arange(0, BLOCK_V)[None, :]
+                e = tl.where((column != place[:, None]) & (column < V - block_v * BLOCK_V), e, 0.0)
                 if STORE:
                     e_desc.store([block_t * BLOCK_T, block_v * BLOCK_V], e.to(e_desc.dtype))
                 tl.store(sums_ptr + out, tl.sum(e, axis=1), mask=inside)

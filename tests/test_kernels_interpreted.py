@@ -215,7 +215,7 @@ def test_skipped_blocks_are_reported_and_harmless(fresh_seed):
     assert stats.active_share < 0.2
     assert 0 < stats.dropped_mass < 16 * lce.EPS
     assert abs(loss.item() - rows.sum().item()) < 1e-4
-    assert close(leaf.grad, x64.grad, 10 * stats.dropped_mass.item() + 1e-6)
+    assert close(leaf.grad, x64.grad, 10 * stats.dropped_mass.item() + 1e-5)
 
 
 def test_rows_the_model_is_sure_of_are_skipped_and_reported(fresh_seed):
