@@ -182,6 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
 
+    sub = stage(
+        "export-model",
+        _export_model,
+        "write the trained student as one Hugging Face checkpoint, its adapter merged",
+        "For whatever reads no adapters. Needs host memory for the student's weights, and no GPU.",
+    )
+    sub.add_argument("--to", metavar="DIR", type=Path, required=True, help="a new folder")
+
     sub = commands.add_parser(
         "estimate",
         help="time, memory and cost of every stage on a named GPU, before anything runs",
@@ -338,6 +346,15 @@ def _export_data(options: argparse.Namespace) -> None:
 
     def work(run, models, stages) -> None:
         run.workers.once(lambda: print(export_data(run, options.to)))
+
+    _in_run_directory(options, work)
+
+
+def _export_model(options: argparse.Namespace) -> None:
+    from thinksafe.merged import export_model
+
+    def work(run, models, stages) -> None:
+        run.workers.once(lambda: print(export_model(run, models, options.to)))
 
     _in_run_directory(options, work)
 
