@@ -34,8 +34,8 @@ from thinksafe.training.costs import TrainingCosts, Work, described
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
 
 HOST_SECONDS_PER_LAYER = 1e-3
-"""Of one thread of the host, for a pack's forward and backward pass: below that no step can be. Half of it is measured
-on a CPU (benchmarks/results/cpu/train.json); the launches of 73 kernels are taken as 7 us each."""
+"""Of one thread of the host, for a pack's forward and backward pass: below that no step can be. The small operations of
+a CPU take 0.9 ms (benchmarks/results/cpu/train.json); a GPU's 73 launches are taken to cost about as much."""
 
 _BF16 = 2
 _SPARE = 0.05
