@@ -18,6 +18,7 @@ from thinksafe.training.distributed import ZeroConfig, balanced, barrier, gather
 from thinksafe.training.engine import NonFiniteStep
 from thinksafe.training.loop import TrainingConfig, train
 from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.workers import Workers
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
@@ -282,11 +283,12 @@ def mixed_student(folder: Path, method: str):
 
 if __name__ == "__main__":
     scenario, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    join()
     scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
     scenarios["interrupted"] = interrupted
-    scenarios[scenario](folder, out, *sys.argv[4:])
-    barrier()
-    if rank() == 0:
-        (out / "done").touch()
-    os._exit(0)  # a process group now and then fails in its destructor, after all is done
+    with Workers.join() as workers:
+        join(CPU, workers)
+        scenarios[scenario](folder, out, *sys.argv[4:])
+        barrier()
+        if rank() == 0:
+            (out / "done").touch()
+        os._exit(0)  # a process group now and then fails in its destructor, after all is done

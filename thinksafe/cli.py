@@ -153,7 +153,10 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "fine-tune the student on accepted.jsonl",
-        "Writes adapter/ in PEFT's format, or model/ with --set training.method=full.",
+        "Writes adapter/ in PEFT's format, or model/ with --set training.method=full.\n"
+        "Several processes, started with torchrun, train together by DeepSpeed ZeRO; `zero.stage`, auto by default,\n"
+        "says how much they share out. One process can keep the optimiser in host memory: --set\n"
+        "zero.offload_optimizer=true. Killed, it goes on from its last checkpoint, on any number of processes.",
     )
     sub.add_argument("--data", metavar="FILE", type=Path, help="train on these; needs `prompt`, `response`, `label`")
     sub = stage(
@@ -259,7 +262,7 @@ def _run(options: argparse.Namespace) -> None:
         run.workers.once(lambda: stages.accept(run))
         run.workers.once(lambda: _print_coverage(run))
         stages.evaluate(run, models, "before")
-        run.workers.once(lambda: stages.train(run, models))
+        stages.train(run, models)
         stages.evaluate(run, models, "after")
         run.workers.once(lambda: _print_report(stages.report(run)))
 
@@ -303,7 +306,7 @@ def _train(options: argparse.Namespace) -> None:
             from thinksafe.intake import take_in_examples
 
             run.workers.once(lambda: take_in_examples(run, options.data))
-        run.workers.once(lambda: stages.train(run, models))
+        stages.train(run, models)
         student = run.path / ("adapter" if run.recipe.training.method == "lora" else "model")
         run.workers.once(lambda: print(student))
 

@@ -28,7 +28,7 @@ from thinksafe.records import Response, read_records
 from thinksafe.rundir import RunDir
 from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.engine import EngineConfig
-from thinksafe.training.costs import TrainingCosts, Work, described
+from thinksafe.training.costs import TrainingCosts, Work, described, sharding_within
 
 # Shares of what the hardware allows that we aim for.
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
@@ -409,7 +409,10 @@ def _training(
     if config.batch_tokens:
         steps, in_a_step = math.ceil(tokens / config.batch_tokens), config.batch_tokens
     largest = max(longest, min(config.max_tokens_per_pack, in_a_step))
-    free = (1 - _SPARE) * hardware.memory_bytes - costs.state_bytes()
+    usable, zero = (1 - _SPARE) * hardware.memory_bytes, None
+    if recipe.zero.is_needed(num_gpus):
+        zero = sharding_within(usable, recipe.zero, costs, largest, num_gpus)
+    free = usable - costs.state_bytes(zero, num_gpus)
     if config.activation_checkpointing == "auto":
         keeping = costs.choose(free, largest) or ("full",) * model.num_layers
     else:
@@ -423,9 +426,10 @@ def _training(
     mfu = (costs.useful_flop(work) + reference_flop) / seconds / num_gpus / hardware.peak_flop_per_second
     bound = ", bound by the host" if seconds == host else ""
     remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{bound}; computed again: {described(keeping)}"
+    remark += f"; ZeRO stage {zero.stage}" if zero else ""
     memory = {
-        "weights": _BF16 * model.num_parameters,
-        "optimiser": costs.optimizer_bytes(),
+        "weights": costs.weight_bytes(zero, num_gpus),
+        "optimiser": costs.optimizer_bytes(zero, num_gpus),
         f"a pack of {largest:,} tokens": costs.step_bytes(keeping, largest, largest),
     }
     return Stage("train", round(tokens), seconds, least, memory, remark)

@@ -22,6 +22,7 @@ from thinksafe.paths import RECIPES, bundled_recipes
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.steering import Rung
+from thinksafe.training.distributed import ZeroConfig
 from thinksafe.training.loop import TrainingConfig
 from thinksafe.training.trackers import TrackerName
 
@@ -159,6 +160,7 @@ class Recipe:
     sampler: EngineConfig = EngineConfig()
     lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
+    zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):

@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
@@ -210,10 +211,10 @@ class RunDir:
         recipe_file = path / "recipe.yaml"
 
         def write_recipe() -> None:
-            if not recipe_file.exists() or _may_be_corrected(recipe_file):
-                write_atomically(recipe_file, recipe.to_yaml())
-            else:
+            if recipe_file.exists() and not _may_be_corrected(recipe_file):
                 _refuse_other(recipe_file, recipe)
+            if not recipe_file.exists() or _recipe_in(recipe_file) != recipe:
+                write_atomically(recipe_file, recipe.to_yaml())
 
         with _locked(path, workers):
             workers.once(write_recipe)
@@ -375,11 +376,13 @@ def _recipe_in(file: Path) -> Recipe | None:
 
 
 def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
+    """How training is sharded may be another: that changes nothing of what comes out."""
     there = _recipe_in(recipe_file)
-    if there == recipe:
-        return
     differing = "its recipe.yaml cannot be read"
     if there is not None:
+        there = replace(there, zero=recipe.zero)
+        if there == recipe:
+            return
         lines = zip_longest(recipe.to_yaml().splitlines(), there.to_yaml().splitlines(), fillvalue="nothing")
         differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
     raise UserError(

@@ -1,7 +1,8 @@
 """The stages, from generate to report. Each reads records of the run directory and writes more.
 
 Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing. All workers of a
-run call generate, probe, filter_responses, retry and evaluate together; the other stages are for the first one alone.
+run call generate, probe, filter_responses, retry, train and evaluate together; the other stages are for the first one
+alone.
 """
 
 import json
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
@@ -48,12 +49,17 @@ from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
-from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack
+from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack, sharding_on
+from thinksafe.training.distributed import join, require_deepspeed
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import plan_steps
 from thinksafe.training.loop import train as run_training
+from thinksafe.training.packing import TrainingSequence
 from thinksafe.training.trackers import require, tracking
 from thinksafe.workers import Workers
+
+if TYPE_CHECKING:
+    from thinksafe.training.zero import ZeroEngine
 
 Moment = Literal["before", "after"]
 
@@ -79,6 +85,8 @@ def check(run: RunDir, models: Models) -> None:
         evaluation_prompts(entry)
     if run.recipe.training.method == "lora":
         check_targets(load_config(models.base)[0], run.recipe.lora)
+    if run.recipe.zero.is_needed(run.workers.count):
+        require_deepspeed()
     for name in run.recipe.guard.checkpoints:
         resolve(name, "guard.model")
     require(run.recipe.trackers)
@@ -178,11 +186,13 @@ def train(run: RunDir, models: Models) -> None:
     """Fine-tune the student on the accepted examples, prompts without steering."""
     checkpoints = run.path / "training" / "checkpoints"
     if run.is_done("train"):
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        if run.workers.leads:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return
     recipe, clock = run.recipe, run.clock("train")
     config = recipe.training
     accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
+    write_for_all(accepted, run.workers)
     if accepted.stat().st_size == 0:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
     sequences, dropped = training_sequences(accepted, recipe, models)
@@ -194,45 +204,67 @@ def train(run: RunDir, models: Models) -> None:
         attach(decoder, recipe.lora, recipe.seed)
     else:
         decoder.requires_grad_(True)
-    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
-    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize, with_reference)
-    lengths = [len(sequence) for sequence in sequences]
-    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
-    decoder.keeping = keeping_on(models.device, config.activation_checkpointing, costs, largest)
-    if set(decoder.keeping) != {"none"}:
-        print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
     run.remember_input("model", fingerprint(models.base))
-    engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
-    steps = len(plan_steps(lengths, config, recipe.seed))
+    engine = _training_engine(run, models, decoder, sequences)
+    steps = len(plan_steps([len(sequence) for sequence in sequences], config, recipe.seed))
     training = run.path / "training"
-    watched = tracking(recipe.trackers, training, recipe.name, asdict(recipe))
-    with watched as trackers, TokenBar("train", steps, "steps") as bar:
+    watched = tracking(recipe.trackers if run.workers.leads else (), training, recipe.name, asdict(recipe))
+    with watched as trackers, TokenBar("train", steps, "steps", workers=run.workers) as bar:
 
         def on_step(metrics):
             clock.tick()
             for tracker in trackers:
                 tracker.log(metrics)
-            if metrics.note:
-                bar.say(f"step {metrics.step} {metrics.note}")
-            bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
+            if run.workers.leads:  # a step is the work of all
+                if metrics.note:
+                    bar.say(f"step {metrics.step} {metrics.note}")
+                bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
 
         try:
             run_training(engine, sequences, config, recipe.seed, training, on_step)
         except NonFiniteStep as error:
             remedy = "lower training.learning_rate, or look at those examples in accepted.jsonl"
             raise UserError(f"training stopped, {error}; {remedy}") from None
-    folder = _save_student(run, models, decoder)
+    files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
     run.finish_stage(
         "train",
-        [*sorted(folder.iterdir()), training / "metrics.jsonl"],
+        [*map(Path, files), training / "metrics.jsonl"],
         clock,
         tokens=config.epochs * sum(map(len, sequences)),
         records=len(sequences),
         dropped=dict(dropped),
         steps=steps,
     )
-    shutil.rmtree(checkpoints)  # only now: until the manifest knows the adapter, they are what a restart goes on from
+    if run.workers.leads:
+        shutil.rmtree(checkpoints)  # only now: until the manifest knows them, they are what a restart goes on from
     models.forget_student()
+
+
+def _training_engine(
+    run: RunDir, models: Models, decoder: Decoder, sequences: Sequence[TrainingSequence]
+) -> "SingleEngine | ZeroEngine":
+    """What trains the decoder, by all workers together where there are several; what fits is decided, and said."""
+    config, zero, ranks = run.recipe.training, run.recipe.zero, run.workers.count
+    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
+    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize, with_reference)
+    lengths = [len(sequence) for sequence in sequences]
+    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
+    sharding = None
+    if zero.is_needed(ranks):
+        require_deepspeed()
+        join(models.device, run.workers)
+        sharding = sharding_on(models.device, zero, costs, largest, ranks)
+    setting = config.activation_checkpointing
+    decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
+    if run.workers.leads and sharding is not None:
+        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} processes", file=sys.stderr)
+    if run.workers.leads and set(decoder.keeping) != {"none"}:
+        print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
+    if sharding is None:
+        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
+    from thinksafe.training.zero import ZeroEngine  # DeepSpeed takes seconds to import, and need not be installed
+
+    return ZeroEngine(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference)
 
 
 def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None = None) -> None:
@@ -422,8 +454,8 @@ def _turns(workers: Workers, items: Sequence[Response], together: int) -> Iterat
         yield chain((first,), islice(asked, most - 1))
 
 
-def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
-    """Write the adapter, or the whole model after full fine-tuning, under a temporary name and rename it."""
+def _save_student(run: RunDir, models: Models, decoder: Decoder) -> list[Path]:
+    """Write the adapter, or the whole model after full fine-tuning, under a temporary name and rename it; its files."""
     lora = run.recipe.training.method == "lora"
     folder = run.path / ("adapter" if lora else "model")
     partial = folder.with_name(folder.name + ".partial")
@@ -436,7 +468,7 @@ def _save_student(run: RunDir, models: Models, decoder: Decoder) -> Path:
         models.chat.tokenizer.save(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    return folder
+    return sorted(folder.iterdir())
 
 
 def _counted(reasons: Counter[str]) -> str:

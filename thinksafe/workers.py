@@ -143,6 +143,13 @@ class Workers:
         """Whether this process writes down what it and its neighbours, so many together, have found."""
         return self.rank % together == 0
 
+    def connect(self, device: torch.device) -> None:
+        """Make the process group of all workers, in which they send one another tensors; the first time only."""
+        if not dist.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            store = dist.HashStore() if self.store is None else dist.PrefixStore("tensors", self.store)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
+
     def neighbours(self, together: int, device: torch.device) -> dist.ProcessGroup:
         """The so many processes, this one among them, that hold one model on such devices.
 
@@ -155,8 +162,7 @@ class Workers:
                 f"tensor_parallel: {together} GPUs are to hold one model, and {started} cannot be put together so; "
                 f"start a multiple of {together} with torchrun --nproc-per-node"
             )
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        self.connect(device)
         if together not in self._neighbours:
             everybody = range(self.count)
             groups = [dist.new_group(list(everybody[first : first + together])) for first in everybody[::together]]

@@ -6,9 +6,10 @@ tokens alone; attention by the pairs of tokens that see each other. What is comp
 as useful, only as time.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +19,7 @@ from thinksafe.kernels.linear_cross_entropy import CHUNK
 from thinksafe.model.activations import KEEPING, Keeping, kept_bytes
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.lora import LoraConfig
+from thinksafe.training.distributed import ZeroConfig, gather
 
 _FLOW = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections in the order in which a layer applies them."""
@@ -27,6 +29,9 @@ _MOVED_BY_LORA, _MOVED_BY_FULL, _MOVED_AGAIN = 5.7, 3.7, 2.2
 
 _SPARE = 0.05
 """Share of a GPU's free memory that is left to the allocator's gaps."""
+
+_GATHERED, _REDUCED = 1_000_000_000, 500_000_000
+"""Weights that ZeRO-3 has gathered at most, and gradients that are reduced at once: DeepSpeed's own settings."""
 
 
 def causal_pairs(lengths: Sequence[int]) -> int:
@@ -119,19 +124,40 @@ class TrainingCosts:
         again = _MOVED_AGAIN * (len(keeping) - keeping.count("none"))
         return (once + again) * self._kept()["none"] * tokens
 
-    def state_bytes(self) -> int:
-        """Weights, gradients and AdamW's state, which are there whatever the step."""
-        return self.model.num_parameters * self.itemsize + self.optimizer_bytes()
+    def state_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
+        """Weights, gradients and AdamW's state, which are there whatever the step: what one GPU holds of them.
 
-    def optimizer_bytes(self) -> int:
-        """The state without the weights that are there before training."""
+        Args:
+            zero: how they are sharded, the stage decided; None for one process without DeepSpeed.
+            ranks: over how many.
+        """
+        return self.weight_bytes(zero, ranks) + self.optimizer_bytes(zero, ranks)
+
+    def weight_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
+        """The model's own weights, without adapters, as `state_bytes` counts them."""
+        whole = self.model.num_parameters * self.itemsize
+        if zero is None or zero.stage != 3:
+            return whole
+        return 0 if zero.offload_parameters else whole // ranks
+
+    def optimizer_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
+        """The state without the model's own weights, and the room in which ZeRO gathers and reduces."""
+        trained, shard = self.trained_parameters, self.trained_parameters // ranks
+        # +KL's copy of the weights; adapters are turned off instead.
+        reference = self.itemsize * trained if self.with_reference and self.lora is None else 0
+        if zero is not None:
+            held = self.itemsize * (trained if zero.stage == 1 else shard)  # gradients
+            held += 0 if zero.offload_optimizer else 16 * shard  # fp32 weights, gradients and two moments
+            held += 0 if self.lora is None else self.itemsize * trained  # adapters
+            held += self.weight_bytes(zero, ranks) if reference else 0
+            room = self.model.num_parameters if zero.stage == 3 else 0
+            return held + self.itemsize * (min(room, _GATHERED) + min(trained, _REDUCED))
         if self.lora is not None:
             # fp32 adapters, gradients and two moments, and a copy in the activations' dtype.
-            return self.trained_parameters * (16 + self.itemsize)
+            return trained * (16 + self.itemsize)
         # Gradients in the weights' dtype and in fp32, two moments; masters where the weights are not fp32 themselves.
         masters = 0 if self.itemsize == 4 else 4 + self.itemsize
-        reference = self.itemsize if self.with_reference else 0  # a copy; adapters are turned off instead
-        return self.trained_parameters * (12 + masters + reference)
+        return trained * (12 + masters) + reference
 
     def step_bytes(self, keeping: Sequence[Keeping], tokens: int, targets: int) -> int:
         """What a pack takes at its peak, beside the state: in the loss, or in some layer's backward pass."""
@@ -177,12 +203,43 @@ def largest_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max
     return max(longest[0], min(max_tokens, step))
 
 
-def keeping_on(device: torch.device, setting: str, costs: TrainingCosts, tokens: int) -> tuple[Keeping, ...]:
+def sharding_on(device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
+    """With the stage decided: as the recipe sets it, or for `auto` the lowest one that fits the device.
+
+    Args:
+        zero: the recipe's.
+        tokens: of the largest pack.
+    """
+    memory = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    return sharding_within((1 - _SPARE) * memory, zero, costs, tokens, ranks)
+
+
+def sharding_within(memory_bytes: float, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
+    """The same for a GPU of which so much can be used."""
+    if zero.stage != "auto":
+        return zero
+    pack = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)
+    stages = [replace(zero, stage=stage) for stage in ((3,) if zero.offload_parameters else (1, 2, 3))]
+    fits = (one for one in stages if costs.state_bytes(one, ranks) + pack <= memory_bytes)
+    return next(fits, stages[-1])
+
+
+def keeping_on(
+    device: torch.device,
+    setting: str,
+    costs: TrainingCosts,
+    tokens: int,
+    zero: ZeroConfig | None = None,
+    ranks: int = 1,
+) -> tuple[Keeping, ...]:
     """What each layer keeps for its backward pass: as the recipe sets it, or for `auto` what the device has room for.
+
+    All ranks keep the same: where weights are sharded, they are gathered together, also to compute again.
 
     Args:
         setting: training.activation_checkpointing.
         tokens: of the largest pack.
+        zero, ranks: as in `TrainingCosts.state_bytes`.
 
     Raises:
         UserError: for `auto`, where a pack does not fit whatever is computed again.
@@ -190,8 +247,8 @@ def keeping_on(device: torch.device, setting: str, costs: TrainingCosts, tokens:
     if setting != "auto" or device.type == "cpu":
         return ("none" if setting == "auto" else setting,) * costs.model.num_layers
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + held
-    room = (1 - _SPARE) * free - costs.optimizer_bytes()
+    free = min(gather(torch.cuda.mem_get_info(device)[0] + held))
+    room = (1 - _SPARE) * free - costs.optimizer_bytes(zero, ranks)
     keeping = costs.choose(room, tokens)
     if keeping is None:
         least = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)

@@ -3,49 +3,60 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from thinksafe.errors import UserError
+from thinksafe.workers import ALONE, Workers
+
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """How training is sharded over the ranks (ZeRO, arXiv 1910.02054).
+    """How DeepSpeed shards training over the GPUs (ZeRO, arXiv 1910.02054). It changes what fits, not what is learned:
+    a run may go on with other values, and on another number of GPUs.
 
     Attributes:
-        stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too; 3 costs the most host time.
+        stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too, which costs the most host time;
+            `auto` is the lowest one that fits. One process that is asked for no stage and no offload needs no
+            DeepSpeed.
         offload_optimizer: keep the optimiser's state in host memory and step there.
         offload_parameters: keep the weights in host memory until a layer needs them; stage 3 only.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    stage: Literal[1, 2, 3] = 3
+    stage: Literal["auto", 1, 2, 3] = "auto"
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
     def __post_init__(self):
-        if self.offload_parameters and self.stage != 3:
+        if self.offload_parameters and self.stage not in ("auto", 3):
             raise ValueError("offload_parameters needs stage 3")
 
+    def is_needed(self, ranks: int) -> bool:
+        """Whether so many ranks train with DeepSpeed."""
+        return ranks > 1 or self != ZeroConfig()
 
-def join() -> None:
-    """Make the process group of the ranks that torchrun started, each on a GPU of its own; else of this process alone.
 
-    A group that exists is kept.
+def require_deepspeed() -> None:
+    """Find out before the first hour of work whether ZeRO can be had.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
     """
-    if dist.is_initialized():
-        return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it even so
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if find_spec("deepspeed") is None:
+        raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'thinksafe[deepspeed]'")
+
+
+def join(device: torch.device, workers: Workers = ALONE) -> None:
+    """Make the workers the ranks of one training run, each on a device of its own."""
+    # DeepSpeed asks for these when it is imported.
+    os.environ["LOCAL_RANK"] = str(workers.local_rank)
+    os.environ["DS_ACCELERATOR"] = device.type
+    workers.connect(device)
 
 
 def rank() -> int:

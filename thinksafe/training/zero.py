@@ -82,9 +82,9 @@ class ZeroEngine:
         Args:
             with_reference: whether sequences will come that keep to what the decoder is now, adapters aside.
         """
-        join()
         self.decoder = decoder
         self.device = decoder.embedding.device
+        join(self.device)
         self.parameters = {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
         self._layout = {name: (parameter.shape, parameter.dtype) for name, parameter in self.parameters.items()}
         names, sizes = list(self._layout), [shape.numel() for shape, _ in self._layout.values()]
