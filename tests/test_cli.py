@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ import peft
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from checkpoints import FAMILIES, make_checkpoint, make_llama_guard
 from transformers import AutoModelForCausalLM
@@ -23,6 +25,7 @@ from thinksafe import stages
 from thinksafe.cli import main
 from thinksafe.recipe import bundled_recipes
 from thinksafe.records import Example, Response, Verdict, read_prompts, read_records
+from thinksafe.training.engine import SingleEngine
 
 THOUGHT = "<think>\nIt is a boat.\n</think>\n\n"
 ROWS = [
@@ -468,7 +471,7 @@ def test_weights_that_broke_are_never_saved(world, tmp_path, call):
     settings = [SET, "training.learning_rate=1e30", SET, "training.batch_size=3"]
     status, printed, errors = call("train", "--data", world / "examples.jsonl", *settings)
     assert status == 2 and printed == "" and len(errors) == 1
-    assert "training stopped, step 1" in errors[0] and "training.learning_rate" in errors[0]
+    assert "training stopped, the norm of the weights" in errors[0] and "training.learning_rate" in errors[0]
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
@@ -586,3 +589,31 @@ def test_recipe_prints_a_recipe_that_runs(tmp_path, call):
     (tmp_path / "mine.yaml").write_text(printed)
     assert call("generate", "--recipe", tmp_path / "mine.yaml", recipe=False)[0] == 0
     assert "model: Qwen/Qwen3-0.6B" in call("recipe", recipe=False, out=False)[1]
+
+
+def test_a_run_that_is_out_of_memory_in_training_says_what_needs_less_and_goes_on_with_it(world, call, monkeypatch):
+    steps, step = [], SingleEngine.step
+
+    def full(engine, packs, rate):
+        steps.append(len(packs))
+        if len(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words.")
+        return step(engine, packs, rate)
+
+    monkeypatch.setattr(SingleEngine, "step", full)
+    training = ["train", "--data", world / "examples.jsonl", SET, "training.epochs=2"]
+    training += [SET, "training.batch_size=2", SET, "training.checkpoint_every=1"]
+    status, _, (line,) = call(*training)
+    assert status == 2 and line.startswith("thinksafe: out of memory in training: CUDA out of memory. Tried")
+    for setting in ("training.max_tokens_per_pack", "activation_checkpointing=full", "zero.offload_optimizer=true"):
+        assert setting in line
+    assert re.search(r"weights and optimiser were counted as \d+\.\d GiB, a pack of \d+ tokens as \d", line), line
+    smaller = [SET, "training.max_tokens_per_pack=1", SET, "training.activation_checkpointing=full"]
+    packs = steps.copy()
+    steps[:3] = []
+    monkeypatch.setattr(SingleEngine, "step", lambda *arguments: steps.append(len(arguments[1])) or step(*arguments))
+    status, _, errors = call(*training, *smaller)
+    assert status == 0, errors
+    total = 2 * -(-len(EXAMPLES) // 2)
+    assert len(steps) == total - 2, "two steps were done"
+    assert max(packs) == 1 < max(steps), "one sequence a pack"

@@ -635,7 +635,7 @@ def test_everything_that_shapes_a_run_is_in_its_fingerprint():
         ([dataclasses.replace(one, keeps_to_reference=True), *rest], RUN, 11),
         *[(SEQUENCES, dataclasses.replace(RUN, **{name: value}), 11) for name, value in [
             ("epochs", 4), ("batch_size", 4), ("learning_rate", 1.0), ("warmup_ratio", 0.5), ("weight_decay", 0.1),
-            ("max_grad_norm", 2.0), ("max_tokens_per_pack", 65), ("method", "full"),
+            ("max_grad_norm", 2.0), ("method", "full"),
             ("batch_tokens", 99), ("loss_reduction", "sequence"), ("benign_loss", "kl"),
         ]],
     ]  # fmt: skip

@@ -15,7 +15,7 @@ try:
     from typing import Any
 
     from thinksafe import __version__
-    from thinksafe.errors import UserError
+    from thinksafe.errors import UserError, is_out_of_memory
 except KeyboardInterrupt:  # before `main` could answer for it
     sys.exit(130)
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nthinksafe: {why}; nothing finished is lost, the same command goes on from here", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "out of memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         print(f"thinksafe: out of memory: {str(error).splitlines()[0]}; lower {_MEMORY_SETTINGS}", file=sys.stderr)
         return 2

@@ -83,8 +83,15 @@ class Models:
         _check_vocabulary(folder, tokenizer)
         return self._load(folder, config.sampler.tensor_parallel, config.sampler.weights), tokenizer
 
-    def student(self) -> Decoder:
-        """The student as it is trained: whole, without adapter, in full precision."""
+    def student(self, on_host: bool = False) -> Decoder:
+        """The student as it is trained: whole, without adapter, in full precision.
+
+        Args:
+            on_host: in host memory, for a device that has no room for all of it.
+        """
+        if on_host and self.device.type != "cpu":
+            self._loaded = None
+            return load_decoder(self.base, self.dtype, "cpu")
         return self._student(self.base, None, 1, "auto")
 
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:

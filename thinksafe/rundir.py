@@ -33,6 +33,7 @@ import thinksafe
 from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
 from thinksafe.records import Example, Prompt, Record, Response, Shard, to_json
+from thinksafe.training.loop import OF_MEMORY
 from thinksafe.workers import ALONE, Workers
 
 _TAIL = 2**16
@@ -376,11 +377,12 @@ def _recipe_in(file: Path) -> Recipe | None:
 
 
 def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
-    """How training is sharded may be another: that changes nothing of what comes out."""
+    """What training needs of memory may be another, and how it is sharded: that changes nothing of what it learns."""
     there = _recipe_in(recipe_file)
     differing = "its recipe.yaml cannot be read"
     if there is not None:
-        there = replace(there, zero=recipe.zero)
+        settings = {name: getattr(recipe.training, name) for name in OF_MEMORY}
+        there = replace(there, zero=recipe.zero, training=replace(there.training, **settings))
         if there == recipe:
             return
         lines = zip_longest(recipe.to_yaml().splitlines(), there.to_yaml().splitlines(), fillvalue="nothing")

@@ -11,14 +11,17 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from thinksafe.attempts import Attempts
-from thinksafe.errors import UserError
+from thinksafe.errors import UserError, is_out_of_memory
 from thinksafe.estimate import estimate
 from thinksafe.evaluation.metrics import measure
 from thinksafe.generation import Task, longest_first, refuse_too_long, respond
@@ -50,9 +53,9 @@ from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
 from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack, sharding_on
-from thinksafe.training.distributed import join, require_deepspeed
+from thinksafe.training.distributed import ZeroConfig, join, require_deepspeed
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
-from thinksafe.training.loop import plan_steps
+from thinksafe.training.loop import TrainingConfig, plan_steps
 from thinksafe.training.loop import train as run_training
 from thinksafe.training.packing import TrainingSequence
 from thinksafe.training.trackers import require, tracking
@@ -189,7 +192,7 @@ def train(run: RunDir, models: Models) -> None:
         if run.workers.leads:
             shutil.rmtree(checkpoints, ignore_errors=True)
         return
-    recipe, clock = run.recipe, run.clock("train")
+    recipe, clock, ranks = run.recipe, run.clock("train"), run.workers.count
     config = recipe.training
     accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
     write_for_all(accepted, run.workers)
@@ -199,16 +202,73 @@ def train(run: RunDir, models: Models) -> None:
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
     models.forget_guard()
-    decoder = models.student()
-    if config.method == "lora":
-        attach(decoder, recipe.lora, recipe.seed)
-    else:
-        decoder.requires_grad_(True)
+    shape, lora = load_config(models.base)[0], recipe.lora if config.method == "lora" else None
+    if lora is not None:
+        check_targets(shape, lora)
     run.remember_input("model", fingerprint(models.base))
-    engine = _training_engine(run, models, decoder, sequences)
-    steps = len(plan_steps([len(sequence) for sequence in sequences], config, recipe.seed))
-    training = run.path / "training"
-    watched = tracking(recipe.trackers if run.workers.leads else (), training, recipe.name, asdict(recipe))
+    lengths = [len(sequence) for sequence in sequences]
+    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
+    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference)
+    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
+    sharding = _sharding(run, models, costs, largest)
+    with _explaining_memory(costs, sharding, ranks, largest):
+        decoder = models.student(on_host=sharding is not None and sharding.stage == 3)
+        if config.method == "lora":
+            attach(decoder, recipe.lora, recipe.seed)
+        else:
+            decoder.requires_grad_(True)
+        setting = config.activation_checkpointing
+        decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
+        if run.workers.leads and set(decoder.keeping) != {"none"}:
+            again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
+            print(f"{'computed again':>30}: {again}", file=sys.stderr)
+        engine = _training_engine(decoder, config, sharding, with_reference, models.device)
+        _run_training(run, engine, sequences, clock)
+    files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
+    run.finish_stage(
+        "train",
+        [*map(Path, files), run.path / "training" / "metrics.jsonl"],
+        clock,
+        tokens=config.epochs * sum(map(len, sequences)),
+        records=len(sequences),
+        dropped=dict(dropped),
+        steps=len(plan_steps(lengths, config, recipe.seed)),
+    )
+    if run.workers.leads:
+        shutil.rmtree(checkpoints)  # only now: until the manifest knows them, they are what a restart goes on from
+    models.forget_student()
+
+
+def _sharding(run: RunDir, models: Models, costs: TrainingCosts, largest: int) -> ZeroConfig | None:
+    """How the workers share the training out, said aloud; None for one process without DeepSpeed."""
+    zero, ranks = run.recipe.zero, run.workers.count
+    if not zero.is_needed(ranks):
+        return None
+    require_deepspeed()
+    join(models.device, run.workers)
+    sharding = sharding_on(models.device, zero, costs, largest, ranks)
+    if run.workers.leads:
+        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} processes", file=sys.stderr)
+    return sharding
+
+
+def _training_engine(
+    decoder: Decoder, config: TrainingConfig, sharding: ZeroConfig | None, with_reference: bool, device: torch.device
+) -> "SingleEngine | ZeroEngine":
+    if sharding is None:
+        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
+    from thinksafe.training.zero import ZeroEngine  # DeepSpeed takes seconds to import, and need not be installed
+
+    return ZeroEngine(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference, device)
+
+
+def _run_training(
+    run: RunDir, engine: "SingleEngine | ZeroEngine", sequences: Sequence[TrainingSequence], clock: StageClock
+) -> None:
+    """The loop, watched: a bar and the recipe's trackers."""
+    recipe, folder = run.recipe, run.path / "training"
+    steps = len(plan_steps([len(sequence) for sequence in sequences], recipe.training, recipe.seed))
+    watched = tracking(recipe.trackers if run.workers.leads else (), folder, recipe.name, asdict(recipe))
     with watched as trackers, TokenBar("train", steps, "steps", workers=run.workers) as bar:
 
         def on_step(metrics):
@@ -221,50 +281,30 @@ def train(run: RunDir, models: Models) -> None:
                 bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
 
         try:
-            run_training(engine, sequences, config, recipe.seed, training, on_step)
+            run_training(engine, sequences, recipe.training, recipe.seed, folder, on_step)
         except NonFiniteStep as error:
             remedy = "lower training.learning_rate, or look at those examples in accepted.jsonl"
             raise UserError(f"training stopped, {error}; {remedy}") from None
-    files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
-    run.finish_stage(
-        "train",
-        [*map(Path, files), training / "metrics.jsonl"],
-        clock,
-        tokens=config.epochs * sum(map(len, sequences)),
-        records=len(sequences),
-        dropped=dict(dropped),
-        steps=steps,
-    )
-    if run.workers.leads:
-        shutil.rmtree(checkpoints)  # only now: until the manifest knows them, they are what a restart goes on from
-    models.forget_student()
 
 
-def _training_engine(
-    run: RunDir, models: Models, decoder: Decoder, sequences: Sequence[TrainingSequence]
-) -> "SingleEngine | ZeroEngine":
-    """What trains the decoder, by all workers together where there are several; what fits is decided, and said."""
-    config, zero, ranks = run.recipe.training, run.recipe.zero, run.workers.count
-    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
-    costs = TrainingCosts(decoder.config, decoder.lora, models.dtype.itemsize, with_reference)
-    lengths = [len(sequence) for sequence in sequences]
-    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
-    sharding = None
-    if zero.is_needed(ranks):
-        require_deepspeed()
-        join(models.device, run.workers)
-        sharding = sharding_on(models.device, zero, costs, largest, ranks)
-    setting = config.activation_checkpointing
-    decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
-    if run.workers.leads and sharding is not None:
-        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} processes", file=sys.stderr)
-    if run.workers.leads and set(decoder.keeping) != {"none"}:
-        print(f"{'computed again':>30}: {described(decoder.keeping)}, for packs of {largest:,} tokens", file=sys.stderr)
-    if sharding is None:
-        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
-    from thinksafe.training.zero import ZeroEngine  # DeepSpeed takes seconds to import, and need not be installed
-
-    return ZeroEngine(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference)
+@contextmanager
+def _explaining_memory(costs: TrainingCosts, sharding: ZeroConfig | None, ranks: int, largest: int) -> Iterator[None]:
+    """Raises: UserError: in place of running out of memory; it says what is needed and which settings need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or ["the host has no more"])[0]
+        state = costs.state_bytes(sharding, ranks) / 2**30
+        layers = costs.model.num_layers
+        least, most = (costs.step_bytes((kept,) * layers, largest, largest) / 2**30 for kept in ("full", "none"))
+        raise UserError(
+            f"out of memory in training: {said}; weights and optimiser were counted as {state:.1f} GiB, a pack of "
+            f"{largest:,} tokens as {least:.1f} to {most:.1f}; lower training.max_tokens_per_pack, set "
+            "training.activation_checkpointing=full, zero.offload_optimizer=true or, with more GPUs, zero.stage=3; "
+            "the run goes on from its last checkpoint"
+        ) from None
 
 
 def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None = None) -> None:

@@ -249,6 +249,8 @@ def keeping_on(
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = min(gather(torch.cuda.mem_get_info(device)[0] + held))
     room = (1 - _SPARE) * free - costs.optimizer_bytes(zero, ranks)
+    if zero is not None and zero.stage == 3:  # the shards are still to come
+        room -= costs.weight_bytes(zero, ranks)
     keeping = costs.choose(room, tokens)
     if keeping is None:
         least = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)

@@ -96,6 +96,10 @@ class TrainingConfig:
             raise ValueError("weight_decay and batch_tokens must not be negative")
 
 
+OF_MEMORY = ("max_tokens_per_pack", "activation_checkpointing")
+"""Settings that change what a step needs, and not what it learns: they may change in the middle of a run."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl.
@@ -160,8 +164,9 @@ def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
 
 
 def fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
-    """Identifies a training run: a checkpoint of another one is not taken up."""
-    digest = hashlib.sha256(json.dumps([asdict(config), seed]).encode())
+    """Identifies a training run: a checkpoint of another one is not taken up. What only memory decides is left out."""
+    settings = {key: value for key, value in asdict(config).items() if key not in OF_MEMORY}
+    digest = hashlib.sha256(json.dumps([settings, seed]).encode())
     for sequence in sequences:
         digest.update(np.int64([len(sequence), sequence.response_start, sequence.keeps_to_reference]).tobytes())
         digest.update(np.float64(sequence.weight).tobytes())

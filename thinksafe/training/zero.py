@@ -76,14 +76,17 @@ class ZeroEngine:
         weight_decay: float,
         zero: ZeroConfig,
         with_reference: bool = False,
+        device: torch.device | None = None,
     ):
         """Shard a decoder that every rank has loaded whole, on its own device.
 
         Args:
             with_reference: whether sequences will come that keep to what the decoder is now, adapters aside.
+            device: where it trains, if the decoder lies elsewhere: in stage 3 host memory will do, and weights pass
+                through the device one by one.
         """
         self.decoder = decoder
-        self.device = decoder.embedding.device
+        self.device = device or decoder.embedding.device
         join(self.device)
         self.parameters = {name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad}
         self._layout = {name: (parameter.shape, parameter.dtype) for name, parameter in self.parameters.items()}
@@ -96,6 +99,10 @@ class ZeroEngine:
         settings = deepspeed_settings(zero, max_grad_norm, dtype)
         adapters = {name: p.detach().clone() for name, p in self.parameters.items() if p.dtype != dtype}
         model = PackLoss(decoder, with_reference)
+        if zero.stage == 3:
+            for name in adapters:
+                self.parameters[name].data = self.parameters[name].data.to(dtype)
+            deepspeed.zero.Init(module=model, config_dict_or_path=settings)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         # DeepSpeed has rounded fp32 adapters of a bf16 base before it made their masters.
         for name, whole in adapters.items():
