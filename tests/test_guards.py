@@ -4,7 +4,9 @@ import gc
 import math
 import re
 import weakref
+from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_llama_guard, make_qwen3guard, make_wildguard
@@ -297,7 +299,8 @@ def test_probabilities_are_those_of_transformers_at_each_answer(guard, kind, fol
             context += question.lead
             with torch.no_grad():
                 logits = model(torch.tensor([transformers_ids(tokenizer, context)])).logits[0, -1]
-            of_word = logits.softmax(-1)[answer_ids(tokenizer, context, question.answers)].tolist()
+            probabilities = logits.softmax(-1)
+            of_word = probabilities[answer_ids(tokenizer, context, question.answers)].tolist()
             expected = dict.fromkeys(question.answers.values(), 0.0)
             for meaning, p in zip(question.answers.values(), of_word, strict=True):
                 expected[meaning] += p
@@ -305,7 +308,10 @@ def test_probabilities_are_those_of_transformers_at_each_answer(guard, kind, fol
             if question.about == "harm":
                 assert judgement.p_safe == pytest.approx(expected["safe"], rel=1e-4, abs=1e-9)
                 assert judgement.p_unsafe == pytest.approx(expected["unsafe"], rel=1e-4, abs=1e-9)
-                assert judgement.decision == ("safe" if expected["safe"] > expected["unsafe"] else "unsafe")
+                unread = kind == "llama_guard_reference" and max(of_word) < probabilities.topk(2).values[-1]
+                wins = "safe" if unread or expected["safe"] > expected["unsafe"] else "unsafe"
+                assert judgement.decision == wins
+                assert judgement.reason == ("no_verdict" if unread else "")
                 likeliest = {p: w for p, w in likeliest.items() if question.answers[w] == judgement.decision}
             else:
                 for meaning in set(expected) - {"neither"}:
@@ -315,7 +321,7 @@ def test_probabilities_are_those_of_transformers_at_each_answer(guard, kind, fol
             if question.about == "category" and judgement.decision == "unsafe":
                 assert judgement.category == max(expected, key=expected.get).replace("neither", "")
             context += likeliest[max(likeliest)]
-        assert judgement.reason == "" and judgement.windows == 1
+        assert judgement.windows == 1
         if kind in ("template", *STRIPPED):
             assert judgement.refusal is None
 
@@ -353,7 +359,9 @@ def test_both_verdicts_occur(guard, kind):
     """Otherwise the other tests would pass with a guard that always says the same."""
     exchanges = [Exchange(str(n), "q", f"{n} " * (n + 1)) for n in range(40)]
     found = judgements(guard, exchanges).values()
-    assert {"safe", "unsafe"} == {judgement.decision for judgement in found}
+    # Of a random guard neither word is among the likeliest, which the paper's code takes for safe.
+    expected = {"safe"} if kind == "llama_guard_reference" else {"safe", "unsafe"}
+    assert {judgement.decision for judgement in found} == expected
     if kind in ("wildguard", "qwen3guard"):
         assert {True, False} == {judgement.refusal for judgement in found}
 
@@ -432,7 +440,9 @@ def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_
     found = judgements(guard, exchanges)
     questions = config(kind).guard_format.questions
     unsafe = sum(judgement.decision == "unsafe" for judgement in found.values())
-    assert sum(head_rows) == sum(unsafe if question.if_unsafe else len(exchanges) for question in questions)
+    asked_twice = sum(judgement.reason == "no_verdict" for judgement in found.values())
+    rows = sum(unsafe if question.if_unsafe else len(exchanges) for question in questions)
+    assert sum(head_rows) == rows + asked_twice
     whole = [len(guard._ids(e.prompt, e.response, replies(kind)[1])) for e in exchanges]
     columns = zip(*(guard._ids(e.prompt, e.response, "") for e in exchanges), strict=False)
     shared = next(place for place, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16
@@ -530,8 +540,8 @@ class RiggedHead:
     def __getattr__(self, name):
         return getattr(self._decoder, name)
 
-    def __call__(self, input_ids, positions, attention):
-        hidden = torch.zeros_like(self._decoder(input_ids, positions, attention))
+    def __call__(self, *read):
+        hidden = torch.zeros_like(self._decoder(*read))
         hidden[:, 0] = 1.0
         return hidden
 
@@ -578,10 +588,29 @@ def test_a_guard_that_says_something_else_is_unknown_and_never_safe(decoder, tok
 @pytest.mark.parametrize(
     "logits", [(NEVER, NEVER, 0.0), (-INF, -INF, 0.0), (0.0, 0.0, 60.0), (NAN, NAN), (-90.0, -90.0, 90.0)]
 )
-@pytest.mark.parametrize("keys", [{"min_mass": 0.0}, {"kind": "llama_guard_reference"}])
-def test_without_a_least_mass_a_guard_that_says_nothing_is_still_not_safe(decoder, tokenizer, logits, keys):
-    guard = rigged(decoder, tokenizer, *logits, **keys)
+def test_without_a_least_mass_a_guard_that_says_nothing_is_still_not_safe(decoder, tokenizer, logits):
+    guard = rigged(decoder, tokenizer, *logits, min_mass=0.0)
     assert judgements(guard, EXCHANGES[:1])["a"].decision != "safe"
+
+
+def reference_record(top: dict[str, float]) -> str:
+    """The paper's code: of the two likeliest first tokens, a word that is missing has log-probability -1e5."""
+    two = dict(sorted(top.items(), key=lambda item: -item[1])[:2])
+    return ("safe", "unsafe")[int(np.argmax([two.get("safe", -1e5), two.get("unsafe", -1e5)]))]
+
+
+@pytest.mark.parametrize("gap", [0.1, 2.0])
+@pytest.mark.parametrize("order", list(permutations(("safe", "unsafe", "S", "\n"))), ids=repr)
+def test_the_reference_preset_is_the_papers_code_to_the_record(decoder, tokenizer, order, gap):
+    """Where the guard has no verdict, neither word being among its two likeliest, that code calls it safe: the record
+    says so, and no other guard does that."""
+    logits = {word: -gap * place for place, word in enumerate(order)}
+    ids = answer_ids(tokenizer, LLAMA, ["safe", "unsafe", "S", "\n"])
+    head = RiggedHead(decoder, dict(zip(ids, (logits[word] for word in ("safe", "unsafe", "S", "\n")), strict=True)))
+    guard = ModelGuard(head, tokenizer, GuardConfig(kind="llama_guard_reference", sampler=SAMPLER))
+    judgement = judgements(guard, EXCHANGES[:1])["a"]
+    assert judgement.decision == reference_record(logits)
+    assert (judgement.reason == "no_verdict") == ({*order[:2]} == {"S", "\n"})
 
 
 def test_an_untrained_guard_has_no_verdict(decoder, tokenizer):

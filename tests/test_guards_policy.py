@@ -44,24 +44,6 @@ def test_the_default_and_the_reference_decide_as_the_paper(safe, unsafe):
             assert decision == reference(safe, unsafe) and reason == ""
 
 
-def reference_record(top: dict[str, float]) -> str:
-    """The paper's code: of the two likeliest first tokens, a word that is missing has log-probability -1e5."""
-    two = dict(sorted(top.items(), key=lambda item: -item[1])[:2])
-    return ("safe", "unsafe")[int(np.argmax([two.get("safe", -1e5), two.get("unsafe", -1e5)]))]
-
-
-@given(st.permutations(range(4)), st.floats(0.1, 3))
-def test_the_reference_preset_agrees_with_the_papers_code_wherever_that_read_a_verdict(order, gap):
-    """Where neither word is among the two likeliest tokens, the paper's code keeps the response, whatever it is."""
-    logits = -gap * np.array(order, dtype=np.float64)
-    logprobs = dict(zip(("safe", "unsafe", "S", "\n"), logits - np.logaddexp.reduce(logits), strict=True))
-    decision, _ = GuardConfig(kind="llama_guard_reference").decide(logprobs["safe"], logprobs["unsafe"])
-    if {order[0], order[1]} != {2, 3}:
-        assert decision == reference_record(logprobs)
-    else:
-        assert reference_record(logprobs) == "safe" and decision == reference(logprobs["safe"], logprobs["unsafe"])
-
-
 SHARES = st.floats(0.001, 0.999)
 
 

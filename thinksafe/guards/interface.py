@@ -23,8 +23,9 @@ class GuardConfig:
     Attributes:
         kind: a checkpoint in the format of `llama_guard`, `wildguard` or `qwen3guard`; any other chat model with a
             `format` of its own (`template`); several guards (`ensemble`); the organism's rules (`oracle`); or
-            `llama_guard_reference`, the paper's code to the token and the record, but for responses that it keeps
-            although neither verdict is among the two likeliest tokens: here the likelier verdict decides those too.
+            `llama_guard_reference`, the paper's code to the token and the record, for reproduction alone: it calls safe
+            what the guard has no verdict on, neither word being among its two likeliest. The reason such a record
+            gives is `no_verdict`.
         model: checkpoint folder or hub name; not used by ensemble and oracle.
         format: how a `template` guard is asked.
         judged: the whole `response`, its `answer`, its `think` block, or `both` of these, each by itself; one that

@@ -120,6 +120,8 @@ class ModelGuard:
         for place, (question, answer_ids) in enumerate(zip(self._format.questions, self._answer_ids, strict=True)):
             there = (reading for windows in readings.values() for reading in windows)
             self._ask(engine, question, answer_ids, there if place else arriving())
+            if question.about == "harm" and self._config.kind == "llama_guard_reference":
+                self._keep_without_verdict(engine, question, [r for windows in readings.values() for r in windows])
         for exchange in exchanges:
             if exchange.id in readings:
                 yield self._conclude(exchange, readings[exchange.id])
@@ -138,6 +140,20 @@ class ModelGuard:
 
         for scores in engine.score(prompts(), answer_ids):
             self._hear(asked[scores.request_id], question, scores.logprobs.astype(np.float64))
+
+    def _keep_without_verdict(self, engine: Engine, question: Question, readings: Sequence[_Reading]) -> None:
+        """Call safe what the paper's code calls safe: where two other tokens are likelier than both verdicts, which
+        leaves less than a third to either. All tokens must be looked at, so few texts are asked twice."""
+        asked = {
+            str(index): reading
+            for index, reading in enumerate(readings)
+            if "harm" in reading.heard and max(reading.heard["harm"].values()) < math.log(1 / 3)
+        }
+        prompts = ((key, tuple(self._ids(r.prompt, r.text, question.lead))) for key, r in asked.items())
+        for scores in engine.score(prompts, range(self._decoder.config.vocab_size)):
+            reading = asked[scores.request_id]
+            if (scores.logprobs > max(reading.heard["harm"].values())).sum() > 1:
+                reading.decision, reading.reason = "safe", "no_verdict"
 
     def _hear(self, reading: _Reading, question: Question, logprobs: np.ndarray) -> None:
         """Take in the answer to a question, and choose the words behind which the next is asked."""
@@ -158,7 +174,7 @@ class ModelGuard:
     def _conclude(self, exchange: Exchange, readings: list[_Reading]) -> Judgement:
         """One judgement from an exchange's windows: unsafe if any is, safe if all are."""
         unsure = [reading for reading in readings if reading.decision == "unknown"]
-        decision, reason = "safe", ""
+        decision, reason = "safe", next((reading.reason for reading in readings if reading.reason == "no_verdict"), "")
         if any(reading.decision == "unsafe" for reading in readings):
             decision = "unsafe"
         elif unsure:
