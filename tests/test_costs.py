@@ -17,8 +17,10 @@ from thinksafe.model.attention import PackedAttention
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.shapes import PUBLIC
 from thinksafe.model.weights import load_decoder
-from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described, sharding_within
+from thinksafe.training.distributed import ZeroConfig
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 
@@ -162,3 +164,18 @@ def test_a_step_on_a_gpu_takes_the_memory_that_is_counted_and_gives_the_same_gra
     assert found.keys() == plain.keys() and len(found) == 16
     for name, gradient in plain.items():
         torch.testing.assert_close(found[name], gradient, rtol=2e-2, atol=2e-2 * gradient.abs().max().item())
+
+
+def test_weights_are_sharded_only_where_they_do_not_fit_one_gpu():
+    memory = 0.95 * hardware_named("H100").memory_bytes
+
+    def stage(name: str, method: str, ranks: int, **zero) -> int:
+        costs = TrainingCosts(
+            ModelConfig.from_hugging_face(PUBLIC[name], name), LoraConfig() if method == "lora" else None
+        )
+        return sharding_within(memory, ZeroConfig(**zero), costs, 16_384, ranks).stage
+
+    assert stage("Qwen/Qwen3-0.6B", "lora", 2) == stage("Qwen/Qwen3-8B", "lora", 8) == 1
+    assert stage("Qwen/Qwen3-32B", "lora", 8) == stage("Qwen/Qwen3-8B", "full", 2) == 3
+    assert stage("Qwen/Qwen3-0.6B", "lora", 2, stage=2) == 2
+    assert stage("Qwen/Qwen3-0.6B", "lora", 1, offload_parameters=True) == 3
