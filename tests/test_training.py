@@ -301,8 +301,24 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(untied
     steps = list(read_metrics(tmp_path / "metrics.jsonl"))
     for step, name in zip(steps, names, strict=True):
         assert (step.loss is None) == (step.grad_norm is None) == name.isupper()
-        assert step.note == (f"left out: loss nan, gradient norm nan; in it {name}" if name.isupper() else "")
+        assert step.note == (
+            f"left out: loss nan, gradient norm nan, from {name}; in it {name}" if name.isupper() else ""
+        )
     assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
+
+
+def test_the_example_that_broke_a_step_is_told_from_those_beside_it(untied, tmp_path):
+    """In packs of two and more, with rows that keep to the reference in front."""
+    ours, sequences = poisoned(untied, "abCdEf")
+    ours = SingleEngine(ours.decoder, 1.0, 0.0, with_reference=True)
+    sequences[3] = dataclasses.replace(sequences[3], keeps_to_reference=True)
+    for broken, room in (("C", 10**6), ("C, E", 48), ("C, E", 12)):
+        chosen = sequences if room < 100 else sequences[:4]
+        with pytest.raises(NonFiniteStep, match=rf"^loss nan, gradient norm nan, from {broken}$"):
+            ours.step(pack(chosen, room, CPU), 1e-3)
+    sequences[2] = dataclasses.replace(sequences[2], keeps_to_reference=True)
+    with pytest.raises(NonFiniteStep, match=r"from C$"):
+        ours.step(pack(sequences[:4], 10**6, CPU), 1e-3)
 
 
 def test_a_run_with_left_out_steps_goes_on_bit_for_bit(untied, tmp_path):
@@ -340,7 +356,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(untied, tmp_path,
         with pytest.raises(Killed):
             train(ours, sequences, dataclasses.replace(ONE_BY_ONE, checkpoint_every=1), 3, tmp_path, on_step)
         ours, _ = poisoned(untied, in_order("aBCDefg", 3))
-    with pytest.raises(NonFiniteStep, match=r"^step 4, the 3rd in a row left out: loss nan, .*; in it D$"):
+    with pytest.raises(NonFiniteStep, match=r"^step 4, the 3rd in a row left out: loss nan, .*, from D; in it D$"):
         train(ours, sequences, dataclasses.replace(ONE_BY_ONE, checkpoint_every=1), 3, tmp_path)
     assert [step.step for step in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from thinksafe.kernels.chunked_loss import first_bad_row
 from thinksafe.model.decoder import Decoder
-from thinksafe.training.losses import PackLoss
+from thinksafe.training.losses import PackLoss, broken_in, not_finite
 from thinksafe.training.packing import PackedBatch
 
 
@@ -57,10 +58,12 @@ class SingleEngine:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
         total_weight = sum(pack.total_weight for pack in packs)
-        loss = torch.zeros((), device=self.device)
+        loss, bad_rows = torch.zeros((), device=self.device), []
         self.decoder.train()
         for pack in packs:
-            pack_loss = self.loss(pack, pack.num_reference_rows > 0) / total_weight
+            losses = self.loss(pack, pack.num_reference_rows > 0)
+            bad_rows.append(first_bad_row(losses))
+            pack_loss = losses.sum() / total_weight
             pack_loss.backward()
             loss += pack_loss.detach()
         for name, parameter in self.parameters.items():
@@ -70,7 +73,7 @@ class SingleEngine:
         result = StepResult(loss.item(), grad_norm.item())  # the step's only wait for the device
         if not math.isfinite(result.loss + result.grad_norm):
             self.optimizer.zero_grad()
-            raise NonFiniteStep(f"loss {result.loss}, gradient norm {result.grad_norm}")
+            raise NonFiniteStep(not_finite(result.loss, result.grad_norm, broken_in(packs, bad_rows)))
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -7,6 +7,7 @@ a frozen copy.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +32,28 @@ class LossHead(nn.Module):
         self.weight, self.reference_weight = weight, reference_weight
 
     def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> Tensor:
-        """Weighted sum of token losses of [R, H] rows, in nats.
+        """[R] fp32, weighted token losses of [R, H] rows, in nats.
 
         Args:
             reference: [pack.num_reference_rows, H], the reference's states of the first rows; None for no such rows.
         """
         rows = pack.num_reference_rows
         # The packer left masked rows out, so nothing is counted on the device.
-        loss = linear_cross_entropy(
+        losses = linear_cross_entropy(
             hidden[rows:], self.weight, pack.targets[rows:], token_weight=pack.token_weight[rows:], ignore_index=None,
-            reduction="sum",
+            reduction="none",
         )  # fmt: skip
         if rows:
-            loss = loss + linear_kl(
+            compared = linear_kl(
                 hidden[:rows], reference, self.weight, self.reference_weight, token_weight=pack.token_weight[:rows],
-                reduction="sum",
+                reduction="none",
             )  # fmt: skip
-        return loss
+            losses = torch.cat((compared, losses))
+        return losses
 
 
 class PackLoss(nn.Module):
-    """Decoder and head: a pack in, the weighted sum of its token losses out."""
+    """Decoder and head: a pack in, its weighted token losses out."""
 
     def __init__(self, decoder: Decoder, with_reference: bool):
         """with_reference: whether some sequences will keep to it; the decoder as it is now, adapters aside."""
@@ -62,7 +64,7 @@ class PackLoss(nn.Module):
         self.head = LossHead(decoder.head, self.copy.head if copied else None)
 
     def forward(self, pack: PackedBatch, ask_reference: bool) -> Tensor:
-        """Weighted sum of the pack's token losses.
+        """[R] fp32, the pack's weighted token losses; a step's loss is their sum.
 
         Args:
             ask_reference: read the pack's reference sequences with the reference; where there are none, a single
@@ -81,3 +83,18 @@ class PackLoss(nn.Module):
         with without_adapters(self.decoder):
             hidden = (self.copy or self.decoder)(pack.input_ids[:tokens], pack.positions[:tokens], attention)
         return hidden[pack.target_rows[: pack.num_reference_rows]]
+
+
+def broken_in(packs: Sequence[PackedBatch], bad_rows: Sequence[Tensor]) -> list[str]:
+    """The examples whose losses are not finite, the first of each pack. Waits for the device.
+
+    Args:
+        bad_rows: of each pack, see `first_bad_row`.
+    """
+    rows = torch.stack(list(bad_rows)).tolist()
+    return [pack.name_of(row) for pack, row in zip(packs, rows, strict=True) if row >= 0]
+
+
+def not_finite(loss: float, grad_norm: float, broken: Sequence[str]) -> str:
+    """What is wrong with a step, and where it comes from as far as that is known."""
+    return f"loss {loss}, gradient norm {grad_norm}" + (f", from {', '.join(broken)}" if broken else "")

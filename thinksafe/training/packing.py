@@ -15,6 +15,7 @@ from torch import Tensor
 from thinksafe.model.attention import PackedAttention, packed_positions
 
 Reduction = Literal["token", "sequence"]
+UNNAMED = "an unnamed example"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,8 @@ class PackedBatch:
         num_reference_rows: the first so many of target_rows are compared with the reference.
         num_reference_tokens: the first so many tokens are the sequences that these belong to.
         reference_attention: keeps those apart.
+        names: of the sequences, in order.
+        row_ends: where in target_rows those of each sequence end.
     """
 
     input_ids: Tensor
@@ -70,6 +73,12 @@ class PackedBatch:
     num_reference_rows: int
     num_reference_tokens: int
     reference_attention: PackedAttention
+    names: tuple[str, ...]
+    row_ends: np.ndarray
+
+    def name_of(self, row: int) -> str:
+        """The sequence of a target row."""
+        return self.names[int(np.searchsorted(self.row_ends, row, side="right"))]
 
 
 def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -119,6 +128,8 @@ def collate(
         num_reference_rows=sum(sequence.num_targets for sequence in to_reference),
         num_reference_tokens=sum(map(len, to_reference)),
         reference_attention=PackedAttention.of(lengths[: len(to_reference)], device),
+        names=tuple(sequence.name or UNNAMED for sequence in sequences),
+        row_ends=np.cumsum(counts),
     )
 
 

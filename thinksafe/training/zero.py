@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinksafe.errors import UserError
+from thinksafe.kernels.chunked_loss import first_bad_row
 from thinksafe.model.decoder import Decoder
 from thinksafe.training.distributed import ZeroConfig, balanced, gather, join, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, StepResult
-from thinksafe.training.losses import PackLoss
+from thinksafe.training.losses import PackLoss, broken_in, not_finite
 from thinksafe.training.packing import PackedBatch, TrainingSequence, collate
 
 try:
@@ -123,11 +124,13 @@ class ZeroEngine:
         dist.all_gather(theirs, mine)
         counts, weights, asking = torch.stack(theirs).T.tolist()
         num_packs, total_weight, ask_reference = int(max(counts)), sum(weights), any(asking)
-        loss = torch.zeros((), device=self.device)
+        loss, bad_rows = torch.zeros((), device=self.device), []
         self.engine.train()
         for index, pack in enumerate(packs + [self._no_targets] * (num_packs - len(packs))):
             self.engine.set_gradient_accumulation_boundary(index == num_packs - 1)
-            pack_loss = self.engine(pack, ask_reference) / total_weight
+            losses = self.engine(pack, ask_reference)
+            bad_rows.append(first_bad_row(losses))
+            pack_loss = losses.sum() / total_weight
             loss += pack_loss.detach()
             # A loss that is not finite makes the gradient NaN, and DeepSpeed leaves out a step with such a gradient,
             # on all ranks and before it touches anything.
@@ -139,7 +142,9 @@ class ZeroEngine:
         self.engine.step()
         result = StepResult(loss.item(), float(self.engine.get_global_grad_norm()))
         if not self.engine.was_step_applied():
-            raise NonFiniteStep(f"loss {result.loss}, gradient norm {result.grad_norm}")
+            broken = broken_in(packs, bad_rows[: len(packs)]) if packs else []
+            everywhere = [name for part in gather(broken) for name in part]
+            raise NonFiniteStep(not_finite(result.loss, result.grad_norm, everywhere))
         return result
 
     def check_weights(self) -> None:
