@@ -471,7 +471,7 @@ def test_weights_that_broke_are_never_saved(world, tmp_path, call):
     settings = [SET, "training.learning_rate=1e30", SET, "training.batch_size=3"]
     status, printed, errors = call("train", "--data", world / "examples.jsonl", *settings)
     assert status == 2 and printed == "" and len(errors) == 1
-    assert "training stopped, the norm of the weights" in errors[0] and "training.learning_rate" in errors[0]
+    assert "training stopped, step 1: the norm of the weights" in errors[0] and "training.learning_rate" in errors[0]
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
