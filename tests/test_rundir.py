@@ -100,7 +100,7 @@ def test_a_damaged_line_inside_a_shard_is_named(shard):
     partial = written(shard, response(1))
     partial.write_text("garbage\n" + partial.read_text())
     with pytest.raises(UserError, match="record 1"):
-        Journal(shard, Response)
+        list(Journal(shard, Response).records())
 
 
 def test_a_text_is_replaced_whole(tmp_path):
