@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,6 +151,31 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
         pass
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         assert run.is_done("stage")
+
+
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        ({"sampler": {"kv_cache_gib": 2.0, "max_running": 8, "max_step_tokens": 64}}, False),
+        ({"guard": {"sampler": {"kv_cache_gib": 2.0}}, "trackers": ["wandb"], "zero": {"stage": 3}}, False),
+        ({"training": {"max_tokens_per_pack": 99, "activation_checkpointing": "full"}}, False),
+        ({"sampler": {"kv_cache_dtype": "fp8"}}, True),
+        ({"guard": {"threshold": 0.4}}, True),
+        ({"training": {"batch_size": 9}}, True),
+    ],
+)
+def test_what_only_takes_other_room_is_the_same_run(tmp_path, settings, refused):
+    """Whoever runs out of memory is told to lower these, and must be able to."""
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    other = check_recipe({"name": "n", "model": "m", **settings}, "here")
+    if refused:
+        with pytest.raises(UserError, match="another recipe"), RunDir.open(tmp_path / "run", other):
+            pass
+    else:
+        with RunDir.open(tmp_path / "run", other) as run:
+            assert run.is_done("stage")
+        assert check_recipe(yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()), "there") == other
 
 
 def test_a_recipe_with_less_in_it_is_refused_too(tmp_path):

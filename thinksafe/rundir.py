@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 import yaml
@@ -34,7 +34,8 @@ import thinksafe
 from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
 from thinksafe.records import Example, Prompt, Record, Response, Shard, to_json
-from thinksafe.training.loop import OF_MEMORY
+from thinksafe.sampler.engine import OF_MEMORY as SAMPLING_ROOM
+from thinksafe.training.loop import OF_MEMORY as TRAINING_ROOM
 from thinksafe.workers import ALONE, Workers
 
 _TAIL = 2**16
@@ -42,6 +43,7 @@ _TAIL = 2**16
 _SEEN_WITHIN = 60.0
 """Seconds after which a network file system shows one machine what another has written."""
 _NOT_SHARED = "with several machines, --out must lie on a file system that all of them share"
+T = TypeVar("T")
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
@@ -375,12 +377,19 @@ def _recipe_in(file: Path) -> Recipe | None:
 
 
 def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
-    """What training needs of memory may be another, and how it is sharded: that changes nothing of what it learns."""
+    """What may be another: the room that sampling, judging and training take, how training is sharded, and who watches
+    it. That changes nothing of what comes out."""
     there = _recipe_in(recipe_file)
     differing = "its recipe.yaml cannot be read"
     if there is not None:
-        settings = {name: getattr(recipe.training, name) for name in OF_MEMORY}
-        there = replace(there, zero=recipe.zero, training=replace(there.training, **settings))
+        there = replace(
+            there,
+            sampler=_taking(there.sampler, recipe.sampler, SAMPLING_ROOM),
+            guard=replace(there.guard, sampler=_taking(there.guard.sampler, recipe.guard.sampler, SAMPLING_ROOM)),
+            training=_taking(there.training, recipe.training, TRAINING_ROOM),
+            zero=recipe.zero,
+            trackers=recipe.trackers,
+        )
         if there == recipe:
             return
         lines = zip_longest(recipe.to_yaml().splitlines(), there.to_yaml().splitlines(), fillvalue="nothing")
@@ -389,6 +398,11 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
         f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
         "give another folder, or the same recipe; records can be taken over with --responses and --data"
     )
+
+
+def _taking(section: T, other: T, names: Iterable[str]) -> T:
+    """A section of a recipe with some settings of another's."""
+    return replace(section, **{name: getattr(other, name) for name in names})
 
 
 @contextmanager

@@ -69,6 +69,11 @@ class EngineConfig:
                 raise ValueError(f"{name} must not be negative")
 
 
+OF_MEMORY = ("max_running", "max_step_tokens", "kv_cache_gib", "tensor_parallel")
+"""Settings that change what fits and how it is held, and nothing of a response but the last digits of its
+log-probabilities: they may change in the middle of a run."""
+
+
 class Engine:
     """A decoder ready to answer requests. Create it when it is needed: the page pool is allocated at once.
 
