@@ -26,7 +26,7 @@ def run() -> Result:
     """All directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
     rows, notes = [], ["medians of 3 calls, forward and backward; bf16; V = 151,936; frozen head, shared"]
     losses = peers(notes)
-    for T, directions, steps in ((8192, tuple(DIRECTIONS), (0.03, 1.0)), (32_768, ("forward",), (0.03,))):
+    for T, directions, steps in ((8192, tuple(DIRECTIONS), (0.004, 0.03, 1.0)), (32_768, ("forward",), (0.004,))):
         for hidden in (1024, 2048, 4096):
             for data in ("peaked", "random"):
                 x, weight, _ = head_case(T, hidden, data, "cuda")

@@ -31,6 +31,19 @@ def check_tensor(
         raise ValueError(f"{name} must be contiguous; found strides {list(tensor.stride())} of {list(tensor.shape)}")
 
 
+def check_floating(name: str, tensor: Tensor) -> None:
+    """A tensor of floating-point numbers, of whatever shape.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: of another kind.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, found {tensor.dtype}")
+
+
 def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = "weight") -> None:
     """Hidden states [T, H] and the language-model head [V, H] that reads them.
 
@@ -94,9 +107,10 @@ def _described(value: object) -> str:
 
 @torch.library.custom_op("thinksafe::row_weights", mutates_args=())
 def _row_weights(token_weight: Tensor) -> Tensor:
-    fine = torch.isfinite(token_weight) & (token_weight >= 0)
+    weights = token_weight.to(torch.float32, copy=True)
+    fine = torch.isfinite(weights) & (weights >= 0)
     _require(fine.all(), "token_weight must be finite and not negative; reduction='none' takes any weight")
-    return token_weight.to(torch.float32, copy=True)
+    return weights
 
 
 @_row_weights.register_fake

@@ -9,11 +9,13 @@ its upstream gradient, and dW, a sum over rows, with that of a scalar loss.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 MIN_CHUNK = 128
 """Rows below which halving a chunk again frees next to nothing."""
 
@@ -25,6 +27,40 @@ def empty_gradients(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
     return grad_x, grad_weight
 
 
+def as_given(operator: Callable) -> Callable:
+    """An operator's body with autocast off: it rounds products to 16 bits, and logits are never rounded."""
+
+    @wraps(operator)
+    def run(x: Tensor, *others):
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *others)
+
+    return run
+
+
+def in_chunks(num_rows: int, chunk: int, run: Callable[[slice], T]) -> list[T]:
+    """What `run` makes of one slice of rows after another, half as many in each from where memory runs out.
+
+    Args:
+        run: may be called again for rows that it has seen.
+
+    Raises:
+        torch.OutOfMemoryError: not even MIN_CHUNK rows fit.
+    """
+    done, start = [], 0
+    while start < num_rows:
+        rows = slice(start, min(start + chunk, num_rows))
+        try:
+            done.append(run(rows))
+        except torch.OutOfMemoryError:
+            if chunk <= MIN_CHUNK:
+                raise
+            chunk //= 2
+            continue
+        start = rows.stop
+    return done
+
+
 def over_chunks(
     rows: Tensor | range,
     chunk: int,
@@ -32,43 +68,30 @@ def over_chunks(
     grad_weight: Tensor,
     run: Callable[[Tensor | slice], tuple[Any, Tensor | None, Tensor | None]],
 ) -> list[Any]:
-    """Run every chunk of rows, with half as many from where memory runs out.
+    """Run every chunk of rows and gather their gradients; see `in_chunks`.
 
     Args:
         rows: which ones, ascending: int64 indices on the device, or `range(T)` for all.
         grad_x, grad_weight: overwritten, with 0 where no chunk writes; dW is the sum over chunks.
-        run: takes an index of rows and returns (anything, their dX or None, their part of dW or None). It may be called
-            again for rows that it has seen.
+        run: takes an index of rows and returns (anything, their dX or None, their part of dW or None).
 
     Returns:
         What `run` returned first, for one chunk after another.
-
-    Raises:
-        torch.OutOfMemoryError: not even MIN_CHUNK rows fit.
     """
-    done, start = [], 0
     grad_weight.zero_()
     if isinstance(rows, Tensor):
         grad_x.zero_()
-    while start < len(rows):
-        stop = min(start + chunk, len(rows))
-        index = rows[start:stop] if isinstance(rows, Tensor) else slice(start, stop)
-        try:
-            result, dx, dw = run(index)
-            if dx is not None:
-                grad_x[index] = dx
-        except torch.OutOfMemoryError:
-            if chunk <= MIN_CHUNK:
-                raise
-            chunk //= 2
-            continue
+
+    def gathered(part: slice) -> Any:
+        index = rows[part] if isinstance(rows, Tensor) else part
+        result, dx, dw = run(index)
+        if dx is not None:
+            grad_x[index] = dx
         if dw is not None:
-            # Last, and in place, so that it cannot fail half done; the part's memory is free for the next chunk.
-            grad_weight += dw
-            del dw
-        done.append(result)
-        start = stop
-    return done
+            grad_weight.add_(dw)  # last, and in place, so that it cannot fail half done
+        return result
+
+    return in_chunks(len(rows), chunk, gathered)
 
 
 def scaled_gradients(

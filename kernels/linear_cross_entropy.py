@@ -23,6 +23,7 @@ from torch import Tensor
 
 from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids, row_weights
 from thinksafe.kernels.chunked_loss import (
+    as_given,
     empty_gradients,
     first_bad_row,
     matmul_fp32,
@@ -186,6 +187,7 @@ def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact,
 
 
 @torch.library.custom_op("thinksafe::linear_cross_entropy", mutates_args=())
+@as_given
 def _linear_cross_entropy(
     x: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int | None, smoothing: float,
     z_loss: float, exact: bool, needs_x: bool, needs_weight: bool,
@@ -305,7 +307,7 @@ def linear_cross_entropy_with_stats(
     rows, normaliser, figures = _rows(
         x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction
     )
-    return reduced(rows, normaliser, reduction), Stats(normaliser, *figures.unbind(), first_bad_row(rows))
+    return reduced(rows, normaliser, reduction), Stats(normaliser, *figures.detach().unbind(), first_bad_row(rows))
 
 
 def _rows(x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction):

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from thinksafe.kernels.checks import check_head, check_tensor, check_tma, row_weights
-from thinksafe.kernels.chunked_loss import empty_gradients, matmul_fp32, over_chunks, reduced, scaled_gradients
+from thinksafe.kernels.chunked_loss import (
+    as_given,
+    empty_gradients,
+    matmul_fp32,
+    over_chunks,
+    reduced,
+    scaled_gradients,
+)
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, triton
 from thinksafe.kernels.exp_gemm import LOG2E, Tiles, num_processors, on_tensor_cores
 
@@ -268,6 +275,7 @@ def _chunk_on_reference(x_student, x_reference, weight, weight_reference, direct
 
 
 @torch.library.custom_op("thinksafe::linear_kl", mutates_args=())
+@as_given
 def _linear_kl(
     x_student: Tensor, x_reference: Tensor, weight: Tensor, weight_reference: Tensor | None, row_weight: Tensor,
     direction: str, needs_x: bool, needs_weight: bool,
@@ -333,7 +341,8 @@ def linear_kl(
         reduction: `mean` divides by the weights' sum (0 for no rows).
 
     Returns:
-        fp32: a scalar, or [T] for `none`. Where student equals reference, exactly 0 with a gradient of exactly 0. NaN
+        fp32: a scalar, or [T] for `none`. Where student equals reference, exactly 0 with a gradient of exactly 0. On
+        a GPU the JSD's value is within a thousandth, the others' within 1e-5 up to about a nat. NaN
         in rows whose states are not finite, and in all if a head is not; `first_bad_row` of chunked_loss.py names the
         first, given the rows.
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids
+from thinksafe.kernels.chunked_loss import as_given, in_chunks
 from thinksafe.kernels.exp_gemm import exp_gemm, gather_dot, on_tensor_cores
 
-_CHUNK = 1024  # rows of logits that the reference forms at once
+_CHUNK, _REFERENCE_CHUNK = 65_536, 1024
+"""Rows at once: of the tables of tiles, 9 KB a row at Qwen3's vocabulary; of the reference's logits."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +39,42 @@ def reference(x: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Ten
     """(log-probabilities of token_ids [T, K], entropy [T], most likely token [T]) through logits in fp32 or better,
     some rows at a time."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    x, weight, parts = x.to(dtype), weight.to(dtype), []
-    for start in range(0, max(len(x), 1), _CHUNK):
-        rows = slice(start, start + _CHUNK)
+    x, weight = x.to(dtype), weight.to(dtype)
+
+    def scored(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         logits = x[rows] @ weight.T
         # A logit of -inf, which an infinite weight makes, is a NaN.
         logprobs = logits.log_softmax(-1) + 0 * logits.sum(-1, keepdim=True)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        parts.append((logprobs.gather(-1, token_ids[rows]), entropy, logprobs.argmax(-1)))
+        return logprobs.gather(-1, token_ids[rows]), entropy, logprobs.argmax(-1)
+
+    return _joined(in_chunks(len(x), _REFERENCE_CHUNK, scored) or [scored(slice(0, 0))])
+
+
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 @torch.library.custom_op("thinksafe::linear_logprob", mutates_args=())
+@as_given
 def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability, entropy, most likely token), the last two empty unless asked for."""
     check_range("target", target, len(weight))
-    none = x.new_empty(0, dtype=torch.float32), target.new_empty(0)
     if not on_tensor_cores(x) or len(x) == 0:
         logprob, *rest = reference(x, weight, target[:, None])
-        return logprob[:, 0], *(rest if by_products else none)
+        return logprob[:, 0], *(rest if by_products else _nothing(x, target))
     check_tma(x=x, weight=weight)
+    return _joined(
+        in_chunks(len(x), _CHUNK, lambda rows: _scored_on_triton(x[rows], weight, target[rows], by_products))
+    )
+
+
+def _nothing(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0, dtype=torch.float32), target.new_empty(0)
+
+
+def _scored_on_triton(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`_linear_logprob` of some rows."""
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
     done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
     others = done.sums.sum(0)
@@ -64,7 +82,7 @@ def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool
     # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
     logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
     if not by_products:
-        return logprob, *none
+        return logprob, *_nothing(x, target)
     lse = target_logit - logprob
     mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
     tile = done.best.argmax(0, keepdim=True)
@@ -78,11 +96,17 @@ def _(x, weight, target, by_products):
 
 
 @torch.library.custom_op("thinksafe::linear_logprob_of", mutates_args=())
+@as_given
 def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     check_range("token_ids", token_ids, len(weight))
     if not on_tensor_cores(x) or len(x) == 0:
         return reference(x, weight, token_ids)[0]
     check_tma(x=x, weight=weight)
+    return torch.cat(in_chunks(len(x), _CHUNK, lambda rows: _chosen_on_triton(x[rows], weight, token_ids[rows])))
+
+
+def _chosen_on_triton(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """`_linear_logprob_of` of some rows."""
     logits = gather_dot(x, weight, token_ids)
     # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
     best, column = logits.max(-1)

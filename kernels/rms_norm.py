@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_tensor
+from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _TILE = 4096  # elements a program holds at once: 16 to 32 a thread, which leaves registers for the backward's five
@@ -217,6 +217,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0 or not x.is_floating_point():
-        raise ValueError(f"x must be floating-point [..., H] with H at least 1; found {x.dtype} {list(x.shape)}")
+    check_floating("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must be [..., H] with H at least 1; found {list(x.shape)}")
     check_tensor("weight", weight, x.shape[-1:], x.dtype, x.device, strided=False)

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_tensor
+from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.rms_norm import reference as rms_norm_reference
 
@@ -233,12 +233,15 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: an argument does not fit, with its name.
     """
+    for name, gain in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check_floating(name, gain)
     return _rotate("q", q, q_weight, eps, cos, sin), _rotate("k", k, k_weight, eps, cos, sin)
 
 
 def _rotate(name: str, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    if x.dim() != 3 or not x.is_floating_point() or x.shape[2] % 2 or x.shape[2] == 0:
-        raise ValueError(f"{name} must be floating-point [T, heads, D] with D even; found {x.dtype} {list(x.shape)}")
+    check_floating(name, x)
+    if x.dim() != 3 or x.shape[2] % 2 or x.shape[2] == 0:
+        raise ValueError(f"{name} must be [T, heads, D] with D even; found {list(x.shape)}")
     half = x.shape[2] // 2
     if on_triton(x) and (half & (half - 1) or half > TILE):
         raise ValueError(f"{name} has heads of {x.shape[2]} elements; a GPU takes powers of two up to {2 * TILE}")
@@ -248,4 +251,4 @@ def _rotate(name: str, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor
         check_tensor(f"{name}_weight", weight, x.shape[2:], x.dtype, x.device, strided=False)
     if on_triton(x):
         return _norm_rope(x.contiguous(), weight, eps, cos.contiguous(), sin.contiguous())[0]
-    return reference(x, weight, eps, cos, sin)
+    return reference(x, weight, eps, cos.detach(), sin.detach())

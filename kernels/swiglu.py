@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_tensor
+from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _BLOCK = 4096
@@ -89,7 +89,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: they differ or are not floating point.
     """
-    if not gate.is_floating_point():
-        raise ValueError(f"gate must be floating point, found {gate.dtype}")
+    check_floating("gate", gate)
     check_tensor("up", up, gate.shape, gate.dtype, gate.device)
     return _swiglu(gate.contiguous(), up.contiguous()) if on_triton(gate) else reference(gate, up)

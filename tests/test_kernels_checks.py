@@ -92,6 +92,7 @@ FAULTS = [
             (torch.linspace(-0.1, 1, T), ValueError, "token_weight must be finite and not negative"),
             (torch.full((T,), NAN), ValueError, "token_weight must be finite and not negative"),
             (torch.full((T,), INF), ValueError, "token_weight must be finite and not negative"),
+            (torch.full((T,), 1e300, dtype=torch.float64), ValueError, "token_weight must be finite and not negative"),
         )
     ),
     (linear_logprob, {"target": torch.randint(V, (T, 2))}, ValueError, "target must be"),
@@ -124,13 +125,18 @@ FAULTS = [
             ({"weight": torch.randn(H, device=OTHER_DEVICE)}, "weight must be .*found .*on meta"),
             ({"weight": strided(H)}, "weight must be contiguous"),
             ({"x": torch.randn(T, 0), "weight": torch.randn(0)}, "H at least 1"),
-            ({"x": torch.ones(T, H, dtype=torch.int64)}, "x must be floating-point"),
+            ({"x": torch.ones(T, H, dtype=torch.int64)}, "x must be floating point"),
         )
     ),
+    (rms_norm, {"x": [1.0]}, TypeError, "x must be a tensor, found list"),
+    (rope, {"x": None}, TypeError, "x must be a tensor, found NoneType"),
+    (swiglu, {"gate": None}, TypeError, "gate must be a tensor, found NoneType"),
+    (qk_norm_rope, {"q_weight": None}, TypeError, "q_weight must be a tensor, found NoneType"),
+    (qk_norm_rope, {"k_weight": None}, TypeError, "k_weight must be a tensor, found NoneType"),
     (add_rms_norm, {"residual": torch.randn(T, H).bfloat16()}, ValueError, "residual must be torch.float32"),
     (add_rms_norm, {"residual": torch.randn(H)}, ValueError, r"residual must be .*\[6, 16\]"),
     (add_rms_norm, {"residual": torch.randn(T, H, device=OTHER_DEVICE)}, ValueError, "residual must be .*on meta"),
-    (rope, {"x": torch.randn(T, H)}, ValueError, "x must be floating-point .T, heads, D."),
+    (rope, {"x": torch.randn(T, H)}, ValueError, "x must be .T, heads, D."),
     (rope, {"x": torch.randn(T, 2, 7)}, ValueError, "D even"),
     *(
         (operation, {table: angles}, ValueError, f"{table} must be torch.float32")

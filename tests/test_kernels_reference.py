@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from thinksafe.kernels import chunked_loss
 from thinksafe.kernels import linear_cross_entropy as linear_cross_entropy_module
 from thinksafe.kernels import linear_kl as linear_kl_module
+from thinksafe.kernels import linear_logprob as linear_logprob_module
 from thinksafe.kernels import packed_attention as packed_attention_module
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.kernels.packed_attention import packed_attention
@@ -264,6 +265,50 @@ def test_operations_compile_in_one_graph(name):
         for ours, theirs in zip(found, wanted, strict=True):
             assert (ours is None) == (theirs is None)
             torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_autocast_rounds_nothing(name):
+    """Under it torch would form products in bf16, whose logits are off by 0.2 nats."""
+    x, weight = torch.randn(9, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
+    target = torch.where(torch.arange(9) % 3 == 0, -100, torch.randint(50, (9,)))
+
+    def results():
+        out = CALLS[name](x, weight, target)
+        grads = torch.autograd.grad(out.sum(), (x, weight), allow_unused=True) if out.requires_grad else ()
+        return [out.detach(), *(grad for grad in grads if grad is not None)]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = results()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("score", ["log-probability", "entropy", "log-probabilities of"])
+def test_scoring_goes_on_with_fewer_rows_where_memory_runs_out(monkeypatch, score):
+    x, weight, target = torch.randn(20, 32), torch.randn(50, 32), torch.randint(50, (20,))
+    expected = CALLS[score](x, weight, target)
+    monkeypatch.setattr(chunked_loss, "MIN_CHUNK", 4)
+    real = torch.Tensor.log_softmax
+
+    def small_memory(logits, dim):
+        if len(logits) > 5:
+            raise torch.OutOfMemoryError("injected")
+        return real(logits, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", small_memory)
+    monkeypatch.setattr(linear_logprob_module, "_REFERENCE_CHUNK", 16)
+    torch.testing.assert_close(CALLS[score](x, weight, target), expected)
+    monkeypatch.setattr(torch.Tensor, "log_softmax", lambda logits, dim: small_memory(logits.repeat(6, 1), dim))
+    with pytest.raises(torch.OutOfMemoryError):
+        CALLS[score](x, weight, target)
+
+
+def test_statistics_hold_on_to_nothing():
+    x = torch.randn(9, 32, requires_grad=True)
+    _, stats = linear_cross_entropy_module.linear_cross_entropy_with_stats(x, torch.randn(50, 32), torch.arange(9))
+    assert not any(figure.requires_grad for figure in stats)
 
 
 def test_packed_sequences_do_not_see_their_neighbours():
