@@ -12,10 +12,12 @@ mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF { print $1 }')
 mapfile -t slots < <(sed 's/#.*//' "$hostfile" | awk 'NF { sub("slots=", "", $2); print $2 }')
 [ "${#hosts[@]}" -gt 0 ] || { echo "$hostfile: names no host; a line is NAME slots=GPUS" >&2; exit 2; }
 
+torchrun=$(command -v torchrun) || { echo "torchrun: not found; activate the environment that ThinkSafe is in" >&2; exit 2; }
+
 running=()
 trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
 for number in "${!hosts[@]}"; do
-    printf -v command '%q ' "$(command -v torchrun)" --nnodes "${#hosts[@]}" --node-rank "$number" \
+    printf -v command '%q ' "$torchrun" --nnodes "${#hosts[@]}" --node-rank "$number" \
         --master-addr "${hosts[0]}" --master-port "$port" --nproc-per-node "${slots[number]}" -m thinksafe.cli "$@"
     ssh "${hosts[number]}" "cd $(printf %q "$PWD") && exec $command" &
     running+=($!)

@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def script(tmp_path):
     """script(name, *arguments, **variables): run it, with programs of ours before all others on the path."""
 
     def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        here = Path(sys.executable).parent  # torchrun lies beside it, wherever the tests are started from
+        path = os.pathsep.join([str(tmp_path / "bin"), str(here), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
         command = ["bash", str(ROOT / "launch" / name), *map(str, arguments)]
         return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
