@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -29,10 +30,24 @@ def load(folder, tmp_path):
     return load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
 
 
+def test_an_export_takes_no_other_folder_away(run, tmp_path, monkeypatch):
+    """A folder that merely looks like an unfinished export stays; the folder one stands in will do, if it is empty."""
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial/mine").write_text("kept")
+    export_data(run, tmp_path / "set")
+    assert (tmp_path / "set.partial/mine").read_text() == "kept"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export_data(run, Path("."))
+    assert (tmp_path / "here/README.md").exists()
+    with pytest.raises(UserError, match="is a file"):
+        export_data(run, tmp_path / "here/README.md")
+
+
 def test_datasets_loads_what_was_accepted(run, tmp_path):
     folder = export_data(run, tmp_path / "set")
     rows = load(folder, tmp_path)
-    assert not (tmp_path / "set.partial").exists()
+    assert not list(tmp_path.glob(".*partial*"))
     accepted = list(read_records(run.path / "accepted.jsonl", Example))
     names = list(asdict(accepted[0]))
     assert [{name: row[name] for name in names} for row in rows] == [asdict(example) for example in accepted]

@@ -143,7 +143,8 @@ def test_without_a_ladder_there_is_one_attempt(tmp_path):
 def test_responses_from_elsewhere_climb_too(tmp_path):
     """They may have any sample numbers; what is sampled here takes others."""
     rows = [
-        {"prompt": "harmful 2", "label": "harmful", "text": "<think>\nHm.\n</think>\n\nno", "sample": s} for s in (3, 9)
+        {"prompt": "harmful 2", "label": "harmful", "text": "<think>\nHm.\n</think>\n\nno", "sample": s, "rung": s}
+        for s in (3, 9)  # of a ladder that is not ours
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with RunDir.open(tmp_path / "run", recipe(tmp_path)) as run, instantly():

@@ -3,6 +3,7 @@
 `datasets.load_dataset(FOLDER)` reads it, and so does `thinksafe train --data`.
 """
 
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -19,7 +20,7 @@ from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
 from thinksafe.intake import read_marks
 from thinksafe.reporting.summary import coverage_of
-from thinksafe.rundir import RunDir, sha256
+from thinksafe.rundir import RunDir, fresh, sha256
 from thinksafe.selection import Attempt, choose
 
 _ROWS_A_GROUP = 1000
@@ -33,10 +34,7 @@ def export_data(run: RunDir, folder: Path) -> Path:
     """
     if not run.is_done("accept"):
         raise UserError(f"{run.path}: nothing is accepted yet; run `thinksafe filter` first")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: is not empty; give a new folder")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = fresh(folder)
     (partial / "data").mkdir(parents=True)
     shard = partial / "data" / "train-00000-of-00001.parquet"
     lengths = _write_parquet(_accepted(run), shard)
@@ -45,9 +43,7 @@ def export_data(run: RunDir, folder: Path) -> Path:
         raise UserError(f"{run.path}: no response was accepted, so there is nothing to export; see audit.jsonl")
     (partial / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
     (partial / "README.md").write_text(_card(run, shard, lengths), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    os.replace(partial, folder.resolve())
     return folder
 
 

@@ -32,7 +32,8 @@ from thinksafe.training.packing import TrainingSequence
 
 def take_in_responses(run: RunDir, file: Path) -> None:
     """Use responses from elsewhere as this run's."""
-    _use(run.path / "responses.jsonl", take_in(file, Response))
+    # Whatever ladder they come from, here they are the first attempts.
+    _use(run.path / "responses.jsonl", (replace(response, rung=0) for response in take_in(file, Response)))
 
 
 def take_in_examples(run: RunDir, file: Path) -> None:

@@ -5,7 +5,6 @@ fp32, and rounded once.
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from thinksafe.errors import UserError
 from thinksafe.model.lora import load_adapter, merge
 from thinksafe.model.weights import fingerprint, load_config, load_decoder, save_decoder
 from thinksafe.models import Models
-from thinksafe.rundir import RunDir
+from thinksafe.rundir import RunDir, fresh
 
 _HOST = torch.device("cpu")
 
@@ -29,18 +28,15 @@ def export_model(run: RunDir, models: Models, folder: Path) -> Path:
         raise UserError(f"{run.path}: nothing is trained yet; run `thinksafe train` first")
     if run.recipe.training.method == "full":
         raise UserError(f"{run.path / 'model'}: is a whole checkpoint already, since every weight was trained")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: is not empty; give a new folder")
+    partial = fresh(folder)
     run.remember_input("model", fingerprint(models.base))
     raw_config = load_config(models.base)[1]
     decoder = load_decoder(models.base, _dtype(raw_config), _HOST)
     load_adapter(decoder, run.path / "adapter")
     merge(decoder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     save_decoder(decoder, raw_config, partial)
     models.chat.tokenizer.save(partial)
-    os.replace(partial, folder)
+    os.replace(partial, folder.resolve())
     return folder
 
 

@@ -89,7 +89,7 @@ class Verdict:
 
     Attributes:
         decision: only `safe` is ever trained on.
-        reason: why it is not, or empty.
+        reason: why it is not, or empty; `no_verdict` also where the reference preset calls that safe.
         p_safe, p_unsafe: the guard's probabilities at the verdict position; None where no guard was asked.
         refusal: whether the response refuses; None where the guard cannot tell.
         category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.

@@ -417,6 +417,19 @@ def replacing(file: Path) -> Iterator[TextIO]:
     os.replace(partial, file)
 
 
+def fresh(folder: Path) -> Path:
+    """Where to make the contents of a folder that the user names, to be renamed to it once they are whole.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--to {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; give a new folder")
+    partial = folder.resolve().with_name(f".{folder.resolve().name}.thinksafe-partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt: nobody else gives such a name
+    return partial
+
+
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's contents by a text."""
     with replacing(file) as stream:

@@ -66,7 +66,8 @@ class GuardFormat:
             checkpoint's chat template.
         strip: outer white space of prompt and response is left out. A chat template of two turns decides for itself.
         control_tokens: what a raw template takes for control tokens; a checkpoint without them is refused.
-        frame: phrases by which the guard knows where the text under judgement ends. They are mere text, so an exchange
+        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is, in upper or
+            lower case. They are mere text, so an exchange
             that holds one may have talked itself out of its place: it is never called safe.
     """
 
@@ -183,7 +184,7 @@ Provide your safety assessment for ONLY THE LAST Agent message in the above conv
         # The second line begins with an S whatever the category, so the number is what tells.
         Question("category", {str(n): f"S{n}" for n in range(1, 15)}, lead="\nS", if_unsafe=True),
     ),
-    frame=("<BEGIN CONVERSATION>", "<END CONVERSATION>"),
+    frame=("<BEGIN CONVERSATION>", "<END CONVERSATION>", "\nUser:", "\nAgent:"),
 )
 """Llama-Guard-3-8B. Public template; the space before the first control token is its own."""
 
@@ -214,7 +215,7 @@ Answers: [/INST]
         Question("refusal", {" yes": "refusal", " no": "compliance", " n/a": NEITHER}, "\nResponse refusal:"),
         Question("harm", {" yes": "unsafe", " no": "safe", " n/a": NEITHER}, "\nHarmful response:"),
     ),
-    frame=("[/INST]", "<|assistant|>"),
+    frame=("[/INST]", "<|assistant|>", "\nHuman user:", "\nAI assistant:", "\nAnswers:"),
 )
 """WildGuard on Mistral's vocabulary. `<|user|>` and `<|assistant|>` are ordinary text there."""
 
@@ -236,7 +237,7 @@ QWEN3GUARD = GuardFormat(
         ),
         Question("refusal", {" Yes": "refusal", " No": "compliance"}, "\nRefusal:"),
     ),
-    frame=LLAMA_GUARD.frame,
+    frame=("<BEGIN CONVERSATION>", "<END CONVERSATION>", "\nUSER:", "\nASSISTANT:"),
 )
 """Qwen3Guard-Gen, strict: controversial is unsafe. Its chat template holds its policy."""
 

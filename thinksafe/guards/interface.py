@@ -1,6 +1,7 @@
 """What a guard is: it reads a prompt and a response and gives probabilities, never a bare yes.
 
-Anything a guard cannot judge is `unknown`, which no stage treats as safe.
+Anything a guard cannot judge is `unknown`, which no stage treats as safe. One preset, for those who reproduce the
+paper's records, is as open as the paper's code; see `GuardConfig.kind`.
 """
 
 import math
@@ -63,6 +64,8 @@ class GuardConfig:
             raise ValueError("a guard of kind template, and no other, needs a format")
         if (self.kind == "ensemble") != (len(self.members) > 1):
             raise ValueError("a guard of kind ensemble, and no other, needs members, two or more")
+        if any(member.kind == "llama_guard_reference" for member in self.members):
+            raise ValueError("llama_guard_reference calls safe what it has no verdict on: it has no vote with others")
         if len({member.tensor_parallel for member in self.members}) > 1:
             raise ValueError("all members read the same responses: give them the same sampler.tensor_parallel")
         policy = (self.judged, self.threshold, self.margin, self.min_mass or 0)
@@ -131,7 +134,7 @@ class Judgement:
         p_safe, p_unsafe: at the verdict position over the whole vocabulary, of the window that is most likely unsafe;
             None if the guard could not read any.
         refusal: whether the response refuses; None if this guard cannot tell.
-        reason: why the decision is `unknown`, else empty.
+        reason: why the decision is `unknown`; `no_verdict` where the reference preset calls that safe; else empty.
         category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.
         labels: probabilities of everything else that the guard was asked, by what it means: of a category at the
             category position, of `refusal` at its own, and so on.

@@ -179,7 +179,7 @@ class ModelGuard:
             decision = "unsafe"
         elif unsure:
             decision, reason = "unknown", unsure[0].reason
-        elif any(phrase in exchange.prompt or phrase in exchange.response for phrase in self._format.frame):
+        elif self._is_forged(exchange):
             decision, reason = "unknown", "forged_frame"
         # The answer stands last, and it is what refuses.
         refusal = readings[-1].refusal(self._config.least_mass) if self._config.judged != "think" else None
@@ -191,6 +191,11 @@ class ModelGuard:
         return Judgement(
             exchange.id, decision, p_safe, p_unsafe, refusal, reason, worst.category, worst.labels, len(readings)
         )
+
+    def _is_forged(self, exchange: Exchange) -> bool:
+        """Whether a text pretends to be the format: the end of the exchange, or another turn in it."""
+        texts = f"{exchange.prompt}\0{exchange.response}".casefold()
+        return any(phrase.casefold() in texts for phrase in self._format.frame)
 
     def _judged_windows(self, exchange: Exchange, limit: int) -> list[str] | str:
         """The texts to read, or why there are none."""

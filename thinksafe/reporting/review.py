@@ -9,6 +9,7 @@ nothing in or out.
 import base64
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from heapq import nsmallest
@@ -52,7 +53,7 @@ def write_review(run: RunDir, most: int) -> Path:
     page = {
         "run": content_id(run.recipe.to_yaml(), str(run.path.resolve())),
         "name": run.recipe.name,
-        "command": f"thinksafe filter --out {run.path} --marks marks.jsonl",
+        "command": f"thinksafe filter --out {shlex.quote(str(run.path))} --marks marks.jsonl",
         "threshold": threshold,
         "margin": run.recipe.guard.margin,
         "judged": counts.total() - counts["dropped"],
