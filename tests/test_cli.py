@@ -392,13 +392,14 @@ EARLY = {
     "missing evaluation set": (["evaluation.sets=[{name: a, file: gone.jsonl, kind: harmful}]"], "gone.jsonl"),
     "no such projection": (["lora.target_modules=[query]"], "query"),
     "no guard": (["guard.model=./gone"], "gone"),
+    "guard of another kind": (["guard.model={world}/mistral"], "mistral is no "),
 }
 
 
 @pytest.mark.parametrize("mistake", EARLY)
-def test_a_whole_run_finds_late_mistakes_before_its_first_response(tmp_path, call, mistake):
+def test_a_whole_run_finds_late_mistakes_before_its_first_response(world, tmp_path, call, mistake):
     settings, words = EARLY[mistake]
-    status, _, errors = call("run", SET, *settings)
+    status, _, errors = call("run", SET, *(setting.replace("{world}", str(world)) for setting in settings))
     assert status == 2 and len(errors) == 1 and words in errors[0]
     assert not list((tmp_path / "run").glob("responses*"))
 

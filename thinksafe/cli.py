@@ -261,6 +261,7 @@ def _run(options: argparse.Namespace) -> None:
         stages.retry(run, models)
         run.workers.once(lambda: stages.accept(run))
         run.workers.once(lambda: _print_coverage(run))
+        stages.examples_file(run)  # nothing to train on is found before hours of `before`
         stages.evaluate(run, models, "before")
         stages.train(run, models)
         stages.evaluate(run, models, "after")

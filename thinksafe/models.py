@@ -76,12 +76,24 @@ class Models:
         """The guard of the recipe."""
         return build_guard(self._recipe.guard, self._judge)
 
+    def check_guard(self) -> None:
+        """Whether the guard's checkpoints fit their formats, which their tokenizers tell: no weights are read.
+
+        Raises:
+            UserError: a checkpoint that is not there, or does not fit.
+        """
+        build_guard(self._recipe.guard, lambda config: (None, self._guard_files(config)[1]))
+
     def _judge(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
         """A checkpoint that judges."""
+        folder, tokenizer = self._guard_files(config)
+        return self._load(folder, config.sampler.tensor_parallel, config.sampler.weights), tokenizer
+
+    def _guard_files(self, config: GuardConfig) -> tuple[Path, SafeTokenizer]:
         folder = resolve(config.model, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
-        return self._load(folder, config.sampler.tensor_parallel, config.sampler.weights), tokenizer
+        return folder, tokenizer
 
     def student(self, on_host: bool = False) -> Decoder:
         """The student as it is trained: whole, without adapter, in full precision.

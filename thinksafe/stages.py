@@ -90,8 +90,7 @@ def check(run: RunDir, models: Models) -> None:
         check_targets(load_config(models.base)[0], run.recipe.lora)
     if run.recipe.zero.is_needed(run.workers.count):
         require_deepspeed()
-    for name in run.recipe.guard.checkpoints:
-        resolve(name, "guard.model")
+    models.check_guard()
     require(run.recipe.trackers)
 
 
@@ -185,6 +184,19 @@ def accept(run: RunDir) -> None:
     run.finish_stage("accept", files + [marks_file] * bool(marks), clock, tokens=0, records=len(attempts))
 
 
+def examples_file(run: RunDir) -> Path:
+    """Where the accepted examples are. All workers ask together.
+
+    Raises:
+        UserError: nothing was judged yet, or nothing accepted.
+    """
+    accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
+    write_for_all(accepted, run.workers)
+    if accepted.stat().st_size == 0:
+        raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
+    return accepted
+
+
 def train(run: RunDir, models: Models) -> None:
     """Fine-tune the student on the accepted examples, prompts without steering."""
     checkpoints = run.path / "training" / "checkpoints"
@@ -194,10 +206,7 @@ def train(run: RunDir, models: Models) -> None:
         return
     recipe, clock, ranks = run.recipe, run.clock("train"), run.workers.count
     config = recipe.training
-    accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
-    write_for_all(accepted, run.workers)
-    if accepted.stat().st_size == 0:
-        raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
+    accepted = examples_file(run)
     sequences, dropped = training_sequences(accepted, recipe, models)
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")

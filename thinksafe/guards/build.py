@@ -10,11 +10,11 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.tokenization import SafeTokenizer
 
 
-def build_guard(config: GuardConfig, load: Callable[[GuardConfig], tuple[Decoder, SafeTokenizer]]) -> Guard:
+def build_guard(config: GuardConfig, load: Callable[[GuardConfig], tuple[Decoder | None, SafeTokenizer]]) -> Guard:
     """A guard, with the checkpoints it needs.
 
     Args:
-        load: reads a guard's checkpoint.
+        load: reads a guard's checkpoint; without the decoder where the guard is only to be checked.
 
     Raises:
         UserError: a checkpoint that does not fit its format.

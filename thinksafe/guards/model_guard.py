@@ -79,8 +79,8 @@ class _Reading:
 class ModelGuard:
     """Any checkpoint with a format: Llama Guard, WildGuard, or a team's own."""
 
-    def __init__(self, decoder: Decoder, tokenizer: SafeTokenizer, config: GuardConfig):
-        """Prepare to judge.
+    def __init__(self, decoder: Decoder | None, tokenizer: SafeTokenizer, config: GuardConfig):
+        """Prepare to judge, or without a decoder only find out whether checkpoint and format fit.
 
         Raises:
             UserError: the checkpoint does not fit the format: control tokens are missing, or answers begin alike.
