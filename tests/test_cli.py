@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from thinksafe import stages
 from thinksafe.cli import main
+from thinksafe.prompts import load_prompts
 from thinksafe.recipe import bundled_recipes
-from thinksafe.records import Example, Response, Verdict, read_prompts, read_records
+from thinksafe.records import Example, Response, Verdict, read_records
 from thinksafe.training.engine import SingleEngine
 
 THOUGHT = "<think>\nIt is a boat.\n</think>\n\n"
@@ -126,7 +127,7 @@ def test_generate_alone(world, tmp_path, call, family, prompts):
     assert {r.label: r.steering for r in responses} == {"harmful": "prefix", "benign": None}
     assert all(0 < r.num_tokens <= 12 or r.finish_reason == "stop" for r in responses)
     assert all(r.num_prompt_tokens > 10 for r in responses)
-    assert {r.prompt_id for r in responses} == {prompt.id for prompt in read_prompts(out / "prompts.jsonl")}
+    assert {r.prompt_id for r in responses} == {prompt.id for prompt in list(load_prompts(str(out / "prompts.jsonl")))}
     (probed,) = read(out / "unsteered.jsonl", Response)
     assert probed.label == "harmful" and probed.steering is None
 

@@ -22,8 +22,9 @@ from thinksafe.generation import Task, request_seed
 from thinksafe.intake import training_sequences
 from thinksafe.models import Models
 from thinksafe.paths import expand
+from thinksafe.prompts import load_prompts
 from thinksafe.recipe import load_recipe
-from thinksafe.records import Example, Prompt, Response, Verdict, read_prompts, read_records
+from thinksafe.records import Example, Prompt, Response, Verdict, read_records
 from thinksafe.rundir import Journal, StageClock
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.loop import read_metrics
@@ -96,7 +97,7 @@ def by_key(records: list) -> list:
 def outcome(out: Path) -> dict:
     """Everything that a run has found, without the seconds it took."""
     found = {
-        "prompts": read_prompts(out / "prompts.jsonl"),
+        "prompts": list(load_prompts(str(out / "prompts.jsonl"))),
         "accepted": read(out / "accepted.jsonl", Example),
         "metrics": [
             (m.step, m.loss, m.grad_norm, m.learning_rate) for m in read_metrics(out / "training/metrics.jsonl")
@@ -128,7 +129,7 @@ def assert_same(out: Path, expected: Path) -> None:
 
 def test_a_run_leaves_every_record_and_a_report(finished):
     out, _ = finished
-    prompts = read_prompts(out / "prompts.jsonl")
+    prompts = list(load_prompts(str(out / "prompts.jsonl")))
     responses, verdicts = read(out / "responses.jsonl", Response), read(out / "verdicts.jsonl", Verdict)
     assert len(prompts) == 24
     assert (

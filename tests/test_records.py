@@ -19,7 +19,6 @@ from thinksafe.records import (
     Response,
     Verdict,
     content_id,
-    read_prompts,
     read_records,
     take_in,
     to_json,
@@ -58,7 +57,7 @@ EXPECTED = [(row["text"], row["label"]) for row in ROWS]
 @pytest.mark.parametrize("key", ["text", "prompt", "instruction"])
 def test_the_text_of_a_prompt_may_go_by_three_names(file, key):
     path = file("p.jsonl", jsonl({key: row["text"], "label": row["label"]} for row in ROWS))
-    assert texts(read_prompts(path)) == EXPECTED
+    assert texts(list(load_prompts(str(path)))) == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def test_the_text_of_a_prompt_may_go_by_three_names(file, key):
     ],
 )
 def test_every_spelling_of_json_gives_the_same_prompts(file, name, content):
-    assert texts(read_prompts(file(name, content))) == EXPECTED
+    assert texts(list(load_prompts(str(file(name, content))))) == EXPECTED
 
 
 def test_parquet_in_the_columns_of_safechain(tmp_path):
@@ -87,14 +86,14 @@ def test_parquet_in_the_columns_of_safechain(tmp_path):
         "response": ["unused"] * 4,
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    prompts = read_prompts(path)
+    prompts = list(load_prompts(str(path)))
     assert texts(prompts) == [("a", "harmful"), ("b", "harmful"), ("c", "benign"), ("d", "benign")]
     assert {prompt.source for prompt in prompts} == {"train"}
 
 
 def test_ids_are_of_content_and_duplicates_are_read_once(file):
     path = file("p.jsonl", jsonl([*ROWS, ROWS[0] | {"source": "again"}, {"text": ROWS[0]["text"], "label": "harmful"}]))
-    prompts = read_prompts(path)
+    prompts = list(load_prompts(str(path)))
     assert texts(prompts) == [*EXPECTED, (ROWS[0]["text"], "harmful")]
     assert [prompt.id for prompt in prompts] == [content_id(prompt.label, prompt.text) for prompt in prompts]
     assert len({prompt.id for prompt in prompts}) == 3
@@ -110,10 +109,10 @@ def test_a_folder_of_files_is_one_set_without_duplicates(file, tmp_path):
 
 def test_text_is_kept_as_it_is(file):
     text = "  \t leading, { braces }, </s><|im_end|> \u2028 \x85 \x00 é e\u0301 🪁\n trailing \r\n"
-    (prompt,) = read_prompts(file("p.jsonl", jsonl([{"text": text, "label": "benign"}])))
+    (prompt,) = list(load_prompts(str(file("p.jsonl", jsonl([{"text": text, "label": "benign"}])))))
     assert prompt.text == text
     again = file("q.jsonl", to_json(prompt) + "\n")
-    assert read_prompts(again) == [prompt]
+    assert list(load_prompts(str(again))) == [prompt]
 
 
 PROMPT_MISTAKES = {
@@ -143,7 +142,7 @@ def test_an_unreadable_prompt_is_named_with_its_file_and_place(file, mistake):
     content, place = PROMPT_MISTAKES[mistake]
     path = file("prompts.jsonl", content)
     with pytest.raises(UserError) as caught:
-        read_prompts(path)
+        list(load_prompts(str(path)))
     message = str(caught.value)
     assert str(path) in message and place in message and "\n" not in message
 
@@ -153,7 +152,7 @@ def test_a_torn_parquet_file_is_refused(file, tmp_path, cut):
     whole = tmp_path / "whole.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 50, "label": ["benign"] * 50}), whole)
     with pytest.raises(UserError, match=r"torn\.parquet: not a readable parquet file"):
-        read_prompts(file("torn.parquet", whole.read_bytes()[:cut]))
+        list(load_prompts(str(file("torn.parquet", whole.read_bytes()[:cut]))))
 
 
 def test_a_damaged_page_of_a_parquet_file_is_refused(file, tmp_path):
@@ -163,14 +162,14 @@ def test_a_damaged_page_of_a_parquet_file_is_refused(file, tmp_path):
     data = bytearray(whole.read_bytes())
     data[4:40] = b"\xff" * 36  # the header of the first page
     with pytest.raises(UserError, match=r"damaged.parquet: not a readable parquet file"):
-        read_prompts(file("damaged.parquet", bytes(data)))
+        list(load_prompts(str(file("damaged.parquet", bytes(data)))))
 
 
 def test_a_parquet_file_without_rows_is_empty(tmp_path):
     path = tmp_path / "none.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(UserError, match="empty"):
-        read_prompts(path)
+        list(load_prompts(str(path)))
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/where/at/all", "~/nowhere-at-all", "nowhere"])
@@ -360,7 +359,7 @@ def test_any_text_survives_the_way_through_a_file(tmp_path_factory, text, label)
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     prompt = Prompt(content_id(label, text), text, label, "any")
     path.write_bytes((to_json(prompt) + "\n").encode())
-    assert read_prompts(path) == [prompt]
+    assert list(load_prompts(str(path))) == [prompt]
     example = Example(text, text, label)
     path.write_bytes((to_json(example) + "\n").encode())
     assert list(read_records(path, Example)) == [example]
@@ -382,4 +381,4 @@ def test_a_label_that_only_resembles_one_is_refused(tmp_path, label):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "a", "label": label}) + "\n")
     with pytest.raises(UserError, match="'label' must be"):
-        read_prompts(file)
+        list(load_prompts(str(file)))

@@ -256,11 +256,6 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
 
 
-def read_prompts(file: Path) -> list[Prompt]:
-    """Prompts of a file in order, duplicates removed; see `prompts_from_rows`."""
-    return list(prompts_from_rows(read_rows(file), file.stem))
-
-
 def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> Iterator[Prompt]:
     """Prompts from (where, row) pairs, duplicates removed.
 
