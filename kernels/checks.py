@@ -44,6 +44,30 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be floating point, found {tensor.dtype}")
 
 
+def check_number(name: str, value: float, least: float, below: float = float("inf"), whole: bool = False) -> None:
+    """A plain number in [least, below), whole where it must be.
+
+    Raises:
+        TypeError: no number.
+        ValueError: outside, NaN included.
+    """
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, found {_described(value)}")
+    if not least <= value < below:
+        raise ValueError(f"{name} must lie in [{least}, {below}), found {value}")
+
+
+def check_choice(name: str, value: str | bool | None, *choices: str | bool | None) -> None:
+    """One of these very values.
+
+    Raises:
+        ValueError: another.
+    """
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        listed = [choice if isinstance(choice, str) else repr(choice) for choice in choices]
+        raise ValueError(f"{name} must be {', '.join(listed[:-1])} or {listed[-1]}, found {value!r}")
+
+
 def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = "weight") -> None:
     """Hidden states [T, H] and the language-model head [V, H] that reads them.
 
@@ -103,6 +127,16 @@ def row_weights(token_weight: Tensor | None, x: Tensor) -> Tensor:
 
 def _described(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_once(operation: str, *grad_gradients: Tensor | None) -> None:
+    """For the backward pass of operators whose outputs include their own gradients: those are constants.
+
+    Raises:
+        RuntimeError: somebody differentiates them.
+    """
+    if any(gradient is not None for gradient in grad_gradients):
+        raise RuntimeError(f"{operation} can be differentiated once: its gradient has no gradient")
 
 
 @torch.library.custom_op("thinksafe::row_weights", mutates_args=())

@@ -21,7 +21,16 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids, row_weights
+from thinksafe.kernels.checks import (
+    check_choice,
+    check_head,
+    check_number,
+    check_once,
+    check_range,
+    check_tma,
+    check_token_ids,
+    row_weights,
+)
 from thinksafe.kernels.chunked_loss import (
     as_given,
     empty_gradients,
@@ -237,7 +246,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx, grad_loss, *others):
+    check_once("linear_cross_entropy", *others)
     x, weight, target, row_weight, grad_x, grad_weight = ctx.saved_tensors
     if grad_loss is None:
         return (None,) * 10
@@ -312,12 +322,12 @@ def linear_cross_entropy_with_stats(
 
 def _rows(x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction):
     """(weighted loss [T], sum of the weights that count, [dropped mass, active share])."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, found {reduction!r}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), found {label_smoothing}")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss must be finite and not negative, found {z_loss}")
+    check_choice("reduction", reduction, "mean", "sum", "none")
+    check_choice("exact", exact, True, False, None)
+    check_number("label_smoothing", label_smoothing, 0, 1)
+    check_number("z_loss", z_loss, 0)
+    if ignore_index is not None:
+        check_number("ignore_index", ignore_index, -float("inf"), whole=True)
     check_head(x, weight)
     check_token_ids("target", target, x, (len(x),))
     row_weight = row_weights(token_weight, x)

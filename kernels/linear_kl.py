@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_head, check_tensor, check_tma, row_weights
+from thinksafe.kernels.checks import check_choice, check_head, check_once, check_tensor, check_tma, row_weights
 from thinksafe.kernels.chunked_loss import (
     as_given,
     empty_gradients,
@@ -305,7 +305,8 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_value, *_):
+def _backward(ctx, grad_value, *others):
+    check_once("linear_kl", *others)
     *inputs, row_weight, grad_x, grad_weight = ctx.saved_tensors
     if grad_value is None:
         return (None,) * 8
@@ -349,10 +350,8 @@ def linear_kl(
     Raises:
         TypeError, ValueError: an argument does not fit, with its name; on a GPU values are asserted by the device.
     """
-    if direction not in ("forward", "reverse", "jsd"):
-        raise ValueError(f"direction must be forward, reverse or jsd, found {direction!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, found {reduction!r}")
+    check_choice("direction", direction, "forward", "reverse", "jsd")
+    check_choice("reduction", reduction, "mean", "sum", "none")
     check_head(x_student, weight, "x_student")
     if weight_reference is None:
         check_head(x_reference, weight, "x_reference")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_head, check_range, check_tma, check_token_ids
+from thinksafe.kernels.checks import check_choice, check_head, check_number, check_range, check_tma, check_token_ids
 from thinksafe.kernels.chunked_loss import as_given, in_chunks
 from thinksafe.kernels.exp_gemm import exp_gemm, gather_dot, on_tensor_cores
 
@@ -139,6 +139,7 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bo
     """
     check_head(x, weight)
     check_token_ids("target", target, x, (len(x),))
+    check_choice("by_products", by_products, True, False)
     logprob, entropy, top1 = _linear_logprob(x.contiguous(), weight, target.contiguous(), by_products)
     return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
 
@@ -172,6 +173,6 @@ def linear_margin(x: Tensor, weight: Tensor, token: int, other: int) -> Tensor:
         TypeError, ValueError: as for `linear_logprob`.
     """
     check_head(x, weight)
-    if not (0 <= token < len(weight) and 0 <= other < len(weight)):
-        raise ValueError(f"token and other must lie in [0, {len(weight)}), found {token} and {other}")
+    for name, value in (("token", token), ("other", other)):
+        check_number(name, value, 0, len(weight), whole=True)
     return (x.float() * (weight[token].float() - weight[other].float())).sum(-1)

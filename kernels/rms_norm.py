@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_floating, check_tensor
+from thinksafe.kernels.checks import check_floating, check_number, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _TILE = 4096  # elements a program holds at once: 16 to 32 a thread, which leaves registers for the backward's five
@@ -202,13 +202,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit, with its name.
     """
-    _check(x, weight)
+    _check(x, weight, eps)
     return _rms_norm(x.contiguous(), None, weight, eps)[0] if on_triton(x) else reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual) in one pass; residual like x, the others as for `rms_norm`."""
-    _check(x, weight)
+    _check(x, weight, eps)
     check_tensor("residual", residual, x.shape, x.dtype, x.device)
     if on_triton(x):
         return _rms_norm(x.contiguous(), residual.contiguous(), weight, eps)[:2]
@@ -216,7 +216,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return reference(total, weight, eps), total
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+    check_number("eps", eps, 0)
     check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., H] with H at least 1; found {list(x.shape)}")

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_floating, check_tensor
+from thinksafe.kernels.checks import check_floating, check_number, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.rms_norm import reference as rms_norm_reference
 
@@ -233,6 +233,7 @@ def qk_norm_rope(
     Raises:
         TypeError, ValueError: an argument does not fit, with its name.
     """
+    check_number("eps", eps, 0)
     for name, gain in (("q_weight", q_weight), ("k_weight", k_weight)):
         check_floating(name, gain)
     return _rotate("q", q, q_weight, eps, cos, sin), _rotate("k", k, k_weight, eps, cos, sin)
