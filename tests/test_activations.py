@@ -59,6 +59,27 @@ def test_gradients_do_not_depend_on_what_is_kept(tmp_path, family, method):
         assert all(torch.equal(found[name], plain[name]) for name in plain), keeping
 
 
+@pytest.mark.parametrize("namespace", ["torch_attn", "flash_attn"])
+@pytest.mark.parametrize("keeping, times", [("none", 1), ("selective", 1), ("full", 2)])
+def test_attention_is_computed_once_unless_nothing_is_kept(tmp_path, namespace, keeping, times):
+    """An operator in the namespace of torch's and of flash-attn's variable-length attention stands in for it."""
+    calls = []
+
+    def forward(v: torch.Tensor) -> torch.Tensor:
+        calls.append(namespace)
+        return v.repeat_interleave(2, dim=1)
+
+    name = f"{namespace}::stand_in_{keeping}"
+    attention = torch.library.custom_op(name, forward, mutates_args=())
+    attention.register_autograd(lambda ctx, grad: grad.unflatten(1, (-1, 2)).sum(2))
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path), torch.float32, "cpu")
+    assert decoder.config.num_heads == 2 * decoder.config.num_kv_heads
+    attach(decoder, LoraConfig(rank=4), seed=0)
+    decoder.keeping = (keeping,) * 2
+    decoder.train()(torch.arange(9), torch.arange(9), lambda layer, q, k, v, rotation: attention(v)).sum().backward()
+    assert len(calls) == times * 2
+
+
 @pytest.mark.skipif(dispatch.triton is None, reason="the GPU path needs Triton")
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3-8b"])

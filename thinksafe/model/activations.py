@@ -22,6 +22,9 @@ KEEPING: tuple[Keeping, ...] = get_args(Keeping)
 _CHEAP = 128
 """FLOP a byte below which a product is computed again: that of an adapter's B, whose inner dimension is the rank."""
 
+_ATTENTION = ("torch_attn", "flash_attn")
+"""Namespaces in which torch and the package flash-attn register variable-length attention."""
+
 
 def run_layer(layer: nn.Module, keeping: Keeping, *inputs) -> Tensor:
     """The layer's output, with so much kept for its backward pass."""
@@ -39,7 +42,7 @@ def _policy(last_inner: int, context, op, *args, **kwargs) -> CheckpointPolicy:
         inner = args[-1].shape[0]
         dear = _CHEAP < inner != last_inner
     else:
-        dear = op.namespace == "torch_attn"
+        dear = op.namespace in _ATTENTION
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
