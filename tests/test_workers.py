@@ -126,16 +126,37 @@ with workers.Workers.join() as one:
 """
 
 
-def without_launcher(*arguments: str) -> list[subprocess.Popen]:
-    """Two workers that nobody looks after, as on two machines; both have joined."""
+_TALKING = """
+import torch
+from thinksafe.cli import main
+from thinksafe import workers
+def talk(options):
+    with workers.Workers.join() as one:
+        one.connect(torch.device("cpu"))
+        one.meet()
+        print("joined", flush=True)
+        while True:
+            torch.distributed.all_reduce(torch.ones(1))
+import thinksafe.cli
+from types import SimpleNamespace
+thinksafe.cli._parsed = lambda arguments: SimpleNamespace(command=talk)
+raise SystemExit(main())
+"""
+
+
+def without_launcher(*arguments: str, script: str = _JOINED, count: int = 2) -> list[subprocess.Popen]:
+    """Workers that nobody looks after, as on several machines; all have joined."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-c", _JOINED, *arguments]
-    both = [subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}, **pipes) for rank in range(2)]
-    assert [one.stdout.readline() for one in both] == ["joined\n"] * 2
-    return both
+    where |= {"WORLD_SIZE": str(count)}
+    command = [sys.executable, "-c", script, *arguments]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}, **pipes) for rank in range(count)
+    ]
+    assert [one.stdout.readline() for one in started] == ["joined\n"] * count
+    return started
 
 
 @pytest.mark.slow
@@ -147,6 +168,23 @@ def test_workers_that_no_launcher_looks_after_end_when_one_is_silent_or_fails():
         assert waiting.returncode == 1 and words in errors and len(errors.splitlines()) == bool(words)
         other.kill()
         assert ("because" in other.communicate()[1]) == (not words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_who_died_while_workers_exchange_tensors_is_named_in_one_line(victim):
+    """And not in the words of the library that exchanges them; with the first worker the store is gone as well."""
+    started = without_launcher(script=_TALKING, count=3)
+    started[victim].kill()
+    said = [line for one in started for line in one.communicate(timeout=60)[1].splitlines() if "thinksafe: " in line]
+    assert said and all(
+        line.endswith("so all end; nothing finished is lost, the same command goes on from here") for line in said
+    )
+    if victim:
+        assert len(said) == 1 and f"worker 1 on {socket.gethostname()} is gone" in said[0]
+    else:
+        assert all("the machine of the first worker, is gone" in line for line in said)
+    assert {one.returncode for one in started} - {-9} <= {1, 2}
 
 
 _RESTARTED = """

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -34,8 +34,11 @@ from thinksafe.errors import UserError
 T = TypeVar("T")
 _START_WITHIN = timedelta(minutes=10)
 _LISTEN_EVERY, _DEAD_AFTER = 1.0, 40.0
+_ENDS_WITHIN = 6.0
+"""After a failure, which all others hear of as they listen."""
 _OF_GLOO = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
 _GOES_ON = "nothing finished is lost, the same command goes on from here"
+_STORE_GONE = "the launcher, or the machine of the first worker, is gone"
 _LEFT = 1 << 40
 """A pulse that beats no more, since its worker is done."""
 
@@ -81,9 +84,10 @@ class Workers:
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever speaks is not cut short when the others end
             if not workers._is_first_to_fail():
+                workers._say_farewell()
                 raise SystemExit(1) from None
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_GLOO.search(str(error))):
-                error = UserError(f"another worker or the launcher is gone ({str(error).splitlines()[0]}); {_GOES_ON}")
+                error = UserError(f"{workers._lost(error)}, so all end; {_GOES_ON}")
             if isinstance(error, UserError) and not workers.leads:
                 error = UserError(f"worker {rank} on {socket.gethostname()}: {error}")
             raise error from None
@@ -214,16 +218,15 @@ class Workers:
                 pulse = self.store.add(f"pulse/{neighbour}", 0)
                 failed = self.store.add("failed", 0)
             except RuntimeError:
-                self._end("the launcher, or the machine of the first worker, is gone", always=True)
+                self._end(_STORE_GONE, always=True)
                 continue
             if failed:
                 self._end("")
             if pulse != heard or pulse >= _LEFT:
                 heard, changed = pulse, time.monotonic()
             elif time.monotonic() - changed > _DEAD_AFTER:
-                known = self.store.check([f"host/{neighbour}"])
-                host = self.store.get(f"host/{neighbour}").decode() if known else "an unknown machine"
-                self._end(f"worker {neighbour} on {host} has been silent for {_DEAD_AFTER:.0f} seconds")
+                where = f"worker {neighbour} on {self._host(neighbour)}"
+                self._end(f"{where} has been silent for {_DEAD_AFTER:.0f} seconds")
 
     def _end(self, why: str, always: bool = False) -> None:
         """End this process from the listening thread, unless it is ending anyway."""
@@ -232,7 +235,31 @@ class Workers:
         if why and (always or self.store.add("failed", 1) == 1):
             line = f"thinksafe: {why}, so all end; {_GOES_ON}\n"
             os.write(sys.stderr.fileno(), line.encode())
+        self._say_farewell()
         os._exit(1)
+
+    def _say_farewell(self) -> None:
+        with suppress(RuntimeError):  # where nobody is left to hear it
+            self.store.add(f"pulse/{self.rank}", _LEFT)
+
+    def _lost(self, error: Exception) -> str:
+        """What a broken connection comes from: the workers that do not end as all others do, since they are dead."""
+        try:
+            pulses = {rank: self.store.add(f"pulse/{rank}", 0) for rank in range(self.count) if rank != self.rank}
+
+            def unheard() -> list[int]:
+                return [rank for rank, heard in pulses.items() if self.store.add(f"pulse/{rank}", 0) == heard < _LEFT]
+
+            _wait_for(lambda: not unheard(), within=_ENDS_WITHIN)
+            gone = " and ".join(f"worker {rank} on {self._host(rank)}" for rank in unheard())
+        except RuntimeError:
+            return _STORE_GONE
+        what = f"the connection between workers broke ({str(error).splitlines()[0]})"
+        return f"{gone} {'are' if ' and ' in gone else 'is'} gone" if gone else what
+
+    def _host(self, rank: int) -> str:
+        known = self.store.check([f"host/{rank}"])
+        return self.store.get(f"host/{rank}").decode() if known else "an unknown machine"
 
     def _is_first_to_fail(self) -> bool:
         self._over.set()
