@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -669,6 +671,38 @@ def test_a_line_of_metrics_that_was_torn_is_written_again(folder, tmp_path):
     file.write_text(file.read_text() + json.dumps({"step": 6})[:-3])
     assert len(list(read_metrics(file))) == 5
     assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
+
+
+@pytest.mark.parametrize("torn", [b"\0" * 300, b"\0" * 300 + b"\n", b'{"step": 6}\n', b"\xff\n"])
+def test_what_a_power_failure_leaves_behind_a_checkpoint_is_written_again(folder, tmp_path, torn):
+    expected = run(folder, tmp_path / "whole")
+    out = tmp_path / "torn"
+    run(folder, out, until=4)
+    with (out / "metrics.jsonl").open("ab") as stream:
+        stream.write(torn)
+    assert_same_run(out, run(folder, out), tmp_path / "whole", expected)
+
+
+def test_a_checkpoint_is_on_the_disk_after_the_metrics_of_its_steps(folder, tmp_path, monkeypatch):
+    """Whatever the system forgets that was not synchronised, files and folders alike."""
+    safe, synchronise, replace, saved = {}, os.fsync, os.replace, []
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        safe[path] = [one.name for one in path.iterdir()] if path.is_dir() else path.read_bytes()
+        synchronise(descriptor)
+
+    def renamed(source, target):
+        saved.append(int(target.name[-8:]))
+        assert safe[tmp_path / "metrics.jsonl"].count(b"\n") == saved[-1]
+        assert {"state.json", "state-0.safetensors"} <= set(safe[source])
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    run(folder, tmp_path)
+    assert saved == [2, 4, 6, 8, 9]
+    assert {"metrics.jsonl", "checkpoints"} <= set(safe[tmp_path]) and "step-00000009" in safe[tmp_path / "checkpoints"]
 
 
 def test_metrics_count_what_was_trained(folder, tmp_path):

@@ -376,6 +376,15 @@ def _recipe_in(file: Path) -> Recipe | None:
         return None
 
 
+_FREE = ", ".join(
+    [
+        *(f"{section}.{key}" for section in ("sampler", "guard.sampler") for key in SAMPLING_ROOM),
+        *(f"training.{key}" for key in TRAINING_ROOM),
+        "zero and trackers",
+    ]
+)
+
+
 def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
     """What may be another: the room that sampling, judging and training take, how training is sharded, and who watches
     it. That changes nothing of what comes out."""
@@ -396,7 +405,8 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
         differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
     raise UserError(
         f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
-        "give another folder, or the same recipe; records can be taken over with --responses and --data"
+        f"give another folder, or the same recipe, in which only {_FREE} may change; records can be taken over with "
+        "--responses and --data"
     )
 
 

@@ -47,7 +47,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
         _fsync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    _fsync(folder)
+    for path in (folder, folder.parent):
+        _fsync(path)
     present = sorted(folder.glob("step-????????"))
     newest = present.index(final)
     for stale in present[: max(0, newest + 1 - _KEEP)] + present[newest + 1 :]:

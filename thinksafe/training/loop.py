@@ -238,6 +238,8 @@ def train(
             metrics_file.flush()
             on_step(metrics)
             if saves:
+                if rank() == 0:  # so that not even a power failure leaves a checkpoint without its steps' metrics
+                    os.fsync(metrics_file.fileno())
                 save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
     engine.finish()
 
@@ -307,12 +309,16 @@ def _history(file: Path, first_step: int) -> tuple[deque[float], int]:
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:
-    """The steps of a metrics.jsonl; a last line torn by a kill is left out."""
+    """The steps of a metrics.jsonl, up to a line that a kill or a power failure has torn."""
     if not file.exists():
         return
-    for line in file.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield StepMetrics(**json.loads(line))
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            metrics = StepMetrics(**json.loads(line))
+        except (ValueError, TypeError):
+            return
+        if line.endswith(b"\n"):
+            yield metrics
 
 
 def _metrics_from(file: Path, first_step: int):
