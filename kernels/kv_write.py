@@ -12,7 +12,7 @@ from torch import Tensor
 
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import exponent_of, power_of_two
-from thinksafe.kernels.paged_attention import Exponents, write_kv
+from thinksafe.kernels.paged_cache import Exponents, cache_row, write_kv
 from thinksafe.kernels.rope import reference as rope_reference
 
 
@@ -70,7 +70,7 @@ def _norm_rope_write_kernel(
 
     slot, heads = tl.load(slots_ptr + token), tl.arange(0, BLOCK_KV)
     inside = (heads < num_kv_heads)[:, None]
-    rows = (slot // PAGE_SIZE * num_kv_heads + heads) * PAGE_SIZE + slot % PAGE_SIZE
+    rows = cache_row(slot // PAGE_SIZE, heads, slot % PAGE_SIZE, num_kv_heads, PAGE_SIZE)
     first, second = _rotated(k_ptr, k_weight_ptr, token, num_kv_heads, cos, sin, eps, NORM, BLOCK_KV, HALF)
     largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
     to = rows[:, None] * (2 * HALF) + pairs[None, :]

@@ -10,12 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinksafe.kernels import kv_write, paged_attention
+from thinksafe.kernels import kv_write
+from thinksafe.kernels import paged_decode as decoding
+from thinksafe.kernels import paged_prefill as prefilling
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import dequantise
 from thinksafe.kernels.fp8 import reference as quantise
 from thinksafe.kernels.kv_write import norm_rope_write_kv
-from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles, write_kv
+from thinksafe.kernels.paged_cache import write_kv
+from thinksafe.kernels.paged_decode import decode_work, paged_decode
+from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
 from thinksafe.kernels.rope import qk_norm_rope, rope
 
 kernel_only = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -122,6 +126,32 @@ def test_a_new_token_sees_exactly_its_own_context(problem):
         torch.testing.assert_close(out[row, None].double(), problem.expected(q[row, None], row), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("powers", [(-90, -60), (-40, 40), (60, 90)])
+@pytest.mark.parametrize(
+    ("device", "dtype", "error"),
+    [("cpu", torch.float32, 1e-4), pytest.param("cuda", torch.bfloat16, 5e-3, marks=pytest.mark.gpu)],
+)
+def test_values_in_e4m3_may_be_of_any_size(fresh_seed, monkeypatch, powers, device, dtype, error):
+    """In one context, and some of them nothing but zeros, whose scale is the smallest there is: those with the highest
+    score, and all of one context."""
+    monkeypatch.setattr(decoding, "SPLIT", 64)
+    problem = Paged([200, 1, 70, 130], 64, (4, 2), 64, seed=fresh_seed, device=device, dtype=dtype, fp8=(True, True))
+    q = problem.queries(4)
+    numbers, exponents = problem.stored[1].view(torch.uint8), problem.exponents[1]
+    exponents.copy_(torch.randint(*powers, exponents.shape).add(127))
+    best = problem.context(0)[0].matmul(q[0].double()[..., None])[..., 0].argmax(-1)[::2]
+    for head, token in enumerate(best.tolist()):
+        where = problem.page_table[0, token // 64], head, token % 64
+        numbers[where], exponents[where] = 0, 1
+    numbers[problem.page_table[3, :3]], exponents[problem.page_table[3, :3]] = 0, 1
+    problem.cache[1] = dequantise(problem.stored[1], exponents, dtype)
+    out = problem.decode(q)
+    for row in range(4):
+        expected = problem.expected(q[row, None], row)
+        largest = expected.abs().max().item()
+        torch.testing.assert_close(out[row, None].double(), expected, rtol=0, atol=error * largest)
+
+
 @settings(max_examples=40)
 @given(problems(shortest=1), st.data())
 def test_a_stretch_of_new_tokens_sees_its_context_and_itself_up_to_each_token(problem, data):
@@ -136,9 +166,9 @@ def test_how_the_reference_batches_rows_changes_no_result(monkeypatch):
     problem = Paged([50, 1, 7, 0, 64, 8], 16, (4, 2), 8)
     q = problem.queries(6)
     arguments = (q, *problem.cache, problem.page_table, problem.seq_lens)
-    whole = paged_attention.reference_decode(*arguments)
-    monkeypatch.setattr(paged_attention, "_BATCH_TOKENS", 64)
-    torch.testing.assert_close(paged_attention.reference_decode(*arguments), whole)
+    whole = decoding.reference_decode(*arguments)
+    monkeypatch.setattr(decoding, "_BATCH_TOKENS", 64)
+    torch.testing.assert_close(decoding.reference_decode(*arguments), whole)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -169,16 +199,16 @@ def test_one_or_many_splits_agree(monkeypatch, lengths):
     q = problem.queries(len(lengths))
     whole = problem.decode(q)
     for split, max_splits in [(64, 32), (128, 32), (192, 32), (64, 2), (64, 3), (64, 1)]:
-        monkeypatch.setattr(paged_attention, "SPLIT", split)
-        monkeypatch.setattr(paged_attention, "MAX_SPLITS", max_splits)
+        monkeypatch.setattr(decoding, "SPLIT", split)
+        monkeypatch.setattr(decoding, "MAX_SPLITS", max_splits)
         torch.testing.assert_close(problem.decode(q), whole, rtol=1e-5, atol=1e-5)
 
 
 @kernel_only
 @pytest.mark.parametrize(("split", "max_splits"), [(64, 32), (64, 3), (512, 32)])
 def test_work_lists_every_split_of_every_row_once(monkeypatch, split, max_splits):
-    monkeypatch.setattr(paged_attention, "SPLIT", split)
-    monkeypatch.setattr(paged_attention, "MAX_SPLITS", max_splits)
+    monkeypatch.setattr(decoding, "SPLIT", split)
+    monkeypatch.setattr(decoding, "MAX_SPLITS", max_splits)
     lengths = [0, 1, 64, 65, 700, 0, 128, 1000, 5]
     num_items, *items = decode_work(torch.tensor(lengths), 1024).tolist()
     stride = (len(items)) // len(lengths)
@@ -194,7 +224,7 @@ def test_work_lists_every_split_of_every_row_once(monkeypatch, split, max_splits
 
 @kernel_only
 def test_a_row_has_the_same_bits_in_every_batch_and_under_a_wider_table(monkeypatch):
-    monkeypatch.setattr(paged_attention, "SPLIT", 64)
+    monkeypatch.setattr(decoding, "SPLIT", 64)
     problem = Paged([200, 3, 129, 64], 16, (4, 2), 64, seed=5)
     q = problem.queries(4)
     batch = problem.decode(q)
@@ -227,7 +257,7 @@ def test_nothing_to_do_is_no_error():
 def test_tiles_cover_every_query_once_and_start_with_the_longest(rows, group):
     lengths, before = np.array(rows).T
     tiles = prefill_tiles(lengths, before + lengths, group, itemsize=2)
-    size = paged_attention.PREFILL[2].rows
+    size = prefilling.TILES[2].rows
     assert sorted(map(tuple, tiles.tolist())) == [
         (row, tile) for row, length in enumerate(lengths) for tile in range(-(-int(length) * group // size))
     ]
@@ -375,7 +405,7 @@ def test_decoding_on_a_gpu_is_as_precise_as_plain_torch(fresh_seed, heads, D, pa
     problem = Paged(lengths, page_size, heads, D, shared=4, seed=fresh_seed, device="cuda", dtype=dtype)
     q = problem.queries(len(lengths))
     expected = torch.cat([problem.expected(q[row, None], row) for row in range(len(lengths))])
-    plain = paged_attention.reference_decode(q, *problem.cache, problem.page_table, problem.seq_lens)
+    plain = decoding.reference_decode(q, *problem.cache, problem.page_table, problem.seq_lens)
     assert relative(problem.decode(q), expected) <= 1.25 * relative(plain, expected) + 1e-6
     assert relative(problem.decode(q), expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
 
@@ -389,7 +419,7 @@ def test_prefill_on_a_gpu_is_as_precise_as_plain_torch(fresh_seed, heads, D, pag
     q = problem.queries(sum(counts))
     expected = torch.cat([problem.expected(part, row) for row, part in enumerate(q.split(counts))])
     cu_seqlens = torch.tensor([0, *counts], device="cuda").cumsum(0)
-    plain = paged_attention.reference_prefill(q, *problem.cache, problem.page_table, cu_seqlens, problem.seq_lens)
+    plain = prefilling.reference_prefill(q, *problem.cache, problem.page_table, cu_seqlens, problem.seq_lens)
     found = problem.prefill(q, counts)
     assert relative(found, expected) <= 1.25 * relative(plain, expected) + 1e-6
     assert relative(found, expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)

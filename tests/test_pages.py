@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from thinksafe.kernels import paged_attention
+from thinksafe.kernels import paged_decode
 from thinksafe.sampler import scheduler as scheduler_module
 from thinksafe.sampler.pages import PagePool, prefix_digests
 from thinksafe.sampler.request import Completion, Request, SamplingConfig
@@ -406,9 +406,9 @@ def test_digests_are_equal_exactly_where_the_whole_prefix_is(a, b, page_size):
 @given(st.lists(st.integers(0, 500), max_size=40), st.integers(1, 2000))
 def test_decoding_rows_are_batched_by_length_within_the_bound(lengths, bound):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_attention, "_BATCH_TOKENS", bound)
-        batches = paged_attention._similar_lengths(torch.tensor(lengths, dtype=torch.int64))
+        patch.setattr(paged_decode, "_BATCH_TOKENS", bound)
+        batches = paged_decode._similar_lengths(torch.tensor(lengths, dtype=torch.int64))
     assert sorted(row for rows, _ in batches for row in rows.tolist()) == [r for r, n in enumerate(lengths) if n]
     for rows, length in batches:
         assert len(rows) == 1 or len(rows) * length <= bound
-        assert all(0 <= length - lengths[row] < paged_attention._STRETCH for row in rows.tolist())
+        assert all(0 <= length - lengths[row] < paged_decode.STRETCH for row in rows.tolist())

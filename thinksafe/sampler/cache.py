@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinksafe.kernels.fp8 import E4M3
-from thinksafe.kernels.paged_attention import Exponents
+from thinksafe.kernels.paged_cache import Exponents
 from thinksafe.model.config import ModelConfig
 
 CacheDtype = Literal["auto", "fp8"]

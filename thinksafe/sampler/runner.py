@@ -16,7 +16,8 @@ from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.linear_logprob import linear_logprob_of
 from thinksafe.kernels.native import library
-from thinksafe.kernels.paged_attention import decode_work, paged_decode, paged_prefill, prefill_tiles
+from thinksafe.kernels.paged_decode import decode_work, paged_decode
+from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
 from thinksafe.kernels.row_linear import row_linear
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
