@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from thinksafe.kernels.chunked_loss import first_bad_row
 from thinksafe.model.decoder import Decoder
+from thinksafe.training.graphs import DecoderGraphs
 from thinksafe.training.losses import PackLoss, broken_in, not_finite
 from thinksafe.training.packing import PackedBatch
 
@@ -32,10 +33,23 @@ class NonFiniteStep(ArithmeticError):
 class SingleEngine:
     """AdamW on whatever parameters of the decoder require a gradient, with fp32 master copies of bf16 ones."""
 
-    def __init__(self, decoder: Decoder, max_grad_norm: float, weight_decay: float, with_reference: bool = False):
-        """with_reference: whether sequences will come that keep to what the decoder is now, adapters aside."""
+    def __init__(
+        self,
+        decoder: Decoder,
+        max_grad_norm: float,
+        weight_decay: float,
+        with_reference: bool = False,
+        recorded_tokens: int = 0,
+    ):
+        """Train a decoder where it is.
+
+        Args:
+            with_reference: whether sequences will come that keep to what the decoder is now, adapters aside.
+            recorded_tokens: up to which packs are run as CUDA graphs, see `recorded_on`; 0 for none.
+        """
         self.decoder = decoder
-        self.loss = PackLoss(decoder, with_reference)
+        graphs = (DecoderGraphs(decoder.embedding, recorded_tokens),) if recorded_tokens else ()
+        self.loss = PackLoss(decoder, with_reference, *graphs)
         self.device = decoder.embedding.device
         self.max_grad_norm = max_grad_norm
         self.parameters: dict[str, nn.Parameter] = {

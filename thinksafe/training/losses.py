@@ -7,7 +7,7 @@ a frozen copy.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,16 @@ class LossHead(nn.Module):
 class PackLoss(nn.Module):
     """Decoder and head: a pack in, its weighted token losses out."""
 
-    def __init__(self, decoder: Decoder, with_reference: bool):
-        """with_reference: whether some sequences will keep to it; the decoder as it is now, adapters aside."""
+    def __init__(self, decoder: Decoder, with_reference: bool, run: Callable[..., Tensor] = Decoder.__call__):
+        """Takes the decoder as it is now, adapters aside, for the reference.
+
+        Args:
+            with_reference: whether some sequences will keep to it.
+            run: how a decoder is run on tokens, positions and attention: as it is, or by DecoderGraphs.
+        """
         super().__init__()
         self.decoder = decoder
+        self.run = run
         copied = with_reference and decoder.lora is None
         self.copy = copy.deepcopy(decoder).requires_grad_(False) if copied else None
         self.head = LossHead(decoder.head, self.copy.head if copied else None)
@@ -71,7 +77,7 @@ class PackLoss(nn.Module):
                 token, since under ZeRO-3 all ranks must gather the same weights at the same time.
         """
         reference = self._reference_states(pack) if ask_reference else None
-        hidden = self.decoder(pack.input_ids, pack.positions, pack.attention)
+        hidden = self.run(self.decoder, pack.input_ids, pack.positions, pack.attention)
         return self.head(hidden[pack.target_rows], reference, pack)
 
     @torch.no_grad()
@@ -81,7 +87,7 @@ class PackLoss(nn.Module):
         if not tokens:
             tokens, attention = 1, PackedAttention.of([1], pack.input_ids.device)
         with without_adapters(self.decoder):
-            hidden = (self.copy or self.decoder)(pack.input_ids[:tokens], pack.positions[:tokens], attention)
+            hidden = self.run(self.copy or self.decoder, pack.input_ids[:tokens], pack.positions[:tokens], attention)
         return hidden[pack.target_rows[: pack.num_reference_rows]]
 
 
