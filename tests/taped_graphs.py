@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thinksafe.training import graphs
 from thinksafe.training.graphs import DecoderGraphs
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -137,3 +138,11 @@ def attention_without_waiting(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tenso
     q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~sees, -torch.inf)
     return (F.softmax(scores, -1) @ v).transpose(0, 1)
+
+
+def tape_passes(monkeypatch) -> None:
+    """From here on an engine that is to record passes records them on tapes."""
+    monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_waiting)
+    monkeypatch.setattr("thinksafe.training.engine.DecoderGraphs", TapedGraphs)
+    monkeypatch.setattr(graphs, "random_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(graphs, "set_random_state", lambda state, device: torch.set_rng_state(state))

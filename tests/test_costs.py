@@ -19,13 +19,24 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.model.shapes import PUBLIC
 from thinksafe.model.weights import load_decoder
-from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described, sharding_within
+from thinksafe.training.costs import (
+    TrainingCosts,
+    Work,
+    average_pack,
+    causal_pairs,
+    described,
+    recorded_within,
+    sharding_within,
+)
 from thinksafe.training.distributed import ZeroConfig
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = [("q_proj", "v_proj"), ("k_proj",), ("o_proj",), ("up_proj",), ("down_proj",), ("v_proj", "down_proj"), EVERY]
+
+
+LORA = LoraConfig()
 
 
 def config_of(name: str, layers: int | None = None) -> ModelConfig:
@@ -127,6 +138,34 @@ def test_eight_billion_parameters_with_adapters_train_on_32k_tokens_in_80_gb():
     assert costs.state_bytes() + costs.step_bytes(chosen, 32_768, 32_768) < 80e9
 
 
+def test_passes_are_recorded_where_launches_may_bind_and_memory_is_left():
+    """The paper's eight sequences, 6.2k tokens on average, of which the longest packs are computed directly."""
+    hardware, none = hardware_named("H200"), ("none",) * 28
+
+    def tokens(name: str, average: float, gib: float, lora: LoraConfig | None = LORA) -> int:
+        costs = TrainingCosts(config_of(name), lora)
+        keeping = ("none",) * costs.model.num_layers
+        return recorded_within(gib * 2**30, hardware, costs, keeping, largest=16_384, average=average)
+
+    limit = TrainingCosts(config_of("qwen3-0.6b"), LORA).launch_bound_tokens(hardware)
+    assert tokens("qwen3-0.6b", 6200, 60) == limit and 8000 < limit < 16_384
+    assert tokens("qwen3-0.6b", 6200, 20) == 0
+    assert tokens("qwen3-0.6b", 16_384, 60) == 0 and tokens("qwen3-8b", 6200, 10**3) == 0
+    assert tokens("qwen3-0.6b", 6200, 60, lora=None) > 6200
+    costs = TrainingCosts(config_of("qwen3-0.6b"), LORA)
+    assert recorded_within(10**12, hardware, costs, none, largest=3000, average=2000) == 3000
+    held = costs.step_bytes(none, 16_384, 16_384) + costs.graph_bytes(none, limit)
+    assert tokens("qwen3-0.6b", 6200, held / 2**30 + 0.01) == limit
+    assert tokens("qwen3-0.6b", 6200, held / 2**30 - 0.01) == 0
+
+
+def test_the_average_pack_is_the_one_of_an_epoch():
+    lengths = [100, 200, 300, 400]
+    assert average_pack(lengths, batch_size=2, batch_tokens=0, max_tokens=10**4) == 500
+    assert average_pack(lengths, batch_size=2, batch_tokens=0, max_tokens=450) == 450
+    assert average_pack(lengths, batch_size=2, batch_tokens=800, max_tokens=10**4) == 800
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "modes", [("none",) * 4, ("selective",) * 4, ("full",) * 4, ("full", "selective", *["none"] * 2)]
@@ -152,7 +191,7 @@ def test_a_step_on_a_gpu_takes_the_memory_that_is_counted_and_gives_the_same_gra
         torch.manual_seed(5)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        loss(batch, False).backward()
+        loss(batch, False).sum().backward()
         taken = torch.cuda.max_memory_allocated() - before
         return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}, taken
 

@@ -12,14 +12,14 @@ from checkpoints import make_checkpoint
 from gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
 from hypothesis import given
 from hypothesis import strategies as st
-from taped_graphs import TapedGraphs, attention_without_waiting, tensors_in, waits
+from taped_graphs import tape_passes, tensors_in, waits
 from test_training import DROPOUT, RUN, SEQUENCES, Killed, assert_same_run, engine, gradients, sequence, untimed
 
 from benchmarks.shapes import MODELS
 from thinksafe.kernels import dispatch
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.config import ModelConfig
-from thinksafe.model.lora import LoraConfig
+from thinksafe.model.lora import LoraConfig, without_adapters
 from thinksafe.model.weights import load_decoder
 from thinksafe.training import graphs
 from thinksafe.training.engine import NonFiniteStep
@@ -46,17 +46,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_waiting)
-    monkeypatch.setattr(graphs, "random_state", lambda device: torch.get_rng_state())
-    monkeypatch.setattr(graphs, "set_random_state", lambda state, device: torch.set_rng_state(state))
+    tape_passes(monkeypatch)
 
 
 def of(folder, method="lora", config=NO_DROPOUT, recorded=0, with_reference=False, keeping="none", dtype=torch.float32):
-    made = engine(load_decoder(folder, dtype, CPU), method, config, clip=1.0, with_reference=with_reference)
-    made.decoder.keeping = (keeping,) * 2
-    if recorded:
-        made.loss.run = TapedGraphs(made.decoder.embedding, recorded)
-    return made
+    decoder = load_decoder(folder, dtype, CPU)
+    decoder.keeping = (keeping,) * 2
+    return engine(decoder, method, config, clip=1.0, with_reference=with_reference, recorded_tokens=recorded)
 
 
 def assert_close(found: dict, expected: dict):
@@ -185,6 +181,20 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(folders):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="memory is gone"):
         loss.backward()
+
+
+@torch.no_grad()
+def test_with_and_without_adapters_are_two_passes(folders):
+    recorded = of(folders["tied"], recorded=128)
+    decoder, batch = recorded.decoder, collate(STEPS[0], CPU)
+    inputs = (batch.input_ids, batch.positions, batch.attention)
+    for _ in range(3):
+        adapted = recorded.loss.run(decoder, *inputs)[: len(batch.input_ids)].clone()
+        torch.testing.assert_close(adapted, decoder(*inputs))
+        with without_adapters(decoder):
+            base = recorded.loss.run(decoder, *inputs)[: len(batch.input_ids)]
+            torch.testing.assert_close(base, decoder(*inputs))
+        assert not torch.allclose(base, adapted)
 
 
 class OnTheDevice(MemoryTrace):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from taped_graphs import tape_passes
 
 from thinksafe import models as models_module
 from thinksafe.cli import main
@@ -70,6 +71,21 @@ def finished(tmp_path_factory):
     arguments = settings(folder / "sets", prompts=24, evaluated=4)
     run(folder / "run", arguments)
     return folder / "run", arguments
+
+
+def test_training_with_recorded_passes_says_so_and_learns_the_same(finished, tmp_path, monkeypatch, capsys):
+    path, arguments = finished
+    data = ["--data", str(path / "accepted.jsonl"), "--set", "lora.dropout=0"]
+    trained = {}
+    for name, tokens in {"plain": 0, "recorded": 256}.items():
+        if tokens:
+            tape_passes(monkeypatch)
+            monkeypatch.setattr("thinksafe.stages.recorded_on", lambda *of_the_run: 256)
+        capsys.readouterr()
+        assert main(["train", *arguments, *data, "--out", str(tmp_path / name)]) == 0
+        assert ("CUDA graphs: for packs of up to 256 tokens" in capsys.readouterr().err) == bool(tokens)
+        trained[name] = [step.loss for step in read_metrics(tmp_path / name / "training/metrics.jsonl")]
+    assert trained["recorded"] == pytest.approx(trained["plain"], rel=1e-4)
 
 
 def test_a_student_that_samples_in_e4m3_is_trained_in_full_precision(tmp_path):

@@ -60,7 +60,7 @@ def sequence(length: int, response: int, seed: int) -> TrainingSequence:
 SEQUENCES = [sequence(*sizes, 0) for sizes in [(30, 12), (7, 1), (55, 54), (16, 8), (30, 29), (2, 1), (41, 3)]]
 
 
-def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0, with_reference=False) -> SingleEngine:
+def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0, **options) -> SingleEngine:
     if method == "lora":
         attach(decoder, config, seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -70,7 +70,7 @@ def engine(decoder, method="lora", config=LORA, clip=1e9, weight_decay=0.0, with
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     else:
         decoder.requires_grad_(True)
-    return SingleEngine(decoder, clip, weight_decay, with_reference)
+    return SingleEngine(decoder, clip, weight_decay, **options)
 
 
 def gradients(engine: SingleEngine, packs, monkeypatch=None):

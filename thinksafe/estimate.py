@@ -28,14 +28,17 @@ from thinksafe.records import Response, read_records
 from thinksafe.rundir import RunDir
 from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.engine import EngineConfig
-from thinksafe.training.costs import TrainingCosts, Work, described, sharding_within
+from thinksafe.training.costs import (
+    HOST_SECONDS_PER_LAYER,
+    TrainingCosts,
+    Work,
+    described,
+    recorded_within,
+    sharding_within,
+)
 
 # Shares of what the hardware allows that we aim for.
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
-
-HOST_SECONDS_PER_LAYER = 1e-3
-"""Of one thread of the host, for a pack's forward and backward pass: below that no step can be. The small operations of
-a CPU take 0.9 ms (benchmarks/results/cpu/train.json); a GPU's 73 launches are taken to cost about as much."""
 
 _BF16 = 2
 _SPARE = 0.05
@@ -421,17 +424,23 @@ def _training(
     least = costs.least_seconds(keeping, work, steps, hardware) + reference_flop / hardware.flop_per_second
     least /= num_gpus
     packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
-    host = steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
+    recorded = 0
+    if zero is None:
+        recorded = recorded_within(free, hardware, costs, keeping, largest, tokens / steps / packs)
+    host = 0.0 if recorded else steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
     seconds = max(least / TRAINING_SHARE, host)
     mfu = (costs.useful_flop(work) + reference_flop) / seconds / num_gpus / hardware.peak_flop_per_second
     bound = ", bound by the host" if seconds == host else ""
     remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{bound}; computed again: {described(keeping)}"
     remark += f"; ZeRO stage {zero.stage}" if zero else ""
+    remark += "; CUDA graphs" if recorded else ""
     memory = {
         "weights": costs.weight_bytes(zero, num_gpus),
         "optimiser": costs.optimizer_bytes(zero, num_gpus),
         f"a pack of {largest:,} tokens": costs.step_bytes(keeping, largest, largest),
     }
+    if recorded:
+        memory["CUDA graphs"] = costs.graph_bytes(keeping, recorded)
     return Stage("train", round(tokens), seconds, least, memory, remark)
 
 

@@ -52,7 +52,15 @@ from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 from thinksafe.selection import choose, story
 from thinksafe.steering import Rung
-from thinksafe.training.costs import TrainingCosts, described, keeping_on, largest_pack, sharding_on
+from thinksafe.training.costs import (
+    TrainingCosts,
+    average_pack,
+    described,
+    keeping_on,
+    largest_pack,
+    recorded_on,
+    sharding_on,
+)
 from thinksafe.training.distributed import ZeroConfig, join, require_deepspeed
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
 from thinksafe.training.loop import TrainingConfig, plan_steps
@@ -231,7 +239,13 @@ def train(run: RunDir, models: Models) -> None:
         if run.workers.leads and set(decoder.keeping) != {"none"}:
             again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
             print(f"{'computed again':>30}: {again}", file=sys.stderr)
-        engine = _training_engine(decoder, config, sharding, with_reference, models.device)
+        recorded = 0
+        if sharding is None:
+            average = average_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
+            recorded = recorded_on(models.device, costs, decoder.keeping, largest, average)
+        if recorded:
+            print(f"{'CUDA graphs':>30}: for packs of up to {recorded:,} tokens", file=sys.stderr)
+        engine = _training_engine(decoder, config, sharding, with_reference, models.device, recorded)
         _run_training(run, engine, sequences, clock)
     files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
     run.finish_stage(
@@ -262,10 +276,15 @@ def _sharding(run: RunDir, models: Models, costs: TrainingCosts, largest: int) -
 
 
 def _training_engine(
-    decoder: Decoder, config: TrainingConfig, sharding: ZeroConfig | None, with_reference: bool, device: torch.device
+    decoder: Decoder,
+    config: TrainingConfig,
+    sharding: ZeroConfig | None,
+    with_reference: bool,
+    device: torch.device,
+    recorded: int,
 ) -> "SingleEngine | ZeroEngine":
     if sharding is None:
-        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference)
+        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference, recorded)
     from thinksafe.training.zero import ZeroEngine  # DeepSpeed takes seconds to import, and need not be installed
 
     return ZeroEngine(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference, device)

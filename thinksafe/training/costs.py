@@ -14,18 +14,28 @@ from dataclasses import dataclass, replace
 import torch
 
 from thinksafe.errors import UserError
-from thinksafe.hardware import Hardware
+from thinksafe.hardware import Hardware, hardware_named, hardware_of
 from thinksafe.kernels.linear_cross_entropy import CHUNK
 from thinksafe.model.activations import KEEPING, Keeping, kept_bytes
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.lora import LoraConfig
 from thinksafe.training.distributed import ZeroConfig, gather
+from thinksafe.training.graphs import MOST_GRAPHS, bucket
 
 _FLOW = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Projections in the order in which a layer applies them."""
 
 # Bytes that all but products and attention read and write, as multiples of what a layer keeps that keeps everything.
 _MOVED_BY_LORA, _MOVED_BY_FULL, _MOVED_AGAIN = 5.7, 3.7, 2.2
+
+HOST_SECONDS_PER_LAYER = 1e-3
+"""Of one thread of the host, for a pack's forward and backward pass: no step that is not recorded can take less. The
+small operations of a CPU take 0.9 ms (benchmarks/results/cpu/train.json); a GPU's 73 launches are taken to cost about
+as much."""
+_SLOWER_HOST = 2
+"""A host may take so many times as long, and has no work queued when a step begins."""
+_GRAPH_BYTES = 2**24
+"""What a GPU holds of the launches of one graph."""
 
 _SPARE = 0.05
 """Share of a GPU's free memory that is left to the allocator's gaps."""
@@ -175,6 +185,18 @@ class TrainingCosts:
         ends = 2 * size * model.hidden_size * (tokens + targets) + 4 * model.head_dim * tokens
         return int(ends + max(up_to_here * tokens + loss, most * tokens))
 
+    def graph_bytes(self, keeping: Sequence[Keeping], tokens: int) -> int:
+        """What recorded passes hold for good, up to so many tokens: the largest one's activations, the gradients that
+        it forms and where it adds them, and lists of launches."""
+        gradients = 2 * (self.itemsize if self.lora is None else 4) * self.trained_parameters
+        return self.step_bytes(keeping, bucket(tokens), 0) + gradients + 2 * MOST_GRAPHS * _GRAPH_BYTES
+
+    def launch_bound_tokens(self, hardware: Hardware) -> int:
+        """Up to which a pack may be bound by its launches: the host might take longer for them than the GPU at best."""
+        keeping = ("none",) * self.model.num_layers
+        a_token = self.least_seconds(keeping, Work(1, 1, 0), 0, hardware)
+        return int(_SLOWER_HOST * self.model.num_layers * HOST_SECONDS_PER_LAYER / a_token)
+
     def choose(self, free_bytes: float, tokens: int) -> tuple[Keeping, ...] | None:
         """What each layer keeps, so that a pack of so many tokens takes the least time that memory allows.
 
@@ -201,6 +223,11 @@ def largest_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max
     longest = sorted(lengths, reverse=True)
     step = min(batch_tokens, sum(lengths)) if batch_tokens else sum(longest[:batch_size])
     return max(longest[0], min(max_tokens, step))
+
+
+def average_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max_tokens: int) -> float:
+    """Tokens of the pack that a step holds on average."""
+    return min(max_tokens, batch_tokens or batch_size * sum(lengths) / len(lengths))
 
 
 def sharding_on(device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
@@ -246,9 +273,7 @@ def keeping_on(
     """
     if setting != "auto" or device.type == "cpu":
         return ("none" if setting == "auto" else setting,) * costs.model.num_layers
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = min(gather(torch.cuda.mem_get_info(device)[0] + held))
-    room = (1 - _SPARE) * free - costs.optimizer_bytes(zero, ranks)
+    room = (1 - _SPARE) * min(gather(_free_bytes(device))) - costs.optimizer_bytes(zero, ranks)
     if zero is not None and zero.stage == 3:  # the shards are still to come
         room -= costs.weight_bytes(zero, ranks)
     keeping = costs.choose(room, tokens)
@@ -259,6 +284,40 @@ def keeping_on(
             f"are computed again, and the GPU has room for {max(room, 0) / 2**30:.1f}; lower it, or training.max_length"
         )
     return keeping
+
+
+def _free_bytes(device: torch.device) -> int:
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def recorded_on(
+    device: torch.device, costs: TrainingCosts, keeping: Sequence[Keeping], largest: int, average: float
+) -> int:
+    """Tokens up to which the passes of packs are recorded as CUDA graphs, see graphs.py; 0 for none, as on a CPU.
+
+    Where the average pack may be bound by its launches, and memory is left beside the largest pack.
+
+    Args:
+        largest, average: tokens of packs.
+    """
+    if device.type == "cpu":
+        return 0
+    room = (1 - _SPARE) * _free_bytes(device) - costs.optimizer_bytes()
+    hardware = hardware_of(device) or hardware_named("H200")  # of those known, the one that waits longest for a host
+    return recorded_within(room, hardware, costs, keeping, largest, average)
+
+
+def recorded_within(
+    room: float, hardware: Hardware, costs: TrainingCosts, keeping: Sequence[Keeping], largest: int, average: float
+) -> int:
+    """The same for a GPU with so much memory for packs."""
+    tokens = costs.launch_bound_tokens(hardware)
+    if average > tokens:
+        return 0
+    tokens = min(tokens, largest)
+    fits = costs.step_bytes(keeping, largest, largest) + costs.graph_bytes(keeping, tokens) <= room
+    return tokens if fits else 0
 
 
 def described(keeping: Sequence[Keeping]) -> str:

@@ -14,6 +14,7 @@ before the next one's are formed.
 Only for one process without DeepSpeed, whose hooks gather weights and reduce gradients in the middle of a pass.
 """
 
+import gc
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
@@ -86,6 +87,7 @@ class DecoderGraphs:
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """What the work returns, not computed yet, and what computes it, again and again."""
+        gc.collect()  # what cycles hold of an earlier recording would keep its memory
         graph = torch.cuda.CUDAGraph()
         # Other threads go on: one of them pins the next step's packs.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
