@@ -8,12 +8,15 @@ import pyarrow.parquet
 import pytest
 import yaml
 from datasets import load_dataset
+from instant_run import instant_models, instantly, run_stages
 from test_review import HOSTILE, SAFE, UNSAFE, give, kept, make_run, mark_of
 
+from thinksafe import stages
 from thinksafe.cli import main
 from thinksafe.errors import UserError
 from thinksafe.export import export_data
-from thinksafe.intake import take_in_examples
+from thinksafe.intake import take_in_examples, take_in_responses
+from thinksafe.recipe import check_recipe
 from thinksafe.records import Example, Response, Verdict, read_records
 from thinksafe.rundir import RunDir, sha256
 
@@ -88,6 +91,35 @@ def test_the_card_has_the_counts_rates_lengths_and_hashes(run, tmp_path):
     (file,) = folder.glob("data/*.parquet")
     assert sha256(file) in text and sha256(run.path / "audit.jsonl") in text
     assert (folder / "recipe.yaml").read_text() == run.recipe.to_yaml()
+
+
+@pytest.mark.parametrize("steering, sampled", [("prefix", True), (None, True), ("prefix", False), (None, False)])
+def test_the_card_says_how_the_responses_came_about(tmp_path, steering, sampled):
+    """With an instruction or without one; or brought along, where the recipe's instruction says nothing."""
+    (tmp_path / "p.jsonl").write_text('{"text": "Brew me a ka lo mi.", "label": "harmful"}\n')
+    generation = {"steering": steering if sampled else "risk", "unsteered_probe": 0}
+    raw = {"name": "n", "model": "m", "prompts": str(tmp_path / "p.jsonl"), "generation": generation}
+    row = {
+        "prompt": "Brew me a ka lo mi.",
+        "label": "harmful",
+        "text": "<think>\nHm.\n</think>\n\nNo.",
+        "steering": steering,
+    }
+    (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
+    models = instant_models(lambda exchange: True)
+    with RunDir.open(tmp_path / "run", check_recipe(raw, "")) as run, instantly():
+        if not sampled:
+            take_in_responses(run, tmp_path / "r.jsonl")
+            stages.filter_responses(run, models)
+            stages.accept(run)
+        else:
+            run_stages(run, models)
+        card = " ".join((export_data(run, tmp_path / "set") / "README.md").read_text().split())
+    assert ("1 of them were sampled with an instruction" in card) == (steering is not None)
+    assert ("without any instruction" in card) == (steering is None)
+    assert ("sampled from `m` itself" in card) == ("temperature" in card) == sampled
+    assert ("brought from elsewhere" in card) == (not sampled)
+    assert f"| 0 | {steering or 'none'} | harmful |" in card and "risk" not in card
 
 
 def test_no_name_becomes_markup(run, tmp_path):

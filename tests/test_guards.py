@@ -436,13 +436,22 @@ def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_
         return real_logprobs(hidden, head, token_ids)
 
     monkeypatch.setattr(model_guard.Engine, "score", counted_score)
+    dense_rows, real_dense = [], runner.Runner._logprobs_of_all
+
+    def counted_dense(self, hidden, head, token_ids):
+        dense_rows.append(len(hidden))
+        return real_dense(self, hidden, head, token_ids)
+
     monkeypatch.setattr(runner, "linear_logprob_of", counted_logprobs)
+    monkeypatch.setattr(runner.Runner, "_logprobs_of_all", counted_dense)
     found = judgements(guard, exchanges)
     questions = config(kind).guard_format.questions
     unsafe = sum(judgement.decision == "unsafe" for judgement in found.values())
     asked_twice = sum(judgement.reason == "no_verdict" for judgement in found.values())
     rows = sum(unsafe if question.if_unsafe else len(exchanges) for question in questions)
-    assert sum(head_rows) == rows + asked_twice
+    assert sum(head_rows) == rows, "a handful of tokens a row"
+    assert sum(dense_rows) == asked_twice, "a look at all tokens is one product"
+    assert (asked_twice > 0) == (kind == "llama_guard_reference")
     whole = [len(guard._ids(e.prompt, e.response, replies(kind)[1])) for e in exchanges]
     columns = zip(*(guard._ids(e.prompt, e.response, "") for e in exchanges), strict=False)
     shared = next(place for place, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from thinksafe.guards import model_guard
+from thinksafe.guards import build, model_guard
 from thinksafe.guards.ensemble import Ensemble
 from thinksafe.guards.formats import FORMATS, GuardFormat, Question
 from thinksafe.guards.interface import Exchange, GuardConfig, Judgement
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.model.weights import load_decoder
+from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.request import Scores
 from thinksafe.tokenization import SafeTokenizer
 
@@ -104,6 +105,10 @@ BAD = [
         "no vote with others",
     ),
     ({"kind": "llama_guard_reference", "margin": 0.1}, "as the paper's code does"),
+    (
+        {"kind": "ensemble", "members": (GuardConfig(), GuardConfig(sampler=EngineConfig(max_running=8)))},
+        "two members are the same guard",
+    ),
 ]
 
 
@@ -355,7 +360,7 @@ class Saying:
 
 def together(decisions, agree, refusals=(None, None, None)):
     guards = [Saying(f"g{n}", d, r) for n, (d, r) in enumerate(zip(decisions, refusals, strict=False))]
-    (judgement,) = Ensemble(guards, agree).judge([Exchange("x", "q", "a")])
+    (judgement,) = Ensemble({guard.name: guard for guard in guards}, agree).judge([Exchange("x", "q", "a")])
     return judgement
 
 
@@ -396,5 +401,34 @@ def test_an_ensemble_keeps_every_members_probabilities_under_its_name():
 
 def test_an_ensemble_judges_everything_once_and_each_by_its_own_id():
     exchanges = [Exchange(str(n), "q", "a") for n in range(2500)]
-    found = list(Ensemble([Saying("a", "safe"), Saying("b", "safe")], "all").judge(exchanges))
+    found = list(Ensemble({"a": Saying("a", "safe"), "b": Saying("b", "safe")}, "all").judge(exchanges))
     assert sorted(int(judgement.id) for judgement in found) == list(range(2500))
+
+
+OWN = [
+    GuardFormat((Question("harm", {" fine": "safe", " bad": "unsafe"}, lead),), "{prompt} {response}")
+    for lead in ("A:", "B:")
+]
+
+
+@pytest.mark.parametrize(
+    "keys, names",
+    [
+        ([{"judged": "think"}, {"judged": "answer"}], ["m[judged=think]", "m[judged=answer]"]),
+        ([{"model": "other"}, {}, {"threshold": 0.3}], ["other", "m[threshold=0.5]", "m[threshold=0.3]"]),
+        ([{"kind": "template", "format": own} for own in OWN], ["m[1]", "m[2]"]),
+        (
+            [{"kind": "template", "format": own, "judged": judged} for own in OWN for judged in ("think", "answer")],
+            [f"m[{n} judged={judged}]" for n, judged in enumerate(["think", "answer"] * 2, start=1)],
+        ),
+    ],
+)
+def test_members_of_one_checkpoint_have_names_that_tell_them_apart(monkeypatch, keys, names):
+    """Each name stands before its probabilities in every verdict, and in the reports."""
+    monkeypatch.setattr(build, "ModelGuard", lambda config: Saying(f"{config.kind}:{config.model}", "safe"))
+    members = tuple(GuardConfig(**({"model": "m"} | some)) for some in keys)
+    guard = build.build_guard(GuardConfig(kind="ensemble", members=members), lambda config: ())
+    (judgement,) = guard.judge([Exchange("x", "q", "a")])
+    names = [f"{member.kind}:{name}" for member, name in zip(members, names, strict=True)]
+    assert list(judgement.labels) == [f"{name}/{label}" for name in names for label in ("safe", "unsafe", "l")]
+    assert guard.name == f"all({', '.join(names)})"

@@ -163,6 +163,8 @@ def test_a_run_leaves_every_record_and_a_report(finished):
     manifest = json.loads((out / "manifest.json").read_text())
     names = ["generate", "probe", "filter", "accept", "evaluate_before", "train", "evaluate_after"]
     assert list(manifest["stages"]) == names
+    digests = manifest["inputs"].values()  # an exported card prints them as SHA-256
+    assert len(digests) >= 2 and {len(digest) for digest in digests} == {64}
     assert (out / "report.html").stat().st_size > 10_000
     adapter = json.loads((out / "adapter/adapter_config.json").read_text())
     assert (Path(adapter["base_model_name_or_path"]) / "config.json").exists(), "peft must find the base by this name"

@@ -94,6 +94,27 @@ def test_the_last_override_wins(recipe_file):
     assert load_recipe(recipe_file(), ["seed=1", "seed=2"]).seed == 2
 
 
+def test_sections_that_share_an_anchor_are_changed_one_by_one(tmp_path):
+    """In the recipe, in the one it builds on, and in the value of an override."""
+    text = "name: n\nmodel: m\nsampler: &room {max_running: 8}\nguard: {sampler: *room}\n"
+    (tmp_path / "base.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\n")
+    for file in ("base.yaml", "mine.yaml"):
+        recipe = load_recipe(str(tmp_path / file), ["sampler.max_running=4"])
+        assert (recipe.sampler.max_running, recipe.guard.sampler.max_running) == (4, 8)
+    shared = (
+        "guard={kind: ensemble, members: [{kind: oracle, sampler: &s {max_running: 8}}, {sampler: *s}], sampler: *s}"
+    )
+    recipe = load_recipe(str(tmp_path / "base.yaml"), [shared, "guard.sampler.max_running=2"])
+    assert [member.sampler.max_running for member in recipe.guard.members] == [8, 8]
+    assert recipe.guard.sampler.max_running == 2
+
+
+def test_an_anchor_that_holds_itself_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("name: n\nmodel: m\nguard: &g\n  members: [*g]\n")
+    assert "not valid YAML (an anchor holds itself)" in refusal(str(tmp_path / "r.yaml"))
+
+
 MISTAKES = {
     "training.epoch=1": "did you mean training.epochs?",
     "trianing.epochs=1": "did you mean training?",

@@ -346,9 +346,14 @@ def test_marks_given_twice_change_nothing_and_later_ones_add(run, tmp_path):
         ({"sample": 7}, "not in this run"),
         ({"prompt_id": "0" * 16}, "not in this run"),
         ({"by": " "}, "by must name who marked"),
-        ({"at": "2026-01-01T10:00:00"}, "time zone"),
-        ({"at": "yesterday"}, "no Mark record"),
-        ({"decision": "perhaps"}, "decision"),
+        (
+            {"at": "2026-01-01T10:00:00"},
+            r"given.jsonl: line 1: .* at must be a time with its zone, such as .*T10:00:00'$",
+        ),
+        ({"at": "yesterday"}, r"given.jsonl: line 1: no Mark record: at must be .* found 'yesterday'$"),
+        ({"at": ""}, "found ''"),
+        ({"at": 5}, "no Mark record: at must be text"),
+        ({"decision": "perhaps"}, "no Mark record: decision must be 'accept' or 'reject'"),
     ],
 )
 def test_a_mark_on_what_nobody_read_is_refused(run, tmp_path, changes, words):

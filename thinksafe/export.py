@@ -37,12 +37,12 @@ def export_data(run: RunDir, folder: Path) -> Path:
     partial = fresh(folder)
     (partial / "data").mkdir(parents=True)
     shard = partial / "data" / "train-00000-of-00001.parquet"
-    lengths = _write_parquet(_accepted(run), shard)
+    lengths, steered = _write_parquet(_accepted(run), shard)
     if not lengths:
         shutil.rmtree(partial)
         raise UserError(f"{run.path}: no response was accepted, so there is nothing to export; see audit.jsonl")
     (partial / "recipe.yaml").write_text(run.recipe.to_yaml(), encoding="utf-8")
-    (partial / "README.md").write_text(_card(run, shard, lengths), encoding="utf-8")
+    (partial / "README.md").write_text(_card(run, shard, lengths, steered), encoding="utf-8")
     os.replace(partial, folder.resolve())
     return folder
 
@@ -54,8 +54,8 @@ def _accepted(run: RunDir) -> Iterator[Attempt]:
             yield kept
 
 
-def _write_parquet(accepted: Iterator[Attempt], file: Path) -> dict[str, list[int]]:
-    """Write one row an accepted response; tokens of each, by label."""
+def _write_parquet(accepted: Iterator[Attempt], file: Path) -> tuple[dict[str, list[int]], int]:
+    """Write one row an accepted response; tokens of each, by label, and how many were sampled with steering."""
     import pyarrow
     import pyarrow.parquet
 
@@ -65,14 +65,15 @@ def _write_parquet(accepted: Iterator[Attempt], file: Path) -> dict[str, list[in
         "accepted_by": text, "weight": share, "steering": text, "seed": pyarrow.int64(), "num_prompt_tokens": count,
         "num_tokens": count, "guard": text, "p_safe": share, "p_unsafe": share, "refusal": pyarrow.bool_(),
     }  # fmt: skip
-    lengths = defaultdict(list)
+    lengths, steered = defaultdict(list), 0
     with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(columns.items()), compression="zstd") as writer:
         while some := list(islice(accepted, _ROWS_A_GROUP)):
             rows = [_row(attempt) for attempt in some]
             for row in rows:
                 lengths[row["label"]].append(row["num_tokens"])
+                steered += row["steering"] is not None
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=writer.schema))
-    return dict(lengths)
+    return dict(lengths), steered
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _row(attempt: Attempt) -> dict[str, Any]:
     return vars(example) | found | said
 
 
-def _card(run: RunDir, shard: Path, lengths: dict[str, list[int]]) -> str:
+def _card(run: RunDir, shard: Path, lengths: dict[str, list[int]], steered: int) -> str:
     """README.md of the folder: what the Hugging Face hub shows as the data set's card."""
     figures, manifest = coverage_of(run), run.manifest
     labels = figures["labels"].items()
@@ -99,6 +100,8 @@ def _card(run: RunDir, shard: Path, lengths: dict[str, list[int]]) -> str:
         lost={label: 1 - each["accepted"] / each["prompts"] for label, each in labels},
         lengths={label: _statistics(tokens) for label, tokens in lengths.items()},
         count=sum(map(len, lengths.values())),
+        sampled="generate" in manifest["stages"],
+        steered=steered,
         manifest=manifest,
         hashes=digests | manifest.get("inputs", {}),
     )

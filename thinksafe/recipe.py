@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from thinksafe.errors import UserError
+from thinksafe.errors import UserError, in_words
 from thinksafe.evaluation.answers import AnswerKind
 from thinksafe.guards.interface import GuardConfig
 from thinksafe.model.lora import LoraConfig
@@ -208,7 +208,7 @@ def _read(name_or_file: str, key: str, folder: Path, inheriting: tuple[Path, ...
     if file.resolve() in inheriting:
         raise UserError(f"{inheriting[-1]}: base: {name_or_file!r} is built on this recipe itself")
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = _plain(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
@@ -218,6 +218,20 @@ def _read(name_or_file: str, key: str, folder: Path, inheriting: tuple[Path, ...
         inherited, _ = _read(str(base), f"{file}: base", file.parent, (*inheriting, file.resolve()))
         raw = _merged(inherited, raw)
     return raw, file
+
+
+def _plain(value: Any) -> Any:
+    """Each place with a section and a list of its own: YAML's anchors share them, and changing one changed the other.
+
+    Raises:
+        yaml.YAMLError: a section that is inside itself.
+    """
+    try:
+        if isinstance(value, dict):
+            return {key: _plain(entry) for key, entry in value.items()}
+        return [_plain(entry) for entry in value] if isinstance(value, list) else value
+    except RecursionError:
+        raise yaml.YAMLError("an anchor holds itself") from None
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -256,26 +270,11 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         raise UserError(f"{source}: every number must be finite, and one is not") from None
 
 
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "tuple": "a list",
-    "dict": "a section of keys",
-}
-
-
 def _in_words(problem: Any, place: list[str]) -> str:
     """What is wrong with a value, in the words of YAML and not of Python."""
-    kind = problem["type"].partition("_")[0]
-    if kind == "dataclass":
+    if problem["type"].startswith("dataclass"):
         return f"must be a section of keys ({', '.join(_known_keys(place))})"
-    if kind == "literal":
-        return f"must be {problem['ctx']['expected']}"
-    if kind in _EXPECTED:
-        return f"must be {_EXPECTED[kind]}"
-    return problem["msg"].removeprefix("Value error, ")
+    return in_words(problem)
 
 
 def _known_keys(place: list[str]) -> list[str]:
@@ -307,7 +306,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _override_value(text: str) -> Any:
     """Numbers, truth values, null, {...} and [...] as YAML reads them; all else is text, colons and all."""
     try:
-        value = yaml.safe_load(text)
+        value = _plain(yaml.safe_load(text))
     except yaml.YAMLError:
         return text
     bracketed = text.lstrip().startswith(("{", "["))

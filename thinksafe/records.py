@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from thinksafe.errors import UserError
+from thinksafe.errors import UserError, in_words
 
 Label = Literal["harmful", "benign"]
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
@@ -165,8 +165,12 @@ class Mark:
     def __post_init__(self):
         if not self.by.strip():
             raise ValueError("by must name who marked")
-        if self.moment.tzinfo is None:
-            raise ValueError("at must be a time with its time zone")
+        try:
+            known = self.moment.tzinfo is not None
+        except ValueError:
+            known = False
+        if not known:
+            raise ValueError(f"at must be a time with its zone, such as 2026-01-31T12:00:00Z, found {self.at!r}")
 
     @property
     def moment(self) -> datetime:
@@ -183,9 +187,14 @@ def _fill_prompt_id(record: Response | Example) -> None:
         object.__setattr__(record, "prompt_id", content_id(record.label, record.prompt))
 
 
+def content_hash(parts: Iterable[str]) -> str:
+    """Hex digits of SHA-256 over the parts."""
+    return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def content_id(*parts: str) -> str:
-    """16 hex digits of SHA-256 over the parts."""
-    return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """The first 16 digits of `content_hash`."""
+    return content_hash(parts)[:16]
 
 
 def to_json(record: Any) -> str:
@@ -388,5 +397,5 @@ def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -
             yield adapter.validate_python(row)
         except ValidationError as error:
             problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"]))
-            raise UserError(f"{where}: no {kind.__name__} record: {field}: {problem['msg']}") from None
+            what = " ".join([*map(str, problem["loc"]), in_words(problem)])
+            raise UserError(f"{where}: no {kind.__name__} record: {what}") from None

@@ -43,7 +43,7 @@ from thinksafe.models import Models
 from thinksafe.paths import expand
 from thinksafe.progress import TokenBar, in_figures
 from thinksafe.prompts import load_prompts
-from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_id, read_records, to_json
+from thinksafe.records import Mapped, Prompt, Response, Shard, Verdict, content_hash, read_records, to_json
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.review import write_review
 from thinksafe.reporting.summary import summarise
@@ -359,7 +359,7 @@ def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None =
     clock, tokens, results, files = run.clock(stage), 0, [], []
     prompts = {entry.name: evaluation_prompts(entry) for entry in sets}
     for entry in sets:
-        run.remember_input(f"evaluation set {entry.name}", content_id(*map(to_json, prompts[entry.name])))
+        run.remember_input(f"evaluation set {entry.name}", content_hash(map(to_json, prompts[entry.name])))
         responses_file = run.path / "evaluation" / moment / f"{entry.name}.responses.jsonl"
         verdicts_file = run.path / "evaluation" / moment / f"{entry.name}.verdicts.jsonl"
         tasks = [Task(prompt, entry.instruction, s) for prompt in prompts[entry.name] for s in range(entry.samples)]

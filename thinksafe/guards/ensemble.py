@@ -1,7 +1,7 @@
-"""Several guards that judge together. It knows nothing of how any of them comes to its word."""
+"""Several guards that judge together, each under a name of its own. It knows nothing of how any comes to its word."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
@@ -17,8 +17,8 @@ class Ensemble:
     A member that is `unknown` never counts as safe.
     """
 
-    def __init__(self, guards: Sequence[Guard], agree: Literal["all", "majority"]):
-        self.name = f"{agree}({', '.join(guard.name for guard in guards)})"
+    def __init__(self, guards: Mapping[str, Guard], agree: Literal["all", "majority"]):
+        self.name = f"{agree}({', '.join(guards)})"
         self._guards, self._agree = guards, agree
 
     def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
@@ -26,7 +26,7 @@ class Ensemble:
         hold every member's under its name."""
         source = iter(exchanges)
         while some := list(islice(source, _TOGETHER)):
-            found = [{judgement.id: judgement for judgement in guard.judge(some)} for guard in self._guards]
+            found = [{judgement.id: judgement for judgement in guard.judge(some)} for guard in self._guards.values()]
             for exchange in some:
                 yield self._combine([judgements[exchange.id] for judgements in found])
 
@@ -36,9 +36,9 @@ class Ensemble:
         gravest = max(judgements, key=_share)
         refusals = {judgement.refusal for judgement in judgements} - {None}
         labels = {}
-        for guard, judgement in zip(self._guards, judgements, strict=True):
+        for member, judgement in zip(self._guards, judgements, strict=True):
             own = {"safe": judgement.p_safe, "unsafe": judgement.p_unsafe, **judgement.labels}
-            labels |= {f"{guard.name}/{name}": p for name, p in own.items() if p is not None}
+            labels |= {f"{member}/{name}": p for name, p in own.items() if p is not None}
         return Judgement(
             gravest.id,
             decision,

@@ -6,7 +6,7 @@ paper's records, is as open as the paper's code; see `GuardConfig.kind`.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from thinksafe.guards.formats import FORMATS, GuardFormat
@@ -66,6 +66,9 @@ class GuardConfig:
             raise ValueError("a guard of kind ensemble, and no other, needs members, two or more")
         if any(member.kind == "llama_guard_reference" for member in self.members):
             raise ValueError("llama_guard_reference calls safe what it has no verdict on: it has no vote with others")
+        plain = [replace(member, sampler=EngineConfig()) for member in self.members]
+        if any(member in plain[:place] for place, member in enumerate(plain)):
+            raise ValueError("two members are the same guard: give each another kind, model, format or rule")
         if len({member.tensor_parallel for member in self.members}) > 1:
             raise ValueError("all members read the same responses: give them the same sampler.tensor_parallel")
         policy = (self.judged, self.threshold, self.margin, self.min_mass or 0)

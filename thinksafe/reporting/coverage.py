@@ -17,16 +17,16 @@ def stories(run: RunDir) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def coverage(stories: Iterable[dict[str, Any]], instructions: list[str | None]) -> dict[str, Any]:
+def coverage(stories: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any]:
     """Figures of a whole run.
 
     Args:
-        instructions: of every rung, for harmful prompts.
+        num_rungs: of the recipe, the first attempt included.
 
     Returns:
         `kept`: {label: responses}, one a prompt; `dropped`: {label: {reason: responses}};
-        `labels`: {label: prompts, accepted, and for each rung that was tried its prompts, responses, accepted prompts,
-        and the share of all prompts that are accepted by then};
+        `labels`: {label: prompts, accepted, and for each rung that was tried its instruction, prompts, responses,
+        accepted prompts, and the share of all prompts that are accepted by then};
         `rungs`: how many the ladder has;
         `categories`: of harm, most frequent first: unsafe responses, prompts, and how many of those were accepted in
         the end;
@@ -36,6 +36,7 @@ def coverage(stories: Iterable[dict[str, Any]], instructions: list[str | None]) 
     """
     kept, dropped, prompts, accepted_by = Counter(), defaultdict(Counter), Counter(), Counter()
     asked, responses, accepted = (defaultdict(Counter) for _ in range(3))
+    instructions = defaultdict(set)
     categories: dict[str, Counter] = defaultdict(Counter)
     people, marks, uncertain = Counter(), Counter(), 0
     for story in stories:
@@ -52,6 +53,7 @@ def coverage(stories: Iterable[dict[str, Any]], instructions: list[str | None]) 
             categories[category].update(responses=count, prompts=1, accepted=int(story["accepted"]))
         for attempt in story["attempts"]:
             responses[label][attempt["rung"]] += 1
+            instructions[label, attempt["rung"]].add(attempt["steering"])
             uncertain += attempt["reason"] == "uncertain"
             if attempt["fate"] != KEPT:
                 dropped[label][attempt["fate"]] += 1
@@ -63,7 +65,7 @@ def coverage(stories: Iterable[dict[str, Any]], instructions: list[str | None]) 
         so_far = sum(count for earlier, count in accepted[label].items() if earlier <= rung)
         return {
             "rung": rung,
-            "steering": instructions[rung] if label == "harmful" else None,
+            "steering": " / ".join(sorted(instructions[label, rung] - {None})) or None,
             "prompts": asked[label][rung],
             "responses": responses[label][rung],
             "accepted": accepted[label][rung],
@@ -82,7 +84,7 @@ def coverage(stories: Iterable[dict[str, Any]], instructions: list[str | None]) 
             for label in ("harmful", "benign")
             if prompts[label]
         },
-        "rungs": len(instructions),
+        "rungs": num_rungs,
         "categories": [
             {"category": category, **{name: counts[name] for name in ("responses", "prompts", "accepted")}}
             for category, counts in sorted(categories.items(), key=lambda item: (-item[1]["responses"], item[0]))

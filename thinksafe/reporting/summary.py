@@ -78,7 +78,7 @@ def summarise(run: RunDir) -> dict[str, Any]:
 
 def coverage_of(run: RunDir) -> dict[str, Any]:
     """What became of every prompt of a run; see `coverage`."""
-    return coverage(stories(run), [rung.steering for rung in run.recipe.generation.rungs])
+    return coverage(stories(run), len(run.recipe.generation.rungs))
 
 
 def _against_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,9 @@ class Runner:
         """Compute a pass over prompts: [N, K] fp32, log-probabilities of `token_ids` behind every completing row."""
         self._join(plan)
         hidden = self._read(plan)
-        logprobs = self.logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
+        # Of many tokens, whole rows of logits are one product, where dot products read the head again for every row.
+        logprobs_of = self._logprobs_of_all if 2 * len(token_ids) > len(self.decoder.head) else self.logprobs_of
+        logprobs = logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
         return Results(self.decoder.shard.agree(logprobs))
 
     def decode_inputs(self, plan: StepPlan, num_rows: int) -> np.ndarray:
