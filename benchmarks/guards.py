@@ -152,6 +152,7 @@ def _in_e4m3(decoder: Decoder) -> Decoder:
             values, module.exponents[leaf] = quantise(parameter.detach())
             parameter = torch.nn.Parameter(values, requires_grad=False)
         module._parameters[leaf] = parameter
+    twin.stack()
     return twin.eval()
 
 

@@ -23,7 +23,7 @@ from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.config import ModelConfig
-from thinksafe.model.decoder import Decoder
+from thinksafe.model.decoder import SHARED_INPUTS, Decoder
 from thinksafe.model.weights import hugging_face_name, load_decoder, save_decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.limits import pass_seconds
@@ -174,8 +174,8 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
 
     def projections() -> None:
         for layer in decoder.layers:
-            for name, x in inputs_of.items():
-                layer.project(name, x, runner.linear)
+            for names in (*SHARED_INPUTS, ("o_proj",), ("down_proj",)):
+                layer.project_all(names, inputs_of[names[0]], runner.linear)
 
     parts = {
         "attention": _median_seconds(layers_of_attention),
@@ -216,6 +216,7 @@ def random_decoder(name: str, device: str, dtype: torch.dtype) -> Decoder:
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02, generator=generator)
+    decoder.stack()
     return decoder.requires_grad_(False).eval()
 
 

@@ -12,6 +12,8 @@ NaN stays NaN, and infinity becomes it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,17 +24,29 @@ _MANTISSA = (1 << 23) - 1
 _RECIPROCAL = 1 / 448
 
 
+class Quantised(NamedTuple):
+    """Rows in e4m3.
+
+    Attributes:
+        values: [..., D] e4m3.
+        exponents: [...] uint8, of the rows' scales.
+    """
+
+    values: Tensor
+    exponents: Tensor
+
+
 def supported(device: torch.device) -> bool:
     """Whether the device computes with e4m3: a CPU, and a GPU of compute capability 8.9 or more (L40, H100)."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def reference(x: Tensor) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor) -> Quantised:
     """`quantise` in plain torch."""
     x = x.float()
     bits = (x.abs().amax(-1) * _RECIPROCAL).view(torch.int32)
     exponents = ((bits >> 23) + (bits & _MANTISSA != 0)).clamp(1, 254)  # rounded up
-    return (x * _power(254 - exponents)[..., None]).to(E4M3), exponents.to(torch.uint8)
+    return Quantised((x * _power(254 - exponents)[..., None]).to(E4M3), exponents.to(torch.uint8))
 
 
 def dequantise(values: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,16 +86,8 @@ def _quantise_kernel(x_ptr, values_ptr, exponents_ptr, D, BLOCK_D: tl.constexpr)
     tl.store(values_ptr + row * D + columns, x * power_of_two(254 - exponent), mask=columns < D)
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round every row: 1 + itemsize bytes a number.
-
-    Args:
-        x: [..., D], floating-point.
-
-    Returns:
-        values: [..., D] e4m3.
-        exponents: [...] uint8, of the rows' scales.
-    """
+def quantise(x: Tensor) -> Quantised:
+    """Round every row of x, [..., D] floating-point: 1 + itemsize bytes a number."""
     if not on_triton(x):
         return reference(x)
     x = x.contiguous()
@@ -89,4 +95,4 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel():
         block = triton.next_power_of_2(x.shape[-1])
         _quantise_kernel[(exponents.numel(),)](x, values, exponents, x.shape[-1], BLOCK_D=block, num_warps=8)
-    return values, exponents
+    return Quantised(values, exponents)

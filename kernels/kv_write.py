@@ -27,12 +27,13 @@ def reference(
 
 @jit
 def _rotated(
-    x_ptr, weight_ptr, token, num_heads, cos, sin, eps, NORM: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr
+    x_ptr, weight_ptr, start, num_heads, cos, sin, eps, NORM: tl.constexpr, BLOCK_H: tl.constexpr, HALF: tl.constexpr
 ):
-    """Both halves of every head of a token, [BLOCK_H, HALF] fp32 each, so that a pair lies in one thread."""
+    """Both halves of every head of the token at x_ptr + start, [BLOCK_H, HALF] fp32 each, so that a pair lies in one
+    thread."""
     heads, pairs = tl.arange(0, BLOCK_H), tl.arange(0, HALF)
     inside = (heads < num_heads)[:, None]
-    at = (token * num_heads + heads)[:, None] * (2 * HALF) + pairs[None, :]
+    at = start + heads[:, None] * (2 * HALF) + pairs[None, :]
     first = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
     if NORM:
@@ -55,7 +56,7 @@ def _scaled(x, largest, exponents_ptr, rows, inside):
 @jit
 def _norm_rope_write_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr, out_ptr, key_ptr, value_ptr,
-    key_exponents_ptr, value_exponents_ptr, num_heads, num_kv_heads, eps,
+    key_exponents_ptr, value_exponents_ptr, q_stride, k_stride, v_stride, num_heads, num_kv_heads, eps,
     NORM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """One token."""
@@ -63,7 +64,7 @@ def _norm_rope_write_kernel(
     cos = tl.load(cos_ptr + token * HALF + pairs)[None, :]
     sin = tl.load(sin_ptr + token * HALF + pairs)[None, :]
     heads = tl.arange(0, BLOCK_Q)
-    first, second = _rotated(q_ptr, q_weight_ptr, token, num_heads, cos, sin, eps, NORM, BLOCK_Q, HALF)
+    first, second = _rotated(q_ptr, q_weight_ptr, token * q_stride, num_heads, cos, sin, eps, NORM, BLOCK_Q, HALF)
     to = (token * num_heads + heads)[:, None] * (2 * HALF) + pairs[None, :]
     tl.store(out_ptr + to, first, mask=(heads < num_heads)[:, None])
     tl.store(out_ptr + to + HALF, second, mask=(heads < num_heads)[:, None])
@@ -71,14 +72,15 @@ def _norm_rope_write_kernel(
     slot, heads = tl.load(slots_ptr + token), tl.arange(0, BLOCK_KV)
     inside = (heads < num_kv_heads)[:, None]
     rows = cache_row(slot // PAGE_SIZE, heads, slot % PAGE_SIZE, num_kv_heads, PAGE_SIZE)
-    first, second = _rotated(k_ptr, k_weight_ptr, token, num_kv_heads, cos, sin, eps, NORM, BLOCK_KV, HALF)
+    start = token * k_stride
+    first, second = _rotated(k_ptr, k_weight_ptr, start, num_kv_heads, cos, sin, eps, NORM, BLOCK_KV, HALF)
     largest = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
     to = rows[:, None] * (2 * HALF) + pairs[None, :]
     tl.store(key_ptr + to, _scaled(first, largest, key_exponents_ptr, rows, inside), mask=inside)
     tl.store(key_ptr + to + HALF, _scaled(second, largest, key_exponents_ptr, rows, inside), mask=inside)
 
     columns = tl.arange(0, 2 * HALF)
-    at = (token * num_kv_heads + heads)[:, None] * (2 * HALF) + columns[None, :]
+    at = token * v_stride + heads[:, None] * (2 * HALF) + columns[None, :]
     v = tl.load(v_ptr + at, mask=inside, other=0.0).to(tl.float32)
     v = _scaled(v, tl.max(tl.abs(v), axis=1), value_exponents_ptr, rows, inside)
     tl.store(value_ptr + rows[:, None] * (2 * HALF) + columns[None, :], v, mask=inside)
@@ -101,7 +103,8 @@ def norm_rope_write_kv(
     """Normalise and rotate q and k, and store k and v. Not differentiable.
 
     Args:
-        q: [T, num_heads, D]; k, v: [T, num_kv_heads, D], as projected. D a power of two on a GPU.
+        q: [T, num_heads, D]; k, v: [T, num_kv_heads, D], as projected, heads next to each other, tokens at any
+            distance: they may be parts of one product. D a power of two on a GPU.
         q_weight, k_weight: [D], gains, or None for models without this norm.
         eps: added to the mean square.
         cos, sin: [T, D/2] fp32.
@@ -125,10 +128,11 @@ def norm_rope_write_kv(
         return reference(q, k, v, q_weight, k_weight, eps, cos, sin, key_cache, value_cache, slots, exponents)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if T:
+        q, k, v = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (q, k, v))
         block_q, block_kv = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
         _norm_rope_write_kernel[(T,)](
-            q.contiguous(), k.contiguous(), v.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(),
-            slots, out, key_cache, value_cache, *exponents, num_heads, num_kv_heads, eps,
+            q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous(), slots, out, key_cache, value_cache,
+            *exponents, q.stride(0), k.stride(0), v.stride(0), num_heads, num_kv_heads, eps,
             NORM=q_weight is not None, PAGE_SIZE=page_size, BLOCK_Q=block_q, BLOCK_KV=block_kv, HALF=D // 2,
             num_warps=4,
         )  # fmt: skip

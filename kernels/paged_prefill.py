@@ -233,5 +233,3 @@ def paged_prefill(
             BLOCK_D=max(triton.next_power_of_2(D), 16), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
-
-

@@ -6,11 +6,11 @@ never split between programs. Only the tile's other two sides follow the shape: 
 enough for all processors. They decide which program computes an output, not how.
 
 With both operands in e4m3 (fp8.py) the same kernel is the product of frozen weights that were quantised when they were
-loaded and of inputs that are quantised row by row on the way. It reads half the bytes and multiplies at twice the rate
-of bf16, and so is twice as fast on either side of the 184 rows (on an H200) up to which reading weights is the limit.
-Weights in e4m3 against inputs in bf16 would be so only below 92 rows, and two ways to compute one product, chosen by
-the number of rows, would make a response depend on its batch. Tensor cores add up e4m3 with 14 bits; every BLOCK_K of
-it goes to fp32.
+loaded and of inputs that are quantised row by row, once for all weights that read them. It reads half the bytes and
+multiplies at twice the rate of bf16, and so is twice as fast on either side of the 184 rows (on an H200) up to which
+reading weights is the limit. Weights in e4m3 against inputs in bf16 would be so only below 92 rows, and two ways to
+compute one product, chosen by the number of rows, would make a response depend on its batch. Tensor cores add up e4m3
+with 14 bits; every BLOCK_K of it goes to fp32.
 
 2 * T * N * K FLOP; bytes of the weight, once, of x and of the result.
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, on_triton, tl, triton
-from thinksafe.kernels.fp8 import power_of_two, quantise, scales
+from thinksafe.kernels.fp8 import E4M3, Quantised, power_of_two, scales
 
 
 @dataclass(frozen=True)
@@ -129,27 +129,26 @@ def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: tor
     return _launch(x, weight, (None, None), bias, dtype or x.dtype)
 
 
-def fp8_linear(x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b with both in e4m3: x is quantised here, row by row. Not differentiable.
+def fp8_linear(x: Quantised, weight: Quantised, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + b with both in e4m3. Not differentiable.
 
     Args:
         x: [T, K], K a multiple of 16 on a GPU.
-        weight: [N, K] e4m3, contiguous.
-        exponents: [N] uint8, of the weight's rows.
+        weight: [N, K], contiguous.
         bias: [N] or None.
+        dtype: of the result, which is rounded once from fp32.
 
     Returns:
-        [T, N] in the dtype of x, row by row the same bits in every batch.
+        [T, N], row by row the same bits in every batch.
 
     Raises:
         ValueError: the shapes or dtypes do not fit.
     """
-    _check(x, weight, torch.float8_e4m3fn)
-    values, x_exponents = quantise(x)
-    if on_triton(x):
-        return _launch(values, weight, (x_exponents, exponents), bias, x.dtype)
-    out = reference(values.float(), weight.float()) * scales(x_exponents)[:, None] * scales(exponents)
-    return (out if bias is None else out + bias).to(x.dtype)
+    _check(x.values, weight.values, E4M3)
+    if on_triton(x.values):
+        return _launch(x.values, weight.values, (x.exponents, weight.exponents), bias, dtype)
+    out = reference(x.values.float(), weight.values.float()) * scales(x.exponents)[:, None] * scales(weight.exponents)
+    return (out if bias is None else out + bias).to(dtype)
 
 
 def _check(x: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

@@ -15,6 +15,8 @@ from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 _BLOCK = 4096
+_COLUMNS = 1024
+"""Of one row at a time, going forward: inputs may be parts of wider rows. It divides most intermediate sizes."""
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -23,12 +25,12 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @jit
-def _forward_kernel(gate_ptr, up_ptr, y_ptr, num_elements, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < num_elements
-    gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offsets, gate * tl.sigmoid(gate) * up, mask=inside)
+def _forward_kernel(gate_ptr, up_ptr, y_ptr, gate_stride, up_stride, num_columns, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * num_columns + columns, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @jit
@@ -45,19 +47,24 @@ def _backward_kernel(grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, num
 
 @torch.library.custom_op("thinksafe::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate)
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     if gate.numel():
-        _forward_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](gate, up, y, gate.numel(), BLOCK=_BLOCK, num_warps=8)
+        gate, up = _matrix(gate), _matrix(up)
+        num_rows, num_columns = gate.shape
+        _forward_kernel[(num_rows, triton.cdiv(num_columns, _COLUMNS))](
+            gate, up, y, gate.stride(0), up.stride(0), num_columns, BLOCK=_COLUMNS, num_warps=4
+        )
     return y
 
 
 @_swiglu.register_fake
 def _(gate, up):
-    return torch.empty_like(gate)
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("thinksafe::swiglu_backward", mutates_args=())
 def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
         _backward_kernel[(triton.cdiv(gate.numel(), _BLOCK),)](
@@ -68,7 +75,7 @@ def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
 
 @_swiglu_backward.register_fake
 def _(grad, gate, up):
-    return torch.empty_like(gate), torch.empty_like(up)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
 
 
 _swiglu.register_autograd(
@@ -77,11 +84,17 @@ _swiglu.register_autograd(
 )
 
 
+def _matrix(x: Tensor) -> Tensor:
+    """[rows, I], numbers of a row next to each other; copied only where they are not."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, element by element.
 
     Args:
-        gate, up: [..., I], floating point, alike in shape, dtype and device.
+        gate, up: [..., I], floating point, alike in shape, dtype and device; they may be parts of one product.
 
     Returns:
         [..., I].
@@ -91,4 +104,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     check_floating("gate", gate)
     check_tensor("up", up, gate.shape, gate.dtype, gate.device)
-    return _swiglu(gate.contiguous(), up.contiguous()) if on_triton(gate) else reference(gate, up)
+    return _swiglu(gate, up) if on_triton(gate) else reference(gate, up)

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from thinksafe.errors import UserError
 from thinksafe.model import weights
 from thinksafe.model.attention import PackedAttention, packed_positions
-from thinksafe.model.decoder import Decoder
+from thinksafe.model.decoder import SHARED_INPUTS, Decoder
+from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.sampler import scheduler as scheduler_module
 from thinksafe.sampler.cache import CacheFormat
@@ -152,6 +153,44 @@ def test_packed_gradients_equal_those_of_transformers(tmp_path, family):
         grad = expected[weights.hugging_face_name(name)].grad
         assert grad.abs().max() > 1e-6 or "bias" in name, f"{name}: no signal, the comparison would be empty"
         torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize("weights_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama tied, biased"])
+def test_weights_that_read_the_same_rows_are_one_in_inference(checkpoint, name, weights_dtype):
+    """One product over them is each of them, with an adapter on some; nothing is in memory twice."""
+    decoder = load_decoder(checkpoint(name), torch.float32, "cpu", weights=weights_dtype)
+    attach(decoder, LoraConfig(4, 8.0, 0.0, ("k_proj", "up_proj")), seed=1)
+    layer, rows, shapes = decoder.layers[1], torch.randn(5, decoder.config.hidden_size), []
+    torch.nn.init.normal_(layer.k_proj_lora_B)
+
+    def linear(x, weight, bias):
+        shapes.append(list(weight.shape))
+        return F.linear(x, weight, bias)
+
+    for names in SHARED_INPUTS:
+        with torch.no_grad():
+            apart = layer.project_all(names, rows, linear)
+        shapes.clear()
+        with torch.inference_mode():
+            together = layer.project_all(names, rows, linear)
+        for one, other in zip(together, apart, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        if weights_dtype == "auto":
+            assert shapes[0] == [sum(decoder.config.projections[name][0] for name in names), rows.shape[1]]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in decoder.parameters()}
+    assert sum(storages.values()) == sum(parameter.nbytes for parameter in decoder.parameters())
+
+
+@torch.inference_mode()
+def test_weights_that_were_moved_apart_are_multiplied_apart(checkpoint):
+    decoder = load(checkpoint("qwen3"))
+    layer, rows = decoder.layers[0], torch.randn(5, decoder.config.hidden_size)
+    together = layer.project_all(SHARED_INPUTS[0], rows, F.linear)
+    layer.k_proj.data = 2 * layer.k_proj
+    q, k, v = layer.project_all(SHARED_INPUTS[0], rows, F.linear)
+    for one, other in zip((q, k, v), (together[0], 2 * together[1], together[2]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_decoder_that_has_sampled_can_be_trained(checkpoint):

@@ -396,6 +396,18 @@ def test_norm_gate_and_rotation_equal_their_references(fresh_seed, shape):
     compare(lambda: (swiglu.swiglu(x, other),), lambda: (swiglu.reference(x, other),), (x, other))
 
 
+@pytest.mark.parametrize("width", [5, 1025])
+def test_gate_and_up_may_be_columns_of_one_product(fresh_seed, width):
+    both = torch.randn(3, 2, 2 * width + 3, requires_grad=True)
+
+    def apart(function):
+        _, gate, up = both.split((3, width, width), -1)
+        return (function(gate, up),)
+
+    compare(lambda: apart(swiglu.swiglu), lambda: apart(swiglu.reference), (both,))
+    assert apart(swiglu.swiglu)[0].is_contiguous()
+
+
 def test_rotation_with_and_without_the_norm_equals_its_reference(fresh_seed):
     q, k = torch.randn(37, 6, 64, requires_grad=True), torch.randn(37, 2, 64, requires_grad=True)
     q_weight, k_weight = (torch.randn(64, requires_grad=True) for _ in range(2))
@@ -442,6 +454,7 @@ def test_operators_are_registered_as_torch_wants_them():
         rope._norm_rope_backward, (heads.detach(), heads.detach(), gain.detach(), angle.cos(), angle.sin(), rstd, True)
     )
     torch.library.opcheck(swiglu._swiglu, (x, torch.randn(9, 32, requires_grad=True)))
+    torch.library.opcheck(swiglu._swiglu, torch.randn(9, 64).chunk(2, -1))
     torch.library.opcheck(swiglu._swiglu_backward, (x.detach(), x.detach() + 1, x.detach() + 2))
 
 

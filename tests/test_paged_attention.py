@@ -300,6 +300,18 @@ def test_norm_rotation_and_write_in_one_equal_the_three(fresh_seed, norm, page_s
     torch.testing.assert_close(written, expected, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
+def test_q_k_and_v_may_be_columns_of_one_product(fresh_seed):
+    T, D, (num_heads, num_kv_heads) = 9, 64, (6, 2)
+    columns = torch.randn(T, (num_heads + 2 * num_kv_heads) * D).split([num_heads * D, *2 * [num_kv_heads * D]], -1)
+    parts = [part.unflatten(-1, (-1, D)) for part in columns]
+    angle, slots = torch.randn(T, D // 2), torch.randperm(3 * 16)[:T]
+    rest = (torch.randn(D), torch.randn(D), 1e-6, angle.cos(), angle.sin())
+    written, expected = (torch.zeros(2, 3, num_kv_heads, 16, D) for _ in range(2))
+    out = norm_rope_write_kv(*parts, *rest, *written, slots)
+    wanted = norm_rope_write_kv(*(part.contiguous() for part in parts), *rest, *expected, slots)
+    assert torch.equal(out, wanted) and out.is_contiguous() and torch.equal(written, expected)
+
+
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("fp8", [(True, True), (False, True)])
 def test_a_cache_in_e4m3_gets_what_one_in_fp32_would_rounded_once(fresh_seed, norm, fp8):

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from thinksafe.kernels.dispatch import INTERPRETED
-from thinksafe.kernels.fp8 import dequantise, quantise
+from thinksafe.kernels.fp8 import Quantised, dequantise, quantise
 from thinksafe.kernels.row_linear import TILES, fp8_linear, row_linear, tiles_of
 
 SHAPES = [(1, 64, 48), (33, 96, 100), (70, 40, 33)]
+
+
+def in_e4m3(x, weight, bias=None):
+    return fp8_linear(quantise(x), weight, bias, x.dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -28,11 +32,21 @@ def test_it_is_a_linear_map(fresh_seed, shape, with_bias):
 def test_a_row_has_the_same_bits_at_every_place_of_every_batch(fresh_seed, count, shape):
     _, K, N = shape
     x, weight = torch.randn(count, K), torch.randn(N, K)
-    values, exponents = quantise(weight)
-    for linear in (lambda rows: row_linear(rows, weight), lambda rows: fp8_linear(rows, values, exponents)):
+    stored = quantise(weight)
+    for linear in (lambda rows: row_linear(rows, weight), lambda rows: in_e4m3(rows, stored)):
         batch, order = linear(x), torch.randperm(count)
         assert torch.equal(linear(x[order]), batch[order])
         assert torch.equal(linear(x[-1:]), batch[-1:])
+
+
+def test_weights_one_below_the_other_are_one_weight(fresh_seed):
+    """On a GPU to the bit; a CPU's BLAS picks its kernels by the number of columns too."""
+    x, weights, biases = torch.randn(33, 64), torch.randn(3, 32, 64), torch.randn(3, 32)
+    for linear, convert in ((row_linear, lambda weight: weight), (in_e4m3, quantise)):
+        apart = [linear(x, convert(weight), bias) for weight, bias in zip(weights, biases, strict=True)]
+        torch.testing.assert_close(
+            linear(x, convert(weights.flatten(0, 1)), biases.flatten()), torch.cat(apart, 1), rtol=1e-6, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,7 +58,7 @@ def test_in_e4m3_it_is_the_product_of_what_the_rounded_operands_stand_for(fresh_
     stored = quantise(weight)
     operands = (dequantise(*quantised, torch.float64) for quantised in (quantise(x), stored))
     expected = F.linear(*operands, bias.double() if with_bias else None)
-    out = fp8_linear(x, *stored, bias)
+    out = in_e4m3(x, stored, bias)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
     if not INTERPRETED:  # which cuts numbers off where hardware rounds them
         exact = F.linear(x.double(), weight.double(), bias.double() if with_bias else None)
@@ -55,13 +69,13 @@ def test_in_e4m3_it_is_the_product_of_what_the_rounded_operands_stand_for(fresh_
 def test_nothing_in_nothing_out():
     weight = torch.randn(8, 16)
     assert row_linear(torch.zeros(0, 16), weight).shape == (0, 8)
-    assert fp8_linear(torch.zeros(0, 16), *quantise(weight)).shape == (0, 8)
+    assert in_e4m3(torch.zeros(0, 16), quantise(weight)).shape == (0, 8)
 
 
 def test_what_is_broken_stays_in_its_row():
     x, weight = torch.ones(3, 32), torch.ones(8, 32)
     x[1, 5] = torch.nan
-    for out in (row_linear(x, weight), *([] if INTERPRETED else [fp8_linear(x, *quantise(weight))])):
+    for out in (row_linear(x, weight), *([] if INTERPRETED else [in_e4m3(x, quantise(weight))])):
         assert out[1].isnan().all() and torch.equal(out[[0, 2]], torch.full((2, 8), 32.0))
 
 
@@ -71,7 +85,7 @@ def test_operands_that_do_not_fit_are_refused():
         (lambda: row_linear(x, weight[:, :8]), "expected .T, K. and .N, K."),
         (lambda: row_linear(x, weight.half()), "weight is torch.float16"),
         (lambda: row_linear(x, torch.zeros(16, 8).T), "contiguous"),
-        (lambda: fp8_linear(x, weight, torch.zeros(8)), "expected torch.float8_e4m3fn"),
+        (lambda: in_e4m3(x, Quantised(weight, torch.zeros(8))), "expected torch.float8_e4m3fn"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -90,12 +104,15 @@ def test_every_tile_gives_a_row_the_same_bits_on_a_gpu(fresh_seed, monkeypatch, 
     """A row alone, in 64, in 512 and in 5,000, so that every tile is used; and the result is a product's."""
     x, weight = (torch.randn(rows, K, device="cuda", dtype=torch.bfloat16) for rows in (5000, N))
     stored = quantise(weight)
-    for linear in (lambda rows: row_linear(rows, weight), lambda rows: fp8_linear(rows, *stored)):
+    for linear in (lambda rows: row_linear(rows, weight), lambda rows: in_e4m3(rows, stored)):
         batch = linear(x)
         for rows in (1, 64, 512):
             assert torch.equal(linear(x[:rows]), batch[:rows])
+        halves = [Quantised(*half) for half in zip(*(part.chunk(2) for part in stored), strict=True)]
+    assert torch.equal(torch.cat([row_linear(x[:64], half) for half in weight.chunk(2)], 1), row_linear(x[:64], weight))
+    assert torch.equal(torch.cat([in_e4m3(x[:64], half) for half in halves], 1), in_e4m3(x[:64], stored))
     exact = x[:64].double() @ weight.double().T
     assert ((row_linear(x[:64], weight) - exact).norm() / exact.norm()) < 3e-3
-    assert ((fp8_linear(x[:64], *stored) - exact).norm() / exact.norm()) < 0.05
+    assert ((in_e4m3(x[:64], stored) - exact).norm() / exact.norm()) < 0.05
     fp32 = row_linear(x[:64], weight, dtype=torch.float32)
     assert fp32.dtype == torch.float32 and ((fp32 - exact).norm() / exact.norm()) < 1e-4

@@ -97,27 +97,30 @@ def rotation_builds() -> list[Build]:
 def gate_builds() -> list[Build]:
     """One shape for all sizes."""
     elements = T * INTERMEDIATE
-    found = []
-    for name, kernel, tensors in (
-        ("swiglu", swiglu._forward_kernel, ("gate_ptr", "up_ptr", "y_ptr")),
-        (
+    backward = ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
+    return [
+        Build(
+            "swiglu",
+            swiglu._forward_kernel,
+            {
+                **dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), "*bf16"),
+                **dict.fromkeys(("gate_stride", "up_stride", "num_columns"), "i32"),
+            },
+            {"BLOCK": swiglu._COLUMNS},
+            4,
+            {"gate_stride": 2 * INTERMEDIATE, "up_stride": 2 * INTERMEDIATE, "num_columns": INTERMEDIATE},
+            (T, INTERMEDIATE // swiglu._COLUMNS),
+        ),
+        Build(
             "swiglu backward",
             swiglu._backward_kernel,
-            ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr"),
+            {**dict.fromkeys(backward, "*bf16"), "num_elements": "i64"},
+            {"BLOCK": swiglu._BLOCK},
+            8,
+            {"num_elements": elements},
+            (elements // swiglu._BLOCK,),
         ),
-    ):
-        found.append(
-            Build(
-                name,
-                kernel,
-                {**dict.fromkeys(tensors, "*bf16"), "num_elements": "i64"},
-                {"BLOCK": swiglu._BLOCK},
-                8,
-                {"num_elements": elements},
-                (elements // swiglu._BLOCK,),
-            )
-        )
-    return found
+    ]
 
 
 def row_linear_builds() -> list[Build]:

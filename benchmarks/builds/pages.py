@@ -37,8 +37,7 @@ def paged_attention_builds() -> list[Build]:
                     **_cache_arguments(in_e4m3),
                     **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
                     "slots_ptr": "*i64",
-                    "num_heads": "i32",
-                    "num_kv_heads": "i32",
+                    **dict.fromkeys(("q_stride", "k_stride", "v_stride", "num_heads", "num_kv_heads"), "i32"),
                     "eps": "fp32",
                 },
                 {
@@ -49,7 +48,11 @@ def paged_attention_builds() -> list[Build]:
                     "HALF": 64,
                 },
                 4,
-                {"num_heads": num_heads, "num_kv_heads": num_kv_heads},
+                {
+                    "num_heads": num_heads,
+                    "num_kv_heads": num_kv_heads,
+                    **dict.fromkeys(("q_stride", "k_stride", "v_stride"), (num_heads + 2 * num_kv_heads) * 128),
+                },
                 (T,),
                 {"slots_ptr": 2**31},
             )

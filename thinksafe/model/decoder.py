@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinksafe.kernels.fp8 import Quantised, quantise
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.row_linear import fp8_linear
@@ -22,6 +23,9 @@ from thinksafe.model.parallel import WHOLE, Shard
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [T, K], weight [N, K], bias [N] or None) -> x Wᵀ + b, [T, N]."""
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that read the same rows."""
 
 
 class DecoderLayer(nn.Module):
@@ -44,11 +48,31 @@ class DecoderLayer(nn.Module):
 
     def project(self, name: str, x: Tensor, linear: Linear) -> Tensor:
         """x Wᵀ + b, plus scaling * dropout(x) Aᵀ Bᵀ where the projection carries an adapter."""
-        weight, bias = self._parameters[name], self._parameters[f"{name}_bias"]
-        if name in self.exponents:
-            out = fp8_linear(x, weight, self.exponents[name], bias)
+        return self.project_all((name,), x, linear)[0]
+
+    def project_all(self, names: tuple[str, ...], x: Tensor, linear: Linear) -> list[Tensor]:
+        """`project` for several that read the same rows: these are quantised once, and in inference mode, where the
+        weights lie one below the other (`Decoder.stack`), all are columns of one product. A reference in training takes
+        the student's way: what another shape rounds otherwise would be a divergence."""
+        operands = [self._operands(name) for name in names]
+        rows = quantise(x) if self.exponents else x
+
+        def product(weight: Tensor, bias: Tensor | None, exponents: Tensor | None) -> Tensor:
+            if exponents is None:
+                return linear(rows, weight, bias)
+            return fp8_linear(rows, Quantised(weight, exponents), bias, x.dtype)
+
+        if len(names) > 1 and torch.is_inference_mode_enabled() and (whole := _as_one(operands)):
+            outs = product(*whole).split([len(weight) for weight, _, _ in operands], -1)
         else:
-            out = linear(x, weight, bias)
+            outs = [product(*operand) for operand in operands]
+        return [self._adapted(name, out, x, linear) for name, out in zip(names, outs, strict=True)]
+
+    def _operands(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias, and the weight's exponents."""
+        return self._parameters[name], self._parameters[f"{name}_bias"], self.exponents.get(name)
+
+    def _adapted(self, name: str, out: Tensor, x: Tensor, linear: Linear) -> Tensor:
         if name in self.adapters:
             scaling, dropout = self.adapters[name]
             down, up = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
@@ -56,17 +80,42 @@ class DecoderLayer(nn.Module):
             out = out + scaling * linear(low_rank, up.to(x.dtype), None)
         return out
 
+    def stack(self) -> None:
+        """See `Decoder.stack`."""
+        for names in SHARED_INPUTS:
+            for parts in zip(*(self._operands(name) for name in names), strict=True):
+                if parts[0] is not None:
+                    memory = torch.cat([part.data for part in parts])
+                    for part, place in zip(parts, memory.split([len(part) for part in parts]), strict=True):
+                        part.data = place
+
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         x = rms_norm(hidden, self.input_norm, eps)
-        q = self.project("q_proj", x, linear).unflatten(-1, (-1, head_dim))
-        k = self.project("k_proj", x, linear).unflatten(-1, (-1, head_dim))
-        v = self.project("v_proj", x, linear).unflatten(-1, (-1, head_dim))
+        q, k, v = (out.unflatten(-1, (-1, head_dim)) for out in self.project_all(SHARED_INPUTS[0], x, linear))
         rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
         mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2), linear)
         x, hidden = add_rms_norm(self.shard.sum(mixed), hidden, self.mlp_norm, eps)
-        x = swiglu(self.project("gate_proj", x, linear), self.project("up_proj", x, linear))
+        x = swiglu(*self.project_all(SHARED_INPUTS[1], x, linear))
         return hidden + self.shard.sum(self.project("down_proj", x, linear))
+
+
+def _as_one(operands: list[tuple[Tensor | None, ...]]) -> list[Tensor | None] | None:
+    """One weight, one bias and one vector of exponents over all of them, or None unless they lie so in memory."""
+    whole = []
+    for parts in zip(*operands, strict=True):
+        first = parts[0]
+        if first is None:
+            whole.append(None)
+            continue
+        storage, end = first.untyped_storage()._cdata, first.storage_offset()
+        for part in parts:
+            if part.untyped_storage()._cdata != storage or part.storage_offset() != end or not part.is_contiguous():
+                return None
+            end += part.numel()
+        rows = sum(len(part) for part in parts)
+        whole.append(first.as_strided((rows, *first.shape[1:]), first.stride()))
+    return whole
 
 
 class Decoder(nn.Module):
@@ -104,6 +153,12 @@ class Decoder(nn.Module):
         """
         if any(layer.exponents for layer in self.layers):
             raise ValueError("the decoder was loaded with weights in e4m3; load it again without")
+
+    def stack(self) -> None:
+        """Lay weights that read the same rows one below the other, in memory that takes the place of theirs: a layer
+        then computes q, k and v in one product and gate and up in another. Moved to other memory, they are apart."""
+        for layer in self.layers:
+            layer.stack()
 
     def initialise(self, seed: int, std: float = 0.02) -> None:
         """Fill a new model with Gaussian weights, unit gains and zero biases."""

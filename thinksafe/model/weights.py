@@ -132,6 +132,9 @@ def load_decoder(
         for layer, projection in frozen.values():
             layer._parameters[projection] = nn.Parameter(layer._parameters[projection].to(E4M3), requires_grad=False)
     decoder = decoder.to_empty(device=device)
+    for layer, projection in frozen.values():
+        layer.exponents[projection] = torch.empty(len(layer._parameters[projection]), dtype=torch.uint8, device=device)
+    decoder.stack()
     wanted = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
     with torch.no_grad():
         for name, stored in _tensors(folder):
@@ -146,8 +149,9 @@ def load_decoder(
                 parameter.zero_()
             elif name in frozen:
                 layer, projection = frozen[name]
-                values, layer.exponents[projection] = quantise(tensor.to(device))
+                values, exponents = quantise(tensor.to(device))
                 parameter.copy_(values)
+                layer.exponents[projection].copy_(exponents)
             else:
                 parameter.copy_(tensor)
     if wanted:
