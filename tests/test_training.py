@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import hugging_face_name, load_decoder
+from thinksafe.training import losses
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import (
@@ -187,7 +188,7 @@ def test_a_student_that_is_the_reference_has_no_loss_and_moves_only_away_from_it
     ours = SingleEngine(decoder, 1e9, 0.0, with_reference=True)
     kept = pack([dataclasses.replace(one, keeps_to_reference=True) for one in SEQUENCES], 64, CPU)
     result = ours.step(kept, 1e-2)
-    assert result == StepResult(0.0, 0.0)
+    assert result == StepResult(0.0, 0.0, 0.0)
     ours.step(pack(SEQUENCES, 64, CPU), 1e-2)
     first = ours.step(kept, 1e-3).loss
     losses = [ours.step(kept, 1e-3).loss for _ in range(20)]
@@ -373,7 +374,7 @@ def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
 
     def losing(losses):
         ours = engine(load_decoder(folder, torch.float32, CPU))
-        ours.step = lambda packs, rate: StepResult(losses.pop(0), 1.0)
+        ours.step = lambda packs, rate: StepResult(losses.pop(0), 1.0, 0.0)
         return ours
 
     losses = [1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2]
@@ -703,6 +704,24 @@ def test_a_checkpoint_is_on_the_disk_after_the_metrics_of_its_steps(folder, tmp_
     run(folder, tmp_path)
     assert saved == [2, 4, 6, 8, 9]
     assert {"metrics.jsonl", "checkpoints"} <= set(safe[tmp_path]) and "step-00000009" in safe[tmp_path / "checkpoints"]
+
+
+def test_the_largest_share_of_gradient_that_was_skipped_is_on_record(folder, tmp_path, monkeypatch):
+    """On a CPU nothing is skipped, so the operator is made to say so, and the step of NaN to say nothing."""
+    shares = iter([0.25, 0.5, 0.125])
+    original = losses.linear_cross_entropy_with_stats
+
+    def skipping(*arguments, **options):
+        rows, stats = original(*arguments, **options)
+        return rows, stats._replace(dropped_mass=torch.tensor(next(shares)))
+
+    run(folder, tmp_path / "exact")
+    assert {step.dropped_mass for step in read_metrics(tmp_path / "exact" / "metrics.jsonl")} == {0.0}
+    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", skipping)
+    config = TrainingConfig(epochs=1, batch_size=7, max_tokens_per_pack=70)
+    run(folder, tmp_path / "skipping", config=config)
+    (step,) = read_metrics(tmp_path / "skipping" / "metrics.jsonl")
+    assert step.dropped_mass == 0.5 and next(shares, None) is None
 
 
 def test_metrics_count_what_was_trained(folder, tmp_path):

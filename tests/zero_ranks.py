@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,17 @@ def steps(folder: Path, out: Path) -> None:
         if rank() == 0:
             save_file(state, out / f"{name}.safetensors")
             export(decoder, method, out / name, folder)
-            (out / f"{name}.json").write_text(json.dumps({"results": everyones, "sharded": sharded, "parts": parts}))
+        state_of_adamw = engine.engine.optimizer.optimizer.state
+        held = [weakref.ref(tensor) for one in state_of_adamw.values() for tensor in one.values()]
+        held += [weakref.ref(master) for master in engine._flat_masters()]
+        shards = [parameter.ds_tensor for parameter in decoder.parameters() if hasattr(parameter, "ds_tensor")]
+        held += [weakref.ref(shard) for shard in shards]
+        engine.close()
+        del decoder, engine, state_of_adamw, shards
+        alive = gather(sum(reference() is not None for reference in held))
+        if rank() == 0:
+            found = {"results": everyones, "sharded": sharded, "parts": parts, "alive": alive, "held": len(held)}
+            (out / f"{name}.json").write_text(json.dumps(found))
     bf16_steps(folder, out)
 
 
@@ -161,14 +172,15 @@ def not_finite(folder: Path, out: Path) -> None:
     """Between two good steps some that break on one rank alone: an activation, the loss alone, the gradient alone."""
     from thinksafe.training import losses
 
-    linear_cross_entropy = losses.linear_cross_entropy
+    cross_entropy = losses.linear_cross_entropy_with_stats
 
     def infinite_loss(*args, **options):
-        return linear_cross_entropy(*args, **options) + torch.inf
+        rows, stats = cross_entropy(*args, **options)
+        return rows + torch.inf, stats
 
     def nan_gradient(hidden, *args, **options):
         hidden.register_hook(lambda gradient: gradient * torch.nan)
-        return linear_cross_entropy(hidden, *args, **options)
+        return cross_entropy(hidden, *args, **options)
 
     found = {}
     for name, (method, config) in SETUPS.items():
@@ -180,9 +192,9 @@ def not_finite(folder: Path, out: Path) -> None:
         before = whole_state(engine)
         messages = [_message(engine.step, my_packs([GOOD, BAD]), 1e-2)]
         for broken in (infinite_loss, nan_gradient):
-            losses.linear_cross_entropy = broken if rank() == 1 else linear_cross_entropy
+            losses.linear_cross_entropy_with_stats = broken if rank() == 1 else cross_entropy
             messages.append(_message(engine.step, my_packs([GOOD, GOOD]), 1e-2))
-        losses.linear_cross_entropy = linear_cross_entropy
+        losses.linear_cross_entropy_with_stats = cross_entropy
         after = whole_state(engine)
         same = all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
         engine.step(my_packs([GOOD]), 1e-2)

@@ -248,6 +248,7 @@ def train(run: RunDir, models: Models) -> None:
         engine = _training_engine(decoder, config, sharding, with_reference, models.device, recorded)
         _run_training(run, engine, sequences, clock)
     files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
+    engine.close()  # an evaluation may follow, which wants the device's memory
     run.finish_stage(
         "train",
         [*map(Path, files), run.path / "training" / "metrics.jsonl"],

@@ -20,10 +20,12 @@ from thinksafe.training.packing import PackedBatch
 
 @dataclass(frozen=True)
 class StepResult:
-    """Weighted mean of the token losses, in nats, and the gradient's norm before clipping."""
+    """Weighted mean of the token losses, in nats, the gradient's norm before clipping, and the largest share of a
+    pack's gradient mass at the head that was skipped, see linear_cross_entropy.py."""
 
     loss: float
     grad_norm: float
+    dropped_mass: float
 
 
 class NonFiniteStep(ArithmeticError):
@@ -72,10 +74,11 @@ class SingleEngine:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
         total_weight = sum(pack.total_weight for pack in packs)
-        loss, bad_rows = torch.zeros((), device=self.device), []
+        loss, dropped, bad_rows = torch.zeros((), device=self.device), [], []
         self.decoder.train()
         for pack in packs:
-            losses = self.loss(pack, pack.num_reference_rows > 0)
+            losses, dropped_mass = self.loss(pack, pack.num_reference_rows > 0)
+            dropped.append(dropped_mass)
             bad_rows.append(first_bad_row(losses))
             pack_loss = losses.sum() / total_weight
             pack_loss.backward()
@@ -84,7 +87,8 @@ class SingleEngine:
             if self.masters[name] is not parameter:
                 self.masters[name].grad, parameter.grad = parameter.grad.float(), None
         grad_norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
-        result = StepResult(loss.item(), grad_norm.item())  # the step's only wait for the device
+        found = torch.stack((loss, grad_norm, torch.stack(dropped).amax()))
+        result = StepResult(*found.tolist())  # the step's only wait for the device
         if not math.isfinite(result.loss + result.grad_norm):
             self.optimizer.zero_grad()
             raise NonFiniteStep(not_finite(result.loss, result.grad_norm, broken_in(packs, bad_rows)))
@@ -129,3 +133,6 @@ class SingleEngine:
 
     def finish(self) -> None:
         """Make the decoder ready to be saved, which here it always is."""
+
+    def close(self) -> None:
+        """Nothing outlives this engine, so there is nothing to give back."""

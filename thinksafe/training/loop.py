@@ -112,6 +112,8 @@ class StepMetrics:
         mfu: their share of what the ranks' GPUs promise; None where that is not known.
         peak_bytes: of this rank's GPU so far; None on a CPU.
         note: why the step was left out, or what else was odd.
+        dropped_mass: largest share of a pack's gradient mass at a frozen head that was skipped as too small to matter,
+            see kernels/linear_cross_entropy.py; None for a step that was left out.
     """
 
     step: int
@@ -126,6 +128,7 @@ class StepMetrics:
     mfu: float | None
     peak_bytes: int | None
     note: str = ""
+    dropped_mass: float | None = None
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
@@ -215,11 +218,12 @@ def train(
         started = time.perf_counter()
         for step, packs in _one_ahead(packs_of, range(first_step, len(schedule))):
             torch.manual_seed(hash((seed, step)) + rank())
-            rate, loss, grad_norm = learning_rate(step, len(schedule), config), None, None
+            rate = learning_rate(step, len(schedule), config)
+            loss = grad_norm = dropped_mass = None
             batch = [sequences[index] for index in schedule[step]]
             try:
                 result = engine.step(packs, rate)
-                loss, grad_norm, skips = result.loss, result.grad_norm, 0
+                loss, grad_norm, dropped_mass, skips = result.loss, result.grad_norm, result.dropped_mass, 0
                 note = _spike(loss, recent)
                 recent.append(loss)
             except NonFiniteStep as error:
@@ -232,7 +236,9 @@ def train(
                 _check_weights(engine, step)
             now = time.perf_counter()
             speed = _speed(costs, batch, now - started, engine.device)
-            metrics = StepMetrics(step + 1, len(schedule), loss, rate, grad_norm, **speed, note=note)
+            metrics = StepMetrics(
+                step + 1, len(schedule), loss, rate, grad_norm, **speed, note=note, dropped_mass=dropped_mass
+            )
             started = now
             metrics_file.write(json.dumps(asdict(metrics)) + "\n")
             metrics_file.flush()

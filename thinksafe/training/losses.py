@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy_with_stats
 from thinksafe.kernels.linear_kl import linear_kl
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.decoder import Decoder
@@ -31,15 +31,15 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.reference_weight = weight, reference_weight
 
-    def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> Tensor:
-        """[R] fp32, weighted token losses of [R, H] rows, in nats.
+    def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> tuple[Tensor, Tensor]:
+        """[R] fp32, weighted token losses of [R, H] rows, in nats, and the share of gradient mass that was skipped.
 
         Args:
             reference: [pack.num_reference_rows, H], the reference's states of the first rows; None for no such rows.
         """
         rows = pack.num_reference_rows
         # The packer left masked rows out, so nothing is counted on the device.
-        losses = linear_cross_entropy(
+        losses, stats = linear_cross_entropy_with_stats(
             hidden[rows:], self.weight, pack.targets[rows:], token_weight=pack.token_weight[rows:], ignore_index=None,
             reduction="none",
         )  # fmt: skip
@@ -49,7 +49,7 @@ class LossHead(nn.Module):
                 reduction="none",
             )  # fmt: skip
             losses = torch.cat((compared, losses))
-        return losses
+        return losses, stats.dropped_mass
 
 
 class PackLoss(nn.Module):
@@ -69,8 +69,8 @@ class PackLoss(nn.Module):
         self.copy = copy.deepcopy(decoder).requires_grad_(False) if copied else None
         self.head = LossHead(decoder.head, self.copy.head if copied else None)
 
-    def forward(self, pack: PackedBatch, ask_reference: bool) -> Tensor:
-        """[R] fp32, the pack's weighted token losses; a step's loss is their sum.
+    def forward(self, pack: PackedBatch, ask_reference: bool) -> tuple[Tensor, Tensor]:
+        """[R] fp32, the pack's weighted token losses; a step's loss is their sum. And `Stats.dropped_mass` of them.
 
         Args:
             ask_reference: read the pack's reference sequences with the reference; where there are none, a single

@@ -9,6 +9,7 @@ ZeRO.
 DeepSpeed compiles nothing here: torch's AdamW also runs on the CPU, where an offloaded optimiser lives.
 """
 
+import gc
 import math
 import warnings
 from typing import Any
@@ -124,11 +125,12 @@ class ZeroEngine:
         dist.all_gather(theirs, mine)
         counts, weights, asking = torch.stack(theirs).T.tolist()
         num_packs, total_weight, ask_reference = int(max(counts)), sum(weights), any(asking)
-        loss, bad_rows = torch.zeros((), device=self.device), []
+        loss, dropped, bad_rows = torch.zeros((), device=self.device), [], []
         self.engine.train()
         for index, pack in enumerate(packs + [self._no_targets] * (num_packs - len(packs))):
             self.engine.set_gradient_accumulation_boundary(index == num_packs - 1)
-            losses = self.engine(pack, ask_reference)
+            losses, dropped_mass = self.engine(pack, ask_reference)
+            dropped.append(dropped_mass)
             bad_rows.append(first_bad_row(losses))
             pack_loss = losses.sum() / total_weight
             loss += pack_loss.detach()
@@ -137,14 +139,18 @@ class ZeroEngine:
             one_or_nan = 1 + 0 * pack_loss.detach()
             # DeepSpeed averages over ranks; the loss is a sum.
             self.engine.backward(pack_loss * one_or_nan * world_size(), scale_wrt_gas=False)
-        dist.all_reduce(loss)
+        found = torch.stack((loss, torch.stack(dropped).amax()))
+        everywhere = [torch.empty_like(found) for _ in range(world_size())]
+        dist.all_gather(everywhere, found)
+        loss, dropped_mass = torch.stack(everywhere).T
         self.engine.optimizer.set_lr(learning_rate)
         self.engine.step()
-        result = StepResult(loss.item(), float(self.engine.get_global_grad_norm()))
+        grad_norm = float(self.engine.get_global_grad_norm())
+        result = StepResult(loss.sum().item(), grad_norm, dropped_mass.amax().item())
         if not self.engine.was_step_applied():
             broken = broken_in(packs, bad_rows[: len(packs)]) if packs else []
-            everywhere = [name for part in gather(broken) for name in part]
-            raise NonFiniteStep(not_finite(result.loss, result.grad_norm, everywhere))
+            names = [name for part in gather(broken) for name in part]
+            raise NonFiniteStep(not_finite(result.loss, result.grad_norm, names))
         return result
 
     def check_weights(self) -> None:
@@ -199,6 +205,17 @@ class ZeroEngine:
             whole = safe_get_full_fp32_param(parameter)
             if rank() == 0:
                 parameter.data = whole.to("cpu", self._layout[name][1])
+
+    def close(self) -> None:
+        """Give all memory back; the engine, and its decoder, are of no use any more."""
+        self.engine.destroy()
+        # DeepSpeed's module-level caches keep modules and optimiser alive after that: what they hold goes one by one.
+        for parameter in self.engine.module.parameters():
+            parameter.data = parameter.new_empty(0)
+            vars(parameter).clear()  # its shard, and links to its masters
+        for optimizer in (self.engine.optimizer.optimizer, self.engine.optimizer):
+            vars(optimizer).clear()
+        gc.collect()
 
     def _flat_masters(self) -> list[Tensor]:
         """This rank's shards of the fp32 weights, on which AdamW works."""
