@@ -85,7 +85,8 @@ def _sample_in_torch(logits, temperature, top_k, top_p, seed, position) -> tuple
     race = race.masked_fill(outside_top_k | outside_nucleus, torch.inf)
     drawn = token_ids.gather(-1, race.argmin(-1, keepdim=True))[:, 0]
     drawn = torch.where(temperature == 0, best_id, drawn)
-    logprob = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(-1)
+    relative = logits - logits.amax(-1, keepdim=True)  # a large logit would swallow what logsumexp adds to it
+    logprob = relative.gather(-1, drawn[:, None])[:, 0] - relative.logsumexp(-1)
     return drawn.masked_fill(broken, -1), logprob.masked_fill(broken, torch.nan)
 
 

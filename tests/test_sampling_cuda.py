@@ -79,6 +79,14 @@ def test_the_kernel_draws_what_torch_draws(on_cpu, fresh_seed, kind, setting):
 
 
 @needs_compiler
+def test_large_logits_keep_what_the_others_take_from_them(on_cpu):
+    logits = torch.tensor([[36074.69, 36064.64, 0.0, -3e4]])
+    expected = logits.double().log_softmax(-1)[0, 0].float()
+    for _, logprob in both(on_cpu, logits, temperature=0.0):
+        torch.testing.assert_close(logprob[0], expected, atol=0, rtol=1e-4)
+
+
+@needs_compiler
 @given(data=st.data(), vocab_size=st.sampled_from([1, 2, 31, 1023, 1024, 1025, 2048, 3000]))
 @settings(max_examples=60, deadline=None)
 def test_rows_with_their_own_settings(on_cpu, data, vocab_size):
