@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from thinksafe import stages
 from thinksafe.guards.interface import Judgement
+from thinksafe.intake import take_in_marks
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Response
 from thinksafe.rundir import RunDir
@@ -62,11 +63,14 @@ def instantly(say=lambda task: f"{task.steering}"):
         vars(stages).update(real)
 
 
-def run_stages(run, models):
-    """Everything between prompts and accepted.jsonl."""
+def run_stages(run, models, marks=None):
+    """Everything between prompts and accepted.jsonl; with people's marks as the command line takes them in."""
     stages.generate(run, models)
     stages.filter_responses(run, models)
     stages.retry(run, models)
+    if marks is not None:
+        take_in_marks(run, marks)
+        stages.retry(run, models)
     stages.accept(run)
 
 

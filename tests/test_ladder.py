@@ -13,9 +13,9 @@ from instant_run import instant_models, instantly, run_stages
 
 from thinksafe import stages
 from thinksafe.errors import UserError
-from thinksafe.intake import take_in_responses
+from thinksafe.intake import take_in_marks, take_in_responses
 from thinksafe.recipe import check_recipe
-from thinksafe.records import Example, Mark, Response, Verdict, read_records
+from thinksafe.records import Example, Mark, Response, Verdict, content_id, read_records, to_json
 from thinksafe.rundir import Journal, RunDir, StageClock
 from thinksafe.selection import Attempt, choose
 
@@ -39,9 +39,9 @@ def recipe(tmp_path, **generation):
     return check_recipe({"name": "n", "model": "m", "prompts": str(file), "generation": generation}, "")
 
 
-def climb(out, recipe):
+def climb(out, recipe, marks=None):
     with RunDir.open(out, recipe) as run, instantly():
-        run_stages(run, instant_models(accepts))
+        run_stages(run, instant_models(accepts), marks)
         return run.manifest["stages"]
 
 
@@ -161,10 +161,16 @@ class Killed(BaseException):
 
 
 def test_dying_anywhere_changes_nothing(tmp_path, fresh_seed, monkeypatch):
-    """At an append of a record or a rename, before or after it; the run given again ends with the same files."""
+    """At an append of a record or a rename, before or after it; the run given again ends with the same files. A
+    person rejects, too, as `filter --marks` takes it in."""
     monkeypatch.setattr(StageClock, "tick", lambda clock: None)
     whole = recipe(tmp_path)
-    climb(tmp_path / "whole", whole)
+    marks = tmp_path / "given.jsonl"
+    with RunDir.open(tmp_path / "whole", whole) as run, instantly():
+        run_stages(run, instant_models(accepts))
+        reject(run, "harmful 0", "harmful 2", "benign 1")
+    climb(tmp_path / "whole", whole, marks)
+    assert (tmp_path / "whole" / "rungs" / "5.responses.jsonl").exists()
     real = {"append": (Journal, Journal.append), "replace": (os, os.replace)}
     events, kill_at, after = 0, None, False
 
@@ -184,16 +190,16 @@ def test_dying_anywhere_changes_nothing(tmp_path, fresh_seed, monkeypatch):
 
     for name, (owner, function) in real.items():
         monkeypatch.setattr(owner, name, counted(function))
-    climb(tmp_path / "counted", whole)
+    climb(tmp_path / "counted", whole, marks)
     total, choose_from = events, random.Random(fresh_seed)
     expected = contents(tmp_path / "whole")
     for place in choose_from.sample(range(1, total + 1), 25):
         out = tmp_path / f"killed at {place}"
         events, kill_at, after = 0, place, choose_from.random() < 0.5
         with pytest.raises(Killed):
-            climb(out, whole)
+            climb(out, whole, marks)
         kill_at = None
-        climb(out, whole)
+        climb(out, whole, marks)
         assert contents(out) == expected, (place, after)
 
 
@@ -223,6 +229,92 @@ def test_two_processes_on_one_run_directory(tmp_path):
         run_stages(run, instant_models(accepts))
     climb(tmp_path / "alone", whole)
     assert contents(tmp_path / "run") == contents(tmp_path / "alone")
+
+
+# What a person rejects
+
+
+def reject(run, *texts):
+    """Marks on every accepted response to these prompts, taken in as `filter --marks` does."""
+    kept = [example for example in read(run.path / "accepted.jsonl", Example) if example.prompt in texts]
+    assert len(kept) == len(texts)
+    marks = [Mark(e.prompt_id, e.sample, content_id(e.response), "reject", "Ann", "2026-01-01T00:00:00Z") for e in kept]
+    file = run.path.with_name("given.jsonl")
+    file.write_text("".join(to_json(mark) + "\n" for mark in marks))
+    take_in_marks(run, file)
+
+
+def after_marks(tmp_path, *texts, **generation):
+    """The run after people rejected what was accepted for these prompts; prompt -> (rung, sample) of its attempts."""
+    whole = recipe(tmp_path, **generation)
+    climb(tmp_path / "run", whole)
+    with RunDir.open(tmp_path / "run", whole) as run:
+        reject(run, *texts)
+    climb(tmp_path / "run", whole)
+    stories = map(json.loads, (tmp_path / "run" / "audit.jsonl").open())
+    return {s["prompt"]: [(a["rung"], a["sample"]) for a in s["attempts"]] for s in stories}
+
+
+def test_a_prompt_whose_accepted_response_a_person_rejects_climbs_on_from_its_own_rung(tmp_path):
+    """Number 1 goes through all rungs, 2 through the last; 3 was on the last one already, and who was content stays."""
+    tried = after_marks(tmp_path, "harmful 1", "harmful 2", "harmful 3")
+    assert tried["harmful 1"] == [(0, 0), (1, 1), (1, 2), (1, 3)], "the same instruction is accepted once more"
+    assert tried["harmful 2"][-2:] == [(2, 4), (3, 5)] and tried["harmful 3"][-1] == (3, 5)
+    assert tried["harmful 0"] == [(0, 0)]
+    kept = {
+        example.prompt: (example.rung, example.sample) for example in read(tmp_path / "run/accepted.jsonl", Example)
+    }
+    assert kept["harmful 1"] == (1, 1) and kept["harmful 0"] == (0, 0)
+    assert not {"harmful 2", "harmful 3"} & kept.keys()
+
+
+def test_who_is_rejected_again_and_again_ends_at_the_top_of_the_ladder(tmp_path):
+    whole = recipe(tmp_path)
+    after_marks(tmp_path, "harmful 0")
+    for rung in (1, 1, 1):
+        with RunDir.open(tmp_path / "run", whole) as run:
+            assert {e.prompt: e.rung for e in read(run.path / "accepted.jsonl", Example)}["harmful 0"] == rung
+            reject(run, "harmful 0")
+        climb(tmp_path / "run", whole)
+    (story,) = (s for s in map(json.loads, (tmp_path / "run/audit.jsonl").open()) if s["prompt"] == "harmful 0")
+    assert [(a["rung"], a["sample"]) for a in story["attempts"]] == [(0, 0), (1, 1), (1, 2), (1, 3), (2, 4), (3, 5)]
+    assert not story["accepted"] and Counter(a["fate"] for a in story["attempts"])["rejected_by_person"] == 4
+
+
+@pytest.mark.parametrize("max_retries, more", [(39, 0), (41, 0), (42, 3), (44, 3), (45, 6)])
+def test_marks_spend_what_the_budget_has_left(tmp_path, max_retries, more):
+    """The ladder itself takes 39; two prompts ask for three each, whole prompts only."""
+    tried = after_marks(tmp_path, "harmful 0", "harmful 1", max_retries=max_retries)
+    assert sum(len(tried[f"harmful {n}"]) - 1 for n in (0, 1)) == more
+    assert sum(map(len, tried.values())) - len(PROMPTS) == 39 + more <= max_retries
+
+
+def test_without_a_ladder_a_rejected_prompt_is_lost(tmp_path):
+    tried = after_marks(tmp_path, "harmful 1", ladder=[])
+    assert all(attempts == [(0, 0)] for attempts in tried.values())
+    assert {e.prompt for e in read(tmp_path / "run/accepted.jsonl", Example)} == {"harmful 0"}
+
+
+def test_marks_that_were_interrupted_are_not_trained_around(tmp_path):
+    """Between the marks and what they change there is no accepted set, so `train` cannot take the one from before."""
+    whole = recipe(tmp_path)
+    climb(tmp_path / "run", whole)
+    with RunDir.open(tmp_path / "run", whole) as run:
+        reject(run, "harmful 0")
+        with pytest.raises(UserError, match=r"accepted\.jsonl: not there yet; run `thinksafe filter`"):
+            stages.examples_file(run)
+
+
+def test_another_runs_attempts_and_marks_are_taken_over_whole(tmp_path):
+    after_marks(tmp_path, "harmful 2")
+    with RunDir.open(tmp_path / "new", recipe(tmp_path, ladder=[])) as run, instantly():
+        take_in_responses(run, tmp_path / "run")
+        stages.filter_responses(run, instant_models(accepts))
+        stages.accept(run)
+    old, new = (
+        {e.prompt: e.response for e in read(tmp_path / out / "accepted.jsonl", Example)} for out in ("run", "new")
+    )
+    assert new == old and "harmful 2" not in new
 
 
 # Which one is kept

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -13,8 +14,8 @@ from instant_run import InstantGuard, instant_models, instantly, run_stages
 from thinksafe import stages
 from thinksafe.errors import UserError
 from thinksafe.guards.interface import Judgement
-from thinksafe.intake import take_in_marks
-from thinksafe.recipe import check_recipe
+from thinksafe.intake import take_in_marks, take_in_responses
+from thinksafe.recipe import check_recipe, load_recipe
 from thinksafe.records import Example, Mark, content_id, read_records
 from thinksafe.rundir import RunDir
 
@@ -263,6 +264,14 @@ def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, 
     assert "the 3 most uncertain of 16" in said and "13 more are not on this page" in said and "1 malformed" in said
 
 
+def test_a_page_of_a_trained_run_says_that_its_marks_come_too_late(page, run):
+    assert not page.find("#late").is_displayed() and "--responses" not in page.text("saved")
+    (run.path / "training").mkdir()
+    page.browser.get(stages.review(run, 500).as_uri())
+    assert "too late for that training" in page.find("#late").text
+    assert f"--responses {run.path} --marks marks.jsonl --out NEW" in page.text("saved")
+
+
 # Without one
 
 
@@ -370,10 +379,23 @@ def test_what_cannot_be_trained_on_is_nobodys_to_accept(run, tmp_path):
     assert figures["coverage"]["marks"] == {"impossible": 1}
 
 
-def test_marks_after_training_are_refused_with_a_way_out(run, tmp_path):
+def test_marks_after_training_are_refused_with_a_way_out_that_works(run, tmp_path):
+    """The command takes over the run's responses and the marks it has; new ones come with it."""
+    give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
     (run.path / "training").mkdir()
-    with pytest.raises(UserError, match=r"has already been trained without these.*--responses"):
+    with pytest.raises(UserError, match="has already been trained without these") as refused:
         give(run, tmp_path, mark_of(run, SAFE, "reject"))
+    command, name, *arguments = shlex.split(str(refused.value).partition("new folder: ")[2])
+    assert (command, name) == ("thinksafe", "filter") and arguments[-2:] == ["--out", "NEW"]
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    models = instant_models(None)
+    models.guard = DoubtfulGuard()
+    with RunDir.open(tmp_path / "new", load_recipe(given["--recipe"])) as new, instantly():
+        take_in_responses(new, Path(given["--responses"]))
+        stages.filter_responses(new, models)
+        take_in_marks(new, Path(given["--marks"]))
+        stages.accept(new)
+    assert kept(new).keys() == kept(run).keys() - {SAFE} and kept(new)[UNSAFE].accepted_by == "person: Ann"
 
 
 def test_a_kill_while_marks_are_taken_in_loses_none(run, tmp_path, monkeypatch):

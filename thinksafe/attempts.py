@@ -11,18 +11,18 @@ from thinksafe.selection import Attempt
 class Attempts:
     """What was tried on each prompt and judged.
 
-    Iterating gives the attempts at one prompt after the other, by id; each in order of rung and sample.
+    Iterating gives the attempts at one prompt after the other, by id; each in the order in which they were made.
     """
 
     def __init__(self, run: RunDir, marks: Mapping[tuple[str, int], Sequence[Mark]]):
         self._marks, self._shards = marks, []
         self._places: dict[str, list[tuple[int, int, int, int]]] = {}
-        for rung, (responses_file, verdicts_file) in enumerate(run.rungs()):
+        for step, (responses_file, verdicts_file) in enumerate(run.rungs()):
             responses, verdicts = Shard(responses_file, Response), Shard(verdicts_file, Verdict)
             self._shards.append((responses, verdicts))
             where = {(response.prompt_id, response.sample): number for number, response in enumerate(responses)}
             for number, verdict in enumerate(verdicts):
-                place = (rung, verdict.sample, where[verdict.prompt_id, verdict.sample], number)
+                place = (step, verdict.sample, where[verdict.prompt_id, verdict.sample], number)
                 self._places.setdefault(verdict.prompt_id, []).append(place)
 
     def __len__(self) -> int:
@@ -33,8 +33,8 @@ class Attempts:
         for prompt_id in sorted(self._places):
             yield [self._attempt(*place) for place in sorted(self._places[prompt_id])]
 
-    def _attempt(self, rung: int, sample: int, response_number: int, verdict_number: int) -> Attempt:
-        responses, verdicts = self._shards[rung]
+    def _attempt(self, step: int, sample: int, response_number: int, verdict_number: int) -> Attempt:
+        responses, verdicts = self._shards[step]
         response = responses[response_number]
         marks = self._marks.get((response.prompt_id, sample), ())
         return Attempt(response, verdicts[verdict_number], marks)

@@ -144,10 +144,16 @@ def _parser() -> argparse.ArgumentParser:
         "judge responses with the guard and keep the safe ones",
         "Writes verdicts.jsonl (every response, with probabilities and reason), accepted.jsonl (of every prompt the\n"
         "first response that was accepted) and audit.jsonl (every prompt's whole story). Where the recipe has a\n"
-        "generation.ladder, prompts whose responses were all rejected are tried again. People's marks go before the\n"
-        "guard's word, each with a name and counted in the report; a response that somebody rejects is never kept.",
+        "generation.ladder, prompts whose responses were all rejected, by guard or person, are tried again. People's\n"
+        "marks go before the guard's word, each with a name and counted in the report; a response that somebody\n"
+        "rejects is never kept. Marks come before training: a run that is trained refuses new ones.",
     )
-    sub.add_argument("--responses", metavar="FILE", type=Path, help="judge these; needs `prompt`, `label`, `text`")
+    sub.add_argument(
+        "--responses",
+        metavar="FILE",
+        type=Path,
+        help="judge these; needs `prompt`, `label`, `text`; or another run's DIR",
+    )
     sub.add_argument("--marks", metavar="FILE", type=Path, help="take in what people marked on the `review` page")
     sub = stage(
         "train",
@@ -294,6 +300,7 @@ def _filter(options: argparse.Namespace) -> None:
             from thinksafe.intake import take_in_marks
 
             run.workers.once(lambda: take_in_marks(run, options.marks))
+            stages.retry(run, models)  # whose accepted response a person rejected
         run.workers.once(lambda: stages.accept(run))
         run.workers.once(lambda: _print_coverage(run))
         run.workers.once(lambda: print(run.path / "accepted.jsonl"))

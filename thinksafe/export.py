@@ -48,8 +48,7 @@ def export_data(run: RunDir, folder: Path) -> Path:
 
 
 def _accepted(run: RunDir) -> Iterator[Attempt]:
-    marks_file = run.path / "marks.jsonl"
-    for tried in Attempts(run, read_marks(marks_file) if marks_file.exists() else {}):
+    for tried in Attempts(run, read_marks(run)):
         if kept := choose(tried):
             yield kept
 

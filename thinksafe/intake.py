@@ -4,9 +4,11 @@ Files come from this run, from elsewhere (`--responses`, `--data`) or from the r
 """
 
 import os
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,14 @@ from thinksafe.training.packing import TrainingSequence
 
 
 def take_in_responses(run: RunDir, file: Path) -> None:
-    """Use responses from elsewhere as this run's."""
+    """Use responses from elsewhere as this run's; of another run's directory all, and people's marks on them."""
+    files = [file / "responses.jsonl", *sorted(file.glob("rungs/*.responses.jsonl"))] if file.is_dir() else [file]
+    taken = chain.from_iterable(take_in(each, Response) for each in files)
     # Whatever ladder they come from, here they are the first attempts.
-    _use(run.path / "responses.jsonl", (replace(response, rung=0) for response in take_in(file, Response)))
+    _use(run.path / "responses.jsonl", (replace(response, rung=0) for response in taken))
+    marks, there = file / "marks.jsonl", run.path / "marks.jsonl"
+    if marks.exists() and not there.exists():
+        write_shard(there, read_records(marks, Mark))
 
 
 def take_in_examples(run: RunDir, file: Path) -> None:
@@ -65,20 +72,26 @@ def take_in_marks(run: RunDir, file: Path) -> None:
     known = list(read_records(there, Mark)) if there.exists() else []
     if not (added := [mark for mark in dict.fromkeys(new) if mark not in known]):
         return
-    if (run.path / "training").exists():
+    if run.training_has_begun:
         raise UserError(
             f"--marks {file}: the run has already been trained without these; take its records over into a new folder: "
-            f"thinksafe filter --recipe {run.path / 'recipe.yaml'} --responses {run.path / 'responses.jsonl'} "
-            f"--marks {file} --out NEW"
+            f"{filter_anew(run, file)}"
         )
     run.forget_stage("accept")
+    (run.path / "accepted.jsonl").unlink(missing_ok=True)  # or `train` would take it for one from elsewhere
     write_shard(there, sorted([*known, *added], key=lambda mark: mark.moment))
 
 
-def read_marks(file: Path) -> dict[tuple[str, int], list[Mark]]:
+def filter_anew(run: RunDir, marks: Path | str) -> str:
+    """The command that decides on a run's responses again where its training can no longer be changed."""
+    recipe, responses, marks = (shlex.quote(str(path)) for path in (run.path / "recipe.yaml", run.path, marks))
+    return f"thinksafe filter --recipe {recipe} --responses {responses} --marks {marks} --out NEW"
+
+
+def read_marks(run: RunDir) -> dict[tuple[str, int], list[Mark]]:
     """Marks by prompt and sample, in the order in which they were made."""
-    marks = defaultdict(list)
-    for mark in read_records(file, Mark):
+    file, marks = run.path / "marks.jsonl", defaultdict(list)
+    for mark in read_records(file, Mark) if file.exists() else ():
         marks[mark.prompt_id, mark.sample].append(mark)
     return marks
 

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import zip_longest
+from itertools import count, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -260,16 +260,23 @@ class RunDir:
         if manifest["stages"].pop(stage, None) is not None:
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
-    def attempts(self, rung: int) -> tuple[Path, Path]:
-        """Responses and verdicts of a rung of the steering ladder; 0 is the first attempt."""
+    @property
+    def training_has_begun(self) -> bool:
+        """Whether what is accepted can no longer change."""
+        return (self.path / "training").exists()
+
+    def attempts(self, number: int) -> tuple[Path, Path]:
+        """Responses and verdicts: 0 of the first attempt, then those of each rung of the steering ladder, and beyond
+        its end those of attempts that people's marks asked for."""
         names = ("responses.jsonl", "verdicts.jsonl")
-        folder, prefix = (self.path / "rungs", f"{rung}.") if rung else (self.path, "")
+        folder, prefix = (self.path / "rungs", f"{number}.") if number else (self.path, "")
         return tuple(folder / f"{prefix}{name}" for name in names)
 
     def rungs(self) -> list[tuple[Path, Path]]:
-        """Responses and verdicts of every rung that was tried and judged, in order."""
-        tried = [self.attempts(rung) for rung in range(len(self.recipe.generation.rungs))]
-        return [files for files in tried if files[1].exists()]
+        """Responses and verdicts of all attempts that were made and judged, in order."""
+        ladder = len(self.recipe.generation.rungs)
+        further = takewhile(lambda files: files[1].exists(), map(self.attempts, count(ladder)))
+        return [files for files in map(self.attempts, range(ladder)) if files[1].exists()] + [*further]
 
     def remember_input(self, name: str, digest: str) -> None:
         """Record what a run is made from, the first time; later, make sure that it is still the same.
@@ -362,7 +369,7 @@ def _may_be_corrected(recipe_file: Path) -> bool:
         "estimate.json.partial",
     }
     if "prompts.jsonl" not in files:
-        inputs.add("responses.jsonl")  # not sampled here, but taken in with --responses
+        inputs |= {"responses.jsonl", "marks.jsonl"}  # not sampled here, but taken in with --responses
     if "verdicts.jsonl" not in files:
         inputs.add("accepted.jsonl")  # likewise with --data
     there = _recipe_in(recipe_file)

@@ -10,9 +10,10 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
@@ -158,30 +159,39 @@ def filter_responses(run: RunDir, models: Models) -> None:
 
 
 def retry(run: RunDir, models: Models) -> None:
-    """Try the prompts that have no accepted response again, rung by rung up the steering ladder."""
+    """Try the prompts that have no accepted response again, rung by rung up the steering ladder; then those whose last
+    accepted one a person has rejected, each from its own rung on."""
     for number, rung in enumerate(run.recipe.generation.ladder, start=1):
-        sampling, judging = f"generate_rung_{number}", f"filter_rung_{number}"
-        responses_file, verdicts_file = run.attempts(number)
-        if not run.is_done(sampling):
-            clock, tasks = run.clock(sampling), _tasks_of_rung(run, number, rung)
-            if not tasks:
-                continue
-            settings = run.recipe.generation.sampling
-            sampled = _sample(run, models, responses_file, tasks, settings, clock, f"rung {number}")
-            run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
-        if not run.is_done(judging):
-            _remember_guard(run)
-            clock, responses = run.clock(judging), Shard(responses_file, Response)
-            judged = _judge(run, models, responses, verdicts_file, clock, f"filter rung {number}")
-            run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
+        _retry_once(run, models, number, partial(_tasks_of_rung, run, number, rung))
+    number = len(run.recipe.generation.rungs)
+    while _retry_once(run, models, number, partial(_tasks_after_marks, run)):
+        number += 1
+
+
+def _retry_once(run: RunDir, models: Models, number: int, tasks_of: Callable[[], Sequence[Task]]) -> bool:
+    """Sample and judge further attempts into the shards of this number; whether there were any."""
+    sampling, judging = f"generate_rung_{number}", f"filter_rung_{number}"
+    responses_file, verdicts_file = run.attempts(number)
+    if not run.is_done(sampling):
+        clock, tasks = run.clock(sampling), tasks_of()
+        if not tasks:
+            return False
+        settings = run.recipe.generation.sampling
+        sampled = _sample(run, models, responses_file, tasks, settings, clock, f"rung {number}")
+        run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
+    if not run.is_done(judging):
+        _remember_guard(run)
+        clock, responses = run.clock(judging), Shard(responses_file, Response)
+        judged = _judge(run, models, responses, verdicts_file, clock, f"filter rung {number}")
+        run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
+    return True
 
 
 def accept(run: RunDir) -> None:
     """Keep one accepted response of every prompt as a training example, and write down every prompt's story."""
     if run.is_done("accept"):
         return
-    clock, marks_file = run.clock("accept"), run.path / "marks.jsonl"
-    marks = read_marks(marks_file) if marks_file.exists() else {}
+    clock, marks = run.clock("accept"), read_marks(run)
     attempts = Attempts(run, marks)
     files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"]
     with replacing(files[0]) as accepted, replacing(files[1]) as audit:
@@ -189,7 +199,7 @@ def accept(run: RunDir) -> None:
             if kept := choose(tried):
                 accepted.write(to_json(kept.example) + "\n")
             audit.write(json.dumps(story(tried), ensure_ascii=False) + "\n")
-    run.finish_stage("accept", files + [marks_file] * bool(marks), clock, tokens=0, records=len(attempts))
+    run.finish_stage("accept", files + [run.path / "marks.jsonl"] * bool(marks), clock, tokens=0, records=len(attempts))
 
 
 def examples_file(run: RunDir) -> Path:
@@ -426,6 +436,29 @@ def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:
         return Task(prompt, rung.steering_of(prompt.label), sample, number)
 
     return Mapped(task, range(len(waiting) * rung.samples))
+
+
+def _tasks_after_marks(run: RunDir) -> Sequence[Task]:
+    """The next rung of every prompt that has no accepted response because a person rejected one, as far as
+    `max_retries` goes."""
+
+    def climbing() -> list[tuple]:
+        marks, rungs, limit = read_marks(run), run.recipe.generation.rungs, run.recipe.generation.max_retries
+        asked, spent = [], _retries(run)
+        for tried in Attempts(run, marks) if marks else ():
+            last = tried[-1].response
+            rejected = any(attempt.person == "reject" for attempt in tried)
+            if not rejected or choose(tried) or last.rung + 1 == len(rungs):
+                continue
+            rung, about = rungs[last.rung + 1], (last.prompt_id, last.prompt, last.label)
+            if limit is None or spent + len(asked) + rung.samples <= limit:
+                samples = range(last.sample + 1, last.sample + 1 + rung.samples)
+                asked += [(about, rung.steering_of(last.label), sample, last.rung + 1) for sample in samples]
+        return asked
+
+    if run.is_done("accept"):  # with all marks: whoever could climb has climbed
+        return []
+    return [Task(Prompt(*about), *how) for about, *how in run.workers.once(climbing)]
 
 
 def _retries(run: RunDir) -> int:

@@ -190,6 +190,7 @@ $("scope").textContent = [
   left ? `${number(left)} more are not on this page` : "",
   page.malformed ? `${number(page.malformed)} malformed, which nobody can accept, left out` : "",
 ].filter(Boolean).join(" · ");
+$("late").hidden = !page.too_late;
 $("command").textContent = page.command;
 $("name").value = remembered("thinksafe-review-name", "");
 $("tick").style.left = `${100 * page.threshold}%`;

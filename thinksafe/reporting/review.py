@@ -22,7 +22,7 @@ from markupsafe import Markup
 
 from thinksafe.attempts import Attempts
 from thinksafe.chat import Thought, parse_response
-from thinksafe.intake import read_marks
+from thinksafe.intake import filter_anew, read_marks
 from thinksafe.records import Verdict, content_id
 from thinksafe.rundir import RunDir, write_atomically
 from thinksafe.selection import Attempt, choose
@@ -37,8 +37,7 @@ def write_review(run: RunDir, most: int) -> Path:
     Returns:
         The path of the page.
     """
-    marks_file = run.path / "marks.jsonl"
-    attempts = Attempts(run, read_marks(marks_file) if marks_file.exists() else {})
+    attempts = Attempts(run, read_marks(run))
     threshold, counts = run.recipe.guard.threshold, Counter()
 
     def readable() -> Iterable[tuple[Attempt, bool]]:
@@ -50,10 +49,12 @@ def write_review(run: RunDir, most: int) -> Path:
                     yield attempt, attempt is kept
 
     chosen = nsmallest(most, readable(), key=lambda shown: certainty(shown[0].verdict, threshold))
+    command = f"thinksafe filter --out {shlex.quote(str(run.path))} --marks marks.jsonl"
     page = {
         "run": content_id(run.recipe.to_yaml(), str(run.path.resolve())),
         "name": run.recipe.name,
-        "command": f"thinksafe filter --out {shlex.quote(str(run.path))} --marks marks.jsonl",
+        "too_late": run.training_has_begun,
+        "command": filter_anew(run, "marks.jsonl") if run.training_has_begun else command,
         "threshold": threshold,
         "margin": run.recipe.guard.margin,
         "judged": counts.total() - counts["dropped"],
