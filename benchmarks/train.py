@@ -9,15 +9,22 @@ of prompt tokens carry no loss, and a module for each projection and norm costs 
 On a CPU a model of 6M parameters waits for products, which packing cannot make fewer than a batch of one has; one of
 0.3M waits for the host, as a GPU does with one short sequence.
 
-The host's time for a layer is that of a pack too small to keep any device busy. Below it no step can be: 28 layers at
-1 to 1.4 ms are 28 to 39 ms, and 6k tokens of Qwen3-0.6B take an H200 about 55, so launches should not bound a step
-there, and steps are not recorded as CUDA graphs. If this row says otherwise on a GPU, that is the next thing to do.
+The host's time for a layer is that of a pack too small to keep any device busy: no step can take less that is launched
+kernel by kernel. 28 layers at 1 to 1.4 ms are 28 to 39 ms, and 6k tokens of Qwen3-0.6B take an H200 about 55; a step of
+5k has little to spare, one on a slower host nothing. Where that may be, passes are recorded as CUDA graphs
+(thinksafe/training/graphs.py): 1,978 launches with LoRA, counted on a trace, become two. On a GPU both ways stand in
+the table, and for either what a step of 16 tokens takes, which is all overhead.
+
+torch.compile in their place was tried (a layer at a time, dynamic shapes, one thread, widths of 64): the host's time
+for a layer fell from 0.61 to 0.33 ms, after 36 s of compiling for six layers and 16 s more at the second number of
+tokens.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 
 import numpy as np
@@ -30,9 +37,18 @@ from benchmarks.shapes import response_lengths
 from thinksafe.hardware import hardware_of
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
-from thinksafe.training.costs import TrainingCosts, Work, causal_pairs, described, keeping_on, largest_pack
+from thinksafe.training.costs import (
+    TrainingCosts,
+    Work,
+    average_pack,
+    causal_pairs,
+    described,
+    keeping_on,
+    largest_pack,
+    recorded_on,
+)
 from thinksafe.training.engine import SingleEngine
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.packing import PackedBatch, TrainingSequence, pack
 
 _PROMPT, _BATCH, _PACK = 64, 8, 32_768
 _LORA = LoraConfig()
@@ -75,15 +91,22 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
         ours.requires_grad_(True)
     costs = TrainingCosts(ours.config, ours.lora, dtype.itemsize)
     lengths = [len(sequence) for sequence in sequences]
-    ours.keeping = keeping_on(device, "auto", costs, largest_pack(lengths, _BATCH, 0, _PACK))
+    largest = largest_pack(lengths, _BATCH, 0, _PACK)
+    ours.keeping = keeping_on(device, "auto", costs, largest)
+    recorded = recorded_on(device, costs, ours.keeping, largest, average_pack(lengths, _BATCH, 0, _PACK))
     notes.append(
         f"{name}, random weights, {steps} steps of {_BATCH} sequences, {sum(lengths):,} tokens, squared lengths sum to "
         f"{sum(length**2 for length in lengths):,}; padding is not counted as tokens"
     )
     if gpu:
         notes.append(f"{name}, {method}: ThinkSafe computes again: {described(ours.keeping)}")
-    engine = SingleEngine(ours, 1.0, 0.0, with_reference=method == "lora")
-    variants = {"ThinkSafe": lambda: _packed(engine, sequences, _BATCH)}
+        graphs = f"packs of up to {recorded:,} tokens" if recorded else "none"
+        notes.append(f"{name}, {method}: recorded as CUDA graphs: {graphs}")
+    engine = SingleEngine(ours, 1.0, 0.0, method == "lora", recorded)
+    engines = {"ThinkSafe": engine}
+    if recorded:
+        engines["ThinkSafe, launched kernel by kernel"] = SingleEngine(ours, 1.0, 0.0)
+    variants = {variant: partial(_packed, one, sequences, _BATCH) for variant, one in engines.items()}
     if method == "lora":
         half = [replace(one, keeps_to_reference=index % 2 == 0) for index, one in enumerate(sequences)]
         variants["ThinkSafe, +KL on half of the sequences"] = lambda: _packed(engine, half, _BATCH)
@@ -102,6 +125,9 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
         if not row["variant"].startswith("ThinkSafe"):
             row["ThinkSafe is faster by"] = rows[0]["tokens/s"] / row["tokens/s"]
     rows[0]["host ms a layer"] = _host_milliseconds(ours)
+    for row in rows:
+        if row["variant"] in engines:
+            row["ms a step of 16 tokens"] = _least_milliseconds(engines[row["variant"]])
     return rows
 
 
@@ -219,14 +245,31 @@ def _padded(model: nn.Module, sequences: list[TrainingSequence]) -> Callable[[],
 
 
 def _host_milliseconds(decoder: Decoder) -> float:
-    """A layer's forward and backward pass on eight sequences of two tokens."""
-    tiny = [TrainingSequence(np.zeros(2, np.int32), 1)] * _BATCH
-    (batch,) = pack(tiny, _PACK, decoder.embedding.device)
+    """A layer's forward and backward pass on next to no tokens, launched kernel by kernel."""
+    batch = _tiny(decoder.embedding.device)
 
-    def step() -> None:
+    def passes() -> None:
         decoder(batch.input_ids, batch.positions, batch.attention).sum().backward()
 
-    step()
-    taken = min(seconds(step) for _ in range(20))
+    taken = _least(passes)
     decoder.zero_grad()
-    return 1e3 * taken / decoder.config.num_layers
+    return taken / decoder.config.num_layers
+
+
+def _least_milliseconds(engine: SingleEngine) -> float:
+    """A whole step on next to no tokens."""
+    batch = _tiny(engine.device)
+    return _least(lambda: engine.step([batch], 1e-5))
+
+
+def _tiny(device: torch.device) -> PackedBatch:
+    """Eight sequences of two tokens."""
+    (batch,) = pack([TrainingSequence(np.zeros(2, np.int32), 1)] * _BATCH, _PACK, device)
+    return batch
+
+
+def _least(work: Callable[[], None]) -> float:
+    """Milliseconds of the fastest of twenty calls, after two that compile and record."""
+    for _ in range(2):
+        work()
+    return 1e3 * min(seconds(work) for _ in range(20))

@@ -13,9 +13,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from thinksafe.model.decoder import Decoder
 from thinksafe.training import graphs
 from thinksafe.training.graphs import DecoderGraphs
 
@@ -61,9 +63,10 @@ class Tape(TorchDispatchMode):
                             self.changed.setdefault(id(tensor), (tensor, tensor.clone()))
         out = op(*args, **kwargs)
         made = [one for one in tensors_in(out) if one.untyped_storage()._cdata not in given]
-        self.formed |= {one.untyped_storage()._cdata: one for one in made}
+        self.formed |= {one.untyped_storage()._cdata: one.detach() for one in made}
         if made or op._schema.is_mutable:
-            self.calls.append((op, args, kwargs, out, offset))
+            # The memory, without what autograd hangs on it.
+            self.calls.append((op, *tree_map_only(Tensor, Tensor.detach, (args, kwargs, out)), offset))
         return out
 
     @torch.no_grad()
@@ -106,10 +109,21 @@ class TapedGraphs(DecoderGraphs):
         self.replays, self.tapes = 0, []
         self._offsets, self._drawn = {}, {}
 
+    def __call__(self, decoder: Decoder, *inputs) -> Tensor:
+        """Nothing may be recorded while autograd holds a pass that ran directly: it would add gradients on the stream
+        of that pass, and a graph holds one stream."""
+        self._trained = [one for one in decoder.parameters() if one.requires_grad]
+        hidden = super().__call__(decoder, *inputs)
+        if hidden.requires_grad:
+            for one in self._trained:
+                get_gradient_edge(one).node.metadata["of an earlier pass"] = True
+        return hidden
+
     def record(self, work: Callable):
         forward = work.__name__ == "forward"
         if forward:
             self._offsets = {}
+            assert not any(get_gradient_edge(one).node.metadata for one in self._trained), "an earlier pass is alive"
         state, tape = torch.get_rng_state(), Tape(self._offsets)
         with tape:
             result = work()

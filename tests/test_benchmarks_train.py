@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from taped_graphs import tape_passes
 
 from benchmarks import train
 from thinksafe.model.weights import hugging_face_name
@@ -57,9 +58,24 @@ def test_absent_peers_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * count)
     notes = []
     rows = train._case("cpu-0.3m", "lora", notes)
+    assert "ms a step of 16 tokens" not in rows[1]
     assert [row["variant"] for row in rows] == ["ThinkSafe", "ThinkSafe, +KL on half of the sequences"]
     assert "absent: peft" in notes
     rows = train._case("cpu-0.3m", "full", notes)
     assert [row["variant"] for row in rows] == ["ThinkSafe", "transformers, padded batches"]
     assert "absent: trl" in notes and "absent: datasets" in notes
-    assert rows[0]["host ms a layer"] > 0 and rows[0]["TFLOP/s"] > 0 and rows[1]["ThinkSafe is faster by"] > 0
+    assert (
+        0 < rows[0]["host ms a layer"] < rows[0]["ms a step of 16 tokens"]
+        and rows[0]["TFLOP/s"] > 0
+        and rows[1]["ThinkSafe is faster by"] > 0
+    )
+
+
+def test_recorded_passes_stand_beside_those_that_are_not(monkeypatch):
+    tape_passes(monkeypatch)
+    monkeypatch.setattr(train, "peer", lambda module, notes: None)
+    monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * 8)
+    monkeypatch.setattr(train, "recorded_on", lambda *of_the_case: 1024)
+    rows = {row["variant"]: row for row in train._case("cpu-0.3m", "lora", [])}
+    assert list(rows)[:2] == ["ThinkSafe", "ThinkSafe, launched kernel by kernel"]
+    assert all(row["ms a step of 16 tokens"] > 0 for row in list(rows.values())[:2])

@@ -25,6 +25,7 @@ from thinksafe.training.costs import (
     average_pack,
     causal_pairs,
     described,
+    recorded_on,
     recorded_within,
     sharding_within,
 )
@@ -154,6 +155,9 @@ def test_passes_are_recorded_where_launches_may_bind_and_memory_is_left():
     assert tokens("qwen3-0.6b", 6200, 60, lora=None) > 6200
     costs = TrainingCosts(config_of("qwen3-0.6b"), LORA)
     assert recorded_within(10**12, hardware, costs, none, largest=3000, average=2000) == 3000
+    for device, itemsize in (("cpu", 2), ("cuda", 4)):
+        one = dataclasses.replace(costs, itemsize=itemsize)
+        assert recorded_on(torch.device(device), one, none, largest=3000, average=2000) == 0
     held = costs.step_bytes(none, 16_384, 16_384) + costs.graph_bytes(none, limit)
     assert tokens("qwen3-0.6b", 6200, held / 2**30 + 0.01) == limit
     assert tokens("qwen3-0.6b", 6200, held / 2**30 - 0.01) == 0
@@ -191,7 +195,7 @@ def test_a_step_on_a_gpu_takes_the_memory_that_is_counted_and_gives_the_same_gra
         torch.manual_seed(5)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        loss(batch, False).sum().backward()
+        loss(batch, False)[0].sum().backward()
         taken = torch.cuda.max_memory_allocated() - before
         return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}, taken
 

@@ -173,11 +173,11 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(folders):
     batches = [collate(step, CPU) for step in (STEPS[0], STEPS[3])]
     recorded.decoder.train()
     for batch in batches:
-        recorded.loss(batch, False).sum().backward()
-    first, _ = [recorded.loss(batch, False).sum() for batch in batches]
+        recorded.loss(batch, False)[0].sum().backward()
+    first, _ = [recorded.loss(batch, False)[0].sum() for batch in batches]
     with pytest.raises(RuntimeError, match="memory is gone"):
         first.backward()
-    loss = recorded.loss(batches[0], False).sum()
+    loss = recorded.loss(batches[0], False)[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="memory is gone"):
         loss.backward()

@@ -296,12 +296,13 @@ def recorded_on(
 ) -> int:
     """Tokens up to which the passes of packs are recorded as CUDA graphs, see graphs.py; 0 for none, as on a CPU.
 
-    Where the average pack may be bound by its launches, and memory is left beside the largest pack.
+    Where the average pack may be bound by its launches, and memory is left beside the largest pack. Not in fp32, where
+    attention on a GPU asks for the sequences' lengths.
 
     Args:
         largest, average: tokens of packs.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or costs.itemsize == 4:
         return 0
     room = (1 - _SPARE) * _free_bytes(device) - costs.optimizer_bytes()
     hardware = hardware_of(device) or hardware_named("H200")  # of those known, the one that waits longest for a host

@@ -77,12 +77,10 @@ class SingleEngine:
         loss, dropped, bad_rows = torch.zeros((), device=self.device), [], []
         self.decoder.train()
         for pack in packs:
-            losses, dropped_mass = self.loss(pack, pack.num_reference_rows > 0)
+            pack_loss, dropped_mass, bad_row = self._add_gradients(pack, total_weight)
+            loss += pack_loss
             dropped.append(dropped_mass)
-            bad_rows.append(first_bad_row(losses))
-            pack_loss = losses.sum() / total_weight
-            pack_loss.backward()
-            loss += pack_loss.detach()
+            bad_rows.append(bad_row)
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 self.masters[name].grad, parameter.grad = parameter.grad.float(), None
@@ -97,6 +95,14 @@ class SingleEngine:
         self.optimizer.zero_grad()
         self._publish_masters()
         return result
+
+    def _add_gradients(self, pack: PackedBatch, total_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of one pack; its part of the loss, its dropped mass and its first bad row. What autograd holds of the pass is
+        gone on return, as the recording of another one needs."""
+        losses, dropped_mass = self.loss(pack, pack.num_reference_rows > 0)
+        pack_loss = losses.sum() / total_weight
+        pack_loss.backward()
+        return pack_loss.detach(), dropped_mass, first_bad_row(losses)
 
     @torch.no_grad()
     def _publish_masters(self) -> None:

@@ -3,8 +3,8 @@
 A layer's forward and backward pass takes the host about 0.9 ms whatever the number of tokens: 25 ms for 28 layers, in
 which an H200 computes as much as 5k tokens of Qwen3-0.6B take. A graph has fixed shapes and addresses, so a pack is
 filled up to one of a few sizes by a sequence that nothing reads, at most an eighth of the pack, and copied to where the
-graph reads. Sizes differ from pack to pack, and so do the rows that have a target: what comes after the
-decoder, the loss, runs between the graphs of forward and backward pass as it always does.
+graph reads. The rows that have a target differ from pack to pack too, so what comes after the decoder, the loss, runs
+between the graphs of forward and backward pass as it always does.
 
 A size is computed directly when it comes for the first time, which compiles kernels, and recorded when it comes again.
 Both ways launch the same kernels on the same shapes, so what a step computes does not depend on what was recorded
@@ -86,7 +86,10 @@ class DecoderGraphs:
         return self._recorded[key](input_ids, positions, cu_seqlens)
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """What the work returns, not computed yet, and what computes it, again and again."""
+        """What the work returns, not computed yet, and what computes it, again and again.
+
+        No pass that ran directly may be alive: autograd would go on adding gradients on its stream, not on the graph's.
+        """
         gc.collect()  # what cycles hold of an earlier recording would keep its memory
         graph = torch.cuda.CUDAGraph()
         # Other threads go on: one of them pins the next step's packs.
@@ -123,7 +126,6 @@ class _RecordedPass:
             return hidden
 
         def backward() -> None:
-            # Not .backward(): autograd would add gradients on the stream where a parameter was first used.
             gradients = torch.autograd.grad(hidden, self.parameters, self.grad_hidden)
             torch._foreach_add_(self.sums, gradients)
 
