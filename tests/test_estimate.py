@@ -70,7 +70,7 @@ def test_more_gpus_share_the_work_and_cost_the_same():
         ("training.epochs=6", "train", 2),
         ("generation.samples=2", "filter", 2),
         ("limit=1000", "filter", 1000 / 39_987),
-        ("guard={kind: ensemble, members: [{}, {}]}", "filter", 2),
+        ("guard={kind: ensemble, members: [{}, {threshold: 0.9}]}", "filter", 2),
         ("training.batch_tokens=32768", "train", 1),
     ],
 )
