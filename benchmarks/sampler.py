@@ -156,7 +156,7 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
     q = torch.randn(rows, config.num_heads, config.head_dim, device=device, dtype=dtype)
     kv = torch.randn(rows, config.num_kv_heads, config.head_dim, device=device, dtype=dtype)
     attention = DecodeAttention(runner.cache, runner.page_table[slots], positions)
-    rotation = Rotation(None, None, config.rms_norm_eps, *decoder._rotation(positions))
+    rotation = Rotation(None, None, config.rms_norm_eps, *decoder.rotation(positions))
     hidden = torch.randn(rows, config.hidden_size, device=device, dtype=dtype)
     logits = matmul_fp32(hidden, decoder.head.T)
     columns = (runner.temperature[slots], runner.top_k[slots], runner.top_p[slots], runner.seed[slots], positions)

@@ -106,7 +106,7 @@ def test_peak_and_traffic_of_the_layers_are_those_of_a_trace(name, modes):
     with on_gpu_path(), torch.device("meta"):
         ids = torch.empty(tokens, dtype=torch.int64)
         attention = PackedAttention(torch.empty(3, dtype=torch.int32), tokens)
-        decoder._rotation(ids)
+        decoder.rotation(ids)
         with MemoryTrace() as trace:
             hidden = decoder(ids, ids, attention)
             hidden.backward(torch.empty_like(hidden))

@@ -219,7 +219,7 @@ def test_what_is_recorded_on_a_gpu_never_waits_and_reads_nothing_of_the_host(mon
     with on_gpu_path(), torch.device("meta"):
         ids = torch.empty(5120, dtype=torch.int64)
         attention = PackedAttention(torch.empty(17, dtype=torch.int32), 5120)
-        decoder._rotation(ids)
+        decoder.rotation(ids)
         with OnTheDevice() as trace:
             hidden = decoder(ids, ids, attention)
             trained = [one for one in decoder.parameters() if one.requires_grad]

@@ -159,6 +159,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
         ({"sampler": {"kv_cache_gib": 2.0, "max_running": 8, "max_step_tokens": 64}}, False),
         ({"guard": {"sampler": {"kv_cache_gib": 2.0}}, "trackers": ["wandb"], "zero": {"stage": 3}}, False),
         ({"training": {"max_tokens_per_pack": 99, "activation_checkpointing": "full"}}, False),
+        ({"sampler": {"tensor_parallel": 2}}, False),
         ({"sampler": {"kv_cache_dtype": "fp8"}}, True),
         ({"guard": {"threshold": 0.4}}, True),
         ({"training": {"batch_size": 9}}, True),
@@ -176,6 +177,24 @@ def test_what_only_takes_other_room_is_the_same_run(tmp_path, settings, refused)
         with RunDir.open(tmp_path / "run", other) as run:
             assert run.is_done("stage")
         assert check_recipe(yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()), "there") == other
+
+
+@pytest.mark.parametrize("section", ["sampler", "guard"])
+def test_in_batch_invariant_mode_the_number_of_parts_is_no_matter_of_room(tmp_path, section):
+    """It decides the last digits of every sum."""
+
+    def recipe(**settings):
+        sampler = {"batch_invariant": True, **settings}
+        given = {"sampler": sampler} if section == "sampler" else {"guard": {"sampler": sampler}}
+        return check_recipe({"name": "n", "model": "m", **given}, "here")
+
+    with RunDir.open(tmp_path / "run", recipe()) as run:
+        finish(run)
+    with RunDir.open(tmp_path / "run", recipe(max_running=8)):
+        pass
+    other = recipe(max_running=8, tensor_parallel=2)
+    with pytest.raises(UserError, match="tensor_parallel: 2, there"), RunDir.open(tmp_path / "run", other):
+        pass
 
 
 def test_a_recipe_with_less_in_it_is_refused_too(tmp_path):

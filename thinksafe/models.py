@@ -1,5 +1,6 @@
 """The checkpoints of a run, each loaded once and shared by the stages that need it."""
 
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from thinksafe.model.lora import detach, load_adapter
 from thinksafe.model.parallel import WHOLE, Shard
 from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve
 from thinksafe.recipe import Recipe
+from thinksafe.sampler.engine import EngineConfig
 from thinksafe.tokenization import SafeTokenizer
 from thinksafe.workers import ALONE, Workers
 
@@ -29,6 +31,20 @@ def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
         raise UserError(
             f"{folder}: the tokenizer has {used} tokens, config.json's vocab_size is {known}; they do not fit"
         )
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """How a decoder's weights are held: by how many processes, whether these add up in order, and in what."""
+
+    processes: int = 1
+    in_order: bool = False
+    weights: WeightDtype = "auto"
+
+    @classmethod
+    def wanted_by(cls, sampler: EngineConfig) -> "_Holding":
+        together = sampler.tensor_parallel
+        return cls(together, sampler.batch_invariant and together > 1, sampler.weights)
 
 
 class Models:
@@ -57,7 +73,7 @@ class Models:
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._recipe, self._workers = recipe, workers
-        self._loaded: tuple[tuple[Path, int, WeightDtype], Decoder] | None = None
+        self._loaded: tuple[tuple[Path, _Holding], Decoder] | None = None
 
     @cached_property
     def base(self) -> Path:
@@ -87,7 +103,7 @@ class Models:
     def _judge(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
         """A checkpoint that judges."""
         folder, tokenizer = self._guard_files(config)
-        return self._load(folder, config.sampler.tensor_parallel, config.sampler.weights), tokenizer
+        return self._load(folder, _Holding.wanted_by(config.sampler)), tokenizer
 
     def _guard_files(self, config: GuardConfig) -> tuple[Path, SafeTokenizer]:
         folder = resolve(config.model, "guard.model")
@@ -104,16 +120,15 @@ class Models:
         if on_host and self.device.type != "cpu":
             self._loaded = None
             return load_decoder(self.base, self.dtype, "cpu")
-        return self._student(self.base, None, 1, "auto")
+        return self._student(self.base, None, _Holding())
 
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
         """The student as it answers: with this adapter on, or none, this process's part of it where several GPUs hold
         it, in e4m3 where the recipe says so. `folder` is another checkpoint of it, after full fine-tuning."""
-        sampler = self._recipe.sampler
-        return self._student(folder or self.base, adapter, sampler.tensor_parallel, sampler.weights)
+        return self._student(folder or self.base, adapter, _Holding.wanted_by(self._recipe.sampler))
 
-    def _student(self, folder: Path, adapter: Path | None, tensor_parallel: int, weights: WeightDtype) -> Decoder:
-        wanted = (folder, tensor_parallel, weights)
+    def _student(self, folder: Path, adapter: Path | None, holding: _Holding) -> Decoder:
+        wanted = (folder, holding)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # the old weights go before the new ones come
             self._loaded = (wanted, self._load(*wanted))
@@ -125,14 +140,14 @@ class Models:
             load_adapter(decoder, adapter)
         return decoder.requires_grad_(False).eval()
 
-    def _load(self, folder: Path, tensor_parallel: int, weights: WeightDtype) -> Decoder:
-        if weights == "fp8" and not supported(self.device):
+    def _load(self, folder: Path, holding: _Holding) -> Decoder:
+        if holding.weights == "fp8" and not supported(self.device):
             raise UserError("sampler.weights: fp8 needs a GPU of compute capability 8.9 or more; use auto")
-        shard = WHOLE
-        if tensor_parallel > 1:
-            group = self._workers.neighbours(tensor_parallel, self.device)
-            shard = Shard(self._workers.rank % tensor_parallel, tensor_parallel, group)
-        return load_decoder(folder, self.dtype, self.device, shard, weights)
+        shard, processes = WHOLE, holding.processes
+        if processes > 1:
+            group = self._workers.neighbours(processes, self.device)
+            shard = Shard(self._workers.rank % processes, processes, group, holding.in_order)
+        return load_decoder(folder, self.dtype, self.device, shard, holding.weights)
 
     def forget_student(self) -> None:
         """The loaded weights were trained on in place: the next stage reads them anew."""

@@ -35,6 +35,7 @@ from thinksafe.errors import UserError
 from thinksafe.recipe import Recipe, check_recipe
 from thinksafe.records import Example, Prompt, Record, Response, Shard, to_json
 from thinksafe.sampler.engine import OF_MEMORY as SAMPLING_ROOM
+from thinksafe.sampler.engine import EngineConfig
 from thinksafe.training.loop import OF_MEMORY as TRAINING_ROOM
 from thinksafe.workers import ALONE, Workers
 
@@ -400,8 +401,8 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
     if there is not None:
         there = replace(
             there,
-            sampler=_taking(there.sampler, recipe.sampler, SAMPLING_ROOM),
-            guard=replace(there.guard, sampler=_taking(there.guard.sampler, recipe.guard.sampler, SAMPLING_ROOM)),
+            sampler=_taking_room(there.sampler, recipe.sampler),
+            guard=replace(there.guard, sampler=_taking_room(there.guard.sampler, recipe.guard.sampler)),
             training=_taking(there.training, recipe.training, TRAINING_ROOM),
             zero=recipe.zero,
             trackers=recipe.trackers,
@@ -412,9 +413,15 @@ def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
         differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
     raise UserError(
         f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
-        f"give another folder, or the same recipe, in which only {_FREE} may change; records can be taken over with "
-        "--responses and --data"
+        f"give another folder, or the same recipe, in which only {_FREE} may change (tensor_parallel not in "
+        "batch-invariant mode); records can be taken over with --responses and --data"
     )
+
+
+def _taking_room(sampler: EngineConfig, other: EngineConfig) -> EngineConfig:
+    """Sums over another number of processes have other last digits, which batch-invariant responses must not have."""
+    fixed = {"tensor_parallel"} if sampler.batch_invariant else set()
+    return _taking(sampler, other, [name for name in SAMPLING_ROOM if name not in fixed])
 
 
 def _taking(section: T, other: T, names: Iterable[str]) -> T:

@@ -10,6 +10,7 @@ A worker that dies takes the others with it, by the launcher or, where that does
 command then goes on from what is written.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -276,6 +277,7 @@ class Workers:
     def _leave(self) -> None:
         self._over.set()
         if dist.is_initialized():
+            gc.collect()  # NCCL would wait for ever for a CUDA graph that garbage still holds
             dist.destroy_process_group()
         self.store.add(f"pulse/{self.rank}", _LEFT)
         gone = self.store.add("left", 1)

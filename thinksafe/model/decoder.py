@@ -172,7 +172,7 @@ class Decoder(nn.Module):
                 else:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, [T, D/2] fp32 each, from a table made once a device."""
         if self._angles is None or self._angles.device != positions.device:
             config = self.config
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         Returns:
             [T, H]; logits are its product with `head`, left to the caller, who seldom wants all of them.
         """
-        cos, sin = self._rotation(positions)
+        cos, sin = self.rotation(positions)
         hidden = F.embedding(input_ids, self.embedding)
         for layer, keeping in zip(self.layers, self.keeping, strict=True):
             hidden = run_layer(layer, keeping, hidden, cos, sin, attention, linear)

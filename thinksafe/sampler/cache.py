@@ -43,6 +43,7 @@ class PageCache:
     """Pages 0 to num_pages - 1, all zero.
 
     Attributes:
+        format: what keys and values are kept in.
         page_size: tokens a page.
         bytes_per_token: over all layers.
     """
@@ -50,7 +51,7 @@ class PageCache:
     def __init__(
         self, config: ModelConfig, cache_format: CacheFormat, num_pages: int, page_size: int, device: torch.device
     ):
-        self.page_size, self.device = page_size, device
+        self.format, self.page_size, self.device = cache_format, page_size, device
         self.bytes_per_token = cache_format.bytes_per_token(config)
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size)
 

@@ -21,6 +21,7 @@ from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import WeightDtype
 from thinksafe.sampler.cache import CacheDtype, CacheFormat
+from thinksafe.sampler.invariance import prove_row_invariance
 from thinksafe.sampler.limits import Sizes, pass_seconds
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.runner import Results, Runner
@@ -46,7 +47,8 @@ class EngineConfig:
         weights: `fp8` keeps the layers' projections in e4m3, quantised when they are loaded, and multiplies in it: half
             the bytes and twice the rate; `auto` in the model's dtype. Training never uses it.
         batch_invariant: a response has the same tokens and log-probabilities, bit for bit, whatever else is in the
-            batch, in which order and on how many workers; products take longer.
+            batch, in which order and on how many workers of one kind of device; each `tensor_parallel` has its own
+            last digits. Looked at before anything is answered; products take longer.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -71,7 +73,7 @@ class EngineConfig:
 
 OF_MEMORY = ("max_running", "max_step_tokens", "kv_cache_gib", "tensor_parallel")
 """Settings that change what fits and how it is held, and nothing of a response but the last digits of its
-log-probabilities: they may change in the middle of a run."""
+log-probabilities: they may change in the middle of a run, but for `tensor_parallel` in batch-invariant mode."""
 
 
 class Engine:
@@ -105,6 +107,8 @@ class Engine:
             replay=config.batch_invariant,
         )
         self.runner = Runner(decoder, self.scheduler, cache_format, config.batch_invariant)
+        if config.batch_invariant:
+            prove_row_invariance(self.runner, config.max_step_tokens)
         self.most_at_once = most_at_once or config.max_running + _QUEUED
         self.hardware, self.limit_seconds = hardware_of(device), 0.0
         self.sizes = Sizes.of(decoder, cache_format) if self.hardware else None

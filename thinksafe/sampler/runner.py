@@ -109,7 +109,7 @@ class Runner:
         self.linear = row_linear if batch_invariant else F.linear
         # In fp32: rounded to bf16, logits are off by 0.03 and more, which changes two draws in a hundred.
         self.logits = partial(row_linear, dtype=torch.float32) if batch_invariant else _logits
-        self.logprobs_of = self._logprobs_of_all if batch_invariant else linear_logprob_of
+        self.logprobs_of = _logprobs_of_all if batch_invariant else linear_logprob_of
         num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
         self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
         self.spare_slot, self.spare_page = num_slots, num_pages
@@ -122,7 +122,9 @@ class Runner:
         self.last_token, self.seed, self.top_k = (column(torch.int64) for _ in range(3))
         self.temperature, self.top_p = (column(torch.float32) for _ in range(2))
         self._graphs: dict[int, _DecodeGraph] | None = None
-        if self.device.type == "cuda" and library() is not None:
+        can_record = self.device.type == "cuda" and library() is not None
+        # All processes of a model record what they send one another, or none does.
+        if decoder.shard.least(int(can_record), self.device):
             self._graphs = {}
             self.graph_memory = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at a time
 
@@ -187,11 +189,6 @@ class Runner:
         self.last_token[slots] = tokens.clamp(min=0)  # -1, of a broken row, would be no index in a pass run ahead
         return tokens, logprobs
 
-    def _logprobs_of_all(self, hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
-        """`linear_logprob_of` from whole rows of logits."""
-        logprobs = self.logits(hidden, head).log_softmax(-1).gather(-1, token_ids)
-        return logprobs.masked_fill(~hidden.isfinite().all(-1, keepdim=True), torch.nan)
-
     def _join(self, plan: StepPlan) -> None:
         """Send what the device must know of new occupants and their pages."""
         slots = upload(plan.joined, self.device)
@@ -205,8 +202,21 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return matmul_fp32(hidden, head.T)
 
 
+def _logprobs_of_all(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """`linear_logprob_of` from whole rows of logits, whose bits depend on no other row."""
+    logprobs = row_linear(hidden, head, dtype=torch.float32).log_softmax(-1).gather(-1, token_ids)
+    return logprobs.masked_fill(~hidden.isfinite().all(-1, keepdim=True), torch.nan)
+
+
 class _DecodeGraph:
-    """A decode pass for a fixed number of rows, recorded once and replayed."""
+    """A decode pass for a fixed number of rows, recorded once and replayed.
+
+    Where several GPUs hold the model, their NCCL operations are a part of it. All processes plan alike, so they record
+    and replay the same graphs in the same order, one at a time; the communicator is older than the engine, and the pass
+    before the recording sets up whatever this number of rows needs of it. The operations wait for nobody on the host,
+    and torch launches them on the stream that is recorded. NCCL ends a communicator only when all graphs that use it
+    are gone: these go with the engine, which nothing outlives.
+    """
 
     def __init__(self, runner: Runner, num_rows: int):
         nobody = np.zeros((5, num_rows), dtype=np.int64)
