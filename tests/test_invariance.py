@@ -131,12 +131,12 @@ def test_an_engine_and_its_graphs_are_gone_with_the_last_reference(decoder, batc
         gc.enable()
 
 
-def by_workers(count: int, out: Path, folder: Path, *together: int) -> list[dict]:
+def by_workers(count: int, out: Path, folder: Path, *together: int, device: str = "cpu") -> list[dict]:
     """What each of so many processes found."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [*torchrun, str(TESTS / "queue_ranks.py"), str(out), str(folder), *map(str, together)]
+    command = [*torchrun, str(TESTS / "queue_ranks.py"), str(out), str(folder), device, *map(str, together)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(count)]
@@ -170,6 +170,16 @@ def test_any_number_of_workers_writes_the_same_bits(tmp_path):
             np.testing.assert_allclose(parted[id_][2], logprobs, atol=1e-4)
     assert by_a_pair != by_four
     assert all("a layer that decodes gives a row other bits" in part["refused"] for part in four)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_graphs_with_nccl_in_them_say_what_passes_without_graphs_say(tmp_path):
+    """And the processes end, though NCCL waits for graphs that are left."""
+    sizes = {"num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 512}
+    folder = make_checkpoint("qwen3", tmp_path / "student", seed=11, **sizes)
+    first, _ = by_workers(2, tmp_path, folder, 2, device="cuda")
+    assert len(first[2]) == len(REQUESTS) and first[2] == first["direct"]
 
 
 @pytest.mark.gpu

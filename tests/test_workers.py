@@ -1,5 +1,6 @@
 """Processes that share a queue: every task goes to one of them, and nobody passes a meeting before the others came."""
 
+import gc
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from itertools import chain
 
 import pytest
@@ -15,6 +17,7 @@ from checkpoints import make_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thinksafe import workers as workers_module
 from thinksafe.model.weights import load_decoder
 from thinksafe.progress import TokenBar
 from thinksafe.sampler.engine import Engine, EngineConfig
@@ -101,6 +104,26 @@ def test_a_total_is_of_all():
         return total(0)
 
     assert together(3, work) == [60] * 3
+
+
+def test_garbage_is_gone_before_the_process_group_is_ended(monkeypatch):
+    """A CUDA graph in it would hold NCCL's communicator."""
+
+    class Graph:
+        pass
+
+    graph = Graph()
+    graph.itself = graph
+    watched, seen = weakref.ref(graph), []
+    monkeypatch.setattr(workers_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(workers_module.dist, "destroy_process_group", lambda: seen.append(watched()))
+    gc.disable()
+    try:
+        del graph
+        Workers(0, 1, torch.distributed.HashStore())._leave()
+    finally:
+        gc.enable()
+    assert seen == [None]
 
 
 def test_a_process_alone_waits_for_nobody_and_takes_everything(monkeypatch):

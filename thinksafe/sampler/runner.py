@@ -211,11 +211,11 @@ def _logprobs_of_all(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
 class _DecodeGraph:
     """A decode pass for a fixed number of rows, recorded once and replayed.
 
-    Where several GPUs hold the model, their NCCL operations are a part of it. All processes plan alike, so they record
-    and replay the same graphs in the same order, one at a time; the communicator is older than the engine, and the pass
-    before the recording sets up whatever this number of rows needs of it. The operations wait for nobody on the host,
-    and torch launches them on the stream that is recorded. NCCL ends a communicator only when all graphs that use it
-    are gone: these go with the engine, which nothing outlives.
+    Where several GPUs hold the model, their NCCL operations are a part of it. NCCL wants each operation recorded by all
+    processes or by none, and graphs replayed in one order: all processes plan alike, so theirs are the same, one at a
+    time. The communicator is older than any graph, and the pass before the recording sets up what this number of rows
+    needs of it. torch launches the operations on the stream that is recorded, and nothing waits on the host. NCCL ends
+    a communicator only when all graphs that use it are gone: these go with the engine, at its last reference.
     """
 
     def __init__(self, runner: Runner, num_rows: int):
@@ -228,7 +228,8 @@ class _DecodeGraph:
             runner.decode(self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=runner.graph_memory):
+        # Other threads go on: torch's watches over what NCCL has been given before.
+        with torch.cuda.graph(self.graph, pool=runner.graph_memory, capture_error_mode="thread_local"):
             self.outputs = runner.decode(self.inputs)
 
     def __call__(self, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
