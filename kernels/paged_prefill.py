@@ -88,20 +88,20 @@ def _scores(q, k, exponents_ptr, rows, written, scale):
 
 @jit
 def _absorb(scores, v, exponents_ptr, rows, written, best, total, acc):
-    """One tile of the online softmax, in powers of two: row maxima, row sums and weighted values so far."""
-    higher = tl.maximum(best, tl.max(scores, axis=1))
+    """One tile of the online softmax, in powers of two: row maxima, row sums and weighted values so far. In e4m3 the
+    weights take on the scales of their values, and the shift keeps the two together at 1 or below, as fp16 needs."""
+    if exponents_ptr is None:
+        higher = tl.maximum(best, tl.max(scores, axis=1))
+    else:
+        exponent = tl.load(exponents_ptr + rows, mask=written, other=0).to(tl.int32)
+        reach = scores + (exponent - 127).to(tl.float32)[None, :]
+        higher = tl.maximum(best, tl.max(reach, axis=1))
     weights = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(best - higher)
     total = total * shrink + tl.sum(weights, axis=1)
-    if exponents_ptr is None:
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    else:
-        # The weights take on the scales of their values, less the tile's largest, and so stay what fp16 can hold.
-        exponent = tl.load(exponents_ptr + rows, mask=written, other=0).to(tl.int32)
-        largest = tl.max(exponent, axis=0)
-        weights *= power_of_two(tl.maximum(exponent - largest + 127, 0))[None, :]
-        product = tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        acc = acc * shrink[:, None] + product * power_of_two(largest)
+    if exponents_ptr is not None:
+        weights *= power_of_two(exponent)[None, :]
+    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return higher, total, acc
 
 

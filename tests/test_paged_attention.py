@@ -145,11 +145,14 @@ def test_values_in_e4m3_may_be_of_any_size(fresh_seed, monkeypatch, powers, devi
         numbers[where], exponents[where] = 0, 1
     numbers[problem.page_table[3, :3]], exponents[problem.page_table[3, :3]] = 0, 1
     problem.cache[1] = dequantise(problem.stored[1], exponents, dtype)
-    out = problem.decode(q)
+    counts = [8, 1, 6, 4]
+    prompts = problem.queries(sum(counts)).split(counts)
+    read = problem.prefill(torch.cat(prompts), counts).split(counts)
     for row in range(4):
-        expected = problem.expected(q[row, None], row)
-        largest = expected.abs().max().item()
-        torch.testing.assert_close(out[row, None].double(), expected, rtol=0, atol=error * largest)
+        for queries, out in ((q[row, None], problem.decode(q)[row, None]), (prompts[row], read[row])):
+            expected = problem.expected(queries, row)
+            largest = expected.abs().amax(-1, keepdim=True)
+            assert ((out.double() - expected).abs() <= error * largest).all()
 
 
 @settings(max_examples=40)
