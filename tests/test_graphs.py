@@ -16,6 +16,7 @@ from taped_graphs import tape_passes, tensors_in, waits
 from test_training import DROPOUT, RUN, SEQUENCES, Killed, assert_same_run, engine, gradients, sequence, untimed
 
 from benchmarks.shapes import MODELS
+from thinksafe.errors import UserError
 from thinksafe.kernels import dispatch
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.config import ModelConfig
@@ -23,7 +24,7 @@ from thinksafe.model.lora import LoraConfig, without_adapters
 from thinksafe.model.weights import load_decoder
 from thinksafe.training import graphs
 from thinksafe.training.engine import NonFiniteStep
-from thinksafe.training.graphs import bucket
+from thinksafe.training.graphs import DecoderGraphs, bucket
 from thinksafe.training.loop import train
 from thinksafe.training.packing import collate, pack
 
@@ -181,6 +182,15 @@ def test_a_backward_pass_after_another_forward_pass_is_refused(folders):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="memory is gone"):
         loss.backward()
+
+
+def test_what_cannot_be_recorded_says_how_to_do_without(folders, monkeypatch):
+    """As on a CPU, where torch has no graphs."""
+    monkeypatch.setattr("thinksafe.training.engine.DecoderGraphs", DecoderGraphs)
+    recorded, batch = of(folders["tied"], recorded=128), pack(STEPS[0], 10**6, CPU)
+    recorded.step(batch, 1e-3)
+    with pytest.raises(UserError, match=r"training.cuda_graphs: .*set it to none"):
+        recorded.step(batch, 1e-3)
 
 
 @torch.no_grad()

@@ -146,7 +146,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
 def test_another_recipe_is_refused_with_the_difference(tmp_path):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    difference = "another recipe .*seed: 1, there seed: 0.*training.activation_checkpointing, zero and trackers may"
+    difference = "another recipe .*seed: 1, there seed: 0.*training.cuda_graphs, zero and trackers may"
     with pytest.raises(UserError, match=difference), RunDir.open(tmp_path / "run", OTHER):
         pass
     with RunDir.open(tmp_path / "run", RECIPE) as run:
@@ -158,7 +158,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path):
     [
         ({"sampler": {"kv_cache_gib": 2.0, "max_running": 8, "max_step_tokens": 64}}, False),
         ({"guard": {"sampler": {"kv_cache_gib": 2.0}}, "trackers": ["wandb"], "zero": {"stage": 3}}, False),
-        ({"training": {"max_tokens_per_pack": 99, "activation_checkpointing": "full"}}, False),
+        ({"training": {"max_tokens_per_pack": 99, "activation_checkpointing": "full", "cuda_graphs": "none"}}, False),
         ({"sampler": {"tensor_parallel": 2}}, False),
         ({"sampler": {"kv_cache_dtype": "fp8"}}, True),
         ({"guard": {"threshold": 0.4}}, True),

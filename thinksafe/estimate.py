@@ -425,7 +425,7 @@ def _training(
     least /= num_gpus
     packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
     recorded = 0
-    if zero is None:
+    if zero is None and config.cuda_graphs == "auto":
         recorded = recorded_within(free, hardware, costs, keeping, largest, tokens / steps / packs)
     host = 0.0 if recorded else steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
     seconds = max(least / TRAINING_SHARE, host)

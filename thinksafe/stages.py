@@ -250,7 +250,7 @@ def train(run: RunDir, models: Models) -> None:
             again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
             print(f"{'computed again':>30}: {again}", file=sys.stderr)
         recorded = 0
-        if sharding is None:
+        if sharding is None and config.cuda_graphs == "auto":
             average = average_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
             recorded = recorded_on(models.device, costs, decoder.keeping, largest, average)
         if recorded:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinksafe.errors import UserError
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.decoder import Decoder
 
@@ -89,12 +90,21 @@ class DecoderGraphs:
         """What the work returns, not computed yet, and what computes it, again and again.
 
         No pass that ran directly may be alive: autograd would go on adding gradients on its stream, not on the graph's.
+
+        Raises:
+            UserError: CUDA does not record it.
         """
         gc.collect()  # what cycles hold of an earlier recording would keep its memory
-        graph = torch.cuda.CUDAGraph()
-        # Other threads go on: one of them pins the next step's packs.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            result = work()
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on: one of them pins the next step's packs.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                result = work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"training.cuda_graphs: a pass cannot be recorded ({reason}); set it to none") from error
         return result, graph.replay
 
     def sums_of(self, parameters: list[nn.Parameter]) -> list[Tensor]:

@@ -64,6 +64,8 @@ class TrainingConfig:
         max_tokens_per_pack: tokens in one forward pass; what memory allows.
         activation_checkpointing: what the backward pass computes again instead of keeping it: `none`; `selective`, what
             is cheap to compute; `full`, whole layers; or `auto`, layer by layer as little as a GPU's memory allows.
+        cuda_graphs: `auto` records the passes of a model so small that a GPU would wait for its launches, as graphs.py
+            says; or `none`.
         checkpoint_every: optimiser steps between two checkpoints.
     """
 
@@ -82,6 +84,7 @@ class TrainingConfig:
     max_length: int = 16_384
     max_tokens_per_pack: int = 16_384
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    cuda_graphs: Literal["auto", "none"] = "auto"
     checkpoint_every: int = 100
 
     def __post_init__(self):
@@ -96,7 +99,7 @@ class TrainingConfig:
             raise ValueError("weight_decay and batch_tokens must not be negative")
 
 
-OF_MEMORY = ("max_tokens_per_pack", "activation_checkpointing")
+OF_MEMORY = ("max_tokens_per_pack", "activation_checkpointing", "cuda_graphs")
 """Settings that change what a step needs, and not what it learns: they may change in the middle of a run."""
 
 
