@@ -19,7 +19,8 @@ import pytest
 import torch
 import yaml
 from checkpoints import FAMILIES, make_checkpoint, make_llama_guard
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thinksafe import stages
 from thinksafe.cli import main
@@ -147,6 +148,40 @@ def test_several_samples_of_a_prompt_differ(tmp_path, call):
     responses = read(tmp_path / "run" / "responses.jsonl", Response)
     assert Counter(r.sample for r in responses) == {0: 2, 1: 2, 2: 2}
     assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
+
+
+def test_responses_that_did_not_end_are_told_of_at_once(world, tmp_path, call):
+    """A token that breaks the model, in one prompt of five, and a model that repeats itself as soon as it may."""
+
+    def variant(family: str, change) -> Path:
+        folder = shutil.copytree(world / family, tmp_path / f"broken {family}")
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
+        change(folder, weights)
+        save_file(weights, file, metadata={"format": "pt"})
+        return folder
+
+    def poison(folder: Path, weights: dict) -> None:
+        broken = AutoTokenizer.from_pretrained(folder)("Z", add_special_tokens=False)["input_ids"][-1]
+        weights["model.embed_tokens.weight"][broken] = torch.nan
+
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [*ROWS, {"text": "Fold a Z.", "label": "benign"}])
+    status, _, errors = call("generate", "--prompts", prompts, "--set", f"model={variant('llama', poison)}")
+    ends = Counter(response.finish_reason for response in read(tmp_path / "run" / "responses.jsonl", Response))
+    assert status == 0 and ends["nan"] == 1 and ends["length"] >= 2
+    told = f"{5 - ends['stop']} of 5 responses did not end by themselves: {ends['length']} at the token limit"
+    assert f"generate: {told}, 1 with logits that broke (NaN)" in "\n".join(errors)
+
+    def without_context(folder: Path, weights: dict) -> None:
+        for name, weight in weights.items():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+
+    model = variant("qwen3", without_context)
+    sampling = "{temperature: 0, max_tokens: 200, stop_loops: true}"
+    given = ["--set", f"model={model}", "--set", f"generation.sampling={sampling}"]
+    status, _, errors = call("generate", *given, "--out", tmp_path / "loops")
+    assert status == 0 and "4 of 4 responses did not end by themselves: 4 in a loop" in "\n".join(errors)
 
 
 def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(tmp_path, call):
@@ -520,6 +555,29 @@ def test_a_full_or_closed_disk_is_one_line(call, monkeypatch, number):
     ]
 
 
+def test_what_was_answered_before_the_disk_was_full_is_answered_once(world, tmp_path, call, monkeypatch):
+    """Of 12 KiB a file, which is half of the responses; a real limit, not a stand-in."""
+    many = ["--set", "generation.samples=12"]
+    assert call("generate", *many, "--out", tmp_path / "whole")[0] == 0
+    settings = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12 * 1024, settings[1]))
+    try:
+        status, _, errors = call("generate", *many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, settings)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert status == 2 and f"File too large ({tmp_path / 'run'})" in errors[-1]
+    asked, respond = [], stages.respond
+
+    def counted(engine, chat, tasks, *rest):
+        return respond(engine, chat, (asked.append(task) or task for task in tasks), *rest)
+
+    monkeypatch.setattr(stages, "respond", counted)
+    assert call("generate", *many)[0] == 0 and 0 < len(asked) < 40
+    assert (tmp_path / "run/responses.jsonl").read_bytes() == (tmp_path / "whole/responses.jsonl").read_bytes()
+
+
 def test_a_disk_that_is_full_for_weights_is_one_line_too(world, tmp_path, call):
     """Of 4 KiB a file, which stops the checkpoint's tensors and not the records; a real limit, not a stand-in."""
     settings = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -530,7 +588,8 @@ def test_a_disk_that_is_full_for_weights_is_one_line_too(world, tmp_path, call):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, settings)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert status == 2 and errors[-1:] == ["thinksafe: File too large; mend that and give the same command again"]
+    full = f"thinksafe: File too large ({tmp_path / 'run'}); mend that and give the same command again"
+    assert status == 2 and errors[-1:] == [full]
     assert call("train", "--data", world / "examples.jsonl")[0] == 0
 
 

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for the user's mistake, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    options = None
     try:
         with _leaving_at_once():
             options = _parsed(arguments)
@@ -71,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         number = int(said[1]) if said else getattr(error, "errno", None)
         if number not in _USERS_TO_MEND:
             raise
-        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-        print(f"thinksafe: {os.strerror(number)}{where}; mend that and give the same command again", file=sys.stderr)
+        where = getattr(error, "filename", None) or getattr(options, "out", None)  # a write does not tell its file
+        place = f" ({where})" if where else ""
+        print(f"thinksafe: {os.strerror(number)}{place}; mend that and give the same command again", file=sys.stderr)
         return 2
 
 

@@ -500,7 +500,25 @@ def _sample(
                     bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
                     clock.tick()
     journal.finish(task.key for task in tasks)
-    return sum(response.num_tokens for response in Shard(shard, Response))
+    tokens, ends = 0, Counter()
+    for response in Shard(shard, Response):
+        tokens += response.num_tokens
+        ends[response.finish_reason] += 1
+    if todo and run.workers.leads:
+        _say_unfinished(title, ends)
+    return tokens
+
+
+_UNFINISHED = {"length": "at the token limit", "loop": "in a loop", "nan": "with logits that broke (NaN)"}
+
+
+def _say_unfinished(title: str, ends: Counter[str]) -> None:
+    """What is of no use, before anybody waits for what comes next."""
+    unfinished = [f"{ends[reason]} {words}" for reason, words in _UNFINISHED.items() if ends[reason]]
+    if unfinished:
+        count = ends.total() - ends["stop"]
+        shown = f"{count} of {ends.total()} responses did not end by themselves: {', '.join(unfinished)}"
+        print(f"{title:>30}: {shown}", file=sys.stderr)
 
 
 def _judge(
