@@ -23,7 +23,7 @@ from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.config import ModelConfig
-from thinksafe.model.decoder import SHARED_INPUTS, Decoder
+from thinksafe.model.decoder import PRODUCTS, Decoder
 from thinksafe.model.weights import hugging_face_name, load_decoder, save_decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.limits import pass_seconds
@@ -174,7 +174,7 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
 
     def projections() -> None:
         for layer in decoder.layers:
-            for names in (*SHARED_INPUTS, ("o_proj",), ("down_proj",)):
+            for names in PRODUCTS:
                 layer.project_all(names, inputs_of[names[0]], runner.linear)
 
     parts = {

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from thinksafe.errors import UserError
 from thinksafe.model import weights
 from thinksafe.model.attention import PackedAttention, packed_positions
-from thinksafe.model.decoder import SHARED_INPUTS, Decoder
+from thinksafe.model.decoder import PRODUCTS, Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.sampler import scheduler as scheduler_module
@@ -161,14 +161,15 @@ def test_weights_that_read_the_same_rows_are_one_in_inference(checkpoint, name, 
     """One product over them is each of them, with an adapter on some; nothing is in memory twice."""
     decoder = load_decoder(checkpoint(name), torch.float32, "cpu", weights=weights_dtype)
     attach(decoder, LoraConfig(4, 8.0, 0.0, ("k_proj", "up_proj")), seed=1)
-    layer, rows, shapes = decoder.layers[1], torch.randn(5, decoder.config.hidden_size), []
+    layer, shapes = decoder.layers[1], []
     torch.nn.init.normal_(layer.k_proj_lora_B)
 
     def linear(x, weight, bias):
         shapes.append(list(weight.shape))
         return F.linear(x, weight, bias)
 
-    for names in SHARED_INPUTS:
+    for names in PRODUCTS:
+        rows = torch.randn(5, decoder.config.projections[names[0]][1])
         with torch.no_grad():
             apart = layer.project_all(names, rows, linear)
         shapes.clear()
@@ -186,9 +187,9 @@ def test_weights_that_read_the_same_rows_are_one_in_inference(checkpoint, name, 
 def test_weights_that_were_moved_apart_are_multiplied_apart(checkpoint):
     decoder = load(checkpoint("qwen3"))
     layer, rows = decoder.layers[0], torch.randn(5, decoder.config.hidden_size)
-    together = layer.project_all(SHARED_INPUTS[0], rows, F.linear)
+    together = layer.project_all(PRODUCTS[0], rows, F.linear)
     layer.k_proj.data = 2 * layer.k_proj
-    q, k, v = layer.project_all(SHARED_INPUTS[0], rows, F.linear)
+    q, k, v = layer.project_all(PRODUCTS[0], rows, F.linear)
     for one, other in zip((q, k, v), (together[0], 2 * together[1], together[2]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -24,8 +24,8 @@ from thinksafe.model.parallel import WHOLE, Shard
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [T, K], weight [N, K], bias [N] or None) -> x Wᵀ + b, [T, N]."""
 
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections that read the same rows."""
+PRODUCTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""The projections of a layer, those together that read the same rows."""
 
 
 class DecoderLayer(nn.Module):
@@ -82,9 +82,9 @@ class DecoderLayer(nn.Module):
 
     def stack(self) -> None:
         """See `Decoder.stack`."""
-        for names in SHARED_INPUTS:
+        for names in PRODUCTS:
             for parts in zip(*(self._operands(name) for name in names), strict=True):
-                if parts[0] is not None:
+                if len(parts) > 1 and parts[0] is not None:
                     memory = torch.cat([part.data for part in parts])
                     for part, place in zip(parts, memory.split([len(part) for part in parts]), strict=True):
                         part.data = place
@@ -92,11 +92,11 @@ class DecoderLayer(nn.Module):
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         x = rms_norm(hidden, self.input_norm, eps)
-        q, k, v = (out.unflatten(-1, (-1, head_dim)) for out in self.project_all(SHARED_INPUTS[0], x, linear))
+        q, k, v = (out.unflatten(-1, (-1, head_dim)) for out in self.project_all(PRODUCTS[0], x, linear))
         rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
         mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2), linear)
         x, hidden = add_rms_norm(self.shard.sum(mixed), hidden, self.mlp_norm, eps)
-        x = swiglu(*self.project_all(SHARED_INPUTS[1], x, linear))
+        x = swiglu(*self.project_all(PRODUCTS[2], x, linear))
         return hidden + self.shard.sum(self.project("down_proj", x, linear))
 
 

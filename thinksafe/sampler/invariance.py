@@ -19,6 +19,7 @@ from thinksafe.errors import UserError
 from thinksafe.kernels.paged_cache import write_kv
 from thinksafe.kernels.paged_decode import SPLIT
 from thinksafe.kernels.sampling import sample
+from thinksafe.model.decoder import PRODUCTS
 from thinksafe.sampler.cache import PageCache
 from thinksafe.sampler.runner import DecodeAttention, PrefillAttention, Runner, bucket
 from thinksafe.sampler.scheduler import StepPlan
@@ -80,11 +81,12 @@ def _computations(runner: Runner, max_step_tokens: int) -> Iterator[tuple[str, C
         num_slots, max_step_tokens = min(num_slots, _ON_A_CPU), min(max_step_tokens, _ON_A_CPU)
     layer, config = decoder.layers[0], decoder.config
     random, tokens = _Random(runner), max(max_step_tokens, num_slots)
-    for name, (out_features, in_features, _) in config.projections.items():
+    for names in PRODUCTS:
+        out_features, in_features = sum(config.projections[name][0] for name in names), config.projections[names[0]][1]
         x = random(tokens, in_features)
         yield (
-            f"{name} ({out_features} x {in_features})",
-            lambda some, name=name, x=x: layer.project(name, x[some], runner.linear),
+            f"{', '.join(names)} ({out_features} x {in_features})",
+            lambda some, names=names, x=x: torch.cat(layer.project_all(names, x[some], runner.linear), -1),
             tokens,
         )
     hidden = random(num_slots, config.hidden_size)
