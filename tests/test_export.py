@@ -122,6 +122,23 @@ def test_the_card_says_how_the_responses_came_about(tmp_path, steering, sampled)
     assert f"| 0 | {steering or 'none'} | harmful |" in card and "risk" not in card
 
 
+def test_the_card_names_every_guard_and_its_rule(run, tmp_path):
+    members = [{"kind": "oracle"}, *({"model": "m", "judged": part, "threshold": 0.3} for part in ("think", "answer"))]
+    raw = yaml.safe_load(run.recipe.to_yaml()) | {
+        "guard": {"kind": "ensemble", "agree": "majority", "members": members}
+    }
+    run.recipe = check_recipe(raw, "")
+    card = (export_data(run, tmp_path / "set") / "README.md").read_text()
+    told = [line.strip("| ") for line in card.splitlines() if line.startswith(("| guard |", "| safe if |"))]
+    rule = r"guard | llama\_guard `m`, threshold 0.3, margin 0.0, judged: {}"
+    assert told == [
+        "guard | oracle",
+        rule.format("think"),
+        rule.format("answer"),
+        "safe if | most of them say so",
+    ]
+
+
 def test_no_name_becomes_markup(run, tmp_path):
     card = (export_data(run, tmp_path / "set") / "README.md").read_text()
     assert r"person: Ann \| \*B\*" in card and "Ann | *B*" not in card

@@ -16,6 +16,8 @@ from thinksafe.errors import UserError
 from thinksafe.intake import take_in_marks, take_in_responses
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Example, Mark, Response, Verdict, content_id, read_records, to_json
+from thinksafe.reporting.coverage import coverage_lines
+from thinksafe.reporting.summary import coverage_of
 from thinksafe.rundir import Journal, RunDir, StageClock
 from thinksafe.selection import Attempt, choose
 
@@ -122,6 +124,14 @@ def test_the_report_tells_coverage_by_rung_and_label(climbed, tmp_path):
     assert figures["filter"]["dropped"] == {"harmful": {"unsafe": 21}, "benign": {"unsafe": 21}}
     page = (climbed / "report.html").read_text()
     assert "Coverage, rung by rung" in page and "Say no: {prompt}" in page
+
+
+def test_the_terminal_says_what_was_accepted_and_why_the_rest_was_not(climbed, tmp_path):
+    with RunDir.open(climbed, recipe(tmp_path)) as run:
+        said = dict(coverage_lines(coverage_of(run)))
+    assert said["accepted"] == "harmful 4 of 6 (66.7%)   benign 5 of 6 (83.3%)"
+    assert said["rung 2"] == "harmful 1 of 4   benign 0 of 1   'risk'"
+    assert said["rejected"] == "unsafe 42"
 
 
 @pytest.mark.parametrize(

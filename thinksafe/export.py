@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
+from thinksafe.guards.interface import GuardConfig
 from thinksafe.intake import read_marks
 from thinksafe.reporting.summary import coverage_of
 from thinksafe.rundir import RunDir, fresh, sha256
@@ -93,7 +94,7 @@ def _card(run: RunDir, shard: Path, lengths: dict[str, list[int]], steered: int)
     return environment.from_string((files("thinksafe") / "export.md").read_text(encoding="utf-8")).render(
         name=run.recipe.name,
         recipe=run.recipe,
-        guard=", ".join(run.recipe.guard.checkpoints) or run.recipe.guard.kind,
+        judges=_judges(run.recipe.guard),
         figures=figures,
         filtered={label: 1 - each["rungs"][0]["accepted"] / each["prompts"] for label, each in labels},
         lost={label: 1 - each["accepted"] / each["prompts"] for label, each in labels},
@@ -104,6 +105,11 @@ def _card(run: RunDir, shard: Path, lengths: dict[str, list[int]], steered: int)
         manifest=manifest,
         hashes=digests | manifest.get("inputs", {}),
     )
+
+
+def _judges(guard: GuardConfig) -> list[GuardConfig]:
+    """Every guard that reads for itself."""
+    return [judge for member in guard.members for judge in _judges(member)] or [guard]
 
 
 def _cell(text: Any) -> str:

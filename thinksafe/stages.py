@@ -171,18 +171,19 @@ def retry(run: RunDir, models: Models) -> None:
 def _retry_once(run: RunDir, models: Models, number: int, tasks_of: Callable[[], Sequence[Task]]) -> bool:
     """Sample and judge further attempts into the shards of this number; whether there were any."""
     sampling, judging = f"generate_rung_{number}", f"filter_rung_{number}"
+    title = f"rung {number}" if number < len(run.recipe.generation.rungs) else "after marks"
     responses_file, verdicts_file = run.attempts(number)
     if not run.is_done(sampling):
         clock, tasks = run.clock(sampling), tasks_of()
         if not tasks:
             return False
         settings = run.recipe.generation.sampling
-        sampled = _sample(run, models, responses_file, tasks, settings, clock, f"rung {number}")
+        sampled = _sample(run, models, responses_file, tasks, settings, clock, title)
         run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
     if not run.is_done(judging):
         _remember_guard(run)
         clock, responses = run.clock(judging), Shard(responses_file, Response)
-        judged = _judge(run, models, responses, verdicts_file, clock, f"filter rung {number}")
+        judged = _judge(run, models, responses, verdicts_file, clock, f"filter {title}")
         run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
     return True
 

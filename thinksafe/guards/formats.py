@@ -6,6 +6,7 @@ position where it stands.
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,9 +67,9 @@ class GuardFormat:
             checkpoint's chat template.
         strip: outer white space of prompt and response is left out. A chat template of two turns decides for itself.
         control_tokens: what a raw template takes for control tokens; a checkpoint without them is refused.
-        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is, in upper or
-            lower case. They are mere text, so an exchange
-            that holds one may have talked itself out of its place: it is never called safe.
+        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is, whatever their
+            case and white space. They are mere text, so an exchange that holds one may have talked itself out of its
+            place: it is never called safe.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -90,7 +91,7 @@ class GuardFormat:
             raise ValueError("template must hold {prompt} and {response}, each exactly once")
         if self.template is None and (self.raw or self.strip):
             raise ValueError("raw and strip are about a template of its own, and there is none")
-        if any(not phrase for phrase in self.frame):
+        if any(not plainly_spelled(phrase).strip() for phrase in self.frame):
             raise ValueError("frame must hold no empty phrase")
 
     def layout(self, tokenizer: SafeTokenizer) -> "Layout":
@@ -133,6 +134,15 @@ class Layout:
         data = {PROMPT: prompt, RESPONSE: response}
         filled = [(data[text], False) if trusted is None else (text, trusted) for text, trusted in self.pieces]
         return [*filled, (reply, True)]
+
+
+def plainly_spelled(text: str) -> str:
+    """A text as a guard may take it: in lower case, without wide letters and invisible characters, indentation and
+    other white space than single spaces and newlines."""
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    lines = f"{text}\0".casefold().splitlines()  # what ends in a newline has an empty line behind it
+    return "\n".join(" ".join(line.split()) for line in lines).removesuffix("\0").rstrip(" ")
 
 
 def _pieces(template: str, trusted: bool) -> tuple[tuple[str, bool | None], ...]:

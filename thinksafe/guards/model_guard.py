@@ -20,7 +20,7 @@ import numpy as np
 
 from thinksafe.chat import Thought, parse_response
 from thinksafe.errors import UserError
-from thinksafe.guards.formats import NEITHER, Question
+from thinksafe.guards.formats import NEITHER, Question, plainly_spelled
 from thinksafe.guards.interface import Decision, Exchange, GuardConfig, Judgement
 from thinksafe.guards.windows import plan_windows
 from thinksafe.model.decoder import Decoder
@@ -194,8 +194,8 @@ class ModelGuard:
 
     def _is_forged(self, exchange: Exchange) -> bool:
         """Whether a text pretends to be the format: the end of the exchange, or another turn in it."""
-        texts = f"{exchange.prompt}\0{exchange.response}".casefold()
-        return any(phrase.casefold() in texts for phrase in self._format.frame)
+        texts = plainly_spelled(f"{exchange.prompt}\0{exchange.response}")
+        return any(plainly_spelled(phrase) in texts for phrase in self._format.frame)
 
     def _judged_windows(self, exchange: Exchange, limit: int) -> list[str] | str:
         """The texts to read, or why there are none."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from thinksafe.rundir import RunDir
-from thinksafe.selection import KEPT
+from thinksafe.selection import KEPT, SPARE
 
 
 def stories(run: RunDir) -> Iterator[dict[str, Any]]:
@@ -120,6 +120,9 @@ def coverage_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
         told = [f"{label} {step['accepted']:,} of {step['prompts']:,}" for label, step in tried.items()]
         if told:
             yield f"rung {rung}", "   ".join(told) + (f"   {steering[:60]!r}" if steering else "")
+    reasons = sum(map(Counter, figures["dropped"].values()), Counter()).most_common()
+    if told := [f"{reason.replace('_', ' ')} {count:,}" for reason, count in reasons if reason != SPARE]:
+        yield "rejected", "   ".join(told)
     if figures["categories"]:
         told = [f"{each['category']} {each['responses']:,}" for each in figures["categories"][:8]]
         yield "unsafe", "   ".join(told)
