@@ -436,14 +436,14 @@ def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_
         return real_logprobs(hidden, head, token_ids)
 
     monkeypatch.setattr(model_guard.Engine, "score", counted_score)
-    dense_rows, real_dense = [], runner.Runner._logprobs_of_all
+    dense_rows, real_dense = [], runner._logprobs_of_all
 
-    def counted_dense(self, hidden, head, token_ids):
+    def counted_dense(hidden, head, token_ids):
         dense_rows.append(len(hidden))
-        return real_dense(self, hidden, head, token_ids)
+        return real_dense(hidden, head, token_ids)
 
     monkeypatch.setattr(runner, "linear_logprob_of", counted_logprobs)
-    monkeypatch.setattr(runner.Runner, "_logprobs_of_all", counted_dense)
+    monkeypatch.setattr(runner, "_logprobs_of_all", counted_dense)
     found = judgements(guard, exchanges)
     questions = config(kind).guard_format.questions
     unsafe = sum(judgement.decision == "unsafe" for judgement in found.values())

@@ -121,7 +121,7 @@ class ModelGuard:
             there = (reading for windows in readings.values() for reading in windows)
             self._ask(engine, question, answer_ids, there if place else arriving())
             if question.about == "harm" and self._config.kind == "llama_guard_reference":
-                self._keep_without_verdict(engine, question, [r for windows in readings.values() for r in windows])
+                self._keep_without_verdict(engine, question, answer_ids, [r for rs in readings.values() for r in rs])
         for exchange in exchanges:
             if exchange.id in readings:
                 yield self._conclude(exchange, readings[exchange.id])
@@ -141,7 +141,9 @@ class ModelGuard:
         for scores in engine.score(prompts(), answer_ids):
             self._hear(asked[scores.request_id], question, scores.logprobs.astype(np.float64))
 
-    def _keep_without_verdict(self, engine: Engine, question: Question, readings: Sequence[_Reading]) -> None:
+    def _keep_without_verdict(
+        self, engine: Engine, question: Question, answer_ids: list[int], readings: Sequence[_Reading]
+    ) -> None:
         """Call safe what the paper's code calls safe: where two other tokens are likelier than both verdicts, which
         leaves less than a third to either. All tokens must be looked at, so few texts are asked twice."""
         asked = {
@@ -152,7 +154,8 @@ class ModelGuard:
         prompts = ((key, tuple(self._ids(r.prompt, r.text, question.lead))) for key, r in asked.items())
         for scores in engine.score(prompts, range(self._decoder.config.vocab_size)):
             reading = asked[scores.request_id]
-            if (scores.logprobs > max(reading.heard["harm"].values())).sum() > 1:
+            # Against the verdicts as they are read here: another pass may have rounded them to another last digit.
+            if (scores.logprobs > scores.logprobs[answer_ids].max()).sum() > 1:
                 reading.decision, reading.reason = "safe", "no_verdict"
 
     def _hear(self, reading: _Reading, question: Question, logprobs: np.ndarray) -> None:

@@ -150,7 +150,7 @@ class Runner:
         self._join(plan)
         hidden = self._read(plan)
         # Of many tokens, whole rows of logits are one product, where dot products read the head again for every row.
-        logprobs_of = self._logprobs_of_all if 2 * len(token_ids) > len(self.decoder.head) else self.logprobs_of
+        logprobs_of = _logprobs_of_all if 2 * len(token_ids) > len(self.decoder.head) else self.logprobs_of
         logprobs = logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
         return Results(self.decoder.shard.agree(logprobs))
 
