@@ -4,6 +4,8 @@ Each variant samples; the tokens it chose are then read by the same model in its
 the two log-probabilities of every token are compared. A verdict is the likelier of two tokens after each of those
 texts, as a guard's is: a changed one is one whose sign differs. `auto` shows what the dtype's own rounding does.
 
+In training on frozen weights in e4m3 it is the loss of those tokens, and the gradient of adapters on every projection.
+
 On a CPU the models are the organism's student, which is trained, and random ones of the two kinds of attention; on a
 GPU they have real shapes, with random weights. Random weights stand for the arithmetic, not for outliers of a trained
 model.
@@ -12,6 +14,7 @@ model.
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +25,13 @@ from thinksafe.kernels.fp8 import dequantise, quantise
 from thinksafe.kernels.linear_logprob import linear_logprob
 from thinksafe.model.attention import PackedAttention, packed_positions
 from thinksafe.model.decoder import Decoder
+from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, detach
 from thinksafe.model.weights import load_decoder, save_decoder
 from thinksafe.paths import expand
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.training.losses import PackLoss
+from thinksafe.training.packing import TrainingSequence, pack
 
 VARIANTS = {
     "auto": {},
@@ -57,6 +63,8 @@ def _run(folder: Path) -> Result:
             decoder = load_decoder(checkpoint, dtype, device, weights=settings.get("weights", "auto"))
             rows.append({"model": name, "variant": variant} | compared(plain, decoder, EngineConfig(64, **settings)))
         rows.append({"model": name, "variant": "the head alone in e4m3"} | _with_head_in_e4m3(plain))
+        frozen = load_decoder(checkpoint, dtype, device, weights="fp8")
+        rows.append({"model": name, "variant": "training, frozen weights in e4m3"} | _trained(plain, frozen))
     claim = "e4m3 moves a token's log-probability by little; what it moves, counted on the tokens that it chose."
     return Result("precision", claim, rows)
 
@@ -82,6 +90,37 @@ def compared(plain: Decoder, decoder: Decoder, config: EngineConfig) -> dict[str
     scores = {s.request_id: s.logprobs for s in engine.score(enumerate(texts), ids.tolist())}
     margin = torch.tensor([scores[i][1] - scores[i][0] for i in range(len(texts))])
     return _figures(torch.cat(found) - torch.cat(exact), margin - (margins[:, 1] - margins[:, 0]).cpu(), margin)
+
+
+def _trained(plain: Decoder, frozen: Decoder) -> dict[str, float]:
+    """A step's loss and gradient on responses that the plain student draws, with adapters that do something."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(plain.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
+    sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_tokens=_TOKENS)
+    requests = [Request(str(i), tuple(prompt), sampling, i, ()) for i, prompt in enumerate(prompts)]
+    drawn = Engine(plain, EngineConfig(64)).generate(requests)
+    texts = [np.array([*prompts[int(one.request_id)], *one.tokens], np.int32) for one in drawn]
+    sequences = [TrainingSequence(text, _PROMPT) for text in texts]
+    losses, gradients = [], []
+    for decoder in (plain, frozen):
+        attach(decoder, LoraConfig(dropout=0.0, target_modules=tuple(decoder.config.projections)), seed=0)
+        parameters = list(adapter_parameters(decoder).values())
+        noise = torch.Generator().manual_seed(1)
+        for parameter in parameters:
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise).to(parameter.device)
+        decoder.pass_gradients()
+        (batch,) = pack(sequences, _RESPONSES * (_PROMPT + _TOKENS), decoder.embedding.device)
+        rows, _ = PackLoss(decoder, with_reference=False)(batch, False)
+        losses.append(rows.mean().item())
+        (rows.sum() / batch.total_weight).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        detach(decoder)
+    exact, found = gradients
+    return {
+        "loss, error": abs(losses[1] - losses[0]),
+        "adapters' gradient, relative error": ((found - exact).norm() / exact.norm()).item(),
+        "its cosine": torch.nn.functional.cosine_similarity(found, exact, dim=0).item(),
+    }
 
 
 def _with_head_in_e4m3(plain: Decoder) -> dict[str, float]:

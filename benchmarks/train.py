@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.guards import _in_e4m3
 from benchmarks.harness import Measured, Result, measure, peer, progress, seconds
 from benchmarks.sampler import _models
 from benchmarks.shapes import response_lengths
@@ -85,6 +86,7 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
         TrainingSequence(rng.integers(0, ours.config.vocab_size, _PROMPT + length, dtype=np.int32), _PROMPT)
         for length in response_lengths(steps * _BATCH, mean, longest, seed=1)
     ]
+    eight_bits = _in_e4m3(ours) if gpu and method == "lora" else None
     if method == "lora":
         attach(ours, _LORA, seed=0)
     else:
@@ -110,6 +112,12 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
     if method == "lora":
         half = [replace(one, keeps_to_reference=index % 2 == 0) for index, one in enumerate(sequences)]
         variants["ThinkSafe, +KL on half of the sequences"] = lambda: _packed(engine, half, _BATCH)
+    if eight_bits is not None:
+        attach(eight_bits, _LORA, seed=0)
+        eight_bits.pass_gradients()
+        eight_bits.keeping = ours.keeping
+        frozen = SingleEngine(eight_bits, 1.0, 0.0)
+        variants["ThinkSafe, frozen weights in e4m3"] = lambda: _packed(frozen, sequences, _BATCH)
     if gpu:  # what a token budget gives where the batch is free
         variants["ThinkSafe, packs of 32k tokens a step"] = lambda: _packed(engine, sequences, len(sequences))
     if model := _trained_by_peers(theirs, method, notes):

@@ -41,9 +41,9 @@ def supported(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def reference(x: Tensor) -> Quantised:
+def reference(x: Tensor, columns: Tensor | None = None) -> Quantised:
     """`quantise` in plain torch."""
-    x = x.float()
+    x = x.float() if columns is None else x.float() * scales(columns)
     bits = (x.abs().amax(-1) * _RECIPROCAL).view(torch.int32)
     exponents = ((bits >> 23) + (bits & _MANTISSA != 0)).clamp(1, 254)  # rounded up
     return Quantised((x * _power(254 - exponents)[..., None]).to(E4M3), exponents.to(torch.uint8))
@@ -77,22 +77,28 @@ def power_of_two(exponent):
 
 
 @jit
-def _quantise_kernel(x_ptr, values_ptr, exponents_ptr, D, BLOCK_D: tl.constexpr):
+def _quantise_kernel(x_ptr, columns_ptr, values_ptr, exponents_ptr, D, BLOCK_D: tl.constexpr):
     """One row."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+    if columns_ptr is not None:
+        x *= power_of_two(tl.load(columns_ptr + columns, mask=columns < D, other=127).to(tl.int32))
     exponent = exponent_of(tl.max(tl.abs(x), axis=0))
     tl.store(exponents_ptr + row, exponent)
     tl.store(values_ptr + row * D + columns, x * power_of_two(254 - exponent), mask=columns < D)
 
 
-def quantise(x: Tensor) -> Quantised:
-    """Round every row of x, [..., D] floating-point: 1 + itemsize bytes a number."""
+def quantise(x: Tensor, columns: Tensor | None = None) -> Quantised:
+    """Round every row of x, [..., D] floating-point: 1 + itemsize bytes a number.
+
+    Args:
+        columns: [D] uint8, exponents of scales that the columns are multiplied with before that; None for 1.
+    """
     if not on_triton(x):
-        return reference(x)
+        return reference(x, columns)
     x = x.contiguous()
     values, exponents = torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.uint8)
     if x.numel():
         block = triton.next_power_of_2(x.shape[-1])
-        _quantise_kernel[(exponents.numel(),)](x, values, exponents, x.shape[-1], BLOCK_D=block, num_warps=8)
+        _quantise_kernel[(exponents.numel(),)](x, columns, values, exponents, x.shape[-1], BLOCK_D=block, num_warps=8)
     return Quantised(values, exponents)

@@ -99,9 +99,21 @@ def test_eight_bits_halve_what_decoding_reads():
     one_by_one = [of("qwen3-8b", "sampler.max_running=1", f"sampler.weights={kept}")[1] for kept in ("auto", "fp8")]
     assert 1.6 < one_by_one[0]["generate"].seconds / one_by_one[1]["generate"].seconds < 2, "bound by reading weights"
     assert 1.8 < plain["filter"].seconds / both["filter"].seconds < 2
-    assert both["train"] == plain["train"], "training never uses it"
+    assert both["train"] == plain["train"], "training has a setting of its own"
     _, biased = of("r1-distill-qwen-7b", "sampler.kv_cache_dtype=fp8")
     assert biased["generate"].seconds > 0.75 * of("r1-distill-qwen-7b")[1]["generate"].seconds, "its keys stay in bf16"
+
+
+def test_frozen_weights_in_eight_bits_halve_the_products_of_training_and_take_the_same_memory():
+    """Of a small model attention, head and norms take the larger part, which stay as they are."""
+    for name, least, most in (("qwen3-0.6b", 1.0, 1.3), ("qwen3-8b", 1.35, 1.8)):
+        plain, frozen = (
+            of(name, f"training.frozen_weights={weights}", "training.benign_loss=kl")[1]["train"]
+            for weights in ("auto", "fp8")
+        )
+        assert least < plain.least_seconds / frozen.least_seconds < most, name
+        assert all(frozen.memory[held] == plain.memory[held] for held in ("weights", "optimiser"))
+    assert of("qwen3-32b", "training.frozen_weights=fp8", gpus=8)[1]["train"].remark.count("ZeRO stage") == 1
 
 
 def test_gpus_that_hold_a_model_together_make_room(capsys):

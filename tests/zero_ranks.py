@@ -34,6 +34,7 @@ SETUPS = {
     "lora-3-offloaded": ("lora", ZeroConfig(3, offload_optimizer=True, offload_parameters=True)),
     "lora-2-offloaded": ("lora", ZeroConfig(2, offload_optimizer=True)),
     "lora-1": ("lora", ZeroConfig(1)),
+    "lora-2-fp8": ("lora fp8", ZeroConfig(2)),
     "full-3": ("full", ZeroConfig(3)),
     "full-2": ("full", ZeroConfig(2)),
     "lora-3-kl": ("lora", ZeroConfig(3)),
@@ -72,10 +73,11 @@ def batches(setup: str) -> list[list[TrainingSequence]]:
 
 def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
     """A decoder to be trained, its adapter not zero: with B = 0 the gradient of A is."""
-    decoder = load_decoder(folder, dtype, CPU)
+    decoder = load_decoder(folder, dtype, CPU, weights="fp8" if method == "lora fp8" else "auto")
     if method == "full":
         return decoder.requires_grad_(True)
     attach(decoder, lora, seed=0)
+    decoder.pass_gradients()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(decoder).items():
@@ -111,7 +113,7 @@ def zero_engine(decoder, config, keep_gathered=False, with_reference=False):
 
 
 def export(decoder, method, folder, base):
-    if method == "lora":
+    if method != "full":
         save_adapter(decoder, LORA, folder, "base")
     else:
         save_decoder(decoder, load_config(base)[1], folder)

@@ -403,7 +403,7 @@ def _training(
     config = recipe.training
     compared = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
     lora = recipe.lora if config.method == "lora" else None
-    costs = TrainingCosts(model, lora, _BF16, with_reference=bool(compared))
+    costs = TrainingCosts(model, lora, _BF16, bool(compared), config.frozen_weights == "fp8")
     work = _work(by_label.values(), config.epochs)
     count, tokens = sum(one.count for one in by_label.values()), work.tokens
     steps = config.epochs * math.ceil(count / config.batch_size)
@@ -421,7 +421,8 @@ def _training(
     else:
         keeping = (config.activation_checkpointing,) * model.num_layers
     reference_flop = costs.reference_flop(_work(compared, config.epochs))
-    least = costs.least_seconds(keeping, work, steps, hardware) + reference_flop / hardware.flop_per_second
+    least = costs.least_seconds(keeping, work, steps, hardware)
+    least += costs.reference_seconds(_work(compared, config.epochs), hardware)
     least /= num_gpus
     packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
     recorded = 0

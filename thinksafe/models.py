@@ -111,16 +111,17 @@ class Models:
         _check_vocabulary(folder, tokenizer)
         return folder, tokenizer
 
-    def student(self, on_host: bool = False) -> Decoder:
-        """The student as it is trained: whole, without adapter, in full precision.
+    def student(self, on_host: bool = False, weights: WeightDtype = "auto") -> Decoder:
+        """The student as it is trained: whole, without adapter.
 
         Args:
             on_host: in host memory, for a device that has no room for all of it.
+            weights: of its projections; `auto` as the checkpoint has them.
         """
         if on_host and self.device.type != "cpu":
             self._loaded = None
             return load_decoder(self.base, self.dtype, "cpu")
-        return self._student(self.base, None, _Holding())
+        return self._student(self.base, None, _Holding(weights=weights))
 
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
         """The student as it answers: with this adapter on, or none, this process's part of it where several GPUs hold
@@ -142,7 +143,10 @@ class Models:
 
     def _load(self, folder: Path, holding: _Holding) -> Decoder:
         if holding.weights == "fp8" and not supported(self.device):
-            raise UserError("sampler.weights: fp8 needs a GPU of compute capability 8.9 or more; use auto")
+            raise UserError(
+                "fp8 weights need a GPU of compute capability 8.9 or more; set sampler.weights, guard.sampler.weights "
+                "or training.frozen_weights to auto"
+            )
         shard, processes = WHOLE, holding.processes
         if processes > 1:
             group = self._workers.neighbours(processes, self.device)

@@ -168,6 +168,8 @@ class Recipe:
             raise ValueError("limit must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError("seed must lie in [0, 2^63)")
+        if self.training.frozen_weights == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
+            raise ValueError("training.frozen_weights: fp8 keeps the base whole on every GPU, ZeRO stage 3 shards it")
 
     def to_yaml(self) -> str:
         """Every key with its value, as it is written into the run directory."""

@@ -236,13 +236,15 @@ def train(run: RunDir, models: Models) -> None:
     run.remember_input("model", fingerprint(models.base))
     lengths = [len(sequence) for sequence in sequences]
     with_reference = any(sequence.keeps_to_reference for sequence in sequences)
-    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference)
+    fp8 = config.frozen_weights == "fp8"
+    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference, fp8)
     largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
     sharding = _sharding(run, models, costs, largest)
     with _explaining_memory(costs, sharding, ranks, largest):
-        decoder = models.student(on_host=sharding is not None and sharding.stage == 3)
+        decoder = models.student(sharding is not None and sharding.stage == 3, config.frozen_weights)
         if config.method == "lora":
             attach(decoder, recipe.lora, recipe.seed)
+            decoder.pass_gradients()
         else:
             decoder.requires_grad_(True)
         setting = config.activation_checkpointing

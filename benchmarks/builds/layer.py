@@ -155,15 +155,17 @@ def row_linear_builds() -> list[Build]:
                     uses=("wgmma", "tma_loads"),
                 )
             )
-    found.append(
-        Build(
-            "quantise a row",
-            fp8._quantise_kernel,
-            {"x_ptr": "*bf16", "values_ptr": "*fp8e4nv", "exponents_ptr": "*u8", "D": "i32"},
-            {"BLOCK_D": 16_384},
-            8,
-            {"D": 2 * H},
-            (T,),
+    for scaled in (False, True):
+        columns = {"columns_ptr": "*u8"} if scaled else {}
+        found.append(
+            Build(
+                f"quantise a row{' of scaled columns' if scaled else ''}",
+                fp8._quantise_kernel,
+                {"x_ptr": "*bf16", **columns, "values_ptr": "*fp8e4nv", "exponents_ptr": "*u8", "D": "i32"},
+                {"BLOCK_D": 16_384},
+                8,
+                {"D": 2 * H},
+                (T,),
+            )
         )
-    )
     return found

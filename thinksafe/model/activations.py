@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from thinksafe.kernels import frozen_linear  # noqa: F401 - registers its operator
 from thinksafe.model.config import ModelConfig
 
 Keeping = Literal["none", "selective", "full"]
@@ -38,8 +39,8 @@ def run_layer(layer: nn.Module, keeping: Keeping, *inputs) -> Tensor:
 
 def _policy(last_inner: int, context, op, *args, **kwargs) -> CheckpointPolicy:
     """Keep the products, apart from the layer's last, which nothing reads again."""
-    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        inner = args[-1].shape[0]
+    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.thinksafe.frozen_linear.default):
+        inner = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
         dear = _CHEAP < inner != last_inner
     else:
         dear = op.namespace in _ATTENTION

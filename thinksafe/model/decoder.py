@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinksafe.kernels.fp8 import Quantised, quantise
+from thinksafe.kernels.frozen_linear import FrozenWeight, frozen_linear
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.row_linear import fp8_linear
@@ -38,6 +39,7 @@ class DecoderLayer(nn.Module):
         self.shard = shard
         self.adapters: dict[str, tuple[float, float]] = {}  # projection -> (scaling, dropout), see lora.py
         self.exponents: dict[str, Tensor] = {}  # projection -> [out] uint8 where its weight is e4m3, see weights.py
+        self.frozen: dict[str, FrozenWeight] = {}  # in the place of such weights where gradients pass through
         for name, (out_features, in_features, has_bias) in config.projections.items():
             self.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(out_features)) if has_bias else None)
@@ -54,6 +56,10 @@ class DecoderLayer(nn.Module):
         """`project` for several that read the same rows: these are quantised once, and in inference mode, where the
         weights lie one below the other (`Decoder.stack`), all are columns of one product. A reference in training takes
         the student's way: what another shape rounds otherwise would be a divergence."""
+        if self.frozen:
+            biases = [self._parameters[f"{name}_bias"] for name in names]
+            outs = frozen_linear(x, [self.frozen[name] for name in names], biases)
+            return [self._adapted(name, out, x, linear) for name, out in zip(names, outs, strict=True)]
         operands = [self._operands(name) for name in names]
         rows = quantise(x) if self.exponents else x
 
@@ -153,6 +159,15 @@ class Decoder(nn.Module):
         """
         if any(layer.exponents for layer in self.layers):
             raise ValueError("the decoder was loaded with weights in e4m3; load it again without")
+
+    @torch.no_grad()
+    def pass_gradients(self) -> None:
+        """Let gradients pass through projections that were quantised when they were loaded, which takes a transposed
+        copy of each. They are no parameters any more: who shards or casts parameters leaves them alone."""
+        for layer in self.layers:
+            for name, exponents in layer.exponents.items():
+                layer.frozen[name] = FrozenWeight.of(Quantised(layer._parameters[name], exponents))
+                layer._parameters[name] = None
 
     def stack(self) -> None:
         """Lay weights that read the same rows one below the other, in memory that takes the place of theirs: a layer

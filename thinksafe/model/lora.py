@@ -75,17 +75,16 @@ def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
     detach(decoder)
     decoder.requires_grad_(False)
     decoder.lora = config
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), decoder.embedding.device
     for layer in decoder.layers:
         layer.adapters = dict.fromkeys(config.target_modules, (config.alpha / config.rank, config.dropout))
         for name in config.target_modules:
             out_features, in_features, _ = decoder.config.projections[name]
             bound = 1 / math.sqrt(in_features)
             down = torch.empty(config.rank, in_features).uniform_(-bound, bound, generator=generator)
-            base = layer._parameters[name]
             up = torch.zeros(out_features, config.rank)
-            layer.register_parameter(f"{name}_lora_A", nn.Parameter(down.to(base.device)))
-            layer.register_parameter(f"{name}_lora_B", nn.Parameter(up.to(base.device)))
+            layer.register_parameter(f"{name}_lora_A", nn.Parameter(down.to(device)))
+            layer.register_parameter(f"{name}_lora_B", nn.Parameter(up.to(device)))
 
 
 def detach(decoder: Decoder) -> None:

@@ -67,12 +67,14 @@ class TrainingCosts:
         lora: the adapters, or None where every weight is trained.
         itemsize: of weights and activations, in bytes.
         with_reference: whether some sequences are compared with the untrained student.
+        fp8: whether the frozen projections are multiplied in e4m3.
     """
 
     model: ModelConfig
     lora: LoraConfig | None
     itemsize: int = 2
     with_reference: bool = False
+    fp8: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -93,14 +95,8 @@ class TrainingCosts:
         attention = model.attention_flop(work.pairs)
         if self.lora is None:
             return 3 * (forward + attention + 2 * head)
-        first = next(place for place, names in enumerate(_FLOW) if any(name in names for name in self._adapted()))
-        # Nothing below the first layer's first adapter is trained, so no gradient flows there.
-        unneeded = sum(
-            2 * model.projections[name][0] * model.projections[name][1]
-            for names in _FLOW[: first + 1]
-            for name in names
-        )
-        into_layers = forward - unneeded * work.tokens
+        first = self._first_adapted()
+        into_layers = forward - self._unneeded() * work.tokens
         into_attention = 2 * attention * (1 if first == 0 else 1 - 1 / model.num_layers)
         rank, adapters = self.lora.rank, 0
         for name, (out_features, in_features) in self._adapted().items():
@@ -108,6 +104,17 @@ class TrainingCosts:
             adapters += 6 * rank * (out_features + in_features) * model.num_layers
             adapters -= 2 * rank * in_features if name in _FLOW[first] else 0
         return forward + into_layers + adapters * work.tokens + attention + into_attention + 4 * head
+
+    def _first_adapted(self) -> int:
+        """Where in _FLOW the first adapters are."""
+        return next(place for place, names in enumerate(_FLOW) if any(name in names for name in self._adapted()))
+
+    def _unneeded(self) -> int:
+        """FLOP a token: nothing below the first layer's first adapter is trained, so no gradient flows there."""
+        if self.lora is None:
+            return 0
+        names = [name for names in _FLOW[: self._first_adapted() + 1] for name in names]
+        return sum(2 * self.model.projections[name][0] * self.model.projections[name][1] for name in names)
 
     def reference_flop(self, work: Work) -> float:
         """A forward pass and the head, of sequences that are compared with the reference."""
@@ -146,6 +153,8 @@ class TrainingCosts:
     def weight_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
         """The model's own weights, without adapters, as `state_bytes` counts them."""
         whole = self.model.num_parameters * self.itemsize
+        if self.fp8:  # in both directions, one byte each
+            whole += (2 - self.itemsize) * self.model.num_layers * self.model.layer_weights
         if zero is None or zero.stage != 3:
             return whole
         return 0 if zero.offload_parameters else whole // ranks
@@ -215,7 +224,29 @@ class TrainingCosts:
         """At the rates that the hardware reaches, were nothing in the way."""
         flop = self.useful_flop(work) + self.repeated_flop(keeping, work)
         moved = self.moved_bytes(keeping, work.tokens) + 2 * steps * 16 * self.trained_parameters
-        return flop / hardware.flop_per_second + moved / hardware.bytes_per_second
+        seconds = flop / hardware.flop_per_second + moved / hardware.bytes_per_second
+        again = keeping.count("full")
+        down = self.model.hidden_size * self.model.intermediate_size
+        products = 2 * self.model.num_layers * self.model.layer_weights + again * (self.model.layer_weights - down)
+        outputs = sum(out_features for out_features, _, _ in self.model.projections.values())
+        rounded = self.model.num_layers * outputs + (self.model.num_layers + again) * self._inputs()
+        return seconds - work.tokens * self._saved_by_fp8(2 * products - self._unneeded(), rounded, hardware)
+
+    def reference_seconds(self, work: Work, hardware: Hardware) -> float:
+        """Of `reference_flop`, at the same rates."""
+        layers = self.model.num_layers
+        saved = self._saved_by_fp8(2 * layers * self.model.layer_weights, layers * self._inputs(), hardware)
+        return self.reference_flop(work) / hardware.flop_per_second - work.tokens * saved
+
+    def _inputs(self) -> int:
+        """Numbers that a layer's projections read, those that several share once."""
+        return sum(self.model.projections[names[0]][1] for names in _FLOW)
+
+    def _saved_by_fp8(self, flop: float, rounded: float, hardware: Hardware) -> float:
+        """Seconds that products of so many FLOP take less in e4m3, with so many numbers of their operands rounded."""
+        if not self.fp8:
+            return 0.0
+        return flop / 2 / hardware.flop_per_second - rounded * (self.itemsize + 1) / hardware.bytes_per_second
 
 
 def largest_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max_tokens: int) -> int:
@@ -246,7 +277,8 @@ def sharding_within(memory_bytes: float, zero: ZeroConfig, costs: TrainingCosts,
     if zero.stage != "auto":
         return zero
     pack = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)
-    stages = [replace(zero, stage=stage) for stage in ((3,) if zero.offload_parameters else (1, 2, 3))]
+    possible = (3,) if zero.offload_parameters else (1, 2) if costs.fp8 else (1, 2, 3)
+    stages = [replace(zero, stage=stage) for stage in possible]
     fits = (one for one in stages if costs.state_bytes(one, ranks) + pack <= memory_bytes)
     return next(fits, stages[-1])
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from thinksafe.hardware import hardware_of
+from thinksafe.model.weights import WeightDtype
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.distributed import balanced, rank, world_size
@@ -56,6 +57,9 @@ class TrainingConfig:
         loss_reduction: whether in a step every response `token` counts alike, or every `sequence`.
         benign_loss: on benign responses `cross_entropy`, or `kl`, the divergence of the whole next-token distribution
             from the untrained student's: the paper's +KL. It costs that student's forward pass over these tokens.
+        frozen_weights: `fp8` multiplies with the frozen projections in e4m3, forward and for the gradients that pass
+            through them; adapters, norms, embedding and head stay as they are, and the adapter is one for the base as
+            the checkpoint has it. For `lora`; takes as much memory, and a GPU of compute capability 8.9 or more.
         learning_rate: its peak, after a linear warm-up; then a cosine to 0.
         warmup_ratio: share of all steps that warm up.
         weight_decay: AdamW's.
@@ -77,6 +81,7 @@ class TrainingConfig:
     batch_tokens: int = 0
     loss_reduction: Reduction = "token"
     benign_loss: Literal["cross_entropy", "kl"] = "cross_entropy"
+    frozen_weights: WeightDtype = "auto"
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -91,6 +96,8 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "max_length", "max_tokens_per_pack", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.frozen_weights == "fp8" and self.method == "full":
+            raise ValueError("frozen_weights: fp8 is for method lora; full fine-tuning freezes no weight")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError("warmup_ratio must lie between 0 and 1")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
