@@ -71,6 +71,24 @@ def test_one_shape_in_one_number_of_rows_is_enough(decoder, monkeypatch, rows, s
         Engine(decoder, replace(CONFIG, max_running=65))
 
 
+def test_every_product_of_a_pass_has_been_looked_at(decoder, monkeypatch):
+    """By its own name, not only as a part of a layer."""
+    seen = set()
+
+    def watched(x, weight, *rest, **options):
+        seen.add((tuple(weight.shape), options.get("dtype")))
+        return row_linear(x, weight, *rest, **options)
+
+    monkeypatch.setattr(runner, "row_linear", watched)
+    for layer in ("_decoding", "_reading"):
+        monkeypatch.setattr(invariance, layer, lambda *_: lambda some: torch.zeros(some.stop - some.start, 1))
+    engine = Engine(decoder, CONFIG)
+    looked_at = seen.copy()
+    seen.clear()
+    list(engine.generate(REQUESTS[:3]))
+    assert len(seen) == 5 and seen == looked_at
+
+
 def test_bits_that_follow_the_place_in_the_batch_are_found(decoder, monkeypatch):
     def library_product(x, *operands, **options):
         out = row_linear(x, *operands, **options)
