@@ -47,7 +47,7 @@ def instantly(say=lambda task: f"{task.steering}"):
             about = {"prompt_id": task.prompt.id, "steering": task.steering, "sample": task.sample, "rung": task.rung}
             yield Response(task.prompt.text, task.prompt.label, text, num_tokens=7, **about)
 
-    engine = SimpleNamespace(max_prompt_tokens=10**6, limit_seconds=0.0)
+    engine = SimpleNamespace(max_prompt_tokens=10**6, cache_is_shorter=False, limit_seconds=0.0)
     stand_ins = {
         "respond": respond,
         "Engine": lambda *_: engine,

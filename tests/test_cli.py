@@ -191,6 +191,8 @@ def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(tm
     assert "'word word" in errors[0] and "is longer than the context" in errors[0] and "511 fit" in errors[0]
     assert (tmp_path / "run" / "responses.jsonl.partial").read_text() == ""
     assert call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0]]))[0] == 0
+    status, _, errors = call("generate", "--set", "sampler.kv_cache_gib=2e-5", "--out", tmp_path / "small")
+    assert status == 2 and re.search(r"longer than the page cache: .*; raise sampler.kv_cache_gib$", errors[-1])
 
 
 def test_filter_alone(world, tmp_path, call):

@@ -47,15 +47,19 @@ def longest_first(tasks: Iterable[tuple[int, Task]]) -> list[int]:
     return unsteered + steered
 
 
-def refuse_too_long(chat: Chat, tasks: Iterable[Task], limit: int) -> None:
+def refuse_too_long(chat: Chat, tasks: Iterable[Task], limit: int, cache_is_shorter: bool) -> None:
     """Find a prompt that leaves no room for a response before anything is sampled.
 
     Args:
         limit: tokens of a prompt, template and steering included.
+        cache_is_shorter: it is the page pool's limit, not the model's.
 
     Raises:
         UserError: naming the prompt.
     """
+    room, way_out = "context", "shorten or remove it"
+    if cache_is_shorter:
+        room, way_out = "page cache", "raise sampler.kv_cache_gib"
     around = len("".join(chat.user_turn).encode())
     for task in tasks:
         # A token is a byte at least, and no normalisation of text makes more than three out of one.
@@ -63,8 +67,8 @@ def refuse_too_long(chat: Chat, tasks: Iterable[Task], limit: int) -> None:
             continue
         if (count := len(chat.prompt_ids(_text(task)))) > limit:
             raise UserError(
-                f"prompt {task.prompt.id} ({task.prompt.text[:40]!r}...) is longer than the context: {count} tokens "
-                f"with template and steering, {limit} fit; shorten or remove it"
+                f"prompt {task.prompt.id} ({task.prompt.text[:40]!r}...) is longer than the {room}: {count} tokens "
+                f"with template and steering, {limit} fit; {way_out}"
             )
 
 

@@ -494,7 +494,7 @@ def _sample(
         together = run.recipe.sampler.tensor_parallel
         fair = -(-len(todo) * together // run.workers.count)
         engine = Engine(models.sampled_student(checkpoint, adapter), run.recipe.sampler, fair)
-        refuse_too_long(models.chat, tasks, engine.max_prompt_tokens)
+        refuse_too_long(models.chat, tasks, engine.max_prompt_tokens, engine.cache_is_shorter)
         asked = run.workers.share(Mapped(tasks.__getitem__, todo), together)
         with TokenBar(title, len(tasks), "responses", len(done), run.workers) as bar:
             for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):

@@ -119,6 +119,11 @@ class Engine:
         """The longest prompt that still leaves room for one response token."""
         return self.scheduler.max_seq_len - 1
 
+    @property
+    def cache_is_shorter(self) -> bool:
+        """Whether all pages together hold less than the model's context."""
+        return self.scheduler.max_seq_len < self.runner.decoder.config.max_seq_len
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, each yielded as soon as it is finished, in no particular order.
 
