@@ -414,7 +414,7 @@ def _training(
     largest = max(longest, min(config.max_tokens_per_pack, in_a_step))
     usable, zero = (1 - _SPARE) * hardware.memory_bytes, None
     if recipe.zero.is_needed(num_gpus):
-        zero = sharding_within(usable, recipe.zero, costs, largest, num_gpus)
+        zero = sharding_within(usable, hardware, recipe.zero, costs, largest, num_gpus)
     free = usable - costs.state_bytes(zero, num_gpus)
     if config.activation_checkpointing == "auto":
         keeping = costs.choose(free, largest) or ("full",) * model.num_layers
@@ -429,6 +429,9 @@ def _training(
     if zero is None and config.cuda_graphs == "auto":
         recorded = recorded_within(free, hardware, costs, keeping, largest, tokens / steps / packs)
     host = 0.0 if recorded else steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
+    if zero is not None and zero.stage == 3:
+        link, gathering = costs.gathering_seconds(num_gpus, hardware)
+        least, host = max(least, steps * packs * link), host + steps * packs * gathering
     seconds = max(least / TRAINING_SHARE, host)
     mfu = (costs.useful_flop(work) + reference_flop) / seconds / num_gpus / hardware.peak_flop_per_second
     bound = ", bound by the host" if seconds == host else ""

@@ -23,6 +23,7 @@ class Hardware:
         bytes_per_second, flop_per_second: what a copy and a bf16 product reach.
         peak_flop_per_second: dense bf16 of the data sheet, which MFU is a share of.
         memory_bytes: that torch can allocate.
+        link_bytes_per_second: from its neighbours, by the data sheet: NVLink one way, or PCIe.
         measured: whether the rates were measured, or expected from the data sheet.
     """
 
@@ -31,20 +32,21 @@ class Hardware:
     flop_per_second: float
     peak_flop_per_second: float
     memory_bytes: int
+    link_bytes_per_second: float
     measured: bool
 
 
-def _from_data_sheet(name: str, bytes_per_second: float, flop_per_second: float, gib: float) -> Hardware:
+def _from_data_sheet(name: str, bytes_per_second: float, flop_per_second: float, gib: float, link: float) -> Hardware:
     rates = (_REACHED_BANDWIDTH * bytes_per_second, _REACHED_FLOP * flop_per_second)
-    return Hardware(name, *rates, flop_per_second, int(gib * _GIB), measured=False)
+    return Hardware(name, *rates, flop_per_second, int(gib * _GIB), link, measured=False)
 
 
 _GPUS = {
-    "NVIDIA H200": Hardware("H200", 4.3e12, 790e12, 989e12, int(139 * _GIB), measured=True),
-    "NVIDIA H100 80GB HBM3": _from_data_sheet("H100", 3.35e12, 989e12, 79),
-    "NVIDIA A100-SXM4-80GB": _from_data_sheet("A100", 2.039e12, 312e12, 79),
-    "NVIDIA L40S": _from_data_sheet("L40S", 0.864e12, 362e12, 44),
-    "NVIDIA GeForce RTX 4090": _from_data_sheet("RTX4090", 1.008e12, 165e12, 23.5),
+    "NVIDIA H200": Hardware("H200", 4.3e12, 790e12, 989e12, int(139 * _GIB), 450e9, measured=True),
+    "NVIDIA H100 80GB HBM3": _from_data_sheet("H100", 3.35e12, 989e12, 79, 450e9),
+    "NVIDIA A100-SXM4-80GB": _from_data_sheet("A100", 2.039e12, 312e12, 79, 300e9),
+    "NVIDIA L40S": _from_data_sheet("L40S", 0.864e12, 362e12, 44, 32e9),
+    "NVIDIA GeForce RTX 4090": _from_data_sheet("RTX4090", 1.008e12, 165e12, 23.5, 32e9),
 }
 """By the name that torch gives."""
 

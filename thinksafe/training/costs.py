@@ -32,6 +32,8 @@ HOST_SECONDS_PER_LAYER = 1e-3
 """Of one thread of the host, for a pack's forward and backward pass: no step that is not recorded can take less. The
 small operations of a CPU take 0.9 ms (benchmarks/results/cpu/train.json); a GPU's 73 launches are taken to cost about
 as much."""
+_GATHERING_SECONDS_PER_LAYER = 1.4e-3
+"""Of the host, what ZeRO-3 takes longer than the other stages: 59 against 21 ms for 28 layers, on a CPU."""
 _SLOWER_HOST = 2
 """A host may take so many times as long, and has no work queued when a step begins."""
 _GRAPH_BYTES = 2**24
@@ -206,6 +208,11 @@ class TrainingCosts:
         a_token = self.least_seconds(keeping, Work(1, 1, 0), 0, hardware)
         return int(_SLOWER_HOST * self.model.num_layers * HOST_SECONDS_PER_LAYER / a_token)
 
+    def gathering_seconds(self, ranks: int, hardware: Hardware) -> tuple[float, float]:
+        """Of a pack in ZeRO-3: on the link, which other work hides, all weights for either pass; and of the host."""
+        gathered = 2 * (1 - 1 / ranks) * self.weight_bytes()
+        return gathered / hardware.link_bytes_per_second, self.model.num_layers * _GATHERING_SECONDS_PER_LAYER
+
     def choose(self, free_bytes: float, tokens: int) -> tuple[Keeping, ...] | None:
         """What each layer keeps, so that a pack of so many tokens takes the least time that memory allows.
 
@@ -262,25 +269,42 @@ def average_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max
 
 
 def sharding_on(device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
-    """With the stage decided: as the recipe sets it, or for `auto` the lowest one that fits the device.
+    """With the stage decided: as the recipe sets it, or for `auto` the one that takes the least time.
 
     Args:
         zero: the recipe's.
         tokens: of the largest pack.
     """
     memory = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-    return sharding_within((1 - _SPARE) * memory, zero, costs, tokens, ranks)
+    hardware = hardware_of(device) or hardware_named("H200")
+    return sharding_within((1 - _SPARE) * memory, hardware, zero, costs, tokens, ranks)
 
 
-def sharding_within(memory_bytes: float, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
-    """The same for a GPU of which so much can be used."""
+def sharding_within(
+    memory_bytes: float, hardware: Hardware, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int
+) -> ZeroConfig:
+    """The same for a GPU of which so much can be used.
+
+    A higher stage leaves more room, so that less is computed again; the third one gathers all weights for either pass,
+    beside the products, and takes the host longer. Of equals the lowest; where none fits, the highest.
+    """
     if zero.stage != "auto":
         return zero
-    pack = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)
     possible = (3,) if zero.offload_parameters else (1, 2) if costs.fp8 else (1, 2, 3)
     stages = [replace(zero, stage=stage) for stage in possible]
-    fits = (one for one in stages if costs.state_bytes(one, ranks) + pack <= memory_bytes)
-    return next(fits, stages[-1])
+
+    def seconds(one: ZeroConfig) -> float:
+        keeping = costs.choose(memory_bytes - costs.state_bytes(one, ranks), tokens)
+        if keeping is None:
+            return math.inf
+        computing = costs.least_seconds(keeping, Work(tokens, tokens, causal_pairs([tokens])), 0, hardware)
+        if one.stage < 3:
+            return computing
+        link, host = costs.gathering_seconds(ranks, hardware)
+        return max(computing, link) + host
+
+    fastest = min(stages, key=seconds)
+    return fastest if seconds(fastest) < math.inf else stages[-1]
 
 
 def keeping_on(

@@ -20,7 +20,8 @@ class ZeroConfig:
 
     Attributes:
         stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too, which costs the most host time;
-            `auto` is the lowest one that fits. One process that is asked for no stage and no offload needs no
+            `auto` is the fastest by estimate: the lowest one, unless in the room that a higher one leaves so much less
+            is computed again that it takes less time. One process that is asked for no stage and no offload needs no
             DeepSpeed.
         offload_optimizer: keep the optimiser's state in host memory and step there.
         offload_parameters: keep the weights in host memory until a layer needs them; stage 3 only.
