@@ -276,6 +276,10 @@ def test_a_prompt_whose_accepted_response_a_person_rejects_climbs_on_from_its_ow
     }
     assert kept["harmful 1"] == (1, 1) and kept["harmful 0"] == (0, 0)
     assert not {"harmful 2", "harmful 3"} & kept.keys()
+    stages_done = json.loads((tmp_path / "run/manifest.json").read_text())["stages"]
+    assert [(name, stage["records"]) for name, stage in stages_done.items() if "generate_after_marks" in name] == [
+        ("generate_after_marks_1", 4)
+    ]
 
 
 def test_who_is_rejected_again_and_again_ends_at_the_top_of_the_ladder(tmp_path):

@@ -170,8 +170,9 @@ def retry(run: RunDir, models: Models) -> None:
 
 def _retry_once(run: RunDir, models: Models, number: int, tasks_of: Callable[[], Sequence[Task]]) -> bool:
     """Sample and judge further attempts into the shards of this number; whether there were any."""
-    sampling, judging = f"generate_rung_{number}", f"filter_rung_{number}"
-    title = f"rung {number}" if number < len(run.recipe.generation.rungs) else "after marks"
+    beyond = number - len(run.recipe.generation.ladder)
+    step = f"after_marks_{beyond}" if beyond > 0 else f"rung_{number}"
+    sampling, judging, title = f"generate_{step}", f"filter_{step}", step.replace("_", " ")
     responses_file, verdicts_file = run.attempts(number)
     if not run.is_done(sampling):
         clock, tasks = run.clock(sampling), tasks_of()
@@ -465,9 +466,13 @@ def _tasks_after_marks(run: RunDir) -> Sequence[Task]:
 
 
 def _retries(run: RunDir) -> int:
-    """Responses that rungs of the ladder have asked for so far."""
+    """Responses of all further attempts so far."""
     stages = run.manifest["stages"]
-    return sum(stage["records"] for name, stage in stages.items() if name.startswith("generate_rung_"))
+    return sum(
+        stage["records"]
+        for name, stage in stages.items()
+        if name.startswith(("generate_rung_", "generate_after_marks_"))
+    )
 
 
 def _sample(
