@@ -64,6 +64,19 @@ def test_linear_cross_entropy_value_and_gradients_are_exact(monkeypatch, num_tok
             assert tensor.grad is None
 
 
+def test_rows_may_be_weighted_after_the_loss_and_the_head_still_learns():
+    """What comes from above a loss of `none` is another number for every row, and dW a sum over rows."""
+    x, weight, target = cross_entropy_case(9)
+    above = torch.linspace(0.5, 3, 9)
+    grads = []
+    for settings in ({"token_weight": above, "reduction": "sum"}, {"reduction": "none"}):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(*leaves, target, **settings)
+        grads.append(torch.autograd.grad((loss * above).sum() if loss.dim() else loss, leaves))
+    for weighted, expected in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(weighted, expected)
+
+
 def test_linear_cross_entropy_of_no_tokens_is_zero_with_zero_gradients():
     x, weight, target = cross_entropy_case(0)
     x.requires_grad_()

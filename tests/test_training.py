@@ -724,6 +724,26 @@ def test_the_largest_share_of_gradient_that_was_skipped_is_on_record(folder, tmp
     assert step.dropped_mass == 0.5 and next(shares, None) is None
 
 
+def test_every_step_draws_masks_of_its_own(folder, tmp_path):
+    run(folder, tmp_path, config=TrainingConfig(epochs=3, batch_size=7, learning_rate=1e-30))
+    assert len({metrics.loss for metrics in read_metrics(tmp_path / "metrics.jsonl")}) == 3
+
+
+def test_the_references_pass_counts_as_work(folder, tmp_path):
+    kept, config = [dataclasses.replace(one, keeps_to_reference=True) for one in SEQUENCES], TrainingConfig(epochs=1)
+    flop = {}
+    for name, sequences in (("plain", SEQUENCES), ("kept", kept)):
+        run(folder, tmp_path / name, sequences=sequences, config=config)
+        (step,) = read_metrics(tmp_path / name / "metrics.jsonl")
+        flop[name] = step.flop
+    assert 1.2 * flop["plain"] < flop["kept"] < 1.6 * flop["plain"]
+
+
+def test_what_fits_to_the_token_is_not_put_off():
+    assert [len(step) for step in plan_steps([5] * 4, TrainingConfig(epochs=1, batch_tokens=10), 0)] == [2, 2]
+    assert sorted(map(len, first_fit_decreasing([5, 10, 5], 10))) == [1, 2]
+
+
 def test_metrics_count_what_was_trained(folder, tmp_path):
     run(folder, tmp_path)
     steps = list(read_metrics(tmp_path / "metrics.jsonl"))
