@@ -1,10 +1,11 @@
 """What the compiler makes of every shipped kernel for a Hopper GPU, found out without one.
 
 `python -m benchmarks.compiled` cross-compiles each (kernel, configuration) to sm_90a with the Triton at hand and writes
-registers, spills, shared memory and the instructions that matter to benchmarks/results/sm_90a/triton-<version>.json.
-tests/test_kernels_compiled.py holds the same figures against their limits.
+registers, spills, shared memory and the instructions that matter to benchmarks/results/sm_90a, triton-<version>.json
+and, to be read, .md. tests/test_kernels_compiled.py holds the same figures against their limits.
 """
 
+import inspect
 import json
 import re
 import subprocess
@@ -122,11 +123,14 @@ def main() -> None:
     for build in builds():
         row = figures(build, compile_for_hopper(build))
         rows.append({"kernel": build.name, "warps": build.num_warps, **vars(row)})
-    print(table(rows))
+    print(page := table(rows))
     folder = Path(__file__).parent / "results" / "sm_90a"
     folder.mkdir(parents=True, exist_ok=True)
     record = {"command": "python -m benchmarks.compiled", "triton": triton.__version__, "rows": rows}
-    (folder / f"triton-{triton.__version__}.json").write_text(json.dumps(record, indent=1) + "\n")
+    file = folder / f"triton-{triton.__version__}.json"
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    title = f"# What Triton {triton.__version__} makes of every kernel for sm_90a"
+    file.with_suffix(".md").write_text(f"{title}\n\n{inspect.getdoc(Figures)}\n\n{page}\n")
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 def write(result: Result, command: str) -> Path:
