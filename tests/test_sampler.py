@@ -368,6 +368,46 @@ def test_running_ahead_of_the_results_changes_nothing(models, crowded, passes_ah
         assert not runs_out or engine.scheduler.preemptions > 0
 
 
+@pytest.mark.parametrize("passes_ahead", [0, 1])
+def test_a_call_that_is_broken_off_leaves_nothing_to_the_next(models, passes_ahead):
+    decoder, _ = models("qwen3")
+    requests = make_requests(random_prompts([40, 9, 33, 21], seed=31), replace(SAMPLED, max_tokens=40), stop_ids=())
+    requests[1] = replace(requests[1], sampling=replace(SAMPLED, max_tokens=3))
+    expected = answers(engine_of(decoder), requests)
+    engine = engine_of(decoder)
+    engine.passes_ahead = passes_ahead
+    assert next(iter(engine.generate(requests))).request_id == requests[1].id
+    assert answers(engine, requests) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": (3, -1)}, "request last: the prompt holds a token id outside"),
+        ({"prompt": (10**6, 3)}, "request last: the prompt holds a token id outside"),
+        ({"seed": 1 << 63}, "request last: the seed"),
+        ({"seed": -1}, "request last: the seed"),
+    ],
+)
+def test_a_request_that_would_break_the_device_is_refused_by_name(models, change, message):
+    decoder, _ = models("qwen3")
+    requests = make_requests(random_prompts([5, 9], seed=32))
+    with pytest.raises(ValueError, match=message):
+        list(engine_of(decoder).generate([*requests, replace(requests[0], id="last", **change)]))
+
+
+def test_a_pass_that_fails_leaves_no_page_that_was_never_filled(models):
+    decoder, _ = models("qwen3")
+    requests = make_requests(random_prompts([40, 40], seed=33))
+    expected = answers(engine_of(decoder), requests)
+    engine = engine_of(decoder)
+    draw, engine.runner.draw = engine.runner.draw, lambda plan: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(engine.generate(requests))
+    engine.runner.draw = draw
+    assert answers(engine, requests) == expected
+
+
 def test_padding_rows_are_inert(models):
     """A CUDA graph decodes a fixed number of rows; those left over name a slot and a page that nobody ever has."""
     decoder, _ = models("qwen3")
@@ -603,7 +643,15 @@ def test_engine_settings_that_cannot_work_are_refused(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}]
+    "settings",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_tokens": 0},
+    ],
 )
 def test_sampling_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

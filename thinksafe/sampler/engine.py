@@ -130,7 +130,8 @@ class Engine:
         They are taken when there is room for them, a few ahead, so that several engines can share one source.
 
         Raises:
-            ValueError: a request that can never fit, when its turn comes.
+            ValueError: a request that can never fit, or holds a token that the model has not, when its turn comes.
+                Other requests under way are dropped, as they are where the caller stops early.
         """
         for plan, results in self._run(requests, self.runner.draw):
             yield from self.scheduler.commit(plan, *results)
@@ -148,19 +149,29 @@ class Engine:
         self, requests: Iterable[Request], launch: Callable[[StepPlan], Results]
     ) -> Iterator[tuple[StepPlan, list[np.ndarray]]]:
         """Every pass with its results, in order, until no work is left; each must be committed before the next."""
-        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), iter(requests)
-        while True:
-            waiting, running = len(scheduler.waiting), len(scheduler.running)
-            scheduler.submit(islice(to_come, max(0, min(_QUEUED - waiting, self.most_at_once - waiting - running))))
-            if not scheduler.has_work and not in_flight:
-                return
-            plan = scheduler.plan()
-            if plan is not None:
-                in_flight.append((plan, launch(plan)))
-                self._count_limit(plan)
-            if plan is None or len(in_flight) > self.passes_ahead:
-                plan, results = in_flight.popleft()
-                yield plan, results.fetch()
+        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), map(self._known, requests)
+        try:
+            while True:
+                waiting, running = len(scheduler.waiting), len(scheduler.running)
+                scheduler.submit(islice(to_come, max(0, min(_QUEUED - waiting, self.most_at_once - waiting - running))))
+                if not scheduler.has_work and not in_flight:
+                    return
+                plan = scheduler.plan()
+                if plan is not None:
+                    in_flight.append((plan, launch(plan)))
+                    self._count_limit(plan)
+                if plan is None or len(in_flight) > self.passes_ahead:
+                    plan, results = in_flight.popleft()
+                    yield plan, results.fetch()
+        finally:  # whoever stops early, or fails, leaves nothing to the next call
+            scheduler.abandon()
+
+    def _known(self, request: Request) -> Request:
+        """The request, its tokens known to the model: a GPU that meets another one is lost to the whole process."""
+        vocab_size = self.runner.decoder.config.vocab_size
+        if request.prompt and not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
+            raise ValueError(f"request {request.id}: the prompt holds a token id outside [0, {vocab_size})")
+        return request
 
     def _count_limit(self, plan: StepPlan) -> None:
         if self.hardware:

@@ -1,5 +1,6 @@
 """What goes into the sampler and what comes out: token ids only. It knows nothing of text, prompts or guards."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,8 +30,8 @@ class SamplingConfig:
     stop_loops: bool = False
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError("temperature must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError("temperature must be finite and not negative")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p must lie in (0, 1]")
         if self.top_k < 0:

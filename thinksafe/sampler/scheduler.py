@@ -122,9 +122,21 @@ class Scheduler:
         """Queue requests: all of them, or none.
 
         Raises:
-            ValueError: one can never run: an empty prompt, or one that leaves no room for a single response token.
+            ValueError: one can never run: an empty prompt, or one that leaves no room for a single response token, or a
+                seed that is none.
         """
         self.waiting.extend([self._sequence(request) for request in requests])
+
+    def abandon(self) -> None:
+        """Drop every request and every plan in flight. Their prompts' pages are offered no longer: the pass that was to
+        fill them may never have been launched."""
+        for slot in list(self.running):
+            for page in self.page_table[slot, : self.num_pages[slot]].tolist():
+                self.pool.forget(page)
+            self._free(slot)
+        for unsent in (self.waiting, self._reading, self._joined, self._new_pages):
+            unsent.clear()
+        self.num_in_flight = 0
 
     @property
     def has_work(self) -> bool:
@@ -186,9 +198,14 @@ class Scheduler:
     def _sequence(self, request: Request) -> _Sequence:
         length = len(request.prompt)
         if length == 0:
-            raise ValueError("the prompt is empty")
+            raise ValueError(f"request {request.id}: the prompt is empty")
         if length >= self.max_seq_len:
-            raise ValueError(f"the prompt has {length} tokens, the context holds {self.max_seq_len} with the response")
+            raise ValueError(
+                f"request {request.id}: the prompt has {length} tokens, "
+                f"the context holds {self.max_seq_len} with the response"
+            )
+        if not 0 <= request.seed < 1 << 63:
+            raise ValueError(f"request {request.id}: the seed {request.seed} has more than 63 bits or is negative")
         digests = prefix_digests(request.prompt[:-1], self.page_size)  # the last token is always computed: its logits
         return _Sequence(request, list(request.prompt), digests=digests)
 
