@@ -97,7 +97,7 @@ class Engine:
         most = config.max_running * -(-decoder.config.max_seq_len // page_size)
         num_pages = decoder.shard.least(min(_cache_bytes(config, device) // page_bytes, most), device)
         if num_pages * page_size < 2:
-            raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache")
+            raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache; give more")
         self.scheduler = Scheduler(
             config.max_running,
             num_pages,
