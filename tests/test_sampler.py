@@ -380,6 +380,18 @@ def test_a_call_that_is_broken_off_leaves_nothing_to_the_next(models, passes_ahe
     assert answers(engine, requests) == expected
 
 
+def test_an_engine_answers_one_call_at_a_time(models):
+    decoder, _ = models("qwen3")
+    requests = make_requests(random_prompts([40, 9], seed=31), replace(SAMPLED, max_tokens=9), stop_ids=())
+    engine, expected = engine_of(decoder), answers(engine_of(decoder), requests)
+    requests[0] = replace(requests[0], sampling=replace(SAMPLED, max_tokens=3))
+    first = engine.generate(requests)
+    next(first)
+    with pytest.raises(RuntimeError, match="another call"):
+        next(engine.generate(requests))
+    assert [tuple(one.tokens) for one in first] == [tuple(expected[requests[1].id].tokens)]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -132,6 +132,7 @@ class Engine:
         Raises:
             ValueError: a request that can never fit, or holds a token that the model has not, when its turn comes.
                 Other requests under way are dropped, as they are where the caller stops early.
+            RuntimeError: another call has not come to its end.
         """
         for plan, results in self._run(requests, self.runner.draw):
             yield from self.scheduler.commit(plan, *results)
@@ -149,6 +150,8 @@ class Engine:
         self, requests: Iterable[Request], launch: Callable[[StepPlan], Results]
     ) -> Iterator[tuple[StepPlan, list[np.ndarray]]]:
         """Every pass with its results, in order, until no work is left; each must be committed before the next."""
+        if self.scheduler.has_work:
+            raise RuntimeError("the engine is still answering another call; read that to its end, or close it, first")
         scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), map(self._known, requests)
         try:
             while True:
