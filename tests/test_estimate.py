@@ -69,13 +69,15 @@ def test_more_gpus_share_the_work_and_cost_the_same():
     [
         ("training.epochs=6", "train", 2),
         ("generation.samples=2", "filter", 2),
+        ("generation.samples=2", "train", 1),
         ("limit=1000", "filter", 1000 / 39_987),
         ("guard={kind: ensemble, members: [{}, {threshold: 0.9}]}", "filter", 2),
         ("training.batch_tokens=32768", "train", 1),
     ],
 )
 def test_time_follows_the_recipe(override, stage, factor):
-    (_, before), (_, after) = of("qwen3-0.6b"), of("qwen3-0.6b", override)
+    plain = "generation.unsteered_probe=0"
+    (_, before), (_, after) = of("qwen3-0.6b", plain), of("qwen3-0.6b", plain, override)
     assert after[stage].seconds / before[stage].seconds == pytest.approx(factor, rel=0.01)
 
 
@@ -173,7 +175,8 @@ def test_a_folder_needs_its_config_alone(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"text": "a", "label": "harmful"}\n{"text": "b", "label": "benign"}\n')
     _, found = of("qwen3-0.6b", f"model={folder}", f"prompts={prompts}", "guard={kind: oracle}", "evaluation.sets=[]")
-    assert list(found) == ["generate", "filter", "train"]
+    assert list(found) == ["generate", "probe", "filter", "train"]
+    assert found["probe"].tokens == 442 and found["filter"].tokens == found["generate"].tokens + 442
     assert found["filter"].seconds == 0 and found["generate"].tokens == pytest.approx(442 + 512, rel=0.2)
 
 
@@ -261,6 +264,7 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
     assert report["estimate"]["gpu"] == "H200"
     happened = {stage["name"]: stage for stage in report["stages"]}
     assert [stage["name"] for stage in report["estimate"]["stages"]] == list(expected["stages"])
+    assert list(expected["stages"]) == [name for name in happened if name != "accept"], "nothing that ran is left out"
     for stage in report["estimate"]["stages"]:
         foreseen = expected["stages"][stage["name"]]
         for key in ("seconds", "tokens"):
@@ -271,11 +275,14 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
     before = (out / "estimate.json").read_bytes()
     assert main(["run", *arguments, "--out", str(out)]) == 0
     assert (out / "estimate.json").read_bytes() == before
-    lengths = [response.num_tokens for response in read_records(out / "responses.jsonl", Response)]
-    again = estimate(
-        load_recipe(str(out / "recipe.yaml")), H200, run=stages.RunDir(out, load_recipe(str(out / "recipe.yaml")))
-    )
-    assert {stage.name: stage.tokens for stage in again.stages}["generate"] == sum(lengths)
+    recipe = load_recipe(str(out / "recipe.yaml"))
+    again = {stage.name: stage.tokens for stage in estimate(recipe, H200, run=stages.RunDir(out, recipe)).stages}
+    for name in ("generate", "probe", "filter"):
+        assert again[name] == happened[name]["tokens"], name
+    # Whole sequences: the prompts, here with the instruction that training leaves out, and accepted responses.
+    steered = sum(one.num_prompt_tokens + one.num_tokens for one in read_records(out / "responses.jsonl", Response))
+    assert again["train"] == recipe.training.epochs * steered
+    assert 0.5 < happened["train"]["tokens"] / again["train"] <= 1
 
 
 def test_a_recipe_can_still_be_corrected_after_its_estimate(tmp_path, monkeypatch):

@@ -189,13 +189,14 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
     by_label = _responses(recipe, model, run, assumptions)
     if recipe.generation.ladder:
         assumptions.append("attempts on further rungs of the ladder are not counted")
-    sampled = list(by_label.values())
+    sampled, probed = list(by_label.values()), _probed(recipe, by_label, run)
+    longest = recipe.generation.sampling.max_tokens
     stages = [
-        _sampling(
-            "generate", sampled, model, recipe.sampler, recipe.generation.sampling.max_tokens, hardware, num_gpus
-        ),
-        _judging("filter", sampled, recipe, model, hardware, num_gpus),
+        _sampling(name, texts, model, recipe.sampler, longest, hardware, num_gpus)
+        for name, texts in (("generate", sampled), ("probe", probed))
+        if texts
     ]
+    stages.append(_judging("filter", sampled + probed, recipe, model, hardware, num_gpus))
     if recipe.evaluation.sets:
         before = _evaluation("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
         stages += [before, _training(by_label, recipe, model, hardware, num_gpus)]
@@ -249,6 +250,16 @@ def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptio
         for label, count in counts.items()
         if count
     }
+
+
+def _probed(recipe: Recipe, by_label: dict[str, Texts], run: RunDir | None) -> list[Texts]:
+    """Harmful prompts that are sampled without steering as well: as the run directory has them, or as with it."""
+    if run is not None and "probe" in run.manifest["stages"]:
+        return [Texts.of(read_records(run.path / "unsteered.jsonl", Response))]
+    generation, harmful = recipe.generation, by_label.get("harmful")
+    if harmful is None or generation.steering is None or generation.unsteered_probe == 0:
+        return []
+    return [replace(harmful, count=min(generation.unsteered_probe, harmful.count / generation.samples))]
 
 
 def _of_label(run: RunDir, label: str) -> Iterator[Response]:
@@ -399,8 +410,9 @@ def _rows(entry: EvaluationSet, assumptions: list[str]) -> int:
 def _training(
     by_label: dict[str, Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> Stage:
-    """All responses for so many epochs; the largest pack decides what is kept for the backward pass."""
-    config = recipe.training
+    """A response a prompt, for so many epochs; the largest pack decides what is kept for the backward pass."""
+    config, samples = recipe.training, recipe.generation.samples
+    by_label = {label: replace(texts, count=texts.count / samples) for label, texts in by_label.items()}
     compared = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
     lora = recipe.lora if config.method == "lora" else None
     costs = TrainingCosts(model, lora, _BF16, bool(compared), config.frozen_weights == "fp8")
