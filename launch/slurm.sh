@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A SLURM job: one torchrun a machine, one worker a GPU. Machines, GPUs and time are options of sbatch.
+# A SLURM job: one torchrun a machine, one worker a GPU. Machines, GPUs, cores and time are options of sbatch; where a
+# site's default is a core a task, all workers of a machine would share it: give --cpus-per-gpu or --exclusive.
 #
-#   sbatch --nodes 2 --gpus-per-node 8 launch/slurm.sh run --recipe qwen3-32b --out /shared/runs/qwen3-32b
+#   sbatch --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 launch/slurm.sh run --recipe qwen3-32b --out /shared/runs/qwen
 #
 # A job that is stopped or preempted goes on where it was when it is queued again, also with other numbers of machines.
 #SBATCH --job-name=thinksafe
