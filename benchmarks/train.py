@@ -36,6 +36,7 @@ from benchmarks.harness import Measured, Result, measure, peer, progress, second
 from benchmarks.sampler import _models
 from benchmarks.shapes import response_lengths
 from thinksafe.hardware import hardware_of
+from thinksafe.kernels.packed_attention import keeps_grouped_heads
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.training.costs import (
@@ -91,7 +92,7 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
         attach(ours, _LORA, seed=0)
     else:
         ours.requires_grad_(True)
-    costs = TrainingCosts(ours.config, ours.lora, dtype.itemsize)
+    costs = TrainingCosts(ours.config, ours.lora, dtype.itemsize, grouped_heads=keeps_grouped_heads(dtype))
     lengths = [len(sequence) for sequence in sequences]
     largest = largest_pack(lengths, _BATCH, 0, _PACK)
     ours.keeping = keeping_on(device, "auto", costs, largest)

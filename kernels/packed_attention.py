@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_IN_16_BITS = (torch.bfloat16, torch.float16)
+
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
     """softmax(q kᵀ / sqrt(D)) v within each sequence, causal, differentiable.
@@ -25,7 +27,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     Returns:
         [T, num_heads, D].
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype in _IN_16_BITS:
         return _VARLEN(q, k, v, cu_seqlens, max_seqlen)
     return reference(q, k, v, cu_seqlens, max_seqlen)
 
@@ -62,3 +64,8 @@ def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
 
 
 _VARLEN = _varlen()
+
+
+def keeps_grouped_heads(dtype: torch.dtype) -> bool:
+    """Whether on a GPU keys and values are kept for the backward pass as they are, not once for every query head."""
+    return dtype in _IN_16_BITS and _VARLEN is _with_flash_attn

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,15 +22,23 @@ from thinksafe.model.lora import LoraConfig, attach
 
 
 @contextmanager
-def on_gpu_path():
-    """Kernels and attention take the way that CUDA tensors take."""
+def on_gpu_path(grouped_heads: bool = False):
+    """Kernels and attention take the way that CUDA tensors take.
+
+    Args:
+        grouped_heads: attention reads keys and values as flash-attn does, by torch's operator, which allows it as well.
+    """
 
     def dropout(x, share, training):
         return torch.native_dropout(x, share, training)[0] if share else x
 
+    def grouped(q, k, v, cu_seqlens, max_seqlen):
+        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), enable_gqa=True)
+
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),
-        patch("thinksafe.model.attention.packed_attention", _with_torch),
+        patch("thinksafe.model.attention.packed_attention", grouped if grouped_heads else _with_torch),
         patch("thinksafe.model.decoder.F.dropout", dropout),
     ):
         yield

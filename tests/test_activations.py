@@ -83,7 +83,8 @@ def test_attention_is_computed_once_unless_nothing_is_kept(tmp_path, namespace, 
 @pytest.mark.skipif(dispatch.triton is None, reason="the GPU path needs Triton")
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3-8b"])
-def test_what_a_layer_keeps_is_what_is_counted(name, trained):
+@pytest.mark.parametrize("grouped_heads", [False, True])
+def test_what_a_layer_keeps_is_what_is_counted(name, trained, grouped_heads):
     """Traced at the real shape on the operations of a GPU: within 5%."""
     config = dataclasses.replace(ModelConfig.from_hugging_face(MODELS[name], name), num_layers=1)
     lora = TRAINED[trained]
@@ -92,10 +93,11 @@ def test_what_a_layer_keeps_is_what_is_counted(name, trained):
     with torch.device("meta"):
         cos, cu_seqlens = torch.empty(TOKENS, config.head_dim // 2), torch.empty(3, dtype=torch.int32)
     for keeping in KEEPING:
-        with on_gpu_path(), torch.device("meta"), MemoryTrace() as trace:
+        with on_gpu_path(grouped_heads), torch.device("meta"), MemoryTrace() as trace:
             hidden = torch.empty(TOKENS, config.hidden_size, dtype=torch.bfloat16).requires_grad_(True)
             out = run_layer(layer, keeping, hidden, cos, cos, PackedAttention(cu_seqlens, TOKENS), F.linear)
             # The output is the next layer's input; adapters in bf16 are kept once a step, not once a token.
             found[keeping] = (trace.held() - out.nbytes - (adapters if keeping == "none" else 0)) / TOKENS
     names, rank, dropout = (lora.target_modules, lora.rank, lora.dropout) if lora else (None, 0, 0.0)
-    assert found == pytest.approx(kept_bytes(config, names, rank, dropout, itemsize=2), rel=0.05)
+    counted = kept_bytes(config, names, rank, dropout, itemsize=2, grouped_heads=grouped_heads)
+    assert found == pytest.approx(counted, rel=0.05)

@@ -98,12 +98,14 @@ def test_flop_that_are_repeated_are_counted(tmp_path, keeping):
     "modes", [("none",) * 4, ("selective",) * 4, ("full",) * 4, ("full", "selective", *["none"] * 2)]
 )
 @pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3-8b"])
-def test_peak_and_traffic_of_the_layers_are_those_of_a_trace(name, modes):
+@pytest.mark.parametrize("grouped_heads", [False, True])
+def test_peak_and_traffic_of_the_layers_are_those_of_a_trace(name, modes, grouped_heads):
     """Forward and backward of four layers at the real shape: memory within 5%, traffic within 10%."""
     tokens, config = 8192, config_of(name, layers=4)
-    decoder, costs = decoder_on_meta(config, LoraConfig()), TrainingCosts(config, LoraConfig())
+    decoder = decoder_on_meta(config, LoraConfig())
+    costs = TrainingCosts(config, LoraConfig(), grouped_heads=grouped_heads)
     decoder.keeping = modes
-    with on_gpu_path(), torch.device("meta"):
+    with on_gpu_path(grouped_heads), torch.device("meta"):
         ids = torch.empty(tokens, dtype=torch.int64)
         attention = PackedAttention(torch.empty(3, dtype=torch.int32), tokens)
         decoder.rotation(ids)

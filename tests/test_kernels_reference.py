@@ -259,6 +259,9 @@ def test_both_flash_attentions_are_asked_for_the_same(monkeypatch, backend, num_
         assert packed_attention_module._varlen() is packed_attention_module._with_flash_attn
     found = getattr(packed_attention_module, f"_with_{backend}")(*inputs, cu_seqlens, 12)
     torch.testing.assert_close(found, packed_attention(*inputs, cu_seqlens, 12))
+    monkeypatch.setattr(packed_attention_module, "_VARLEN", getattr(packed_attention_module, f"_with_{backend}"))
+    assert packed_attention_module.keeps_grouped_heads(torch.bfloat16) == (backend == "flash_attn")
+    assert not packed_attention_module.keeps_grouped_heads(torch.float32)
 
 
 @pytest.mark.parametrize("name", CALLS)

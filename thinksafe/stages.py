@@ -37,6 +37,7 @@ from thinksafe.intake import (
     response_problem,
     training_sequences,
 )
+from thinksafe.kernels.packed_attention import keeps_grouped_heads
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import attach, check_targets, save_adapter
 from thinksafe.model.weights import fingerprint, load_config, resolve, save_decoder
@@ -238,7 +239,8 @@ def train(run: RunDir, models: Models) -> None:
     lengths = [len(sequence) for sequence in sequences]
     with_reference = any(sequence.keeps_to_reference for sequence in sequences)
     fp8 = config.frozen_weights == "fp8"
-    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference, fp8)
+    grouped_heads = keeps_grouped_heads(models.dtype)
+    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference, fp8, grouped_heads)
     largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
     sharding = _sharding(run, models, costs, largest)
     with _explaining_memory(costs, sharding, ranks, largest):

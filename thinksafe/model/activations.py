@@ -48,7 +48,12 @@ def _policy(last_inner: int, context, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def kept_bytes(
-    config: ModelConfig, adapters: tuple[str, ...] | None, rank: int, dropout: float, itemsize: int
+    config: ModelConfig,
+    adapters: tuple[str, ...] | None,
+    rank: int,
+    dropout: float,
+    itemsize: int,
+    grouped_heads: bool = False,
 ) -> dict[Keeping, int]:
     """Bytes that one layer keeps for a token on a GPU.
 
@@ -56,6 +61,7 @@ def kept_bytes(
         adapters: projections that carry one; None where every weight is trained.
         rank, dropout: of the adapters.
         itemsize: of activations.
+        grouped_heads: whether attention reads keys and values as they are, not repeated for every query head.
     """
     projections = config.projections
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -63,8 +69,9 @@ def kept_bytes(
     log_sum_exp = 4 * config.num_heads
     low_rank = rank * len(adapters or ())
     # The layer's input and the sum after attention, each with a reciprocal root; queries, keys and values as attention
-    # reads them, a key a query head; its output; gate and up.
-    plain = itemsize * (2 * hidden + 4 * q + 2 * inner) + 2 * 4 + log_sum_exp
+    # reads them; its output; gate and up.
+    keys = kv if grouped_heads else q
+    plain = itemsize * (2 * hidden + 2 * q + 2 * keys + 2 * inner) + 2 * 4 + log_sum_exp
     if config.qk_norm:
         plain += itemsize * (q + kv) + 4 * (config.num_heads + config.num_kv_heads)
     if adapters is None:  # what the weights' gradients are formed from; attention's output is there already

@@ -70,6 +70,8 @@ class TrainingCosts:
         itemsize: of weights and activations, in bytes.
         with_reference: whether some sequences are compared with the untrained student.
         fp8: whether the frozen projections are multiplied in e4m3.
+        grouped_heads: whether attention keeps keys and values as they are, see `keeps_grouped_heads`; by default a pair
+            for every query head, as torch's own does.
     """
 
     model: ModelConfig
@@ -77,6 +79,7 @@ class TrainingCosts:
     itemsize: int = 2
     with_reference: bool = False
     fp8: bool = False
+    grouped_heads: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -135,7 +138,7 @@ class TrainingCosts:
         names, rank, dropout = None, 0, 0.0
         if self.lora is not None:
             names, rank, dropout = self.lora.target_modules, self.lora.rank, self.lora.dropout
-        return kept_bytes(self.model, names, rank, dropout, self.itemsize)
+        return kept_bytes(self.model, names, rank, dropout, self.itemsize, self.grouped_heads)
 
     def moved_bytes(self, keeping: Sequence[Keeping], tokens: float) -> float:
         """Through the GPU's memory, outside products and attention."""
