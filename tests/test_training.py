@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from thinksafe.model.attention import PackedAttention
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import hugging_face_name, load_decoder
 from thinksafe.training import losses
@@ -193,6 +194,34 @@ def test_a_student_that_is_the_reference_has_no_loss_and_moves_only_away_from_it
     first = ours.step(kept, 1e-3).loss
     losses = [ours.step(kept, 1e-3).loss for _ in range(20)]
     assert 0 < losses[-1] < 0.5 * first
+
+
+def test_a_student_that_trains_every_weight_is_held_to_all_weights_it_had(untied):
+    """Its head moves too: the copy's states go through the copy's head."""
+    decoder, before = (load_decoder(untied, torch.float32, CPU) for _ in range(2))
+    decoder.requires_grad_(True)
+    ours = SingleEngine(decoder, 1e9, 0.0, with_reference=True)
+    ours.step(pack(SEQUENCES, 64, CPU), 1e-2)
+
+    @torch.no_grad()
+    def logprobs(model, one: TrainingSequence) -> torch.Tensor:
+        ids = torch.from_numpy(one.input_ids).long()
+        hidden = model.eval()(ids, torch.arange(len(one)), PackedAttention.of([len(one)], CPU))
+        return (hidden[one.response_start - 1 : -1] @ model.head.T).log_softmax(-1)
+
+    pairs = [(logprobs(before, one), logprobs(decoder, one)) for one in SEQUENCES]
+    tokens = torch.cat([(was.exp() * (was - now)).sum(-1) for was, now in pairs])
+    kept = pack([dataclasses.replace(one, keeps_to_reference=True) for one in SEQUENCES], 64, CPU)
+    assert ours.step(kept, 1e-3).loss == pytest.approx(tokens.mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_student_is_copied_only_where_a_copy_is_needed_and_the_copy_is_not_trained(decoder, method):
+    """Memory that nothing else would show on a CPU."""
+    assert engine(decoder, method).loss.copy is None
+    copied = SingleEngine(decoder, 1e9, 0.0, with_reference=True).loss.copy
+    assert (copied is not None) == (method == "full")
+    assert copied is None or not any(weight.requires_grad for weight in copied.parameters())
 
 
 def test_only_response_tokens_are_targets(decoder):
