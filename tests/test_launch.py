@@ -52,7 +52,9 @@ def test_every_script_is_bash_and_explained():
 def test_one_machine_and_a_slurm_job_start_a_worker_for_each_gpu(script, tmp_path):
     done = script("node.sh", "--version", GPUS="2")
     assert done.returncode == 0 and done.stdout.splitlines() == [f"thinksafe {__version__}"], done.stderr
-    play(tmp_path / "bin/scontrol", '[ "$*" = "show hostnames here,there" ] && printf "localhost\\nthere\\n"')
+    # The second machine is told when the script has long read the first: nobody listens any more.
+    names = "echo localhost; sleep 0.5; echo there"
+    play(tmp_path / "bin/scontrol", f'[ "$*" = "show hostnames here,there" ] && {{ {names}; }}')
     play(tmp_path / "bin/srun", 'echo "srun $1" >&2; shift; exec "$@"')
     job = {"SLURM_JOB_NODELIST": "here,there", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
     done = script("slurm.sh", "--version", GPUS="2", MASTER_PORT=free_port(), **job)
