@@ -14,6 +14,10 @@ mapfile -t slots < <(sed 's/#.*//' "$hostfile" | awk 'NF { sub("slots=", "", $2)
 
 torchrun=$(command -v torchrun) || { echo "torchrun: not found; activate the environment that ThinkSafe is in" >&2; exit 2; }
 
+for number in "${!hosts[@]}"; do
+    [[ ${slots[number]} =~ ^[1-9][0-9]*$ ]] || { echo "$hostfile: ${hosts[number]}: needs slots=GPUS behind the name" >&2; exit 2; }
+done
+
 running=()
 trap 'kill "${running[@]}" 2>/dev/null || true' EXIT
 for number in "${!hosts[@]}"; do

@@ -77,3 +77,6 @@ def test_machines_of_a_hostfile_work_on_one_run(script, tmp_path):
     (tmp_path / "hostfile").write_text("# nobody\n")
     done = script("hosts.sh", tmp_path / "hostfile", "generate")
     assert done.returncode == 2 and "names no host" in done.stderr
+    (tmp_path / "hostfile").write_text("localhost slots=1\nother\n")
+    done = script("hosts.sh", tmp_path / "hostfile", "generate")
+    assert done.returncode == 2 and done.stderr.endswith("hostfile: other: needs slots=GPUS behind the name\n")
