@@ -207,7 +207,8 @@ def test_who_died_while_workers_exchange_tensors_is_named_in_one_line(victim):
         assert len(said) == 1 and f"worker 1 on {socket.gethostname()} is gone" in said[0]
     else:
         assert all("the machine of the first worker, is gone" in line for line in said)
-    assert {one.returncode for one in started} - {-9} <= {1, 2}
+    # Once the line is said, threads of the library may still abort their process on its way out.
+    assert all(one.returncode in (1, 2, -signal.SIGABRT) for one in started if one is not started[victim])
 
 
 _RESTARTED = """
