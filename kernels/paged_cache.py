@@ -47,6 +47,14 @@ def tile_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.const
         return cache_row(pages, head, tokens % PAGE_SIZE, num_kv_heads, PAGE_SIZE)
 
 
+@jit
+def value_power(exponent):
+    """What is added to scores before an online softmax takes their maximum, fp32: with the scales of values in e4m3,
+    weights are at 1 or below, as fp16 needs. A head of nothing but zeros has the smallest scale, 2^-126, and the sum of
+    many weights without theirs must stay finite as well."""
+    return (tl.maximum(exponent, 27) - 127).to(tl.float32)
+
+
 def write_kv(
     key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, exponents: Exponents = (None, None)
 ) -> None:

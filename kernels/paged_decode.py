@@ -27,7 +27,7 @@ from torch import Tensor
 
 from thinksafe.kernels.dispatch import INTERPRETED, jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import power_of_two
-from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows
+from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows, value_power
 
 SPLIT = 512
 MAX_SPLITS = 32
@@ -178,12 +178,10 @@ def _decode_kernel(
                 scores = product * (power_of_two(key_scale) * scale)[:, None]
             scores = tl.where(written[:, None], scores, float("-inf"))
 
-            # The online softmax, in powers of two, with a shift that keeps weights times the scales of their values
-            # at 1 or below, as fp16 needs. A head of nothing but zeros has the smallest scale, and its weight without
-            # it must stay finite as well.
+            # The online softmax, in powers of two.
             reach = scores
             if value_exponents_ptr is not None:
-                reach += (tl.maximum(value_scale, 27) - 127).to(tl.float32)[:, None]
+                reach += value_power(value_scale)[:, None]
             higher = tl.maximum(best, tl.max(reach, axis=0))
             weights = tl.exp2(scores - higher[None, :])
             shrink = tl.exp2(best - higher)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import power_of_two
-from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows
+from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows, value_power
 
 LOG2E = 1.4426950408889634
 
@@ -89,12 +89,12 @@ def _scores(q, k, exponents_ptr, rows, written, scale):
 @jit
 def _absorb(scores, v, exponents_ptr, rows, written, best, total, acc):
     """One tile of the online softmax, in powers of two: row maxima, row sums and weighted values so far. In e4m3 the
-    weights take on the scales of their values, and the shift keeps the two together at 1 or below, as fp16 needs."""
+    weights take on the scales of their values."""
     if exponents_ptr is None:
         higher = tl.maximum(best, tl.max(scores, axis=1))
     else:
         exponent = tl.load(exponents_ptr + rows, mask=written, other=0).to(tl.int32)
-        reach = scores + (exponent - 127).to(tl.float32)[None, :]
+        reach = scores + value_power(exponent)[None, :]
         higher = tl.maximum(best, tl.max(reach, axis=1))
     weights = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(best - higher)

@@ -100,6 +100,10 @@ class Paged:
         return paged_prefill(q, *self.stored, self.page_table, cu_seqlens, self.seq_lens, tiles, tuple(self.exponents))
 
 
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 @st.composite
 def problems(draw, shortest):
     """Up to three pages and a token a sequence; groups of 1 to 8 query heads, not all of them powers of two."""
@@ -126,11 +130,14 @@ def test_a_new_token_sees_exactly_its_own_context(problem):
         torch.testing.assert_close(out[row, None].double(), problem.expected(q[row, None], row), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("powers", [(-90, -60), (-40, 40), (60, 90)])
-@pytest.mark.parametrize(
+on_both = pytest.mark.parametrize(
     ("device", "dtype", "error"),
     [("cpu", torch.float32, 1e-4), pytest.param("cuda", torch.bfloat16, 5e-3, marks=pytest.mark.gpu)],
 )
+
+
+@pytest.mark.parametrize("powers", [(-90, -60), (-40, 40), (60, 90)])
+@on_both
 def test_values_in_e4m3_may_be_of_any_size(fresh_seed, monkeypatch, powers, device, dtype, error):
     """In one context, and some of them nothing but zeros, whose scale is the smallest there is: those with the highest
     score, and all of one context."""
@@ -153,6 +160,19 @@ def test_values_in_e4m3_may_be_of_any_size(fresh_seed, monkeypatch, powers, devi
             expected = problem.expected(queries, row)
             largest = expected.abs().amax(-1, keepdim=True)
             assert ((out.double() - expected).abs() <= error * largest).all()
+
+
+@on_both
+def test_zeros_of_e4m3_take_their_share_of_the_weights(fresh_seed, device, dtype, error):
+    """Two pages of them before anything else, all about as likely as the rest."""
+    problem = Paged([200], 64, (4, 2), 64, seed=fresh_seed, device=device, dtype=dtype, fp8=(True, True))
+    zeros = problem.page_table[0, :2]
+    problem.stored[1].view(torch.uint8)[zeros], problem.exponents[1][zeros] = 0, 1
+    problem.cache[1][zeros] = 0
+    q = problem.queries(3) / 32
+    expected = problem.expected(q, 0)
+    assert relative(problem.prefill(q, [3]), expected) < error
+    assert relative(problem.decode(q[2:]), expected[2:]) < error
 
 
 @settings(max_examples=40)
@@ -403,10 +423,6 @@ def test_pages_beyond_two_to_the_31_elements_are_found(tmp_path, page_size):
 
 
 # On a GPU
-
-
-def relative(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 SHAPES = [((16, 8), 128, 64), ((32, 8), 128, 64), ((28, 4), 128, 16), ((14, 2), 64, 64), ((4, 2), 8, 1)]
