@@ -49,7 +49,7 @@ class Tiles:
     programs: int
 
 
-TILES = {1: Tiles(8, 32, 3, 12), 2: Tiles(8, 32, 3, 6), 4: Tiles(8, 16, 2, 6)}
+TILES = {1: Tiles(8, 32, 3, 11), 2: Tiles(8, 32, 3, 6), 4: Tiles(8, 16, 2, 6)}
 """By bytes of a key's numbers, of which values have no more. fp32 is there for exactness, not speed."""
 
 

@@ -13,8 +13,9 @@ from thinksafe.kernels.dispatch import INTERPRETED
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
-SHARED_MEMORY_LIMIT = 232_448
-"""Bytes a program may use on sm_90; the compiler lets more pass, and the launch fails."""
+SHARED_MEMORY, RESERVED = 233_472, 1024
+"""Bytes of a processor of sm_90, and those that each program takes beside its own: so one may use 232,448; the compiler
+lets more pass, and the launch fails."""
 REGISTERS = 65_536
 """Of a processor."""
 
@@ -28,7 +29,7 @@ def build(request):
 def test_kernel_compiles_without_spills_within_shared_memory_and_with_the_intended_instructions(build):
     found = figures(*build)
     assert found.stack_bytes == 0 and found.spill_instructions == 0
-    assert build[0].resident * found.shared_bytes <= SHARED_MEMORY_LIMIT
+    assert build[0].resident * (found.shared_bytes + RESERVED) <= SHARED_MEMORY
     assert build[0].resident * build[0].num_warps * 32 * found.registers <= REGISTERS
     for name in build[0].uses:
         assert getattr(found, name) > 0, name
