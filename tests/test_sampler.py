@@ -408,6 +408,17 @@ def test_a_request_that_would_break_the_device_is_refused_by_name(models, change
         list(engine_of(decoder).generate([*requests, replace(requests[0], id="last", **change)]))
 
 
+def test_an_id_may_come_once_a_call(models):
+    """Also where the first of that id has been answered; whoever asks again may use it again."""
+    engine, requests = engine_of(models("qwen3")[0], max_running=2), make_requests(random_prompts([3] * 150, seed=34))
+    for twice in (1, 149):
+        with pytest.raises(ValueError, match="request r0: another request of this call has the same id"):
+            list(engine.generate([*requests[:twice], requests[0]]))
+    with pytest.raises(ValueError, match="request s: another"):
+        list(engine.score([("s", SHARED), ("s", SHARED)], (1, 2)))
+    assert len(answers(engine, requests)) == 150
+
+
 def test_a_pass_that_fails_leaves_no_page_that_was_never_filled(models):
     decoder, _ = models("qwen3")
     requests = make_requests(random_prompts([40, 40], seed=33))

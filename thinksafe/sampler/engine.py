@@ -130,8 +130,8 @@ class Engine:
         They are taken when there is room for them, a few ahead, so that several engines can share one source.
 
         Raises:
-            ValueError: a request that can never fit, or holds a token that the model has not, when its turn comes.
-                Other requests under way are dropped, as they are where the caller stops early.
+            ValueError: a request that can never fit, holds a token that the model has not, or has the id of another,
+                when its turn comes. Other requests under way are dropped, as they are where the caller stops early.
             RuntimeError: another call has not come to its end.
         """
         for plan, results in self._run(requests, self.runner.draw):
@@ -152,7 +152,7 @@ class Engine:
         """Every pass with its results, in order, until no work is left; each must be committed before the next."""
         if self.scheduler.has_work:
             raise RuntimeError("the engine is still answering another call; read that to its end, or close it, first")
-        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), map(self._known, requests)
+        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), self._checked(requests)
         try:
             while True:
                 waiting, running = len(scheduler.waiting), len(scheduler.running)
@@ -169,12 +169,17 @@ class Engine:
         finally:  # whoever stops early, or fails, leaves nothing to the next call
             scheduler.abandon()
 
-    def _known(self, request: Request) -> Request:
-        """The request, its tokens known to the model: a GPU that meets another one is lost to the whole process."""
-        vocab_size = self.runner.decoder.config.vocab_size
-        if request.prompt and not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
-            raise ValueError(f"request {request.id}: the prompt holds a token id outside [0, {vocab_size})")
-        return request
+    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests of a call: no id twice, and no token that the model has not, after which a GPU is lost to the
+        whole process."""
+        vocab_size, ids = self.runner.decoder.config.vocab_size, set()
+        for request in requests:
+            if request.id in ids:
+                raise ValueError(f"request {request.id}: another request of this call has the same id")
+            if request.prompt and not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
+                raise ValueError(f"request {request.id}: the prompt holds a token id outside [0, {vocab_size})")
+            ids.add(request.id)
+            yield request
 
     def _count_limit(self, plan: StepPlan) -> None:
         if self.hardware:

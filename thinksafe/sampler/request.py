@@ -45,7 +45,7 @@ class Request:
     """One response to sample.
 
     Attributes:
-        id: returned with the completion; unique in a run.
+        id: returned with the completion; no other request of a call has the same.
         prompt: token ids, at least one.
         sampling: how to draw.
         seed: 63 bits; with the position it fixes the noise, so the response does not depend on the batch.
