@@ -5,9 +5,10 @@ python tests/instant_run.py OUT PROMPTS CHARACTERS_A_RESPONSE
 
 import resource
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from thinksafe import stages
 from thinksafe.guards.interface import Judgement
@@ -49,18 +50,17 @@ def instantly(say=lambda task: f"{task.steering}"):
 
     engine = SimpleNamespace(max_prompt_tokens=10**6, cache_is_shorter=False, limit_seconds=0.0)
     stand_ins = {
-        "respond": respond,
-        "Engine": lambda *_: engine,
-        "fingerprint": lambda _: "",
-        "resolve": lambda *_: "",
-        "refuse_too_long": lambda *_: None,
+        "sampling.respond": respond,
+        "sampling.Engine": lambda *_: engine,
+        "sampling.fingerprint": lambda _: "",
+        "sampling.refuse_too_long": lambda *_: None,
+        "judging.fingerprint": lambda _: "",
+        "judging.resolve": lambda *_: "",
     }
-    real = {name: getattr(stages, name) for name in stand_ins}
-    vars(stages).update(stand_ins)
-    try:
+    with ExitStack() as stack:
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch(f"thinksafe.stages.{name}", stand_in))
         yield
-    finally:
-        vars(stages).update(real)
 
 
 def run_stages(run, models, marks=None):

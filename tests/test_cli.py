@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from thinksafe import stages
 from thinksafe.cli import main
+from thinksafe.generation import respond
 from thinksafe.prompts import load_prompts
 from thinksafe.recipe import bundled_recipes
 from thinksafe.records import Example, Response, Verdict, read_records
@@ -523,6 +524,7 @@ class Interrupting:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupting)
 from thinksafe.cli import main
+from thinksafe.generation import respond
 sys.exit(main(["run", "--recipe", "organism", "--out", sys.argv[2]]))
 """
 
@@ -570,12 +572,12 @@ def test_what_was_answered_before_the_disk_was_full_is_answered_once(world, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, settings)
         signal.signal(signal.SIGXFSZ, ignored)
     assert status == 2 and f"File too large ({tmp_path / 'run'})" in errors[-1]
-    asked, respond = [], stages.respond
+    asked = []
 
     def counted(engine, chat, tasks, *rest):
         return respond(engine, chat, (asked.append(task) or task for task in tasks), *rest)
 
-    monkeypatch.setattr(stages, "respond", counted)
+    monkeypatch.setattr("thinksafe.stages.sampling.respond", counted)
     assert call("generate", *many)[0] == 0 and 0 < len(asked) < 40
     assert (tmp_path / "run/responses.jsonl").read_bytes() == (tmp_path / "whole/responses.jsonl").read_bytes()
 

@@ -9,7 +9,6 @@ from checkpoints import make_checkpoint
 from test_pipeline import settings
 
 from benchmarks.recipes import NAMES, RECIPES, with_expectation
-from thinksafe import stages
 from thinksafe.cli import main
 from thinksafe.display import Price, bar, duration, in_short
 from thinksafe.errors import UserError
@@ -18,6 +17,7 @@ from thinksafe.hardware import GPU_NAMES, hardware_named
 from thinksafe.model.shapes import PUBLIC
 from thinksafe.recipe import load_recipe
 from thinksafe.records import Response, read_records
+from thinksafe.rundir import RunDir
 
 H200 = hardware_named("H200")
 
@@ -255,7 +255,7 @@ def test_a_recipe_says_what_the_estimate_says(name):
 
 
 def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "hardware_of", lambda device: H200)
+    monkeypatch.setattr("thinksafe.stages.starting.hardware_of", lambda device: H200)
     out = tmp_path / "run"
     arguments = settings(tmp_path / "sets", prompts=8, evaluated=2)
     assert main(["run", *arguments, "--out", str(out)]) == 0
@@ -276,7 +276,7 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
     assert main(["run", *arguments, "--out", str(out)]) == 0
     assert (out / "estimate.json").read_bytes() == before
     recipe = load_recipe(str(out / "recipe.yaml"))
-    again = {stage.name: stage.tokens for stage in estimate(recipe, H200, run=stages.RunDir(out, recipe)).stages}
+    again = {stage.name: stage.tokens for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
     for name in ("generate", "probe", "filter"):
         assert again[name] == happened[name]["tokens"], name
     # Whole sequences: the prompts, here with the instruction that training leaves out, and accepted responses.
@@ -286,7 +286,7 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
 
 
 def test_a_recipe_can_still_be_corrected_after_its_estimate(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "hardware_of", lambda device: H200)
+    monkeypatch.setattr("thinksafe.stages.starting.hardware_of", lambda device: H200)
     arguments = ["--recipe", "organism", "--out", str(tmp_path / "run")]
     assert main(["generate", *arguments, "--prompts", str(tmp_path / "missing.jsonl")]) == 2
     assert main(["train", *arguments, "--set", "training.epochs=1"]) == 2

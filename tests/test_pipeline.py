@@ -77,7 +77,7 @@ def test_training_with_recorded_passes_says_so_and_learns_the_same(finished, tmp
     path, arguments = finished
     data = ["--data", str(path / "accepted.jsonl"), "--set", "lora.dropout=0"]
     tape_passes(monkeypatch)
-    monkeypatch.setattr("thinksafe.stages.recorded_on", lambda *of_the_run: 256)
+    monkeypatch.setattr("thinksafe.stages.training.recorded_on", lambda *of_the_run: 256)
     losses = {}
     for setting in ("auto", "none"):
         capsys.readouterr()

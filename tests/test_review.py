@@ -418,7 +418,7 @@ def test_a_kill_while_marks_are_taken_in_loses_none(run, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages, "choose", killed)
+        patch.setattr("thinksafe.stages.accepting.choose", killed)
         give(run, tmp_path, mark_of(run, SAFE, "reject"))
     with RunDir.open(run.path, run.recipe) as again:
         stages.accept(again)

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 from test_pipeline import settings
 
-from thinksafe import stages
 from thinksafe.cli import main
 from thinksafe.hardware import hardware_named
+from thinksafe.progress import in_figures
 from thinksafe.training import loop
 from thinksafe.training.loop import StepMetrics, read_metrics
 from thinksafe.training.trackers import figures, tracking
@@ -103,7 +103,7 @@ def test_a_run_is_seen_while_it_trains(tmp_path, monkeypatch, wandb, capsys):
     gpu = hardware_named("H200")
     monkeypatch.setattr(loop, "hardware_of", lambda device: gpu)
     shown = []
-    monkeypatch.setattr(stages, "in_figures", lambda one, real=stages.in_figures: shown.append(real(one)) or {})
+    monkeypatch.setattr("thinksafe.stages.training.in_figures", lambda one: shown.append(in_figures(one)) or {})
     out = tmp_path / "run"
     arguments = settings(tmp_path / "sets", prompts=8, evaluated=1)
     assert main(["run", *arguments, "--set", "trackers=[tensorboard, wandb]", "--out", str(out)]) == 0
