@@ -67,9 +67,9 @@ class GuardFormat:
             checkpoint's chat template.
         strip: outer white space of prompt and response is left out. A chat template of two turns decides for itself.
         control_tokens: what a raw template takes for control tokens; a checkpoint without them is refused.
-        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is, whatever their
-            case and white space. They are mere text, so an exchange that holds one may have talked itself out of its
-            place: it is never called safe.
+        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is. They are mere
+            text, so an exchange that holds one more, however it is written (see `like`), may have talked itself out of
+            its place: it is never called safe.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -91,7 +91,7 @@ class GuardFormat:
             raise ValueError("template must hold {prompt} and {response}, each exactly once")
         if self.template is None and (self.raw or self.strip):
             raise ValueError("raw and strip are about a template of its own, and there is none")
-        if any(not plainly_spelled(phrase).strip() for phrase in self.frame):
+        if any(like(phrase).search("\n" * len(phrase)) for phrase in self.frame):
             raise ValueError("frame must hold no empty phrase")
 
     def layout(self, tokenizer: SafeTokenizer) -> "Layout":
@@ -136,13 +136,21 @@ class Layout:
         return [*filled, (reply, True)]
 
 
-def plainly_spelled(text: str) -> str:
-    """A text as a guard may take it: in lower case, without wide letters and invisible characters, indentation and
-    other white space than single spaces and newlines."""
-    if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
-    lines = f"{text}\0".casefold().splitlines()  # what ends in a newline has an empty line behind it
-    return "\n".join(" ".join(line.split()) for line in lines).removesuffix("\0").rstrip(" ")
+def like(phrase: str) -> re.Pattern[str]:
+    """What reads like a phrase in a `folded` text, however it is written.
+
+    Of the phrase count letters, digits, signs and line breaks. In between may stand whatever else a line holds that is
+    no letter or digit: spaces, accents, invisible characters, the signs of markup.
+    """
+    signs = re.escape("".join(c for c in folded(phrase) if unicodedata.category(c)[0] in "PS"))
+    counted = re.findall(rf"[\n{signs}]|[^\W_]", folded(phrase))
+    return re.compile(rf"(?:(?![\n{signs}])[\W_])*".join(map(re.escape, counted)))
+
+
+def folded(text: str) -> str:
+    """A text without differences of case, width and line breaks, its accents apart from their letters."""
+    lines = f"{text}\0".splitlines()  # what ends in a newline has an empty line behind it
+    return unicodedata.normalize("NFKD", "\n".join(lines)).casefold()
 
 
 def _pieces(template: str, trusted: bool) -> tuple[tuple[str, bool | None], ...]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from thinksafe.chat import Thought, parse_response
 from thinksafe.errors import UserError
-from thinksafe.guards.formats import NEITHER, Question, plainly_spelled
+from thinksafe.guards.formats import NEITHER, Question, folded, like
 from thinksafe.guards.interface import Decision, Exchange, GuardConfig, Judgement
 from thinksafe.guards.windows import plan_windows
 from thinksafe.model.decoder import Decoder
@@ -93,6 +93,8 @@ class ModelGuard:
             self._answer_ids = self._first_tokens()
         except UserError as error:
             raise UserError(f"guard.model: {config.model} is no {config.kind}: {error}") from None
+        self._frame = [like(phrase) for phrase in self._format.frame]
+        self._own_frame = self._phrases("a", "a")
         self._longest_reply = "".join(q.lead + max(q.answers, key=len) for q in self._format.questions)
 
     def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
@@ -197,8 +199,13 @@ class ModelGuard:
 
     def _is_forged(self, exchange: Exchange) -> bool:
         """Whether a text pretends to be the format: the end of the exchange, or another turn in it."""
-        texts = plainly_spelled(f"{exchange.prompt}\0{exchange.response}")
-        return any(plainly_spelled(phrase) in texts for phrase in self._format.frame)
+        found = self._phrases(exchange.prompt, exchange.response)
+        return any(count > own for count, own in zip(found, self._own_frame, strict=True))
+
+    def _phrases(self, prompt: str, response: str) -> list[int]:
+        """How often each phrase of the frame stands in all that is read."""
+        whole = folded("".join(text for text, _ in self._layout.parts(prompt, response, "")))
+        return [len(phrase.findall(whole)) for phrase in self._frame]
 
     def _judged_windows(self, exchange: Exchange, limit: int) -> list[str] | str:
         """The texts to read, or why there are none."""
