@@ -69,17 +69,7 @@ def train(run: RunDir, models: Models) -> None:
     largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
     sharding = _sharding(run, models, costs, largest)
     with _explaining_memory(costs, sharding, ranks, largest):
-        decoder = models.student(sharding is not None and sharding.stage == 3, config.frozen_weights)
-        if config.method == "lora":
-            attach(decoder, recipe.lora, recipe.seed)
-            decoder.pass_gradients()
-        else:
-            decoder.requires_grad_(True)
-        setting = config.activation_checkpointing
-        decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
-        if run.workers.leads and set(decoder.keeping) != {"none"}:
-            again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
-            print(f"{'computed again':>30}: {again}", file=sys.stderr)
+        decoder = _student(run, models, costs, sharding, largest)
         recorded = 0
         if sharding is None and config.cuda_graphs == "auto":
             average = average_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
@@ -115,6 +105,23 @@ def _sharding(run: RunDir, models: Models, costs: TrainingCosts, largest: int) -
     if run.workers.leads:
         print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} processes", file=sys.stderr)
     return sharding
+
+
+def _student(run: RunDir, models: Models, costs: TrainingCosts, sharding: ZeroConfig | None, largest: int) -> Decoder:
+    """The base model with what is to be trained, and how much each layer keeps for its backward pass, said aloud."""
+    config = run.recipe.training
+    decoder = models.student(sharding is not None and sharding.stage == 3, config.frozen_weights)
+    if config.method == "lora":
+        attach(decoder, run.recipe.lora, run.recipe.seed)
+        decoder.pass_gradients()
+    else:
+        decoder.requires_grad_(True)
+    setting, ranks = config.activation_checkpointing, run.workers.count
+    decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
+    if run.workers.leads and set(decoder.keeping) != {"none"}:
+        again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
+        print(f"{'computed again':>30}: {again}", file=sys.stderr)
+    return decoder
 
 
 def _training_engine(
