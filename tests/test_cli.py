@@ -464,10 +464,18 @@ def test_a_corrected_command_may_use_the_same_folder(world, tmp_path, call, mist
     assert status == 0, errors
 
 
+def test_after_a_broken_line_another_file_of_prompts_may_use_the_same_folder(world, tmp_path, call):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text((world / "prompts.jsonl").read_text() + '{"instruction": "How')
+    status, _, errors = call("generate", "--prompts", broken)
+    assert status == 2 and len(errors) == 1 and f"{broken}: line 5 is not valid JSON" in errors[0]
+    assert call("generate")[0] == 0
+
+
 def test_a_folder_with_results_is_not_used_for_another_recipe(call):
     assert call("generate")[0] == 0
     status, _, errors = call("generate", "--seed", 5)
-    assert status == 2 and len(errors) == 1 and "another recipe (first difference: seed: 5" in errors[0]
+    assert status == 2 and len(errors) == 1 and "another recipe (seed: 5, there 0)" in errors[0]
 
 
 def test_other_records_are_not_mixed_with_those_of_the_run(world, tmp_path, call):

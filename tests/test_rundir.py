@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from thinksafe import rundir
 from thinksafe.errors import UserError
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Response, to_json
-from thinksafe.rundir import Journal, RunDir, sha256, write_atomically
+from thinksafe.rundir import Journal, RunDir, sha256, write_atomically, write_shard
 from thinksafe.workers import Workers
 
 RECIPE = check_recipe({"name": "n", "model": "m"}, "here")
@@ -111,6 +112,18 @@ def test_a_text_is_replaced_whole(tmp_path):
     assert file.read_text(encoding="utf-8") == "new é" and os.listdir(tmp_path) == ["f.json"]
 
 
+def test_what_cannot_be_written_whole_leaves_nothing_behind(tmp_path):
+    """Or an unreadable file of prompts would bind its run directory to the recipe that named it."""
+
+    def records():
+        yield response(1)
+        raise UserError("line 2 is not valid JSON")
+
+    with pytest.raises(UserError):
+        write_shard(tmp_path / "prompts.jsonl", records())
+    assert os.listdir(tmp_path) == []
+
+
 def finish(run: RunDir, name: str = "shard.jsonl"):
     (run.path / name).write_text("{}\n")
     run.finish_stage("stage", [run.path / name], run.clock("stage"), tokens=1)
@@ -146,8 +159,7 @@ def test_a_damaged_manifest_is_named(tmp_path):
 def test_another_recipe_is_refused_with_the_difference(tmp_path):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    difference = "another recipe .*seed: 1, there seed: 0.*training.cuda_graphs, zero and trackers may"
-    with pytest.raises(UserError, match=difference), RunDir.open(tmp_path / "run", OTHER):
+    with pytest.raises(UserError, match=r"another recipe \(seed: 1, there 0\)"), RunDir.open(tmp_path / "run", OTHER):
         pass
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         assert run.is_done("stage")
@@ -193,16 +205,30 @@ def test_in_batch_invariant_mode_the_number_of_parts_is_no_matter_of_room(tmp_pa
     with RunDir.open(tmp_path / "run", recipe(max_running=8)):
         pass
     other = recipe(max_running=8, tensor_parallel=2)
-    with pytest.raises(UserError, match="tensor_parallel: 2, there"), RunDir.open(tmp_path / "run", other):
+    with pytest.raises(UserError) as refusal, RunDir.open(tmp_path / "run", other):
         pass
+    place = {"sampler": "sampler", "guard": "guard.sampler"}[section]
+    assert f"({place}.tensor_parallel: 2, there 1)" in str(refusal.value)
+    assert str(refusal.value).count("tensor_parallel") == 2, "only the other model's may change"
 
 
-def test_a_recipe_with_less_in_it_is_refused_too(tmp_path):
-    targets = {"lora": {"target_modules": ["q_proj"]}}
+@pytest.mark.parametrize(
+    "settings, difference",
+    [
+        ({"training": {"epochs": 4}}, "training.epochs: 4, there 3"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "lora.target_modules.2: nothing, there v_proj"),
+        (
+            {"evaluation": {"sets": [{"name": "a", "file": "f", "kind": "harmful"}]}},
+            "evaluation.sets.1.name: a, there nothing",
+        ),
+        ({"generation": {"steering": None}}, "generation.steering: None, there prefix"),
+    ],
+)
+def test_the_first_key_that_differs_is_named_with_both_values(tmp_path, settings, difference):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    less = check_recipe({"name": "n", "model": "m", **targets}, "here")
-    with pytest.raises(UserError, match="there - v_proj"), RunDir.open(tmp_path / "run", less):
+    other = check_recipe({"name": "n", "model": "m", **settings}, "here")
+    with pytest.raises(UserError, match=re.escape(f"({difference})")), RunDir.open(tmp_path / "run", other):
         pass
 
 
@@ -215,7 +241,9 @@ def test_a_recipe_that_cannot_be_read_is_another_recipe(tmp_path, damage):
         pass
 
 
-@pytest.mark.parametrize("left", [[], ["prompts.jsonl"], ["responses.jsonl"], ["accepted.jsonl"]])
+@pytest.mark.parametrize(
+    "left", [[], ["prompts.jsonl"], ["prompts.jsonl.partial"], ["responses.jsonl"], ["accepted.jsonl"]]
+)
 def test_a_recipe_can_be_corrected_until_a_stage_has_written_something(tmp_path, left):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         for name in left:

@@ -20,10 +20,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, takewhile, zip_longest
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -361,14 +361,8 @@ def _lock(lock: TextIO, kind: int) -> None:
 def _may_be_corrected(recipe_file: Path) -> bool:
     """Whether the recipe was written here by us, and no stage has written anything after it."""
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
-    inputs = {
-        ".lock",
-        recipe_file.name,
-        f"{recipe_file.name}.partial",
-        "prompts.jsonl",
-        "estimate.json",
-        "estimate.json.partial",
-    }
+    written = (recipe_file.name, "prompts.jsonl", "estimate.json")
+    inputs = {".lock", *written, *(f"{name}.partial" for name in written)}
     if "prompts.jsonl" not in files:
         inputs |= {"responses.jsonl", "marks.jsonl"}  # not sampled here, but taken in with --responses
     if "verdicts.jsonl" not in files:
@@ -384,44 +378,51 @@ def _recipe_in(file: Path) -> Recipe | None:
         return None
 
 
-_FREE = ", ".join(
-    [
-        *(f"{section}.{key}" for section in ("sampler", "guard.sampler") for key in SAMPLING_ROOM),
-        *(f"training.{key}" for key in TRAINING_ROOM),
-        "zero and trackers",
-    ]
-)
-
-
 def _refuse_other(recipe_file: Path, recipe: Recipe) -> None:
     """What may be another: the room that sampling, judging and training take, how training is sharded, and who watches
     it. That changes nothing of what comes out."""
     there = _recipe_in(recipe_file)
     differing = "its recipe.yaml cannot be read"
+    rooms = {"sampler": _room(recipe.sampler), "guard.sampler": _room(recipe.guard.sampler), "training": TRAINING_ROOM}
     if there is not None:
+        judging = _taking(there.guard.sampler, recipe.guard.sampler, rooms["guard.sampler"])
         there = replace(
             there,
-            sampler=_taking_room(there.sampler, recipe.sampler),
-            guard=replace(there.guard, sampler=_taking_room(there.guard.sampler, recipe.guard.sampler)),
-            training=_taking(there.training, recipe.training, TRAINING_ROOM),
+            sampler=_taking(there.sampler, recipe.sampler, rooms["sampler"]),
+            guard=replace(there.guard, sampler=judging),
+            training=_taking(there.training, recipe.training, rooms["training"]),
             zero=recipe.zero,
             trackers=recipe.trackers,
         )
         if there == recipe:
             return
-        lines = zip_longest(recipe.to_yaml().splitlines(), there.to_yaml().splitlines(), fillvalue="nothing")
-        differing = next(f"{ours.strip()}, there {theirs.strip()}" for ours, theirs in lines if ours != theirs)
+        ours, theirs = _flat(asdict(recipe)), _flat(asdict(there))
+        values = ((key, ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in ours | theirs)
+        differing = next(f"{key}: {here}, there {other}" for key, here, other in values if here != other)
+    free = ", ".join(f"{section}.{{{', '.join(names)}}}" for section, names in rooms.items())
     raise UserError(
-        f"--out {recipe_file.parent}: belongs to a run with another recipe (first difference: {differing}); "
-        f"give another folder, or the same recipe, in which only {_FREE} may change (tensor_parallel not in "
-        "batch-invariant mode); records can be taken over with --responses and --data"
+        f"--out {recipe_file.parent}: belongs to a run with another recipe ({differing}); give another folder, into "
+        "which --responses and --data take records over, or the same recipe, but for what changes no result: "
+        f"{free}, zero and trackers"
     )
 
 
-def _taking_room(sampler: EngineConfig, other: EngineConfig) -> EngineConfig:
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """A recipe's plain values by their keys, such as `training.epochs`; an entry of a list by its number."""
+    if isinstance(value, tuple):
+        value = dict(enumerate(value, start=1))
+    if not isinstance(value, dict):
+        return {place: value}
+    return {
+        key: plain
+        for name, entry in value.items()
+        for key, plain in _flat(entry, f"{place}.{name}" if place else str(name)).items()
+    }
+
+
+def _room(sampler: EngineConfig) -> list[str]:
     """Sums over another number of processes have other last digits, which batch-invariant responses must not have."""
-    fixed = {"tensor_parallel"} if sampler.batch_invariant else set()
-    return _taking(sampler, other, [name for name in SAMPLING_ROOM if name not in fixed])
+    return [name for name in SAMPLING_ROOM if not (sampler.batch_invariant and name == "tensor_parallel")]
 
 
 def _taking(section: T, other: T, names: Iterable[str]) -> T:
@@ -434,11 +435,15 @@ def replacing(file: Path) -> Iterator[TextIO]:
     """A stream whose contents take a file's place in the end: a reader or a crash sees the old or the new, never a
     part."""
     partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def fresh(folder: Path) -> Path:
