@@ -532,7 +532,6 @@ class Interrupting:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupting)
 from thinksafe.cli import main
-from thinksafe.generation import respond
 sys.exit(main(["run", "--recipe", "organism", "--out", sys.argv[2]]))
 """
 
