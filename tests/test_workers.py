@@ -167,6 +167,18 @@ raise SystemExit(main())
 """
 
 
+_HANGING = """
+import ctypes
+from thinksafe import workers
+with workers.Workers.join() as one:
+    one.meet()
+    print("joined", flush=True)
+    mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # for ever, and the interpreter handles no signal
+"""
+
+
 def without_launcher(*arguments: str, script: str = _JOINED, count: int = 2) -> list[subprocess.Popen]:
     """Workers that nobody looks after, as on several machines; all have joined."""
     with socket.socket() as free:
@@ -207,8 +219,25 @@ def test_who_died_while_workers_exchange_tensors_is_named_in_one_line(victim):
         assert len(said) == 1 and f"worker 1 on {socket.gethostname()} is gone" in said[0]
     else:
         assert all("the machine of the first worker, is gone" in line for line in said)
-    # Once the line is said, threads of the library may still abort their process on its way out.
-    assert all(one.returncode in (1, 2, -signal.SIGABRT) for one in started if one is not started[victim])
+    assert all(one.returncode in (1, 2) for one in started if one is not started[victim])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [(1,), (0,), ()])
+def test_workers_that_a_library_holds_say_who_died_before_their_launcher_kills_them(victims):
+    """torchrun asks them to end, and 30 seconds later does not ask."""
+    started = without_launcher(script=_HANGING, count=3)
+    time.sleep(0.5)  # all hang by now
+    for victim in victims:
+        started[victim].kill()
+    survivors = [one for rank, one in enumerate(started) if rank not in victims]
+    for one in survivors:
+        one.send_signal(signal.SIGTERM)
+    said = [line for one in survivors for line in one.communicate(timeout=25)[1].splitlines() if "thinksafe: " in line]
+    assert [one.returncode for one in survivors] == [1] * len(survivors)
+    why = {(1,): f"worker 1 on {socket.gethostname()} is gone", (): "stopped from outside"}
+    assert all(why.get(victims, "the machine of the first worker, is gone") in line for line in said)
+    assert len(said) == (2 if victims == (0,) else 1)
 
 
 _RESTARTED = """

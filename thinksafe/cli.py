@@ -49,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 2 for the user's mistake, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a store that is gone would be told of in stack traces
+    status = _answer(arguments)
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from thinksafe.workers import end
+
+        end(status)
+    return status
+
+
+def _answer(arguments: Sequence[str] | None) -> int:
     options = None
     try:
         with _leaving_at_once():

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ _ENDS_WITHIN = 6.0
 _OF_GLOO = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
 _GOES_ON = "nothing finished is lost, the same command goes on from here"
 _STORE_GONE = "the launcher, or the machine of the first worker, is gone"
+_STOPPED = "stopped from outside, as a launcher does when another worker has failed"
 _LEFT = 1 << 40
 """A pulse that beats no more, since its worker is done."""
 
@@ -59,7 +61,7 @@ class Workers:
         self._done_together = 0
         self._neighbours: dict[int, dist.ProcessGroup] = {}
         self._leader_alone = False
-        self._over = threading.Event()
+        self._over, self._ending = threading.Event(), threading.Lock()
 
     @classmethod
     @contextmanager
@@ -76,8 +78,12 @@ class Workers:
         store = PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         workers = cls(rank, count, store, int(os.environ.get("LOCAL_RANK", "0")))
         store.set(f"host/{rank}", socket.gethostname())
-        threading.Thread(target=workers._listen, daemon=True).start()
+        signals, interpreter = socket.socketpair()
+        listening = threading.Thread(target=workers._listen, args=(signals,), daemon=True)
+        listening.start()
         before = signal.signal(signal.SIGTERM, _stop)
+        interpreter.setblocking(False)
+        signal.set_wakeup_fd(interpreter.fileno(), warn_on_full_buffer=False)
         try:
             yield workers
             workers._leave()
@@ -86,12 +92,19 @@ class Workers:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever speaks is not cut short when the others end
             if not workers._is_first_to_fail():
                 workers._say_farewell()
-                raise SystemExit(1) from None
+                end(1)
+            why = _STOPPED if isinstance(error, _Stopped) else ""
             if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_GLOO.search(str(error))):
-                error = UserError(f"{workers._lost(error)}, so all end; {_GOES_ON}")
+                why = f"the connection between workers broke ({str(error).splitlines()[0]})"
+            if why:
+                error = UserError(f"{workers._gone() or why}, so all end; {_GOES_ON}")
             if isinstance(error, UserError) and not workers.leads:
                 error = UserError(f"worker {rank} on {socket.gethostname()}: {error}")
             raise error from None
+        finally:
+            signal.set_wakeup_fd(-1)
+            interpreter.send(b"\0")
+            listening.join(_ENDS_WITHIN)  # the interpreter's end would tear it out of a call of C++, and abort
 
     @property
     def leads(self) -> bool:
@@ -209,11 +222,18 @@ class Workers:
                 return
             yield items[index]
 
-    def _listen(self) -> None:
-        """In a thread: be heard, hear of failures, and of the silence of the next worker."""
+    def _listen(self, signals: socket.socket) -> None:
+        """In a thread: be heard, hear of failures, of the silence of the next worker, and of being stopped.
+
+        Args:
+            signals: where their numbers come in, also while the main thread hangs in a library and handles none.
+        """
         neighbour = (self.rank + 1) % self.count
-        heard, changed = 0, time.monotonic()
-        while not self._over.wait(_LISTEN_EVERY):
+        heard, changed, ends_at = 0, time.monotonic(), float("inf")
+        while not self._over.is_set():
+            if select.select([signals], [], [], _LISTEN_EVERY)[0] and signal.SIGTERM in signals.recv(64):
+                # What concerns all, the first worker says.
+                ends_at = time.monotonic() + _ENDS_WITHIN + (0 if self.leads else 2 * _LISTEN_EVERY)
             try:
                 self.store.add(f"pulse/{self.rank}", 1)
                 pulse = self.store.add(f"pulse/{neighbour}", 0)
@@ -223,6 +243,8 @@ class Workers:
                 continue
             if failed:
                 self._end("")
+            if time.monotonic() > ends_at:
+                self._end(_STOPPED)
             if pulse != heard or pulse >= _LEFT:
                 heard, changed = pulse, time.monotonic()
             elif time.monotonic() - changed > _DEAD_AFTER:
@@ -231,20 +253,22 @@ class Workers:
 
     def _end(self, why: str, always: bool = False) -> None:
         """End this process from the listening thread, unless it is ending anyway."""
-        if self._over.is_set():
-            return
-        if why and (always or self.store.add("failed", 1) == 1):
-            line = f"thinksafe: {why}, so all end; {_GOES_ON}\n"
-            os.write(sys.stderr.fileno(), line.encode())
-        self._say_farewell()
-        os._exit(1)
+        with self._ending:
+            if self._over.is_set():
+                return
+            if why and (always or self.store.add("failed", 1) == 1):
+                known = self._gone() if why is _STOPPED else ""
+                line = f"thinksafe: {known or why}, so all end; {_GOES_ON}\n"
+                os.write(sys.stderr.fileno(), line.encode())
+            self._say_farewell()
+            os._exit(1)
 
     def _say_farewell(self) -> None:
         with suppress(RuntimeError):  # where nobody is left to hear it
             self.store.add(f"pulse/{self.rank}", _LEFT)
 
-    def _lost(self, error: Exception) -> str:
-        """What a broken connection comes from: the workers that do not end as all others do, since they are dead."""
+    def _gone(self) -> str:
+        """What to say of workers that do not end as all others do, since they are dead; empty where there are none."""
         try:
             pulses = {rank: self.store.add(f"pulse/{rank}", 0) for rank in range(self.count) if rank != self.rank}
 
@@ -255,15 +279,15 @@ class Workers:
             gone = " and ".join(f"worker {rank} on {self._host(rank)}" for rank in unheard())
         except RuntimeError:
             return _STORE_GONE
-        what = f"the connection between workers broke ({str(error).splitlines()[0]})"
-        return f"{gone} {'are' if ' and ' in gone else 'is'} gone" if gone else what
+        return f"{gone} {'are' if ' and ' in gone else 'is'} gone" if gone else ""
 
     def _host(self, rank: int) -> str:
         known = self.store.check([f"host/{rank}"])
         return self.store.get(f"host/{rank}").decode() if known else "an unknown machine"
 
     def _is_first_to_fail(self) -> bool:
-        self._over.set()
+        with self._ending:  # for ever, if the listening thread is about to end this process
+            self._over.set()
         try:
             if not self.leads:  # what concerns all, the first worker says
                 _wait_for(lambda: self.store.add("failed", 0), within=1.0)
@@ -289,8 +313,21 @@ ALONE = Workers()
 """A process that nobody started together with others."""
 
 
+def end(status: int) -> NoReturn:
+    """End this process as it is: threads of the libraries that connect workers, if they are asked to end in the
+    ordinary way while another worker is gone, may wait for it, or abort."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM."""
+
+
 def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt("stopped from outside, as a launcher does when another worker has failed")
+    raise _Stopped
 
 
 def _wait_for(
