@@ -20,13 +20,20 @@ PACKAGE_TEST   = .[gpu,test]
 INSTALL_TORCH  = $(PIP) install 'torch>=2.11'
 endif
 
-.PHONY: help run test gpu clean
+# Of the GPU tests, and of each suite; what a suite has by then stays written.
+SECONDS ?= 1200
+SUITES  ?= all
+# Sampling in CUDA C++, where it can be compiled.
+LIBRARY := $(if $(shell command -v nvcc),thinksafe/libthinksafe.so)
+
+.PHONY: help run test gpu gpu-tests gpu-suites clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run    install into .venv, then ThinkSafe end to end on the bundled world; prints where the report is'
 	@echo 'make test   install into .venv, then lint and every test that needs no GPU'
-	@echo 'make gpu    GPU tests and all benchmarks with the python3 at hand (or PYTHON=): nothing installed, no network'
+	@echo 'make gpu    GPU tests and all benchmarks with the python3 at hand (or PYTHON=): nothing installed, no network;'
+	@echo '            gpu-tests and gpu-suites are its halves, SECONDS= limits each suite, SUITES= names some'
 	@echo 'make clean  remove .venv, runs/ and build products'
 	@echo
 	@echo 'PYTHON=python3.12 makes .venv from that interpreter (3.11 or newer).'
@@ -42,13 +49,22 @@ test: $(VENV)/installed-test $(OLD_TRITON)
 	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/test_kernels_compiled.py
 
 gpu:
-	@if ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    $(MAKE) --no-print-directory --keep-going gpu-tests gpu-suites; \
 	else \
-	    if command -v nvcc >/dev/null; then $(PYTHON) csrc/build.py; fi; \
-	    export PYTHONPATH=.; $(PYTHON) -m pytest -q -m gpu; tests=$$?; \
-	    $(PYTHON) -m benchmarks.run --suite all && exit $$tests; \
+	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
 	fi
+
+# A file that cannot be imported stops no other; where pytest-xdist is there, eight processes compile kernels at a time.
+gpu-tests: $(LIBRARY)
+	@PYTHONPATH=. timeout -k 10 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
+	    $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+
+gpu-suites: $(LIBRARY)
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.run --suite $(SUITES) --seconds $(SECONDS)
+
+thinksafe/libthinksafe.so: $(wildcard csrc/*)
+	@$(PYTHON) csrc/build.py
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info thinksafe/libthinksafe.so .pytest_cache .ruff_cache .hypothesis

@@ -6,35 +6,44 @@ value and of dX against fp64 on 64 rows stand beside the time.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result, figures, measure, peer, progress, relative_error
+from benchmarks.harness import Row, Sections, figures, measure, peer, relative_error
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_kl import linear_kl, reference
 
-CHECKED_ROWS, TORCH_ROWS = 64, 1024
+CLAIM = "Precise near the reference and far from it, in 4 bytes a pair."
+CHECKED_ROWS, TORCH_ROWS, ROUNDS = 64, 1024, 3
 DIRECTIONS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
 """Direction -> Liger-Kernel's beta."""
 
 Losses = dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]]
 
 
-def run() -> Result:
+def sections(notes: list[str]) -> Sections:
     """All directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
-    rows, notes = [], ["medians of 3 calls, forward and backward; bf16; V = 151,936; frozen head, shared"]
+    notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936; frozen head, shared")
     losses = peers(notes)
-    for T, directions, steps in ((8192, tuple(DIRECTIONS), (0.004, 0.03, 1.0)), (32_768, ("forward",), (0.004,))):
-        for hidden in (1024, 2048, 4096):
-            for data in ("peaked", "random"):
-                x, weight, _ = head_case(T, hidden, data, "cuda")
-                for direction in directions:
-                    for step in steps:
-                        progress(f"divergence: T {T:,}, H {hidden}, {data}, {direction}, step {step}")
-                        rows += at(x, weight, step, data, direction, losses, notes)
-    return Result("divergence", "Precise near the reference and far from it, in 4 bytes a pair.", rows, notes)
+
+    def case(T: int, hidden: int, direction: str, steps: tuple[float, ...]) -> list[Row]:
+        found = []
+        for data in ("peaked", "random"):
+            x, weight, _ = head_case(T, hidden, data, "cuda")
+            for step in steps:
+                found += at(x, weight, step, data, direction, losses, notes)
+        return found
+
+    near, far, wide = (0.004,), (0.03, 1.0), (2048, 1024, 4096)
+    cases = [(8192, 2048, direction, near + far) for direction in ("jsd", "forward", "reverse")]
+    cases += [(32_768, hidden, "forward", near) for hidden in wide]
+    cases += [(8192, hidden, direction, near) for hidden in wide[1:] for direction in DIRECTIONS]
+    return {
+        f"T {T:,}, H {hidden:,}, {direction}": partial(case, T, hidden, direction, steps)
+        for T, hidden, direction, steps in cases
+    }
 
 
 def peers(notes: list[str]) -> Losses:
@@ -72,7 +81,7 @@ def _eager(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Te
     return 0.5 * (other.exp() * (other - middle) + student.exp() * (student - middle)).sum(-1)
 
 
-def at(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[dict[str, Any]]:
+def at(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[Row]:
     """One row a variant."""
     (T, H), V = x_reference.shape, len(weight)
     x = (x_reference.float() + step * torch.randn_like(x_reference, dtype=torch.float32)).to(x_reference.dtype)
@@ -100,7 +109,7 @@ def at(x_reference, weight, step, data, direction, losses: Losses, notes) -> lis
         errors[name] = relative_error(x.grad[checked] * T, leaf.grad)
 
     rows = []
-    for name, found in measure({name: call(name) for name in variants}, 3, notes, check).items():
+    for name, found in measure({name: call(name) for name in variants}, ROUNDS, notes, check).items():
         row = {"T": T, "H": H, "data": data, "direction": direction, "nats": exact.mean().item(), "variant": name}
         row |= figures(found, 3 * 2 * T * V * H)
         rows.append(row | {"value": values[name].item(), "error of dX": errors[name]})

@@ -5,27 +5,31 @@ waits for the device; a call moves far more than the L2 holds. Errors are agains
 largest of a call's outputs or of its gradients of what has tokens (that of a gain sums over all of them).
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 
-from benchmarks.harness import Measured, Result, figures, measure, peer, progress, relative_error
+from benchmarks.harness import Measured, Row, Sections, figures, measure, peer, relative_error
 from thinksafe.kernels import rms_norm, rope, swiglu
 
+CLAIM = "One pass over memory each."
 _TOKENS = 131_072
-_REPEATS = 5
+_REPEATS, _ROUNDS = 5, 10
 _CHECKED_TOKENS = 64
 
 
-def run() -> Result:
+def sections(notes: list[str]) -> Sections:
     """Every operation at three hidden sizes, forward and backward."""
-    rows, notes = [], [f"T = {_TOKENS:,}, bf16, medians of 10 times {_REPEATS} calls"]
+    notes.append(f"T = {_TOKENS:,}, bf16, medians of {_ROUNDS} times {_REPEATS} calls")
     liger = peer("liger_kernel.transformers.functional", notes)
-    for hidden, heads in ((1024, 16), (2048, 16), (4096, 32)):
-        progress(f"elementwise: H {hidden}")
-        for operation, case in cases(hidden, heads, liger).items():
-            rows += at(operation, hidden, *case, notes)
-    return Result("elementwise", "One pass over memory each.", rows, notes)
+
+    def case(hidden: int, heads: int) -> list[Row]:
+        found = []
+        for operation, of_it in cases(hidden, heads, liger).items():
+            found += at(operation, hidden, *of_it, notes)
+        return found
+
+    return {f"H {hidden:,}": partial(case, hidden, heads) for hidden, heads in ((2048, 16), (4096, 32), (1024, 16))}
 
 
 def cases(hidden: int, heads: int, liger, tokens: int = _TOKENS, device: str = "cuda") -> dict[str, tuple]:
@@ -93,7 +97,7 @@ def cases(hidden: int, heads: int, liger, tokens: int = _TOKENS, device: str = "
     return found
 
 
-def at(operation, hidden, variants, reference, leaves, forward_bytes, backward_bytes, notes) -> list[dict[str, Any]]:
+def at(operation, hidden, variants, reference, leaves, forward_bytes, backward_bytes, notes) -> list[Row]:
     """One row a variant and direction."""
 
     def outputs(function, inputs) -> tuple[torch.Tensor, ...]:
@@ -124,7 +128,7 @@ def at(operation, hidden, variants, reference, leaves, forward_bytes, backward_b
 
     rows = []
     for direction, make, num_bytes in (("forward", forward, forward_bytes), ("backward", backward, backward_bytes)):
-        for name, taken in measure({name: _repeat(make(name)) for name in variants}, 10, notes).items():
+        for name, taken in measure({name: _repeat(make(name)) for name in variants}, _ROUNDS, notes).items():
             pairs = zip(found[name], wanted[direction], strict=True)
             errors = [relative_error(_first(ours, tokens), exact) for ours, exact in pairs if len(ours) == tokens]
             once = Measured(taken.seconds / _REPEATS, taken.peak_bytes)

@@ -7,7 +7,6 @@ record. The share of the GEMM rate is the FLOP of the layers' matrices that real
 against the rate of the same four products timed alone in the same run.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,37 +16,43 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.harness import Result, interleaved
-from benchmarks.sampler import _models
+from benchmarks.harness import Row, Sections, compare, measure
+from benchmarks.models import in_e4m3, in_transformers, random_decoder
 from benchmarks.shapes import response_lengths
 from thinksafe.guards import model_guard
 from thinksafe.guards.formats import LLAMA_GUARD
 from thinksafe.guards.interface import Exchange, GuardConfig, Judgement
 from thinksafe.guards.model_guard import ModelGuard
-from thinksafe.kernels.fp8 import quantise
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.scheduler import Scheduler
 from thinksafe.tokenization import SafeTokenizer
 
+CLAIM = "What is equal in all records is read once, and nothing is padded."
 _TOKENS_A_RECORD = 830
 _WORDS = ("fold", "the", "boat", "twice", "and", "let", "it", "dry", "before", "you", "paint", "its", "sail", "red")
 
 
-def run() -> Result:
-    """Measure on whatever device there is."""
+def sections(notes: list[str]) -> Sections:
+    """For whatever device there is."""
+    if torch.cuda.is_available():
+        return {"llama-3-8b": lambda: _of_model("llama-3-8b", 256, 64, 16, notes)}
+    return {"cpu-guard-14m": lambda: _of_model("cpu-guard-14m", 16, 16, 8, notes)}
+
+
+def _of_model(name: str, count: int, few: int, batch: int, notes: list[str]) -> list[Row]:
+    """count: records; few: for transformers, of like lengths; batch: of its padded batches."""
     gpu = torch.cuda.is_available()
-    name, count, few, batch = ("llama-3-8b", 1024, 64, 16) if gpu else ("cpu-guard-14m", 16, 16, 8)
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    with torch.device(device):
-        decoder, reference = _models(name, device, dtype)
+    decoder = random_decoder(name, device, dtype)
+    reference = in_transformers(decoder, name)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = _tokenizer(Path(folder))
     # A pass's activations: as many as fill a GPU, as few as a CPU's cache holds.
     settings = EngineConfig(max_step_tokens=8192 if gpu else 1024, kv_cache_gib=20.0 if gpu else 0.25)
     config = GuardConfig(model=name, min_mass=0.0, sampler=settings)
     guard = ModelGuard(decoder, tokenizer, config)
-    guard_in_e4m3 = ModelGuard(_in_e4m3(decoder), tokenizer, config)
+    guard_in_e4m3 = ModelGuard(in_e4m3(decoder), tokenizer, config)
     exchanges = _exchanges(guard, count)
     rows = [guard._ids(exchange.prompt, exchange.response, "") for exchange in exchanges]
     places = sorted(range(count), key=lambda place: len(rows[place]))[count // few // 2 :: count // few]
@@ -93,38 +98,41 @@ def run() -> Result:
     }
     real, model_guard.Engine = model_guard.Engine, CountedEngine
     try:
-        times = interleaved(variants, rounds=3)
+        measured = measure(variants, 3, notes)
     finally:
         model_guard.Engine = real
     computed = schedulers[-1].computed_tokens
-    rate = flop / statistics.median(times.pop("products")) / 1e12
+    rate = flop / measured.pop("products").seconds / 1e12
     table = []
-    for variant, taken in times.items():
+    for variant, taken in measured.items():
         mine = variant.startswith("ThinkSafe")
-        records, median = len(rows) if mine else few, statistics.median(taken)
-        tokens = sum(map(len, rows)) if mine else sum(map(len, some))
-        row = {"model": name, "variant": variant, "records/s": records / median, "tokens/s": tokens / median}
+        records, tokens = (count, sum(map(len, rows))) if mine else (few, sum(map(len, some)))
+        row = {"model": name, "variant": variant}
+        row |= {"records/s": records / taken.seconds, "tokens/s": tokens / taken.seconds}
         if mine:
             row["computed"] = computed / tokens
             layers = decoder.config.num_layers * decoder.config.layer_weights
-            row["GEMM TFLOP/s"] = 2 * layers * computed / median / 1e12
+            row["GEMM TFLOP/s"] = 2 * layers * computed / taken.seconds / 1e12
             row["share of the GEMM rate"] = row["GEMM TFLOP/s"] / rate
         table.append(row)
-    for row in table:
-        row["ThinkSafe is faster by"] = table[0]["records/s"] / row["records/s"]
-    odds, odds_in_e4m3 = (_log_odds(judgements) for judgements in (found, found_in_e4m3))
-    moved = [abs(odds[number] - other) for number, other in odds_in_e4m3.items()]
-    changed = sum(found[number].decision != other.decision for number, other in found_in_e4m3.items())
-    differences = [abs(odds[number] - np.log(unsafe / safe)) for number, (safe, unsafe) in theirs.items()]
-    notes = [
+    compare(table, "records/s")
+    notes += [
         f"{name}, random weights, {count} records of {sum(map(len, rows)) / count:.0f} tokens in the mean "
         f"({few} for transformers), of which {_policy_tokens(guard)} are the policy's; {dtype}".replace("torch.", ""),
         f"the layers' products alone, at {settings.max_step_tokens} tokens: {rate:.3g} TFLOP/s",
-        f"weights in e4m3 move the log-odds of unsafe by {np.median(moved):.2g} in the median and {max(moved):.2g} at "
-        f"most, where they spread by {np.std(list(odds.values())):.2g}: {changed} of {count} verdicts change",
-        f"transformers gets ids, not text; largest difference of the log-odds of unsafe: {max(differences):.1e}",
     ]
-    return Result("guards", "What is equal in all records is read once, and nothing is padded.", table, notes)
+    odds, odds_in_e4m3 = (_log_odds(judgements) for judgements in (found, found_in_e4m3))
+    if odds and odds_in_e4m3:
+        moved = [abs(odds[number] - other) for number, other in odds_in_e4m3.items()]
+        changed = sum(found[number].decision != other.decision for number, other in found_in_e4m3.items())
+        notes.append(
+            f"weights in e4m3 move the log-odds of unsafe by {np.median(moved):.2g} in the median and {max(moved):.2g} "
+            f"at most, where they spread by {np.std(list(odds.values())):.2g}: {changed} of {count} verdicts change"
+        )
+    if odds and theirs:
+        largest = max(abs(odds[number] - np.log(unsafe / safe)) for number, (safe, unsafe) in theirs.items())
+        notes.append(f"transformers gets ids, not text; largest difference of the log-odds of unsafe: {largest:.1e}")
+    return table
 
 
 def _exchanges(guard: ModelGuard, count: int) -> list[Exchange]:
@@ -139,21 +147,6 @@ def _exchanges(guard: ModelGuard, count: int) -> list[Exchange]:
 
 def _log_odds(judgements: dict[str, Judgement]) -> dict[str, float]:
     return {number: float(np.log(found.p_unsafe / found.p_safe)) for number, found in judgements.items()}
-
-
-def _in_e4m3(decoder: Decoder) -> Decoder:
-    """The same decoder as `load_decoder(weights="fp8")` would give it; all but the projections is shared."""
-    with torch.device("meta"):
-        twin = Decoder(decoder.config)
-    for name, parameter in decoder.named_parameters():
-        module = twin.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if leaf.endswith("_proj"):
-            values, module.exponents[leaf] = quantise(parameter.detach())
-            parameter = torch.nn.Parameter(values, requires_grad=False)
-        module._parameters[leaf] = parameter
-    twin.stack()
-    return twin.eval()
 
 
 def _policy_tokens(guard: ModelGuard) -> int:

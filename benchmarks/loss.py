@@ -6,30 +6,36 @@ what is all the gradient there is. Errors are of dX against fp64 on 64 rows.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Result, figures, measure, peer, progress, relative_error
+from benchmarks.harness import Row, Sections, figures, measure, peer, relative_error
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
 
-CHECKED_ROWS = 64
+CLAIM = "Logits stay in registers; what is frozen or negligible is not computed."
+CHECKED_ROWS, ROUNDS = 64, 5
 
 
-def run() -> Result:
-    """T = 8,192 with frozen and trainable head, T = 32,768 with a frozen one."""
-    rows, notes = [], ["medians of 5 calls, forward and backward; bf16; V = 151,936"]
+def sections(notes: list[str]) -> Sections:
+    """T = 8,192 and 32,768 with a frozen head, T = 8,192 with a trainable one."""
+    notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936")
     losses = peers(notes)
-    for T, heads in ((8192, (False, True)), (32_768, (False,))):
-        for hidden in (1024, 2048, 4096):
-            for data in ("peaked", "random"):
-                for trainable in heads:
-                    progress(f"loss: T {T:,}, H {hidden}, {data}, {'trainable' if trainable else 'frozen'} head")
-                    rows += at(*head_case(T, hidden, data, "cuda"), data, trainable, losses, notes)
-    return Result("loss", "Logits stay in registers; what is frozen or negligible is not computed.", rows, notes)
+
+    def case(T: int, hidden: int, trainable: bool) -> list[Row]:
+        found = []
+        for data in ("peaked", "random"):
+            found += at(*head_case(T, hidden, data, "cuda"), data, trainable, losses, notes)
+        return found
+
+    return {
+        f"T {T:,}, H {hidden:,}, {'trainable' if trainable else 'frozen'} head": partial(case, T, hidden, trainable)
+        for T, trainable in ((8192, False), (32_768, False), (8192, True))
+        for hidden in (2048, 1024, 4096)
+    }
 
 
 def peers(notes: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -49,7 +55,7 @@ def eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
-def at(x, weight, target, data, trainable, losses, notes) -> list[dict[str, Any]]:
+def at(x, weight, target, data, trainable, losses, notes) -> list[Row]:
     """One row a variant."""
     (T, H), V = x.shape, len(weight)
     x.requires_grad_(), weight.requires_grad_(trainable)
@@ -70,7 +76,7 @@ def at(x, weight, target, data, trainable, losses, notes) -> list[dict[str, Any]
     def check(name: str) -> None:
         errors[name] = relative_error(x.grad[checked] * T, exact)
 
-    measured = measure({name: step(loss) for name, loss in (ours | losses).items()}, 5, notes, check)
+    measured = measure({name: step(loss) for name, loss in (ours | losses).items()}, ROUNDS, notes, check)
     x.grad = weight.grad = None
     rows = []
     for name, found in measured.items():

@@ -11,28 +11,28 @@ GPU they have real shapes, with random weights. Random weights stand for the ari
 model.
 """
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Result
-from benchmarks.sampler import random_decoder
-from benchmarks.shapes import MODELS
+from benchmarks.harness import Row, Sections, attempt
+from benchmarks.models import in_e4m3, random_decoder
 from thinksafe.kernels.fp8 import dequantise, quantise
 from thinksafe.kernels.linear_logprob import linear_logprob
 from thinksafe.model.attention import PackedAttention, packed_positions
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, detach
-from thinksafe.model.weights import load_decoder, save_decoder
+from thinksafe.model.weights import load_decoder
 from thinksafe.paths import expand
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.request import Request, SamplingConfig
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 
+CLAIM = "e4m3 moves a token's log-probability by little; what it moves, counted on the tokens that it chose."
 VARIANTS = {
     "auto": {},
     "batch-invariant": {"batch_invariant": True},
@@ -41,32 +41,33 @@ VARIANTS = {
     "weights and cache in e4m3": {"weights": "fp8", "kv_cache_dtype": "fp8"},
 }
 _RESPONSES, _PROMPT, _TOKENS = 32, 24, 96
+_ENGINE = partial(EngineConfig, 64, kv_cache_gib=1.0)
 
 
-def run() -> Result:
-    """Compare on whatever device there is."""
-    with TemporaryDirectory() as folder:  # weights are quantised as they are loaded, so there must be checkpoints
-        return _run(Path(folder))
-
-
-def _run(folder: Path) -> Result:
+def sections(notes: list[str]) -> Sections:
+    """For whatever device there is, a model each."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    checkpoints = {"organism": expand("package:organism/bundle/model")}
+    makes = {"organism": partial(load_decoder, expand("package:organism/bundle/model"), dtype, device)}
     for name in ("qwen3-0.6b", "r1-distill-qwen-1.5b", "llama-3-8b") if gpu else ("cpu-6m", "cpu-6m-qwen2"):
-        checkpoints[name] = folder / name
-        save_decoder(random_decoder(name, device, dtype), MODELS[name], folder / name)
-    rows = []
-    for name, checkpoint in checkpoints.items():
-        plain = load_decoder(checkpoint, dtype, device)
-        for variant, settings in VARIANTS.items():
-            decoder = load_decoder(checkpoint, dtype, device, weights=settings.get("weights", "auto"))
-            rows.append({"model": name, "variant": variant} | compared(plain, decoder, EngineConfig(64, **settings)))
-        rows.append({"model": name, "variant": "the head alone in e4m3"} | _with_head_in_e4m3(plain))
-        frozen = load_decoder(checkpoint, dtype, device, weights="fp8")
-        rows.append({"model": name, "variant": "training, frozen weights in e4m3"} | _trained(plain, frozen))
-    claim = "e4m3 moves a token's log-probability by little; what it moves, counted on the tokens that it chose."
-    return Result("precision", claim, rows)
+        makes[name] = partial(random_decoder, name, device, dtype)
+    return {name: partial(_of_model, name, make, notes) for name, make in makes.items()}
+
+
+def _of_model(name: str, make: Callable[[], Decoder], notes: list[str]) -> list[Row]:
+    plain = make()
+    frozen = in_e4m3(plain)
+    works = {
+        variant: partial(compared, plain, frozen if "weights" in settings else plain, _ENGINE(**settings))
+        for variant, settings in VARIANTS.items()
+    }
+    works["the head alone in e4m3"] = partial(_with_head_in_e4m3, plain)
+    works["training, frozen weights in e4m3"] = partial(_trained, plain, frozen)
+    rows: list[Row] = []
+    for variant, work in works.items():
+        row = {"model": name, "variant": variant}
+        attempt(f"ThinkSafe, {name}, {variant}", lambda row=row, work=work: rows.append(row | work()), notes)
+    return rows
 
 
 @torch.inference_mode()
@@ -98,7 +99,7 @@ def _trained(plain: Decoder, frozen: Decoder) -> dict[str, float]:
     prompts = torch.randint(plain.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_tokens=_TOKENS)
     requests = [Request(str(i), tuple(prompt), sampling, i, ()) for i, prompt in enumerate(prompts)]
-    drawn = Engine(plain, EngineConfig(64)).generate(requests)
+    drawn = Engine(plain, _ENGINE()).generate(requests)
     texts = [np.array([*prompts[int(one.request_id)], *one.tokens], np.int32) for one in drawn]
     sequences = [TrainingSequence(text, _PROMPT) for text in texts]
     losses, gradients = [], []

@@ -1,130 +1,198 @@
-"""Sampling: our engine against transformers' `generate` with static batches and its continuous batching.
+"""Sampling: our engine against transformers, its `generate` with static batches or, on a GPU, its continuous batching.
 
 Same weights, same prompts, lengths drawn once and forced on all sides. A static batch runs until its longest response
 is done, so with skewed lengths most of its rows idle; continuous batching fills a row as soon as it is free. What the
 batch-invariant mode costs has a row of its own, and on a GPU what e4m3 gains.
 
-On a GPU every shape's decode pass is also taken apart, at a fixed number of rows and context, and set against the
-limit of thinksafe/sampler/limits.py. Parts are timed alone, so that they need not add up to the whole.
+On a GPU a whole run of every shape stands beside the limit of thinksafe/sampler/limits.py: prompts of 64 tokens and
+responses of 442 in the mean, as Qwen3-0.6B's refusals are, the longest cut at 1,024. Its host gap is the share of the
+time between two passes, and of launching a decode pass where the device had nothing else to do.
+
+What it does at contexts of 1.5k is told by decode passes, planned, launched ahead and committed as in a run, over rows
+whose keys and values are random numbers: reading prompts first would take longer than all passes. They are also taken
+apart. Parts are timed alone, on a GPU each as a CUDA graph, and need not add up to the whole.
 """
 
 import statistics
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from itertools import pairwise
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from torch import Tensor
+from transformers import ContinuousBatchingManager, GenerationConfig, PreTrainedModel
 
-from benchmarks.harness import Result, interleaved, seconds
-from benchmarks.shapes import MODELS, response_lengths
+from benchmarks.harness import Row, Sections, compare, measure, recorded, seconds
+from benchmarks.models import in_e4m3, in_transformers, random_decoder
+from benchmarks.shapes import response_lengths
 from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
-from thinksafe.model.config import ModelConfig
-from thinksafe.model.decoder import PRODUCTS, Decoder
-from thinksafe.model.weights import hugging_face_name, load_decoder, save_decoder
+from thinksafe.model.decoder import PRODUCTS
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.limits import pass_seconds
 from thinksafe.sampler.request import Request, SamplingConfig
-from thinksafe.sampler.runner import DecodeAttention, bucket
+from thinksafe.sampler.runner import DecodeAttention, Runner
+from thinksafe.sampler.scheduler import StepPlan
 
+CLAIM = "Continuous batching wins what static batches lose to their longest response."
 _PROMPT = 64
 _DECODE_PASSES = 20
+_SHORTER = 16
+"""What lengths are divided by in a GPU's first call, which compiles, and records a graph for every number of rows."""
+_SETTINGS = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "pad_token_id": 0}
 
 
-def run() -> Result:
-    """Measure on whatever device there is."""
+def sections(notes: list[str]) -> Sections:
+    """For whatever device there is."""
     if not torch.cuda.is_available():
-        table, notes = _end_to_end("cpu-6m", count=96, mean=80, longest=400, rows=32)
-        table.append(_decode_pass("cpu-6m", rows=32, context=200, device="cpu"))
-    else:
-        table, notes = _end_to_end("qwen3-0.6b", count=512, mean=442, longest=2048, rows=256)
-        for shape in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "llama-3-8b"):
-            torch.cuda.empty_cache()
-            table.append(_decode_pass(shape, rows=256, context=1500, device="cuda"))
-        torch.cuda.empty_cache()
-        # Long contexts, where attention is nearly all: the shape that its target is stated for.
-        table.append(_decode_pass("qwen3-0.6b", rows=128, context=4096, device="cuda"))
-    claim = "Continuous batching wins what static batches lose to their longest response."
-    return Result("sampler", claim, table, notes)
+        size = {"count": 96, "mean": 80, "longest": 400, "rows": 32}
+        return {
+            "cpu-6m, end to end": partial(_end_to_end, "cpu-6m", notes, **size, compared=True),
+            "cpu-6m, a decode pass": partial(_decode_pass, "cpu-6m", rows=32, context=200),
+        }
+    rows = 256 if torch.cuda.get_device_properties(0).total_memory > 100 * 2**30 else 128
+    size = {"count": 384, "mean": 442, "longest": 1024, "rows": rows}
+    names = ("qwen3-0.6b", "qwen3-8b", "llama-3-8b", "qwen3-4b", "qwen3-1.7b")
+    found: Sections = {}
+    for name in names:
+        compared = name == names[0]
+        found[f"{name}, decode passes"] = partial(_decode_pass, name, rows, 1500)
+        found[f"{name}, end to end"] = partial(_end_to_end, name, notes, **size, compared=compared)
+        if compared:  # long contexts, where attention is nearly all: the shape that its target is stated for
+            found[f"{name}, decode passes at 4k"] = partial(_decode_pass, name, 128, 4096)
+    return found
 
 
-def _end_to_end(name: str, count: int, mean: float, longest: int, rows: int) -> tuple[list[dict], list[str]]:
+def _end_to_end(
+    name: str, notes: list[str], count: int, mean: float, longest: int, rows: int, compared: bool
+) -> list[Row]:
+    """compared: with our other modes, and with transformers."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    ours, theirs = _models(name, device, dtype)
+    decoder = random_decoder(name, device, dtype)
     lengths = response_lengths(count, mean, longest, seed=0)
-    prompts = torch.randint(0, ours.config.vocab_size, (count, _PROMPT), generator=torch.Generator().manual_seed(0))
-    requests = [
-        Request(str(i), tuple(prompt), SamplingConfig(max_tokens=length), i, ())
-        for i, (prompt, length) in enumerate(zip(prompts.tolist(), lengths, strict=True))
-    ]
-    # A part of the memory each: transformers' engine wants a pool of its own beside.
-    pool = 15.0 if gpu else 0.25
-    engines = {"ThinkSafe": Engine(ours, EngineConfig(rows, kv_cache_gib=pool))}
-    engines["ThinkSafe, batch-invariant"] = Engine(ours, EngineConfig(rows, kv_cache_gib=pool, batch_invariant=True))
-    if gpu:  # which alone computes with e4m3
-        with TemporaryDirectory() as folder:
-            save_decoder(ours, MODELS[name], Path(folder))
-            frozen = load_decoder(Path(folder), dtype, device, weights="fp8")
-        for variant, decoder in (("cache in e4m3", ours), ("weights and cache in e4m3", frozen)):
-            config = EngineConfig(rows, kv_cache_gib=pool / 2, kv_cache_dtype="fp8")
-            engines[f"ThinkSafe, {variant}"] = Engine(decoder, config)
-    settings = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "pad_token_id": 0}
+    prompts = torch.randint(decoder.config.vocab_size, (count, _PROMPT), generator=torch.Generator().manual_seed(0))
+    # For the rows at their mean length and room to grow: other engines and transformers hold theirs at the same time.
+    pool = rows * (_PROMPT + mean + 256) * decoder.config.kv_elements_per_token * 2 / 2**30 if gpu else 0.25
+    engines = {"ThinkSafe": Engine(decoder, EngineConfig(rows, kv_cache_gib=pool))}
+    if compared:
+        config = EngineConfig(rows, kv_cache_gib=pool, batch_invariant=True)
+        engines["ThinkSafe, batch-invariant"] = Engine(decoder, config)
+    if compared and gpu:  # which alone computes with e4m3
+        config = EngineConfig(rows, kv_cache_gib=pool / 2, kv_cache_dtype="fp8")
+        engines["ThinkSafe, cache in e4m3"] = Engine(decoder, config)
+        engines["ThinkSafe, weights and cache in e4m3"] = Engine(in_e4m3(decoder), config)
+    gaps: dict[str, float] = {}
 
-    def continuous(engine: Engine) -> None:
+    def continuous(variant: str, lengths: list[int]) -> None:
+        engine = engines[variant]
         engine.limit_seconds = 0.0
-        for _ in engine.generate(requests):
-            pass
+        requests = (
+            Request(str(i), tuple(prompt), SamplingConfig(max_tokens=length), i, ())
+            for i, (prompt, length) in enumerate(zip(prompts.tolist(), lengths, strict=True))
+        )
+        with _watched(engine.runner) as gap:
+            for _ in engine.generate(requests):
+                pass
+        gaps[variant] = sum(gap)
 
-    def static() -> None:
-        for start in range(0, count, rows):
-            batch = prompts[start : start + rows].to(device)
-            longest_here = max(lengths[start : start + rows])
-            forced = {"min_new_tokens": longest_here, "max_new_tokens": longest_here}
-            with torch.inference_mode():
-                theirs.generate(batch, attention_mask=torch.ones_like(batch), **settings, **forced)
-
-    def their_continuous() -> None:
-        config = GenerationConfig(**settings, eos_token_id=-1)
-        with torch.inference_mode(), theirs.continuous_batching_context_manager(generation_config=config) as manager:
-            for request in requests:
-                limit = request.sampling.max_tokens
-                manager.add_request(list(request.prompt), request.id, max_new_tokens=limit, eos_token_id=-1)
-            for _ in requests:
-                result = manager.get_result(timeout=60)
-                wanted = lengths[int(result.request_id)]
-                if len(result.generated_tokens) != wanted:
-                    raise RuntimeError(f"{len(result.generated_tokens)} tokens where {wanted} were asked for")
-
-    variants = {variant: partial(continuous, engine) for variant, engine in engines.items()}
-    variants["transformers generate, static batches"] = static
-    notes = [
+    works = {variant: partial(continuous, variant) for variant in engines}
+    with ExitStack() as held:
+        if compared:
+            theirs = in_transformers(decoder, name)
+            if gpu:
+                config = GenerationConfig(**_SETTINGS, eos_token_id=-1)
+                manager = partial(theirs.continuous_batching_context_manager, config, timeout=30)
+                start = cache(lambda: held.enter_context(manager()))
+                works["transformers, continuous batching"] = partial(_their_continuous, start, prompts.tolist())
+            else:
+                works["transformers generate, static batches"] = partial(_static, theirs, prompts, rows)
+        short = [-(-length // _SHORTER) for length in lengths] if gpu else lengths
+        measured = measure(
+            {variant: partial(work, lengths) for variant, work in works.items()},
+            1 if gpu else 3,
+            notes,
+            first={variant: partial(work, short) for variant, work in works.items()},
+        )
+    notes.append(
         f"{name}, random weights, {count} prompts of {_PROMPT} tokens, {sum(lengths):,} tokens forced, {rows} rows"
-    ]
-    if gpu:  # its attention over pages is made for one
-        try:
-            their_continuous()
-            variants["transformers continuous batching"] = their_continuous
-        except Exception as error:  # a peer's failure is a finding, not ours
-            notes.append(f"transformers continuous batching failed: {type(error).__name__}: {str(error)[:200]}")
+    )
     table = []
-    for variant, times in interleaved(variants, rounds=2 if gpu else 3).items():
-        median = statistics.median(times)
-        row = {"model": name, "variant": variant, "seconds": median, "tokens/s": sum(lengths) / median}
+    for variant, taken in measured.items():
+        row = {"model": name, "variant": variant, "seconds": taken.seconds, "tokens/s": sum(lengths) / taken.seconds}
         if variant in engines and engines[variant].hardware:
-            row["share of the limit"] = engines[variant].limit_seconds / times[-1]
+            row["share of the limit"] = engines[variant].limit_seconds / taken.seconds
+        if gpu and variant in engines:
+            row["host gap"] = gaps[variant] / taken.seconds
         table.append(row)
-    for row in table:
-        row["ThinkSafe is faster by"] = table[0]["tokens/s"] / row["tokens/s"]
-    return table, notes
+    if compared:
+        compare(table, "tokens/s")
+    return table
 
 
-def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
+@contextmanager
+def _watched(runner: Runner) -> Iterator[list[float]]:
+    """Gathers the seconds in which a GPU waits for the host: from a pass to the next, and while a decode pass is
+    launched that finds it idle."""
+    gaps: list[float] = []
+    if runner.device.type == "cpu":
+        yield gaps
+        return
+    draw, passes = runner.draw, []
+
+    def watched(plan: StepPlan):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        idle = plan.is_decode and passes[-1][1].query()
+        started = time.perf_counter()
+        begin.record()
+        results = draw(plan)
+        end.record()
+        passes.append((begin, end))
+        if idle:
+            gaps.append(time.perf_counter() - started)
+        return results
+
+    runner.draw = watched
+    try:
+        yield gaps
+    finally:
+        del runner.draw
+    torch.cuda.synchronize()
+    gaps += [one[1].elapsed_time(other[0]) / 1e3 for one, other in pairwise(passes)]
+
+
+def _static(theirs: PreTrainedModel, prompts: Tensor, rows: int, lengths: list[int]) -> None:
+    """Batches in order, each until its longest response is done."""
+    for start in range(0, len(prompts), rows):
+        batch, longest = prompts[start : start + rows], max(lengths[start : start + rows])
+        forced = {"min_new_tokens": longest, "max_new_tokens": longest}
+        with torch.inference_mode():
+            theirs.generate(batch, attention_mask=torch.ones_like(batch), **_SETTINGS, **forced)
+
+
+def _their_continuous(
+    start: Callable[[], ContinuousBatchingManager], prompts: list[list[int]], lengths: list[int]
+) -> None:
+    """All requests at once to a manager that stays from call to call."""
+    manager, call = start(), time.monotonic_ns()
+    for place, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        manager.add_request(prompt, f"{call} {place}", max_new_tokens=length, eos_token_id=-1)
+    for _ in prompts:
+        result = manager.get_result(timeout=30)
+        if result is None or result.error:
+            raise RuntimeError(result.error if result else "no response for 30 s")
+        found, wanted = len(result.generated_tokens), lengths[int(result.request_id.split()[1])]
+        if found != wanted:
+            raise RuntimeError(f"{found} tokens where {wanted} were asked for")
+
+
+def _decode_pass(name: str, rows: int, context: int) -> list[Row]:
     """One shape's decode pass at so many rows of so much context, whole and in parts."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     decoder = random_decoder(name, device, dtype)
     config = decoder.config
     page_bytes = 64 * config.kv_elements_per_token * dtype.itemsize
@@ -138,8 +206,14 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
     )
     runner, scheduler = engine.runner, engine.scheduler
     plan = scheduler.plan()
+    for layer in range(config.num_layers):
+        for pages in runner.cache.layer(layer)[:2]:
+            pages.normal_()
     while not plan.is_decode:
-        scheduler.commit(plan, *runner.draw(plan).fetch())
+        runner._join(plan)
+        drawn = np.random.default_rng(0).integers(config.vocab_size, size=plan.completes.sum())
+        runner.last_token[torch.from_numpy(plan.slots[plan.completes]).to(device)] = torch.from_numpy(drawn).to(device)
+        scheduler.commit(plan, drawn, np.zeros(len(drawn), np.float32))
         plan = scheduler.plan()
     results = runner.draw(plan)  # records the graph
 
@@ -168,8 +242,8 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
         for layer in range(config.num_layers):
             attention(layer, q, kv, kv, rotation)
 
-    graph = runner._graphs[bucket(rows)].graph.replay if runner._graphs else None
-    on_device = _median_seconds(graph or (lambda: runner.decode(inputs)))
+    taken = partial(_median_seconds, runner._graphs is not None)
+    on_device = taken(partial(runner.decode, inputs))
     inputs_of = {
         name: torch.randn(rows, columns, device=device, dtype=dtype)
         for name, (_, columns, _) in config.projections.items()
@@ -181,54 +255,30 @@ def _decode_pass(name: str, rows: int, context: int, device: str) -> dict:
                 layer.project_all(names, inputs_of[names[0]], runner.linear)
 
     parts = {
-        "attention": _median_seconds(layers_of_attention),
-        "GEMMs": _median_seconds(projections),
-        "head": _median_seconds(lambda: matmul_fp32(hidden, decoder.head.T)),
-        "sampling": _median_seconds(lambda: sample(logits, *columns)),
+        "attention": taken(layers_of_attention),
+        "GEMMs": taken(projections),
+        "head": taken(lambda: matmul_fp32(hidden, decoder.head.T)),
+        "sampling": taken(lambda: sample(logits, *columns)),
     }
     row = {"model": name, "variant": f"decode, {rows} rows of {context}", "tokens/s": rows / whole}
     if engine.hardware:
         row["share of the limit"] = pass_seconds(plan, config, engine.sizes, engine.hardware) / whole
     row |= {"pass ms": 1e3 * whole, "host gap": 1 - on_device / whole}
-    row |= {f"{part} ms": 1e3 * taken for part, taken in parts.items()}
+    row |= {f"{part} ms": 1e3 * alone for part, alone in parts.items()}
     row["rest ms"] = 1e3 * (on_device - sum(parts.values()))
     cache_bytes = rows * (context + 1) * config.kv_elements_per_token * dtype.itemsize
-    return row | {"attention TB/s": cache_bytes / parts["attention"] / 1e12}
+    return [row | {"attention TB/s": cache_bytes / parts["attention"] / 1e12}]
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
-    """A call's time, the median of three rounds of five calls: waiting for the device after each would cost as much as
-    the smallest part."""
-
-    def five() -> None:
-        for _ in range(5):
-            work()
-
+def _median_seconds(as_graph: bool, work: Callable[[], object]) -> float:
+    """A call's time on the device, the median of three rounds of five calls: waiting for it after each would cost as
+    much as the smallest part."""
     with torch.inference_mode():
+        work = recorded(work) if as_graph else work
+
+        def five() -> None:
+            for _ in range(5):
+                work()
+
         five()
         return statistics.median(seconds(five) / 5 for _ in range(3))
-
-
-def random_decoder(name: str, device: str, dtype: torch.dtype) -> Decoder:
-    """A model of this shape with random weights."""
-    decoder = Decoder(ModelConfig.from_hugging_face(MODELS[name], name)).to(device, dtype)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for parameter_name, parameter in decoder.named_parameters():
-            if "norm" in parameter_name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=0.02, generator=generator)
-    decoder.stack()
-    return decoder.requires_grad_(False).eval()
-
-
-def _models(name: str, device: str, dtype: torch.dtype):
-    """The same random weights in our decoder and in transformers."""
-    raw, decoder = MODELS[name], random_decoder(name, device, dtype)
-    settings = {key: value for key, value in raw.items() if key != "model_type"}
-    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(raw["model_type"], **settings), dtype=dtype)
-    state = {hugging_face_name(parameter): tensor for parameter, tensor in decoder.named_parameters()}
-    reference.load_state_dict(state, strict=False)
-    reference.tie_weights()
-    return decoder, reference.to(device).eval()

@@ -7,33 +7,38 @@ log-probability in nats against fp64, on 64 rows.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Result, figures, measure, peer, progress
+from benchmarks.harness import Row, Sections, figures, measure, peer
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
 
-CHECKED_ROWS = 64
+CLAIM = "No logits in memory, and no sum that a verdict does not need."
+CHECKED_ROWS, ROUNDS = 64, 5
 
 Scores = dict[str, Callable[..., Any]]
 
 
-def run() -> Result:
+def sections(notes: list[str]) -> Sections:
     """Responses of T = 8,192 tokens in all, and verdicts for 8 to 1,024 prompts."""
-    rows, notes = [], ["medians of 5 calls; bf16; V = 151,936"]
-    response, verdict = response_peers(notes), verdict_peers()
-    for hidden in (1024, 2048, 4096):
+    notes.append(f"medians of {ROUNDS} calls; bf16; V = 151,936")
+    peers = response_peers(notes)
+
+    def case(hidden: int) -> list[Row]:
+        found = []
         for data in ("peaked", "random"):
-            progress(f"scoring: H {hidden}, {data}")
             x, weight, target = head_case(8192, hidden, data, "cuda")
-            rows += responses(x, weight, target, data, response, notes)
+            found += responses(x, weight, target, data, peers, notes)
             for prompts in (8, 128, 1024):
-                rows += verdicts(x[:prompts], weight, data, verdict, notes)
-    return Result("scoring", "No logits in memory, and no sum that a verdict does not need.", rows, notes)
+                found += verdicts(x[:prompts], weight, data, notes)
+        return found
+
+    return {f"H {hidden:,}": partial(case, hidden) for hidden in (2048, 4096, 1024)}
 
 
 def response_peers(notes: list[str]) -> Scores:
@@ -53,11 +58,6 @@ def response_peers(notes: list[str]) -> Scores:
     return scores
 
 
-def verdict_peers() -> Scores:
-    """Log-probabilities [T, K] of (x, weight, token_ids) by torch; nobody else scores chosen tokens."""
-    return {"torch": _eager_of, "torch.compile": torch.compile(_eager_of, dynamic=False)}
-
-
 def _eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy((x @ weight.T).float(), target, reduction="none")
 
@@ -72,7 +72,7 @@ def _eager_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
 
 
-def responses(x, weight, target, data, peers: Scores, notes) -> list[dict[str, Any]]:
+def responses(x, weight, target, data, peers: Scores, notes) -> list[Row]:
     """Every token of a response."""
     ours = {
         "ThinkSafe": lambda *args: linear_logprob(*args).logprob,
@@ -82,12 +82,12 @@ def responses(x, weight, target, data, peers: Scores, notes) -> list[dict[str, A
     return _rows("responses", ours | peers, x, weight, target, data, notes, flop, 0)
 
 
-def verdicts(x, weight, data, peers: Scores, notes) -> list[dict[str, Any]]:
-    """Two tokens a row."""
+def verdicts(x, weight, data, notes) -> list[Row]:
+    """Two tokens a row, which nobody else scores."""
     token_ids = torch.tensor([[3, 7]], device=x.device).expand(len(x), 2).contiguous()
-    ours = {"ThinkSafe": linear_logprob_of}
+    variants = {"ThinkSafe": linear_logprob_of, "torch": _eager_of}
     flop = 2 * x.numel() * len(weight)
-    rows = _rows("verdicts", ours | peers, x, weight, token_ids, data, notes, flop, weight.nbytes)
+    rows = _rows("verdicts", variants, x, weight, token_ids, data, notes, flop, weight.nbytes)
     margin = {
         "ThinkSafe, margin alone": lambda x, weight, ids: linear_margin(x, weight, 3, 7),
         "torch, margin alone": lambda x, weight, ids: (x @ weight[3] - x @ weight[7]).float(),
@@ -95,7 +95,7 @@ def verdicts(x, weight, data, peers: Scores, notes) -> list[dict[str, Any]]:
     return rows + _rows("verdicts", margin, x, weight, token_ids, data, notes, 0, x.nbytes + 2 * weight[0].nbytes)
 
 
-def _rows(what, variants, x, weight, token_ids, data, notes, flop, num_bytes) -> list[dict[str, Any]]:
+def _rows(what, variants, x, weight, token_ids, data, notes, flop, num_bytes) -> list[Row]:
     checked = torch.randperm(len(x), device=x.device)[:CHECKED_ROWS]
     logprobs = (x[checked].double() @ weight.double().T).log_softmax(-1)
     ids = token_ids[checked]
@@ -110,7 +110,7 @@ def _rows(what, variants, x, weight, token_ids, data, notes, flop, num_bytes) ->
         return work
 
     rows = []
-    for name, taken in measure({name: call(name) for name in variants}, 5, notes).items():
+    for name, taken in measure({name: call(name) for name in variants}, ROUNDS, notes).items():
         wanted = exact[:, 0] - exact[:, 1] if "margin" in name else exact
         error = (found[name][checked].double() - wanted).abs().max().item()
         row = {"what": what, "T": len(x), "H": x.shape[1], "data": data, "variant": name}

@@ -23,6 +23,7 @@ tokens.
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from io import StringIO
@@ -31,12 +32,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.guards import _in_e4m3
-from benchmarks.harness import Measured, Result, measure, peer, progress, seconds
-from benchmarks.sampler import _models
+from benchmarks.harness import Measured, Row, Sections, compare, measure, peer, seconds
+from benchmarks.models import in_e4m3, in_transformers, random_decoder
 from benchmarks.shapes import response_lengths
 from thinksafe.hardware import hardware_of
 from thinksafe.kernels.packed_attention import keeps_grouped_heads
+from thinksafe.model.activations import Keeping
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.training.costs import (
@@ -50,44 +51,47 @@ from thinksafe.training.costs import (
     recorded_on,
 )
 from thinksafe.training.engine import SingleEngine
+from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import PackedBatch, TrainingSequence, pack
 
 _PROMPT, _BATCH, _PACK = 64, 8, 32_768
 _LORA = LoraConfig()
-_ON_GPU = [
-    *((name, "lora") for name in ("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b")),
-    *((name, "full") for name in ("qwen3-0.6b", "qwen3-1.7b")),
-]
+CLAIM = "Packing computes no padding and no logits of prompt tokens, and a lean decoder leaves the host little to do."
+_ON_GPU = {
+    ("qwen3-0.6b", "lora"): 12,
+    ("qwen3-8b", "lora"): 6,
+    ("qwen3-1.7b", "lora"): 6,
+    ("qwen3-0.6b", "full"): 12,
+    ("qwen3-4b", "lora"): 6,
+    ("qwen3-1.7b", "full"): 6,
+}
+_ON_CPU = dict.fromkeys([("cpu-0.3m", "lora"), ("cpu-0.3m", "full"), ("cpu-6m", "lora")], 6)
+"""(model, method) -> steps."""
 
 
-def run() -> Result:
-    """Measure on whatever device there is."""
-    gpu = torch.cuda.is_available()
-    cases = _ON_GPU if gpu else [("cpu-0.3m", "lora"), ("cpu-0.3m", "full"), ("cpu-6m", "lora")]
-    rows, notes = [], []
-    for name, method in cases:
-        progress(f"{name}, {method}")
-        rows += _case(name, method, notes)
-        if gpu:
-            torch.cuda.empty_cache()
-    claim = (
-        "Packing computes no padding and no logits of prompt tokens, and a lean decoder leaves the host little to do."
-    )
-    return Result("train", claim, rows, list(dict.fromkeys(notes)))
+def sections(notes: list[str]) -> Sections:
+    """For whatever device there is."""
+    cases = _ON_GPU if torch.cuda.is_available() else _ON_CPU
+    return {f"{name}, {method}": partial(_case, name, method, steps, notes) for (name, method), steps in cases.items()}
 
 
-def _case(name: str, method: str, notes: list[str]) -> list[dict]:
+def _case(name: str, method: str, steps: int, notes: list[str]) -> list[Row]:
     """One model and method: all variants on the same sequences."""
     gpu = torch.cuda.is_available()
-    steps, mean, longest = (12, 700, 8192) if gpu else (6, 120, 600)
+    mean, longest = (700, 8192) if gpu else (120, 600)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
-    ours, theirs = _models(name, device, dtype)
+    ours = random_decoder(name, device, dtype)
+    # On a GPU peers are met at the size that the targets are stated for.
+    theirs = in_transformers(ours, name) if not gpu or name == "qwen3-0.6b" else None
     rng = np.random.default_rng(0)
     sequences = [
         TrainingSequence(rng.integers(0, ours.config.vocab_size, _PROMPT + length, dtype=np.int32), _PROMPT)
         for length in response_lengths(steps * _BATCH, mean, longest, seed=1)
     ]
-    eight_bits = _in_e4m3(ours) if gpu and method == "lora" else None
+    eight_bits = in_e4m3(ours) if gpu and method == "lora" else None
+    if eight_bits is not None:
+        attach(eight_bits, _LORA, seed=0)
+        eight_bits.pass_gradients()
     if method == "lora":
         attach(ours, _LORA, seed=0)
     else:
@@ -95,48 +99,49 @@ def _case(name: str, method: str, notes: list[str]) -> list[dict]:
     costs = TrainingCosts(ours.config, ours.lora, dtype.itemsize, grouped_heads=keeps_grouped_heads(dtype))
     lengths = [len(sequence) for sequence in sequences]
     largest = largest_pack(lengths, _BATCH, 0, _PACK)
-    ours.keeping = keeping_on(device, "auto", costs, largest)
-    recorded = recorded_on(device, costs, ours.keeping, largest, average_pack(lengths, _BATCH, 0, _PACK))
+    keeping = keeping_on(device, "auto", costs, largest)
+    recorded = recorded_on(device, costs, keeping, largest, average_pack(lengths, _BATCH, 0, _PACK))
     notes.append(
         f"{name}, random weights, {steps} steps of {_BATCH} sequences, {sum(lengths):,} tokens, squared lengths sum to "
         f"{sum(length**2 for length in lengths):,}; padding is not counted as tokens"
     )
     if gpu:
-        notes.append(f"{name}, {method}: ThinkSafe computes again: {described(ours.keeping)}")
+        notes.append(f"{name}, {method}: ThinkSafe computes again: {described(keeping)}")
         graphs = f"packs of up to {recorded:,} tokens" if recorded else "none"
         notes.append(f"{name}, {method}: recorded as CUDA graphs: {graphs}")
     engine = SingleEngine(ours, 1.0, 0.0, method == "lora", recorded)
-    engines = {"ThinkSafe": engine}
+    launched = copy(engine)  # the same weights and moments
+    launched.loss = PackLoss(ours, with_reference=False)
+    works = {"ThinkSafe": partial(_packed, engine, keeping, sequences, _BATCH)}
     if recorded:
-        engines["ThinkSafe, launched kernel by kernel"] = SingleEngine(ours, 1.0, 0.0)
-    variants = {variant: partial(_packed, one, sequences, _BATCH) for variant, one in engines.items()}
+        works["ThinkSafe, launched kernel by kernel"] = partial(_packed, launched, keeping, sequences, _BATCH)
     if method == "lora":
         half = [replace(one, keeps_to_reference=index % 2 == 0) for index, one in enumerate(sequences)]
-        variants["ThinkSafe, +KL on half of the sequences"] = lambda: _packed(engine, half, _BATCH)
+        works["ThinkSafe, +KL on half of the sequences"] = partial(_packed, engine, keeping, half, _BATCH)
     if eight_bits is not None:
-        attach(eight_bits, _LORA, seed=0)
-        eight_bits.pass_gradients()
-        eight_bits.keeping = ours.keeping
         frozen = SingleEngine(eight_bits, 1.0, 0.0)
-        variants["ThinkSafe, frozen weights in e4m3"] = lambda: _packed(frozen, sequences, _BATCH)
+        works["ThinkSafe, frozen weights in e4m3"] = partial(_packed, frozen, keeping, sequences, _BATCH)
     if gpu:  # what a token budget gives where the batch is free
-        variants["ThinkSafe, packs of 32k tokens a step"] = lambda: _packed(engine, sequences, len(sequences))
-    if model := _trained_by_peers(theirs, method, notes):
-        variants |= dict(_peers(model, sequences, notes))
-    measured = measure(variants, 2 if gpu else 3, notes)
+        in_large = keeping_on(device, "auto", costs, largest_pack(lengths, len(lengths), 0, _PACK))
+        works["ThinkSafe, packs of 32k tokens a step"] = partial(_packed, launched, in_large, sequences, len(sequences))
+    # A pack's size is computed when it comes first, and recorded when it comes again.
+    twice = {name: partial(_twice, work) for name, work in works.items()} if recorded else {}
+    if theirs and (model := _trained_by_peers(theirs, method, notes)):
+        works |= dict(_peers(model, sequences, notes))
+    measured = measure(works, 2 if gpu else 3, notes, first=twice)
     targets = sum(sequence.num_targets for sequence in sequences)
     flop = costs.useful_flop(Work(sum(lengths), targets, causal_pairs(lengths)))
     rows = [
         {"model": name, "method": method, "variant": variant} | _figures(found, sum(lengths), flop, device)
         for variant, found in measured.items()
     ]
+    compare(rows, "tokens/s")
     for row in rows:
-        if not row["variant"].startswith("ThinkSafe"):
-            row["ThinkSafe is faster by"] = rows[0]["tokens/s"] / row["tokens/s"]
-    rows[0]["host ms a layer"] = _host_milliseconds(ours)
-    for row in rows:
-        if row["variant"] in engines:
-            row["ms a step of 16 tokens"] = _least_milliseconds(engines[row["variant"]])
+        if row["variant"] == "ThinkSafe":
+            row["host ms a layer"] = _host_milliseconds(ours)
+            row["ms a step of 16 tokens"] = _least_milliseconds(engine)
+        if row["variant"] == "ThinkSafe, launched kernel by kernel":
+            row["ms a step of 16 tokens"] = _least_milliseconds(launched)
     return rows
 
 
@@ -148,11 +153,19 @@ def _figures(found: Measured, tokens: int, flop: float, device: torch.device) ->
     return figures | ({"peak GiB": found.peak_bytes / 2**30} if device.type == "cuda" else {})
 
 
-def _packed(engine: SingleEngine, sequences: list[TrainingSequence], batch_size: int) -> None:
+def _packed(
+    engine: SingleEngine, keeping: tuple[Keeping, ...], sequences: list[TrainingSequence], batch_size: int
+) -> None:
+    engine.decoder.keeping = keeping
     for start in range(0, len(sequences), batch_size):
         packs = pack(sequences[start : start + batch_size], _PACK, engine.device)
         for group in [packs] if batch_size == _BATCH else [[one] for one in packs]:
             engine.step(group, 1e-5)
+
+
+def _twice(work: Callable[[], None]) -> None:
+    work()
+    work()
 
 
 def _trained_by_peers(model: nn.Module, method: str, notes: list[str]) -> nn.Module | None:

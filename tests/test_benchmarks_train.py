@@ -6,6 +6,7 @@ import torch
 from taped_graphs import tape_passes
 
 from benchmarks import train
+from benchmarks.models import in_transformers, random_decoder
 from thinksafe.model.weights import hugging_face_name
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.packing import TrainingSequence, pack
@@ -19,7 +20,8 @@ SETTINGS = {
 @pytest.fixture
 def twins():
     """(our decoder, the same model in transformers, one step's sequences)."""
-    ours, theirs = train._models("cpu-0.3m", torch.device("cpu"), torch.float32)
+    ours = random_decoder("cpu-0.3m", torch.device("cpu"), torch.float32)
+    theirs = in_transformers(ours, "cpu-0.3m")
     rng = np.random.default_rng(0)
     sequences = [TrainingSequence(rng.integers(0, 512, 12 + 3 * i, dtype=np.int32), 9) for i in range(8)]
     ours.requires_grad_(True)
@@ -57,11 +59,11 @@ def test_absent_peers_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(train, "peer", lambda module, notes: notes.append(f"absent: {module}"))
     monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * count)
     notes = []
-    rows = train._case("cpu-0.3m", "lora", notes)
+    rows = train._case("cpu-0.3m", "lora", 6, notes)
     assert "ms a step of 16 tokens" not in rows[1]
     assert [row["variant"] for row in rows] == ["ThinkSafe", "ThinkSafe, +KL on half of the sequences"]
     assert "absent: peft" in notes
-    rows = train._case("cpu-0.3m", "full", notes)
+    rows = train._case("cpu-0.3m", "full", 6, notes)
     assert [row["variant"] for row in rows] == ["ThinkSafe", "transformers, padded batches"]
     assert "absent: trl" in notes and "absent: datasets" in notes
     assert (
@@ -76,6 +78,6 @@ def test_recorded_passes_stand_beside_those_that_are_not(monkeypatch):
     monkeypatch.setattr(train, "peer", lambda module, notes: None)
     monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * 8)
     monkeypatch.setattr(train, "recorded_on", lambda *of_the_case: 1024)
-    rows = {row["variant"]: row for row in train._case("cpu-0.3m", "lora", [])}
+    rows = {row["variant"]: row for row in train._case("cpu-0.3m", "lora", 1, [])}
     assert list(rows)[:2] == ["ThinkSafe", "ThinkSafe, launched kernel by kernel"]
     assert all(row["ms a step of 16 tokens"] > 0 for row in list(rows.values())[:2])

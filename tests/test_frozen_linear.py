@@ -10,7 +10,6 @@ from checkpoints import FAMILIES, make_checkpoint
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from thinksafe.errors import UserError
 from thinksafe.kernels import frozen_linear as module
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import E4M3, dequantise, quantise
@@ -21,7 +20,6 @@ from thinksafe.model.attention import PackedAttention
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import load_decoder
 from thinksafe.paths import expand
-from thinksafe.recipe import check_recipe
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
@@ -209,19 +207,6 @@ def test_training_lowers_the_loss_of_the_whole_base_and_the_adapter_is_pefts(tmp
         after = textbook(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"))
     trained = engine.step(packs, 1e-9).loss
     assert after < before - 1 and after == pytest.approx(trained, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"training": {"frozen_weights": "fp8", "method": "full"}}, "training: frozen_weights: fp8 is for method lora"),
-        ({"training": {"frozen_weights": "fp8"}, "zero": {"stage": 3}}, "keeps the base whole on every GPU"),
-        ({"training": {"frozen_weights": "int4"}}, "training.frozen_weights: must be 'auto' or 'fp8'"),
-    ],
-)
-def test_what_cannot_be_combined_is_refused(settings, message):
-    with pytest.raises(UserError, match=message):
-        check_recipe({"name": "n", "model": "m", **settings}, "here")
 
 
 @pytest.mark.gpu

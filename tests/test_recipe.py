@@ -359,3 +359,16 @@ def test_every_key_of_the_recipe_is_read_somewhere(section):
         }
     unread = {field.name for field in dataclasses.fields(section)} - read
     assert not unread, f"no code reads {unread} of {section.__name__}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training": {"frozen_weights": "fp8", "method": "full"}}, "training: frozen_weights: fp8 is for method lora"),
+        ({"training": {"frozen_weights": "fp8"}, "zero": {"stage": 3}}, "keeps the base whole on every GPU"),
+        ({"training": {"frozen_weights": "int4"}}, "training.frozen_weights: must be 'auto' or 'fp8'"),
+    ],
+)
+def test_frozen_weights_in_e4m3_are_for_adapters_on_one_whole_base(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_recipe({"name": "n", "model": "m", **settings}, "here")
