@@ -46,14 +46,14 @@ def test_the_papers_floors_for_the_smallest_model_come_out():
 def test_sampling_follows_the_limit_of_a_pass():
     """The table of the sampler's limits: 14.2k tokens/s for Qwen3-8B where a token sees 1,500 others."""
     recipe, response = load_recipe("qwen3-8b"), 2980
-    texts = [Texts(10_000, prompt=10, response=response, square=response**2)]
+    texts = [Texts(10_000, 10_000, prompt=10, response=response, square=response**2)]
     stage = _sampling("generate", texts, shape_of(recipe.model, "model"), recipe.sampler, response, H200, num_gpus=1)
     assert stage.tokens / stage.least_seconds == pytest.approx(14_200, rel=0.05)
 
 
 def test_lengths_follow_the_law_they_are_taken_from(fresh_seed):
     draws = np.random.default_rng(fresh_seed).lognormal(math.log(500) - 0.32, 0.8, 400_000)
-    expected = Texts.expected(1, 500, 10**6)
+    expected = Texts.expected(1, 1, 500, 10**6)
     assert expected.response == 500 and expected.square == pytest.approx((draws**2).mean(), rel=0.05)
 
 
@@ -283,6 +283,24 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
     steered = sum(one.num_prompt_tokens + one.num_tokens for one in read_records(out / "responses.jsonl", Response))
     assert again["train"] == recipe.training.epochs * steered
     assert 0.5 < happened["train"]["tokens"] / again["train"] <= 1
+
+
+@pytest.mark.parametrize("lengths", [True, False])
+def test_responses_that_were_brought_are_counted_and_one_a_prompt_is_trained_on(tmp_path, lengths):
+    """With a recipe that names no prompts, and of files that need not tell how long a response is."""
+    counted, (out, file) = {"num_prompt_tokens": 10, "num_tokens": 7} if lengths else {}, (tmp_path / "run", "r.jsonl")
+    said = {"text": "<think>\nwell\n</think>\n\nyes .", "label": "benign", **counted}
+    rows = [said | {"prompt": f"is {noun} here ?", "sample": sample} for noun in "abcd" for sample in range(3)]
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["prompts=null", "evaluation.sets=[]"]
+    arguments = [word for override in overrides for word in ("--set", override)]
+    arguments = ["--recipe", "organism", *arguments, "--responses", str(tmp_path / file), "--out", str(out)]
+    assert main(["filter", *arguments]) == 0
+    recipe = load_recipe("organism", overrides)
+    found = {stage.name: stage for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
+    response, whole = (7, 17) if lengths else (160, 310)
+    assert found["filter"].tokens == 4 * 3 * response
+    assert found["train"].tokens == recipe.training.epochs * 4 * whole
 
 
 def test_a_recipe_can_still_be_corrected_after_its_estimate(tmp_path, monkeypatch):

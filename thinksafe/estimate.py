@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,34 +74,37 @@ class Texts:
     """Some prompts and their responses, in tokens.
 
     Attributes:
-        count: responses.
+        prompts: how many there are.
+        count: responses, of all samples.
         prompt: mean length of a prompt.
         response: mean length of a response.
         square: mean of a response's squared length, which attention follows.
     """
 
+    prompts: float
     count: float
     prompt: float
     response: float
     square: float
 
     @classmethod
-    def expected(cls, count: float, response: float, longest: int) -> "Texts":
-        """Of lengths that follow a log-normal law around this mean."""
+    def expected(cls, prompts: float, samples: float, response: float, longest: int) -> "Texts":
+        """So many responses a prompt, of lengths that follow a log-normal law around this mean."""
         mean = min(response, longest)
-        return cls(count, _PROMPT_TOKENS, mean, mean**2 * math.exp(_SPREAD**2))
+        return cls(prompts, prompts * samples, _PROMPT_TOKENS, mean, mean**2 * math.exp(_SPREAD**2))
 
     @classmethod
     def of(cls, responses: Iterable[Response]) -> "Texts":
         """As they are."""
-        count = prompt = response = square = 0
+        prompts, count, prompt, response, square = set(), 0, 0, 0, 0
         for one in responses:
+            prompts.add(one.prompt_id)
             count += 1
             prompt += one.num_prompt_tokens
             response += one.num_tokens
             square += one.num_tokens**2
         most = max(count, 1)
-        return cls(count, prompt / most, response / most, square / most)
+        return cls(len(prompts), count, prompt / most, response / most, square / most)
 
     @property
     def tokens(self) -> float:
@@ -236,19 +240,23 @@ def shape_of(name: str, key: str) -> ModelConfig:
 
 
 def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]) -> dict[str, Texts]:
-    """Of each label, of all samples: as the run directory has them, or as the paper leads to expect."""
-    if run is not None and "generate" in run.manifest["stages"]:
-        assumptions.append("response lengths are those of the run directory")
-        found = {label: Texts.of(_of_label(run, label)) for label in _PAPERS_COUNTS}
-        return {label: texts for label, texts in found.items() if texts.count}
-    counts = _prompt_counts(recipe)
+    """Of each label: as the run directory has them, sampled or brought, or as the paper leads to expect."""
+    shard = None if run is None else run.attempts(0)[0]
+    if shard is not None and shard.exists():
+        found = {label: Texts.of(_of_label(shard, label)) for label in _PAPERS_COUNTS}
+        if any(texts.tokens for texts in found.values()):
+            assumptions.append("response lengths are those of the run directory")
+            return {label: texts for label, texts in found.items() if texts.count}
+        counts = {label: (texts.prompts, texts.count / max(texts.prompts, 1)) for label, texts in found.items()}
+    else:
+        counts = {label: (count, recipe.generation.samples) for label, count in _prompt_counts(recipe).items()}
     longest = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
     small = model.num_parameters < _SMALL_PARAMETERS
     assumptions.append(f"prompts of {_PROMPT_TOKENS} tokens, responses as long as in the paper, all accepted")
     return {
-        label: Texts.expected(count * recipe.generation.samples, _PAPERS_RESPONSES[small][label], longest)
-        for label, count in counts.items()
-        if count
+        label: Texts.expected(prompts, samples, _PAPERS_RESPONSES[small][label], longest)
+        for label, (prompts, samples) in counts.items()
+        if prompts
     }
 
 
@@ -259,11 +267,11 @@ def _probed(recipe: Recipe, by_label: dict[str, Texts], run: RunDir | None) -> l
     generation, harmful = recipe.generation, by_label.get("harmful")
     if harmful is None or generation.steering is None or generation.unsteered_probe == 0:
         return []
-    return [replace(harmful, count=min(generation.unsteered_probe, harmful.count / generation.samples))]
+    return [replace(harmful, count=min(generation.unsteered_probe, harmful.prompts))]
 
 
-def _of_label(run: RunDir, label: str) -> Iterator[Response]:
-    return (response for response in read_records(run.attempts(0)[0], Response) if response.label == label)
+def _of_label(shard: Path, label: str) -> Iterator[Response]:
+    return (response for response in read_records(shard, Response) if response.label == label)
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:
@@ -386,7 +394,7 @@ def _evaluation(
         usual = by_label.get("harmful" if entry.kind == "harmful" else "benign") or next(iter(by_label.values()))
         response = _REASONING_TOKENS if reasoning else usual.response
         rows = _rows(entry, assumptions)
-        texts[reasoning].append(Texts.expected(rows * entry.samples, response, longest))
+        texts[reasoning].append(Texts.expected(rows, entry.samples, response, longest))
         if reasoning:
             assumptions.append(f"answers to reasoning questions of {min(response, longest):,.0f} tokens")
     every = texts[True] + texts[False]
@@ -411,8 +419,8 @@ def _training(
     by_label: dict[str, Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> Stage:
     """A response a prompt, for so many epochs; the largest pack decides what is kept for the backward pass."""
-    config, samples = recipe.training, recipe.generation.samples
-    by_label = {label: replace(texts, count=texts.count / samples) for label, texts in by_label.items()}
+    config = recipe.training
+    by_label = {label: replace(texts, count=texts.prompts) for label, texts in by_label.items()}
     compared = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
     lora = recipe.lora if config.method == "lora" else None
     costs = TrainingCosts(model, lora, _BF16, bool(compared), config.frozen_weights == "fp8")
