@@ -28,8 +28,14 @@ def metrics(step: int, mfu: float | None = None) -> StepMetrics:
 class Accounts:
     """In the place of the package `wandb`: runs by id, each with what was logged of each step, as the server has it."""
 
+    class Error(Exception):
+        pass
+
     def __init__(self, offline=False):
         self.runs, self.settings, self.offline = {}, [], offline
+
+    def login(self):
+        return not self.offline
 
     def init(self, *, id, resume, **settings):
         assert resume == "allow"
@@ -131,6 +137,22 @@ def test_a_missing_package_is_one_line_before_any_work(tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert f"trackers: {name} is not installed: pip install 'thinksafe[{name}]'" in error and error.count("\n") == 1
     assert not (out / "responses.jsonl").exists()
+
+
+def test_an_account_that_is_not_logged_in_is_one_line_before_any_work(tmp_path, monkeypatch, wandb, capsys):
+    def refuse(**settings):
+        raise wandb.Error("No API key configured. Use `wandb login` to log in.")
+
+    out = tmp_path / "run"
+    arguments = [*settings(tmp_path / "sets", prompts=4, evaluated=1), "--set", "trackers=[wandb]", "--out", str(out)]
+    expected = "trackers: wandb: No API key configured. Use `wandb login` to log in; or set WANDB_MODE=offline\n"
+    monkeypatch.setattr(wandb, "login", refuse)
+    assert main(["run", *arguments]) == 2
+    assert capsys.readouterr().err == f"thinksafe: {expected}" and not (out / "responses.jsonl").exists()
+    monkeypatch.setattr(wandb, "login", lambda: True)  # it says so only where the run is to be made
+    monkeypatch.setattr(wandb, "init", refuse)
+    assert main(["run", *arguments]) == 2
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_no_tracker_is_imported_unasked():

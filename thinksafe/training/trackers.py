@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from thinksafe.errors import UserError
@@ -24,13 +25,25 @@ def require(names: Sequence[TrackerName]) -> None:
     """Find out before the first hour of work whether a tracker can be had.
 
     Raises:
-        UserError: its package is not installed.
+        UserError: its package is not installed, or Weights & Biases knows no account.
     """
     for name in names:
         try:
-            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+            package = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except ImportError:
             raise UserError(f"trackers: {name} is not installed: pip install 'thinksafe[{name}]'") from None
+        if name == "wandb":
+            with _in_one_line(package):
+                package.login()  # which asks for a key where there is a terminal
+
+
+@contextmanager
+def _in_one_line(wandb: ModuleType) -> Iterator[None]:
+    try:
+        yield
+    except wandb.Error as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"trackers: wandb: {reason}; or set WANDB_MODE=offline") from None
 
 
 class TensorBoard:
@@ -67,9 +80,10 @@ class WandB:
             partial.write_text(uuid.uuid4().hex)
             os.replace(partial, note)
         project = os.environ.get("WANDB_PROJECT", "thinksafe")
-        self._run = wandb.init(
-            project=project, id=note.read_text(), name=name, config=recipe, dir=str(folder), resume="allow"
-        )
+        with _in_one_line(wandb):
+            self._run = wandb.init(
+                project=project, id=note.read_text(), name=name, config=recipe, dir=str(folder), resume="allow"
+            )
         # Offline it does not know what an earlier process has logged; metrics.jsonl does.
         before = max((one.step for one in read_metrics(folder / "metrics.jsonl")), default=0)
         self._next = self._run.step or before + 1
