@@ -282,6 +282,17 @@ def test_evaluate_an_adapter_from_elsewhere_and_report(world, tmp_path, call):
     assert call("report", recipe=False)[0] == 0
 
 
+def test_an_adapter_is_not_evaluated_on_another_fine_tune_of_its_shape(world, tmp_path, call):
+    other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
+    assert call("train", "--data", world / "examples.jsonl")[0] == 0
+    adapter = (tmp_path / "run").rename(tmp_path / "trained") / "adapter"
+    status, _, (error,) = call("evaluate", "--adapter", adapter, "--set", f"model={other}")
+    assert status == 2 and f"this adapter was trained on {world / 'qwen3'}, and {other} holds other weights" in error
+    assert not (tmp_path / "run" / "evaluation").exists()
+    (adapter / "base.json").unlink()
+    assert call("evaluate", "--adapter", adapter, "--set", f"model={other}")[0] == 0
+
+
 def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call):
     for number in (1, 2):
         assert call("train", "--data", world / "examples.jsonl", "--seed", number)[0] == 0

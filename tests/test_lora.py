@@ -19,9 +19,11 @@ from thinksafe.model.lora import (
     detach,
     load_adapter,
     merge,
+    name_base,
+    refuse_other_base,
     save_adapter,
 )
-from thinksafe.model.weights import load_decoder, save_decoder
+from thinksafe.model.weights import load_config, load_decoder, save_decoder
 
 EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG = LoraConfig(rank=4, alpha=6.0, dropout=0.1, target_modules=("q_proj", "v_proj"))
@@ -273,6 +275,30 @@ def test_settings_that_do_not_fit_the_tensors_are_refused(decoder, adapter, entr
 def test_an_adapter_for_another_model_is_refused(adapter, tmp_path, overrides):
     other = load_decoder(make_checkpoint("qwen3", tmp_path / "other", **overrides), torch.float32, "cpu")
     assert "another model" in refusal(other, adapter())
+
+
+def test_an_adapter_tells_which_weights_it_is_for(folders, adapter, tmp_path):
+    """Whatever files they are cut into, and whatever lies beside them; who does not tell is taken at its word."""
+    ours, base = adapter(), folders["qwen3"]
+    other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
+    refuse_other_base(ours, other)
+    name_base(ours, "some/base", base)
+    copy = tmp_path / "copy"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(copy, max_shard_size="100KB")
+    assert len(list(copy.glob("*.safetensors"))) > 2
+    refuse_other_base(ours, copy)
+    merged = load_decoder(base, torch.float32, "cpu")
+    load_adapter(merged, ours)
+    merge(merged)
+    save_decoder(merged, load_config(base)[1], tmp_path / "merged")
+    for fine_tuned in (other, tmp_path / "merged"):
+        with pytest.raises(UserError) as caught:
+            refuse_other_base(ours, fine_tuned)
+        assert all(name in str(caught.value) for name in (str(ours), "some/base", str(fine_tuned), "base.json"))
+    for damage in (b"", b"{}", b"[1]", b"\xff"):
+        (ours / "base.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"base\.json: corrupt"):
+            refuse_other_base(ours, base)
 
 
 def test_an_adapter_with_a_tensor_too_many_is_refused(decoder, adapter):

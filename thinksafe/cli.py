@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate",
         _evaluate,
         "measure harm, over-refusal and reasoning, before and after",
-        "`after` is measured where the run directory holds a trained student, or --adapter names one.",
+        "`after` is measured where the run directory holds a trained student, or --adapter names one. An adapter that\n"
+        "thinksafe trained tells in its base.json on which weights, and is refused on others; one from elsewhere is\n"
+        "taken where its shapes fit the student's.",
     )
     sub.add_argument("--adapter", metavar="DIR", type=Path, help="evaluate this PEFT adapter as `after`")
     stage("report", _report, "write report.html and report.json from what is there")

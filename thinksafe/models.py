@@ -12,7 +12,7 @@ from thinksafe.guards.build import build_guard
 from thinksafe.guards.interface import Guard, GuardConfig
 from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import detach, load_adapter
+from thinksafe.model.lora import detach, load_adapter, refuse_other_base
 from thinksafe.model.parallel import WHOLE, Shard
 from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve
 from thinksafe.recipe import Recipe
@@ -138,6 +138,7 @@ class Models:
             torch.set_num_threads(1)
         detach(decoder)
         if adapter is not None:
+            refuse_other_base(adapter, folder)
             load_adapter(decoder, adapter)
         return decoder.requires_grad_(False).eval()
 

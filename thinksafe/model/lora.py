@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from thinksafe.errors import UserError
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.weights import projection_path
+from thinksafe.model.weights import projection_path, projections_digest
 
 _INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 """PEFT's others (pissa, olora, corda, loftq) move a part of the base weights into the adapter."""
+_BASE = "base.json"
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,37 @@ def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model:
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def name_base(folder: Path, base_model: str, checkpoint: Path) -> None:
+    """Write down in an adapter's folder which weights it was trained on; PEFT does not read this file.
+
+    Args:
+        base_model: the checkpoint's name, for people.
+    """
+    told = {"model": base_model, "projections_sha256": projections_digest(checkpoint)}
+    (folder / _BASE).write_text(json.dumps(told, indent=2) + "\n")
+
+
+def refuse_other_base(folder: Path, checkpoint: Path) -> None:
+    """Whether an adapter is one for this checkpoint. One that does not tell, as from elsewhere, is taken at its word.
+
+    Raises:
+        UserError: it was trained on other weights, of the same shape or not.
+    """
+    file = folder / _BASE
+    try:
+        told = json.loads(file.read_text())
+        model, digest = told["model"], told["projections_sha256"]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file}: corrupt; remove it to use the adapter on whatever it fits") from None
+    if digest != projections_digest(checkpoint):
+        raise UserError(
+            f"{folder}: this adapter was trained on {model}, and {checkpoint} holds other weights; set model to what "
+            f"it was trained on, or remove {file} to use it here nevertheless"
+        )
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:

@@ -87,6 +87,16 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def projections_digest(folder: Path) -> str:
+    """Hex digest of what adapters go on, a row of every projection: fine-tuning changes it, but neither how the weights
+    are cut into files, nor what lies beside them."""
+    rows = ((name, stored[:1]) for name, stored in _tensors(folder) if name.endswith("_proj.weight"))
+    digest = hashlib.sha256()
+    for name, row in sorted(rows, key=lambda one: one[0]):
+        digest.update(name.encode() + row.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_config(folder: Path) -> tuple[ModelConfig, dict]:
     """The decoder's shape and the raw config.json it came from."""
     file = folder / "config.json"

@@ -16,7 +16,7 @@ from thinksafe.errors import UserError, is_out_of_memory
 from thinksafe.intake import training_sequences
 from thinksafe.kernels.packed_attention import keeps_grouped_heads
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import attach, check_targets, save_adapter
+from thinksafe.model.lora import attach, check_targets, name_base, save_adapter
 from thinksafe.model.weights import fingerprint, load_config, save_decoder
 from thinksafe.models import Models
 from thinksafe.paths import expand
@@ -103,7 +103,7 @@ def _sharding(run: RunDir, models: Models, costs: TrainingCosts, largest: int) -
     join(models.device, run.workers)
     sharding = sharding_on(models.device, zero, costs, largest, ranks)
     if run.workers.leads:
-        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} processes", file=sys.stderr)
+        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} process{'es' * (ranks > 1)}", file=sys.stderr)
     return sharding
 
 
@@ -192,7 +192,9 @@ def _save_student(run: RunDir, models: Models, decoder: Decoder) -> list[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     if lora:
         here = expand(run.recipe.model)
-        save_adapter(decoder, run.recipe.lora, partial, str(here) if here.is_dir() else run.recipe.model)
+        base_model = str(here) if here.is_dir() else run.recipe.model
+        save_adapter(decoder, run.recipe.lora, partial, base_model)
+        name_base(partial, base_model, models.base)
     else:
         save_decoder(decoder, load_config(models.base)[1], partial)
         models.chat.tokenizer.save(partial)
