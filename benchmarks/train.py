@@ -40,17 +40,9 @@ from thinksafe.kernels.packed_attention import keeps_grouped_heads
 from thinksafe.model.activations import Keeping
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
-from thinksafe.training.costs import (
-    TrainingCosts,
-    Work,
-    average_pack,
-    causal_pairs,
-    described,
-    keeping_on,
-    largest_pack,
-    recorded_on,
-)
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.engine import SingleEngine
+from thinksafe.training.fitting import average_pack, described, keeping_on, largest_pack, recorded_on
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import PackedBatch, TrainingSequence, pack
 

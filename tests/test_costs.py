@@ -19,17 +19,9 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
 from thinksafe.model.shapes import PUBLIC
 from thinksafe.model.weights import load_decoder
-from thinksafe.training.costs import (
-    TrainingCosts,
-    Work,
-    average_pack,
-    causal_pairs,
-    described,
-    recorded_on,
-    recorded_within,
-    sharding_within,
-)
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.distributed import ZeroConfig
+from thinksafe.training.fitting import average_pack, described, recorded_on, recorded_within, sharding_within
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 

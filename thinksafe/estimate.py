@@ -29,21 +29,13 @@ from thinksafe.records import Response, read_records
 from thinksafe.rundir import RunDir
 from thinksafe.sampler.cache import CacheFormat
 from thinksafe.sampler.engine import EngineConfig
-from thinksafe.training.costs import (
-    HOST_SECONDS_PER_LAYER,
-    TrainingCosts,
-    Work,
-    described,
-    recorded_within,
-    sharding_within,
-)
+from thinksafe.training.costs import HOST_SECONDS_PER_LAYER, TrainingCosts, Work
+from thinksafe.training.fitting import SPARE, described, recorded_within, sharding_within
 
 # Shares of what the hardware allows that we aim for.
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
 
 _BF16 = 2
-_SPARE = 0.05
-"""Share of a GPU's memory left to the allocator's gaps, the context and the libraries."""
 _POOL = 0.85
 """Share of the memory left by the weights that the sampler takes for its pages."""
 _GUARD_TOKENS = 80
@@ -207,7 +199,7 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
         stages.append(replace(before, name="evaluate_after"))
     else:
         stages.append(_training(by_label, recipe, model, hardware, num_gpus))
-    usable = (1 - _SPARE) * hardware.memory_bytes
+    usable = (1 - SPARE) * hardware.memory_bytes
     problems = [
         f"{stage.name} needs {stage.peak_bytes / 2**30:.1f} GiB, and {usable / 2**30:.1f} can be used"
         for stage in stages
@@ -344,7 +336,7 @@ def _cached_bytes(model: ModelConfig, config: EngineConfig) -> float:
 
 def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
     """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
-    free = max(0.0, (1 - _SPARE) * hardware.memory_bytes - resident)
+    free = max(0.0, (1 - SPARE) * hardware.memory_bytes - resident)
     most = config.max_running * model.max_seq_len * _cached_bytes(model, config)
     return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
 
@@ -432,7 +424,7 @@ def _training(
     if config.batch_tokens:
         steps, in_a_step = math.ceil(tokens / config.batch_tokens), config.batch_tokens
     largest = max(longest, min(config.max_tokens_per_pack, in_a_step))
-    usable, zero = (1 - _SPARE) * hardware.memory_bytes, None
+    usable, zero = (1 - SPARE) * hardware.memory_bytes, None
     if recipe.zero.is_needed(num_gpus):
         zero = sharding_within(usable, hardware, recipe.zero, costs, largest, num_gpus)
     free = usable - costs.state_bytes(zero, num_gpus)

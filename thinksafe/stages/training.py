@@ -23,17 +23,10 @@ from thinksafe.paths import expand
 from thinksafe.progress import TokenBar, in_figures
 from thinksafe.rundir import RunDir, StageClock
 from thinksafe.stages.accepting import examples_file
-from thinksafe.training.costs import (
-    TrainingCosts,
-    average_pack,
-    described,
-    keeping_on,
-    largest_pack,
-    recorded_on,
-    sharding_on,
-)
+from thinksafe.training.costs import TrainingCosts
 from thinksafe.training.distributed import ZeroConfig, join, require_deepspeed
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.fitting import average_pack, described, keeping_on, largest_pack, recorded_on, sharding_on
 from thinksafe.training.loop import TrainingConfig, plan_steps
 from thinksafe.training.loop import train as run_training
 from thinksafe.training.packing import TrainingSequence

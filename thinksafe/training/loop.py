@@ -68,8 +68,8 @@ class TrainingConfig:
         max_tokens_per_pack: tokens in one forward pass; what memory allows.
         activation_checkpointing: what the backward pass computes again instead of keeping it: `none`; `selective`, what
             is cheap to compute; `full`, whole layers; or `auto`, layer by layer as little as a GPU's memory allows.
-        cuda_graphs: `auto` records the passes of a model so small that a GPU would wait for its launches, as graphs.py
-            says; or `none`.
+        cuda_graphs: `auto` records the passes of a model so small that a GPU would wait for its launches, where it has
+            memory for them; or `none`.
         checkpoint_every: optimiser steps between two checkpoints.
     """
 
