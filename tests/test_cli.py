@@ -556,6 +556,16 @@ def test_an_interrupt_during_imports_is_quiet(tmp_path, module):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["recipe", "estimate"])
+def test_a_reader_of_the_output_that_has_had_enough_is_no_error(command):
+    (reader, writer), environment = os.pipe(), {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    os.close(reader)
+    arguments = [sys.executable, "-m", "thinksafe.cli", command, "--recipe", "qwen3-0.6b"]
+    done = subprocess.run(arguments, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_interrupt_says_that_nothing_is_lost(call, monkeypatch):
     def interrupted(run, models):
         raise KeyboardInterrupt

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from thinksafe.training import losses
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import (
+    OF_MEMORY,
     TrainingConfig,
     fingerprint,
     learning_rate,
@@ -339,6 +342,14 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_examples_are_named(untied
     assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
 
 
+def test_of_a_large_step_that_broke_the_first_examples_are_named(untied, tmp_path):
+    ours, sequences = poisoned(untied, "abcdefghijklmnopqrsT")
+    train(ours, sequences, dataclasses.replace(ONE_BY_ONE, batch_size=20), 3, tmp_path)
+    (step,) = read_metrics(tmp_path / "metrics.jsonl")
+    found = re.fullmatch(r"left out: .*, from T; in it ((\w, ){15}\w) and 4 more", step.note)
+    assert found and len(set(found[1].split(", "))) == 16
+
+
 def test_the_example_that_broke_a_step_is_told_from_those_beside_it(untied, tmp_path):
     """In packs of two and more, with rows that keep to the reference in front."""
     ours, sequences = poisoned(untied, "abCdEf")
@@ -393,6 +404,21 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run(untied, tmp_path,
     assert [step.step for step in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
+def losing(folder, losses: list[float]) -> SingleEngine:
+    """An engine whose steps have these losses."""
+    ours = engine(load_decoder(folder, torch.float32, CPU))
+    ours.step = lambda packs, rate: StepResult(losses.pop(0), 1.0, 0.0)
+    return ours
+
+
+@pytest.mark.parametrize("known", [24, 25])
+def test_a_loss_is_far_above_the_others_only_where_enough_are_known(folder, tmp_path, known):
+    losses = [1.0 + 0.1 * (step % 2) for step in range(known)] + [9.0]
+    train(losing(folder, losses), SEQUENCES[:1], TrainingConfig(epochs=known + 1, batch_size=1), 0, tmp_path)
+    *others, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert not any(step.note for step in others) and bool(last.note) == (known == 25)
+
+
 def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
     """Whether or not a restart lies between them."""
     config = TrainingConfig(epochs=34, batch_size=1, checkpoint_every=30)
@@ -401,16 +427,11 @@ def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
         if metrics.step == 31:
             raise Killed
 
-    def losing(losses):
-        ours = engine(load_decoder(folder, torch.float32, CPU))
-        ours.step = lambda packs, rate: StepResult(losses.pop(0), 1.0, 0.0)
-        return ours
-
     losses = [1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2]
-    train(losing(losses[:]), SEQUENCES[:1], config, 0, tmp_path / "whole")
+    train(losing(folder, losses[:]), SEQUENCES[:1], config, 0, tmp_path / "whole")
     with pytest.raises(Killed):
-        train(losing(losses[:]), SEQUENCES[:1], config, 0, tmp_path / "killed", on_step)
-    train(losing(losses[30:]), SEQUENCES[:1], config, 0, tmp_path / "killed")
+        train(losing(folder, losses[:]), SEQUENCES[:1], config, 0, tmp_path / "killed", on_step)
+    train(losing(folder, losses[30:]), SEQUENCES[:1], config, 0, tmp_path / "killed")
     for out in (tmp_path / "whole", tmp_path / "killed"):
         notes = {step.step: step.note for step in read_metrics(out / "metrics.jsonl") if step.note}
         assert notes == {32: "loss spike: 9, usually 1.11"}
@@ -494,6 +515,8 @@ def test_every_epoch_takes_each_sequence_once(count, batch, seed):
         assert sorted(epochs[-1]) == list(range(count))
     if count > 20:
         assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(count))
+        another = np.concatenate(plan_steps([5] * count, TrainingConfig(epochs=1, batch_size=batch), seed ^ 1))
+        assert epochs[0] != another.tolist()
 
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=40), room=st.integers(1, 200))
@@ -690,7 +713,9 @@ def test_everything_that_shapes_a_run_is_in_its_fingerprint():
     for variant in variants:
         known.add(fingerprint(*variant))
     assert len(known) == 1 + len(variants)
-    assert fingerprint(list(SEQUENCES), dataclasses.replace(RUN), 11) in known
+    of_memory = {"max_tokens_per_pack": 99, "activation_checkpointing": "full", "cuda_graphs": "none"}
+    assert of_memory.keys() == set(OF_MEMORY)
+    assert fingerprint(list(SEQUENCES), dataclasses.replace(RUN, **of_memory), 11) in known
 
 
 def test_a_line_of_metrics_that_was_torn_is_written_again(folder, tmp_path):
@@ -774,9 +799,12 @@ def test_what_fits_to_the_token_is_not_put_off():
 
 
 def test_metrics_count_what_was_trained(folder, tmp_path):
+    before = time.perf_counter()
     run(folder, tmp_path)
+    elapsed = time.perf_counter() - before
     steps = list(read_metrics(tmp_path / "metrics.jsonl"))
     assert sum(metrics.tokens for metrics in steps) == 3 * sum(map(len, SEQUENCES))
     assert {metrics.total_steps for metrics in steps} == {STEPS}
     assert [metrics.learning_rate for metrics in steps] == [learning_rate(step, STEPS, RUN) for step in range(STEPS)]
     assert all(metrics.seconds > 0 and metrics.grad_norm > 0 for metrics in steps)
+    assert sum(metrics.seconds for metrics in steps) < elapsed

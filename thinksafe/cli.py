@@ -397,7 +397,7 @@ def _estimate(options: argparse.Namespace) -> None:
     recipe = load_recipe(_recipe_source(options), options.set)
     run = None if options.out is None else RunDir(options.out, recipe)
     found = estimate(recipe, hardware, options.gpus, run)
-    print(estimate_table(found, recipe.name, hardware.memory_bytes, price))
+    _show(estimate_table(found, recipe.name, hardware.memory_bytes, price) + "\n")
 
 
 def _print_recipe(options: argparse.Namespace) -> None:
@@ -406,9 +406,16 @@ def _print_recipe(options: argparse.Namespace) -> None:
         from thinksafe.recipe import Recipe, load_recipe
 
     if options.recipe is None and not options.set:
-        print(explained(Recipe(name="mine", model="Qwen/Qwen3-0.6B")), end="")
+        _show(explained(Recipe(name="mine", model="Qwen/Qwen3-0.6B")))
     else:
-        print(explained(load_recipe(options.recipe or "qwen3-0.6b", options.set)), end="")
+        _show(explained(load_recipe(options.recipe or "qwen3-0.6b", options.set)))
+
+
+def _show(page: str) -> None:
+    try:
+        print(page, end="", flush=True)
+    except BrokenPipeError:  # whoever reads it, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter, which flushes once more
 
 
 def _recipe_source(options: argparse.Namespace) -> str:
