@@ -421,20 +421,20 @@ def test_a_loss_is_far_above_the_others_only_where_enough_are_known(folder, tmp_
 
 def test_a_loss_far_above_the_recent_ones_is_noted(folder, tmp_path):
     """Whether or not a restart lies between them."""
-    config = TrainingConfig(epochs=34, batch_size=1, checkpoint_every=30)
+    config = TrainingConfig(epochs=74, batch_size=1, checkpoint_every=70)
 
     def on_step(metrics):
-        if metrics.step == 31:
+        if metrics.step == 71:
             raise Killed
 
-    losses = [1.0, 1.2] * 15 + [1.3, 9.0, 1.1, 1.2]
+    losses = [1.0, 50.0] * 10 + [1.0, 1.2] * 25 + [1.3, 9.0, 1.1, 1.2]
     train(losing(folder, losses[:]), SEQUENCES[:1], config, 0, tmp_path / "whole")
     with pytest.raises(Killed):
         train(losing(folder, losses[:]), SEQUENCES[:1], config, 0, tmp_path / "killed", on_step)
-    train(losing(folder, losses[30:]), SEQUENCES[:1], config, 0, tmp_path / "killed")
+    train(losing(folder, losses[70:]), SEQUENCES[:1], config, 0, tmp_path / "killed")
     for out in (tmp_path / "whole", tmp_path / "killed"):
         notes = {step.step: step.note for step in read_metrics(out / "metrics.jsonl") if step.note}
-        assert notes == {32: "loss spike: 9, usually 1.11"}
+        assert notes == {72: "loss spike: 9, usually 1.11"}
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -29,7 +29,7 @@ from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.distributed import balanced, rank, world_size
 from thinksafe.training.engine import NonFiniteStep, SingleEngine
-from thinksafe.training.packing import UNNAMED, PackedBatch, Reduction, TrainingSequence, pack
+from thinksafe.training.packing import PackedBatch, Reduction, TrainingSequence, pack
 
 if TYPE_CHECKING:
     from thinksafe.training.zero import ZeroEngine
@@ -312,7 +312,7 @@ def _spike(loss: float, recent: Sequence[float]) -> str:
 
 def _names(batch: Sequence[TrainingSequence]) -> str:
     """The examples of a step, the first few by name."""
-    shown = ", ".join(sequence.name or UNNAMED for sequence in batch[:_NAMED])
+    shown = ", ".join(sequence.name for sequence in batch[:_NAMED])
     return shown + (f" and {len(batch) - _NAMED} more" if len(batch) > _NAMED else "")
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from thinksafe.model.attention import PackedAttention, packed_positions
 
 Reduction = Literal["token", "sequence"]
-UNNAMED = "an unnamed example"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class TrainingSequence:
 
     input_ids: np.ndarray
     response_start: int
-    name: str = ""
+    name: str = "an unnamed example"
     weight: float = 1.0
     keeps_to_reference: bool = False
 
@@ -128,7 +127,7 @@ def collate(
         num_reference_rows=sum(sequence.num_targets for sequence in to_reference),
         num_reference_tokens=sum(map(len, to_reference)),
         reference_attention=PackedAttention.of(lengths[: len(to_reference)], device),
-        names=tuple(sequence.name or UNNAMED for sequence in sequences),
+        names=tuple(sequence.name for sequence in sequences),
         row_ends=np.cumsum(counts),
     )
 
