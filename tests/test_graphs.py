@@ -13,7 +13,7 @@ from gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
 from hypothesis import given
 from hypothesis import strategies as st
 from taped_graphs import tape_passes, tensors_in, waits
-from test_training import DROPOUT, RUN, SEQUENCES, Killed, assert_same_run, engine, gradients, sequence, untimed
+from training_runs import DROPOUT, RUN, SEQUENCES, Killed, assert_same_run, engine, gradients, sequence, untimed
 
 from benchmarks.shapes import MODELS
 from thinksafe.errors import UserError
