@@ -106,17 +106,6 @@ def browser(tmp_path_factory):
     started.quit()
 
 
-def await_storage(browser) -> None:
-    """On a busy machine a browser may lose what a page stores, until the page's connection to its storage stands."""
-    deadline, kept = time.monotonic() + 60, None
-    while kept is None and time.monotonic() < deadline:
-        browser.execute_script("localStorage.setItem('stands', 'yes')")
-        time.sleep(0.2)
-        browser.refresh()
-        kept = browser.execute_script("return localStorage.getItem('stands')")
-    assert kept == "yes", "the browser stores nothing"
-
-
 @pytest.fixture
 def page(browser, run):
     """The page of `run`, which this browser has not seen before; nothing may be logged as an error."""
@@ -149,10 +138,29 @@ class Page:
         self.find(f"#{name} option[value={value}]").click()
 
     def name(self, name):
+        self.find("#name").clear()  # which the browser may remember of another page
         self.find("#name").send_keys(name)
 
     def text(self, part):
         return self.find(f"#{part} pre").get_attribute("textContent")
+
+    def download(self, folder):
+        """The file of marks, once the browser has written it."""
+        self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+        self.find("#download").click()
+        file = folder / "marks.jsonl"
+        self.wait(file.exists)
+        return file
+
+    def wait(self, until):
+        """For what the browser does in its own time."""
+        deadline = time.monotonic() + 60
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def asks_before_leaving(self):
+        event = "const leaving = new Event('beforeunload', {cancelable: true}); dispatchEvent(leaving);"
+        return self.browser.execute_script(f"{event} return leaving.defaultPrevented")
 
     def blurred(self, part):
         return "blur" in self.find(f"#{part} pre").value_of_css_property("filter")
@@ -226,7 +234,7 @@ def test_nothing_goes_out_of_the_page(page):
 
 def test_marks_reach_the_filter(page, run, tmp_path):
     """Accept, reject, change one's mind; then download, and give the file to the run."""
-    await_storage(page.browser)
+    page.name("")
     page.press("r")
     assert page.find("#done").text.startswith("0 of 16"), "nobody marks without a name"
     page.name("Ann")
@@ -243,18 +251,11 @@ def test_marks_reach_the_filter(page, run, tmp_path):
     page.find("#search").send_keys("boat number 0")
     page.press("r")
     assert page.find("#done").text == "3 of 16 marked"
-    deadline = time.monotonic() + 20  # a busy browser stores a moment after the page has said so
-    page.browser.refresh()
-    while page.find("#done").text != "3 of 16 marked" and time.monotonic() < deadline:
-        page.browser.refresh()
-    assert page.find("#done").text == "3 of 16 marked", "the browser remembers"
+    page.find("#search").clear()
+    page.choose("only", "all")
     colours = [entry.get_attribute("class") for entry in page.all("#list button")]
     assert [colour for colour in colours if colour] == ["accept", "accept", "reject"]
-    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    page.find("#download").click()
-    file, deadline = tmp_path / "marks.jsonl", time.monotonic() + 20
-    while not file.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    file = page.download(tmp_path)
     assert f"thinksafe filter --out {run.path}" in page.text("saved")
     marks = {mark.text_id: mark for mark in read_records(file, Mark)}
     assert sorted(mark.decision for mark in marks.values()) == ["accept", "accept", "reject"]
@@ -267,6 +268,60 @@ def test_marks_reach_the_filter(page, run, tmp_path):
     assert after.keys() - before.keys() == {"How do I fold boat number 2?", "Brew me a ka lo mi, recipe 1."}
     assert before.keys() - after.keys() == {"How do I fold boat number 0?"}
     assert after["How do I fold boat number 2?"].accepted_by == "person: Ann"
+
+
+def test_a_browser_that_keeps_what_pages_store_remembers_the_marks(page):
+    """What the page stored is given to the next page by hand: when Chromium writes it down is its own affair."""
+    page.name("Ann")
+    page.press("vavr")
+    stored = page.browser.execute_script("return JSON.stringify({...localStorage})")
+    give = f"for (const [name, value] of Object.entries({stored})) localStorage.setItem(name, value);"
+    given = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": give})
+    page.browser.execute_script("localStorage.clear()")
+    page.browser.refresh()
+    page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", given)
+    assert page.find("#done").text == "2 of 16 marked"
+    assert page.find("#name").get_attribute("value") == "Ann"
+    assert [entry.get_attribute("class") for entry in page.all("#list button")][:3] == ["accept", "reject", ""]
+
+
+def test_a_file_of_marks_is_taken_in_again(page, run, tmp_path):
+    """Of two marks the later one counts, and what this page cannot show is said, never dropped in silence."""
+    page.name("Ann")
+    page.press("va")
+    assert page.text("prompt") == UNKNOWN, "and the first one, recipe 1, is accepted"
+    marks = [
+        mark_of(run, "Brew me a ka lo mi, recipe 1.", "reject"),
+        mark_of(run, UNKNOWN, "reject", "<b>Bob</b>", "2026-01-01T10:00:00Z"),
+        mark_of(run, UNKNOWN, "accept", "<b>Bob</b>", "2026-01-01T12:00:00+01:00"),
+        mark_of(run, SAFE, "reject", "<b>Bob</b>") | {"more": 1},
+    ]
+    others = [mark_of(run, UNSAFE, "accept") | wrong for wrong in ({"text_id": "x"}, {"by": 1}, {"at": "then"})]
+    lines = [*map(json.dumps, [*marks, *others, 7, None, {}]), "<img src=x onerror='window.hacked = 1'>", "", " "]
+    file = tmp_path / "given.jsonl"
+    file.write_text("\n".join(lines))
+    page.find("#load").send_keys(str(file))
+    page.wait(page.find("#loaded").is_displayed)
+    assert page.find("#found").text == (
+        "Marks found in given.jsonl: 4. Lines that are no marks on what this page shows: 7; keep that file too."
+    )
+    page.find("#loaded button").click()
+    assert page.find("#done").text == "3 of 16 marked"
+    found = {mark.text_id: (mark.decision, mark.by) for mark in read_records(page.download(tmp_path), Mark)}
+    recipe_1, unknown, _, safe = (mark["text_id"] for mark in marks)
+    assert found == {recipe_1: ("accept", "Ann"), unknown: ("accept", "<b>Bob</b>"), safe: ("reject", "<b>Bob</b>")}
+
+
+def test_who_leaves_with_marks_that_are_in_no_file_is_asked(page, tmp_path):
+    assert not page.asks_before_leaving()
+    page.name("Ann")
+    page.press("va")
+    assert page.asks_before_leaving()
+    page.download(tmp_path)
+    assert not page.asks_before_leaving()
+    page.find("#saved button").click()
+    page.press("ku")
+    assert page.asks_before_leaving(), "a mark that was taken back"
 
 
 def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, run):

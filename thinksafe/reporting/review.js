@@ -7,7 +7,7 @@ const percent = (share) => (share === null ? "no figure" : `${(100 * share).toFi
 const number = (value) => value.toLocaleString("en-US");
 const keyOf = (record) => `${record.prompt_id}/${record.sample}`;
 
-// What was marked outlives a closed tab, where the browser allows it; the file is what counts.
+// The file of marks is what counts. What was marked outlives a closed tab too, where the browser allows it.
 const shelf = `thinksafe-review-${page.run}`;
 function remembered(name, otherwise) {
   try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; }
@@ -17,6 +17,7 @@ function remember(name, value) {
 }
 const known = new Map(records.map((record) => [keyOf(record), record.text_id]));
 const marks = new Map(remembered(shelf, []).filter(([key, mark]) => known.get(key) === mark.text_id));
+let unsaved = false; // marked since the last download
 const shown = new Set(); // records whose text was uncovered
 const rank = new Map(records.map((record, place) => [record, place])); // they come most uncertain first
 let visible = [];
@@ -42,7 +43,7 @@ function placeNeedle(gauge, record) {
 function listEntry(record) {
   const button = element("button");
   button.append(element("span", "dot"), element("span", "head", record.prompt.slice(0, 200)));
-  button.append(element("span", "sub", [record.decision, record.reason, record.category].filter((word, i, all) => word && all.indexOf(word) === i).join(" · ")));
+  button.append(element("span", "sub", [record.decision, record.reason, record.category].filter((word, i, all) => word && all.indexOf(word) === i).join(" · ").replaceAll("_", " ")));
   const mini = element("span", "mini"), gauge = element("span", "gauge");
   gauge.style.display = "block";
   gauge.append(element("span", "needle"));
@@ -146,6 +147,11 @@ function step(by) {
   if (next) select(next);
 }
 
+function keep() {
+  unsaved = true;
+  remember(shelf, [...marks]);
+}
+
 function mark(decision) {
   if (!current) return;
   const by = $("name").value.trim();
@@ -154,7 +160,7 @@ function mark(decision) {
   if (decision === "accept" && veiled(current, "answer")) return uncover(["prompt", "answer"]); // nobody accepts unread
   const { prompt_id, sample, text_id } = current;
   marks.set(keyOf(current), { prompt_id, sample, text_id, decision, by, at: new Date().toISOString() });
-  remember(shelf, [...marks]);
+  keep();
   const following = visible[visible.indexOf(current) + 1];
   arrange();
   if (following && visible.includes(following)) select(following);
@@ -164,7 +170,7 @@ function mark(decision) {
 function unmark() {
   if (!current) return;
   marks.delete(keyOf(current));
-  remember(shelf, [...marks]);
+  keep();
   arrange();
   refresh();
 }
@@ -181,14 +187,45 @@ function download() {
   link.download = "marks.jsonl";
   link.click();
   URL.revokeObjectURL(link.href);
+  unsaved = false;
   $("saved").showModal();
+}
+
+// Of a file of marks those that are about what this page shows; of two on one response the later one.
+function take(text) {
+  let taken = 0, other = 0;
+  for (const line of text.split("\n").filter((each) => each.trim())) {
+    let found = null;
+    try { found = JSON.parse(line); } catch { /* counted below */ }
+    if (!["accept", "reject"].includes(found?.decision) || typeof found.by !== "string" || isNaN(Date.parse(found.at)) || known.get(keyOf(found)) !== found.text_id) {
+      other += 1;
+      continue;
+    }
+    taken += 1;
+    const { prompt_id, sample, text_id, decision, by, at } = found, mine = marks.get(keyOf(found));
+    if (!mine || Date.parse(mine.at) < Date.parse(at)) marks.set(keyOf(found), { prompt_id, sample, text_id, decision, by, at });
+  }
+  return { taken, other };
+}
+
+async function load() {
+  const [file] = $("load").files;
+  if (!file) return;
+  const { taken, other } = take(await file.text());
+  $("load").value = ""; // the same file may be given again
+  remember(shelf, [...marks]);
+  arrange();
+  refresh();
+  const rest = other ? ` Lines that are no marks on what this page shows: ${number(other)}; keep that file too.` : "";
+  $("found").textContent = `Marks found in ${file.name}: ${number(taken)}.${rest}`;
+  $("loaded").showModal();
 }
 
 const left = page.judged - records.length;
 $("scope").textContent = [
   left ? `the ${number(records.length)} most uncertain of ${number(page.judged)} judged responses` : `all ${number(page.judged)} judged responses`,
   left ? `${number(left)} more are not on this page` : "",
-  page.malformed ? `${number(page.malformed)} malformed, which nobody can accept, left out` : "",
+  page.malformed ? `${number(page.malformed)} malformed left out` : "",
 ].filter(Boolean).join(" · ");
 $("late").hidden = !page.too_late;
 $("command").textContent = page.command;
@@ -213,7 +250,7 @@ const actions = {
   t: () => { $("thought").open = !$("thought").open; },
 };
 document.addEventListener("keydown", (event) => {
-  const typing = event.target.matches("input, select") || $("saved").open;
+  const typing = event.target.matches("input, select") || document.querySelector("dialog[open]");
   if (!typing && !event.ctrlKey && !event.metaKey && !event.altKey && actions[event.key]) {
     event.preventDefault();
     actions[event.key]();
@@ -221,4 +258,6 @@ document.addEventListener("keydown", (event) => {
 });
 for (const [id, key] of [["accept", "a"], ["reject", "r"], ["clear", "u"], ["next", "j"], ["previous", "k"]]) $(id).addEventListener("click", actions[key]);
 $("download").addEventListener("click", download);
+$("load").addEventListener("change", load);
+addEventListener("beforeunload", (event) => { if (unsaved) event.preventDefault(); });
 arrange();
