@@ -270,6 +270,10 @@ def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypat
         for key in ("seconds", "tokens"):
             assert stage[key] == [foreseen[key], happened[stage["name"]][key]]
         assert stage["peak_bytes"] == [foreseen["peak_bytes"], None], "no GPU has told"
+    total = report["estimate"]["total"]
+    for key in ("seconds", "tokens"):
+        assert total[key] == [sum(stage[key][moment] for stage in report["estimate"]["stages"]) for moment in (0, 1)]
+    assert total["peak_bytes"] == [max(stage["peak_bytes"] for stage in expected["stages"].values()), None]
     assert "Expected and happened" in (out / "report.html").read_text()
     # Once something is done, the estimate stays; given the directory, another one starts from its responses.
     before = (out / "estimate.json").read_bytes()

@@ -282,6 +282,31 @@ def test_a_prompt_whose_accepted_response_a_person_rejects_climbs_on_from_its_ow
     ]
 
 
+def test_the_report_counts_what_marks_asked_for(tmp_path):
+    """In coverage, time and tokens; the estimate, which foresees no further attempt, is compared with all of it."""
+    tried = after_marks(tmp_path, "harmful 1", "harmful 2")
+    foreseen = {"seconds": 2.0, "tokens": 50, "peak_bytes": 100}
+    expected = {"gpu": "H200", "num_gpus": 1, "stages": {"generate": foreseen, "filter": foreseen, "train": foreseen}}
+    (tmp_path / "run" / "estimate.json").write_text(json.dumps(expected))
+    with RunDir.open(tmp_path / "run", recipe(tmp_path)) as run:
+        done, page = run.manifest["stages"], stages.report(run)
+    found = json.loads(page.with_name("report.json").read_text())
+    compared = {stage["name"]: stage for stage in found["estimate"]["stages"]}
+    assert list(compared) == [name for name in done if name != "accept"] and "filter_after_marks_1" in compared
+    tokens = {name: stage["tokens"] for name, stage in done.items()}
+    assert tokens["generate_after_marks_1"] == tokens["filter_after_marks_1"] == 7 * 4
+    assert compared["generate_after_marks_1"]["tokens"] == [None, 7 * 4]
+    assert found["estimate"]["total"]["tokens"] == [100, sum(tokens.values())]
+    assert found["estimate"]["total"]["seconds"][1] == pytest.approx(
+        sum(stage["seconds"] for name, stage in done.items() if name != "accept")
+    )
+    assert {stage["name"]: stage["tokens"] for stage in found["stages"]} == tokens
+    asked = Counter(rung for text, made in tried.items() if text.startswith("harmful") for rung, _ in made)
+    rungs = found["coverage"]["labels"]["harmful"]["rungs"]
+    assert {step["rung"]: step["responses"] for step in rungs} == asked
+    assert "generate after marks 1" in page.read_text()
+
+
 def test_who_is_rejected_again_and_again_ends_at_the_top_of_the_ladder(tmp_path):
     whole = recipe(tmp_path)
     after_marks(tmp_path, "harmful 0")

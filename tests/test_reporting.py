@@ -122,8 +122,15 @@ def report() -> dict:
                     "seconds": [15.5, 19.4],
                     "tokens": [30000, 32000],
                     "peak_bytes": [2**33, None],
-                }
+                },
+                {
+                    "name": "generate_after_marks_1",
+                    "seconds": [None, 0.6],
+                    "tokens": [None, 500],
+                    "peak_bytes": [None, None],
+                },
             ],
+            "total": {"name": "in all", "seconds": [15.5, 20.0], "tokens": [30000, 32500], "peak_bytes": [2**33, None]},
         },
         "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu", "threads": 2},
     }
@@ -299,7 +306,9 @@ def test_figures_missing_inside_a_section_are_not_invented(report, tmp_path):
 def test_the_estimate_stands_beside_what_happened(report, tmp_path):
     text = " ".join(Balance(page_of(report, tmp_path)).text)
     shown = re.search(r"Expected and happened.*?1 H200.*?memory\s+generate\s+(.*?)\s+Evaluation", text, re.DOTALL)[1]
-    assert shown.split() == ["15.5", "s", "19.4", "s", "1.25", "30,000", "32,000", "8.0", "GiB", "–"]
+    told = "15.5 s 19.4 s 1.25 30,000 32,000 8.0 GiB –"
+    told += " generate after marks 1 – 0.6 s – – 500 – –"
+    assert " ".join(shown.split()) == f"{told} in all 15.5 s 20.0 s 1.29 30,000 32,500 8.0 GiB –"
 
 
 def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):

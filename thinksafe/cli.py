@@ -164,7 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         "--responses",
         metavar="FILE",
         type=Path,
-        help="judge these; needs `prompt`, `label`, `text`; or another run's DIR",
+        help="judge these; needs `prompt`, `label`, `text`; or another run's DIR: all its responses, every one judged "
+        "anew as a first attempt, and people's marks on them",
     )
     sub.add_argument("--marks", metavar="FILE", type=Path, help="take in what people marked on the `review` page")
     sub = stage(

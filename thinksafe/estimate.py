@@ -184,7 +184,7 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
         check_targets(model, recipe.lora)
     by_label = _responses(recipe, model, run, assumptions)
     if recipe.generation.ladder:
-        assumptions.append("attempts on further rungs of the ladder are not counted")
+        assumptions.append("further attempts, up the ladder or after marks, are not counted")
     sampled, probed = list(by_label.values()), _probed(recipe, by_label, run)
     longest = recipe.generation.sampling.max_tokens
     stages = [

@@ -15,6 +15,7 @@ from thinksafe.rundir import RunDir
 from thinksafe.training.loop import read_metrics
 
 _HEADLINES = {"harmful_ratio": "harmful", "over_refusal": "over_refusal", "reasoning_accuracy": "reasoning"}
+_COMPARED = ("seconds", "tokens", "peak_bytes")
 
 
 def summarise(run: RunDir) -> dict[str, Any]:
@@ -82,14 +83,22 @@ def coverage_of(run: RunDir) -> dict[str, Any]:
 
 
 def _against_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
-    """What was expected of each stage that is done, beside what happened: [expected, happened]."""
-    keys = ("seconds", "tokens", "peak_bytes")
+    """What was expected of each stage that is done, beside what happened: [expected, happened], and of all together.
+    Nothing is expected of further attempts, whether up the ladder or after marks."""
+    foreseen = estimate["stages"]
     rows = [
-        {"name": name, **{key: [expected[key], stages[name].get(key)] for key in keys}}
-        for name, expected in estimate["stages"].items()
-        if name in stages
+        {"name": name} | {key: [foreseen.get(name, {}).get(key), stage.get(key)] for key in _COMPARED}
+        for name, stage in stages.items()
+        if name in foreseen or stage["tokens"]
     ]
-    return {"gpu": estimate["gpu"], "num_gpus": estimate["num_gpus"], "stages": rows}
+    total = {"name": "in all"} | {key: [_over(rows, key, moment) for moment in (0, 1)] for key in _COMPARED}
+    return {"gpu": estimate["gpu"], "num_gpus": estimate["num_gpus"], "stages": rows, "total": total}
+
+
+def _over(rows: list[dict[str, Any]], key: str, moment: int) -> float | None:
+    """A figure of several stages, which follow one another."""
+    known = [row[key][moment] for row in rows if row[key][moment] is not None]
+    return (max if key == "peak_bytes" else sum)(known) if known else None
 
 
 def _headline(kind: str, moments: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
