@@ -304,6 +304,8 @@ def test_the_report_counts_what_marks_asked_for(tmp_path):
     asked = Counter(rung for text, made in tried.items() if text.startswith("harmful") for rung, _ in made)
     rungs = found["coverage"]["labels"]["harmful"]["rungs"]
     assert {step["rung"]: step["responses"] for step in rungs} == asked
+    lengths = Counter(label for label, tokens in found["lengths"].items() for _ in tokens)
+    assert lengths == Counter(text.split()[0] for text, made in tried.items() for _ in made)
     assert "generate after marks 1" in page.read_text()
 
 

@@ -331,6 +331,18 @@ def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, 
     assert "the 3 most uncertain of 16" in said and "13 more are not on this page" in said and "1 malformed" in said
 
 
+def test_what_the_run_knows_of_marks_counts_as_marked(browser, run, tmp_path):
+    give(run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept"))
+    browser.get(stages.review(run, 500).as_uri())
+    page = Page(browser)
+    assert page.find("#done").text == "2 of 16 marked" and not page.find("#download").is_enabled()
+    page.choose("only", "unmarked")
+    assert Counter(page.listed()) == Counter(text for text, _ in PROMPTS if text not in (SAFE, UNSAFE))
+    page.name("Ann")
+    page.press("va")
+    assert page.find("#done").text == "3 of 16 marked" and len(page.listed()) == 13
+
+
 def test_a_page_of_a_trained_run_says_that_its_marks_come_too_late(page, run):
     assert not page.find("#late").is_displayed() and "--responses" not in page.text("saved")
     (run.path / "training").mkdir()

@@ -61,7 +61,7 @@ class GuardConfig:
         if not (self.margin >= 0 and 0 < self.threshold - self.margin <= self.threshold + self.margin < 1):
             raise ValueError("threshold must lie between 0 and 1, and margin leave room on both sides of it")
         if (self.kind == "template") != (self.format is not None):
-            raise ValueError("a guard of kind template, and no other, needs a format")
+            raise ValueError("a guard of kind template needs a format, and no other has one (format: null)")
         if (self.kind == "ensemble") != (len(self.members) > 1):
             raise ValueError("a guard of kind ensemble, and no other, needs members, two or more")
         if any(member.kind == "llama_guard_reference" for member in self.members):

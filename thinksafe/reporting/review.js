@@ -63,9 +63,10 @@ const orders = {
   safe: (a, b) => (a.share ?? 2) - (b.share ?? 2) || orders.doubt(a, b),
   long: (a, b) => b.tokens - a.tokens || orders.doubt(a, b),
 };
+const isMarked = (record) => marks.has(keyOf(record)) || record.marks.length > 0; // here, or in the run already
 function wanted(record) {
   const only = $("only").value, words = $("search").value.toLowerCase();
-  const fits = only === "all" || (only === "unmarked" ? !marks.has(keyOf(record)) && !record.marks.length : [record.decision, record.label].includes(only));
+  const fits = only === "all" || (only === "unmarked" ? !isMarked(record) : [record.decision, record.label].includes(only));
   return fits && (!words || `${record.prompt}\n${record.think}\n${record.answer}`.toLowerCase().includes(words));
 }
 
@@ -88,8 +89,9 @@ function refresh() {
     $(decision).disabled = !current;
   }
   $("clear").disabled = !mark;
-  $("done").textContent = `${number(marks.size)} of ${number(records.length)} marked`;
-  $("done-bar").style.width = `${(100 * marks.size) / Math.max(records.length, 1)}%`;
+  const done = records.filter(isMarked).length;
+  $("done").textContent = `${number(done)} of ${number(records.length)} marked`;
+  $("done-bar").style.width = `${(100 * done) / Math.max(records.length, 1)}%`;
   $("download").disabled = !marks.size;
   for (const part of ["prompt", "think", "answer"]) {
     const hidden = current !== null && veiled(current, part);

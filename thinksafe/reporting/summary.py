@@ -52,8 +52,9 @@ def summarise(run: RunDir) -> dict[str, Any]:
         report["estimate"] = _against_estimate(json.loads((run.path / "estimate.json").read_text()), stages)
     if "generate" in stages:
         lengths = defaultdict(list)
-        for response in read_records(run.path / "responses.jsonl", Response):
-            lengths[response.label].append(response.num_tokens)
+        for responses_file in [file for file, _ in run.rungs()] or [run.attempts(0)[0]]:
+            for response in read_records(responses_file, Response):
+                lengths[response.label].append(response.num_tokens)
         report["lengths"] = dict(lengths)
     if "accept" in stages:
         figures = coverage_of(run)
