@@ -1,7 +1,7 @@
 """Attention against the paged cache, held against a loop in fp64.
 
 The same promises three times: of the plain reference as the file stands, of the Triton kernels' arithmetic in fp32
-under TRITON_INTERPRET=1, and of the kernels in bf16 on a GPU.
+under TRITON_INTERPRET=1, and of the kernels in bf16 on a GPU. test_paged_hopper.py runs what they are compiled to.
 """
 
 import numpy as np
