@@ -48,7 +48,8 @@ def instantly(say=lambda task: f"{task.steering}"):
             about = {"prompt_id": task.prompt.id, "steering": task.steering, "sample": task.sample, "rung": task.rung}
             yield Response(task.prompt.text, task.prompt.label, text, num_tokens=7, **about)
 
-    engine = SimpleNamespace(max_prompt_tokens=10**6, cache_is_shorter=False, limit_seconds=0.0)
+    scheduler = SimpleNamespace(shared_tokens=0, preemptions=0)
+    engine = SimpleNamespace(max_prompt_tokens=10**6, cache_is_shorter=False, limit_seconds=0.0, scheduler=scheduler)
     stand_ins = {
         "sampling.respond": respond,
         "sampling.Engine": lambda *_: engine,

@@ -145,8 +145,12 @@ def test_the_same_seed_gives_the_same_responses_and_another_one_others(tmp_path,
 
 
 def test_several_samples_of_a_prompt_differ(tmp_path, call):
-    assert call("generate", "--set", "generation.samples=3", "--set", "limit=2")[0] == 0
+    status, _, errors = call("generate", "--set", "generation.samples=3", "--set", "limit=2")
+    assert status == 0
     responses = read(tmp_path / "run" / "responses.jsonl", Response)
+    (told,) = re.findall(r" generate: prefix caching shared ([\d,]+) prompt tokens, 0 preemptions", "\n".join(errors))
+    in_full_pages = sum((r.num_prompt_tokens - 1) // 16 * 16 for r in responses if r.sample)
+    assert in_full_pages <= int(told.replace(",", "")) < sum(r.num_prompt_tokens for r in responses)
     assert Counter(r.sample for r in responses) == {0: 2, 1: 2, 2: 2}
     assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
 

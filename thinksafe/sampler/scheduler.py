@@ -73,6 +73,9 @@ class Scheduler:
         num_computed: [num_slots] int64, tokens in the cache once all plans are done.
         page_table: [num_slots, max pages a sequence] int64.
         num_in_flight: plans that are not committed.
+        computed_tokens, shared_tokens: so far, those that passes were planned for, and those that whoever was admitted
+            found in the cache.
+        preemptions: how often a response had to wait because pages ran out.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class Scheduler:
         self.waiting: deque[_Sequence] = deque()
         self.num_in_flight = 0
         self.computed_tokens = 0
+        self.shared_tokens = 0
         self.preemptions = 0
         self._reading: list[int] = []  # slots whose prompt is not wholly computed
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -329,6 +333,7 @@ class Scheduler:
         for _ in range(len(shared), -(-length // self.page_size)):
             self._add_page(slot, self.pool.allocate())
         self.num_computed[slot] = len(shared) * self.page_size
+        self.shared_tokens += len(shared) * self.page_size
         self._joined.append(slot)
         self._reading.append(slot)
         return slot

@@ -83,18 +83,24 @@ def sample(
         engine = Engine(models.sampled_student(checkpoint, adapter), run.recipe.sampler, fair)
         refuse_too_long(models.chat, tasks, engine.max_prompt_tokens, engine.cache_is_shorter)
         asked = run.workers.share(Mapped(tasks.__getitem__, todo), together)
+        shared_tokens, preemptions = run.workers.total(), run.workers.total()
         with TokenBar(title, len(tasks), "responses", len(done), run.workers) as bar:
             for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):
                 if run.workers.speaks(together):
                     journal.append(response)
                     bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
                     clock.tick()
+            if run.workers.speaks(together):
+                shared_tokens(engine.scheduler.shared_tokens)
+                preemptions(engine.scheduler.preemptions)
     journal.finish(task.key for task in tasks)
     tokens, ends = 0, Counter()
     for response in Shard(shard, Response):
         tokens += response.num_tokens
         ends[response.finish_reason] += 1
     if todo and run.workers.leads:
+        spared = f"prefix caching shared {shared_tokens(0):,} prompt tokens, {preemptions(0):,} preemptions"
+        print(f"{title:>30}: {spared}", file=sys.stderr)
         _say_unfinished(title, ends)
     return tokens
 
