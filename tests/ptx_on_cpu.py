@@ -3,19 +3,21 @@
     with on_hopper(): paged_decode(q, ...)  # CPU tensors, the GPU's path and its kernels
 
 Programs run one after the other, the threads of one in step. Unlike the interpreter it has bf16, fp16 and e4m3, tensor
-cores, packed instructions, the pipeline and the launch as it would be: which integers and addresses count as multiples
-of 16. It fails where a GPU might: an address outside every tensor or not aligned to its access, a barrier that some
-threads miss, shared memory that one warp writes and another one touches without a barrier between. What an asynchronous
-copy brings is not there before it is waited for, and what it overwrites is gone at once.
+cores, the copy engine, packed instructions, the pipeline and the launch as it would be: which integers and addresses
+count as multiples of 16. It fails where a GPU might: an address outside every tensor or not aligned to its access, a
+barrier that some threads miss, shared memory that one warp writes and another one touches without a barrier between, a
+tile that changes while it is read. What an asynchronous copy brings is not there before it is waited for, and what it
+overwrites is gone at once.
 
-Instructions are the ones that the kernels of the page cache are made of; any other is an error. Approximate ones are
-exact here.
+Instructions are the ones that Triton makes of this project's kernels; any other is an error. Approximate ones are exact
+here, and sums of tensor cores are rounded once.
 """
 
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from unittest.mock import patch
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 PROCESSORS = 2
 """Few, so that every program has several turns of its loop."""
@@ -57,24 +60,38 @@ def _launch(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3,
             signature[name], constants[name] = "constexpr", value
             continue
         signature[name] = _type_of(value)
-        if not isinstance(value, float) and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+        if (
+            not isinstance(value, float | TensorDescriptor)
+            and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
+        ):
             aligned.append(index)
     ptx, shared_bytes = _compiled(
         kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), num_warps, num_stages
     )
     memory = _Memory()
-    arguments = [memory.address(value) for name, value in named.items() if signature[name] != "constexpr"]
+    arguments = []
+    for name, value in named.items():
+        if isinstance(value, TensorDescriptor):
+            arguments += [_Tile(memory.address(value.base), value), *value.shape, *value.strides]
+        elif signature[name] != "constexpr":
+            arguments.append(memory.address(value))
     code = _parse(ptx)
     for z in np.ndindex(*grid):
         _Program(code, memory, arguments, shared_bytes, num_warps, z, grid).run()
     memory.give_back()
 
 
+_TYPES = {
+    torch.float8_e4m3fn: "fp8e4nv", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+    torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
 def _type_of(value) -> str:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
     if isinstance(value, Tensor):
-        kinds = {torch.float8_e4m3fn: "fp8e4nv", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        kinds |= {torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8"}
-        return f"*{kinds[value.dtype]}"
+        return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -87,6 +104,23 @@ def _compiled(kernel, signature, constants, aligned, num_warps, num_stages) -> t
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return compiled.asm["ptx"], compiled.metadata.shared
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A matrix and the tiles of it that the copy engine moves, their rows swizzled in lines of 128, 64 or 32 bytes."""
+
+    start: int
+    matrix: TensorDescriptor
+
+    def places(self, column: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a tile, [rows, bytes of a line]: where its bytes lie, and which are in the matrix."""
+        size, (height, width), shape = self.matrix.base.element_size(), self.matrix.block_shape, self.matrix.shape
+        rows = np.arange(row, row + height)[:, None]
+        columns = column * size + np.arange(min(width * size, 128))[None, :]
+        return self.start + rows * self.matrix.strides[0] * size + columns, (rows < shape[0]) & (
+            columns < shape[1] * size
+        )
 
 
 class _Memory:
@@ -147,15 +181,15 @@ def _parse(ptx: str) -> _Code:
     code = _Code()
     for statement in body.split(";"):
         text = re.sub(r"\s+", " ", statement).strip()
-        while text[:1] in ("{", "}") and text:  # scopes of inline assembly
-            text = text[1:].strip()
+        text = re.sub(r"^[{} ]*(\.reg \.pred complete)?", "", text)  # scopes of inline assembly
         if not text or text.startswith("."):
             continue
         if text.startswith("label "):
             code.labels[text[6:]] = len(code.instructions)
             continue
         guard, wanted = None, True
-        if found := re.match(r"@(!?)(%\w+) ", text):
+        text = re.sub(r"^\w+: ", "", text)
+        if found := re.match(r"@(!?)([%\w]+) ", text):
             guard, wanted, text = found[2], not found[1], text[found.end() :]
         name, _, rest = text.partition(" ")
         code.instructions.append(_Instruction(text, name.split("."), _operands(rest), guard, wanted))
@@ -163,11 +197,14 @@ def _parse(ptx: str) -> _Code:
 
 
 def _operands(text: str) -> list:
-    """Split at commas; {a, b} is a list, [a+8] a tuple of base and offset."""
+    """Split at commas; {a, b} is a list, [a+8] a tuple of base and offset, [a, {b, c}] one of base and list."""
     found = []
     for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
         if part[0] == "{":
             found.append([name.strip() for name in part[1:-1].split(",")])
+        elif "{" in part:
+            base, *place = re.findall(r"[%\w]+", part)
+            found.append((base, place))
         elif part[0] == "[":
             base, _, offset = part[1:-1].replace(" ", "").partition("+")
             found.append((base, int(offset or 0)))
@@ -217,7 +254,8 @@ class _Program:
             self.special[f"%ctaid.{name}"] = np.int64(index[axis] if axis < len(index) else 0)
             self.special[f"%nctaid.{name}"] = np.int64(grid[axis] if axis < len(grid) else 1)
         self.copies: list[list] = [[]]  # asynchronous ones, by group; the last is open
-        self.products: list[tuple] = []  # of tensor cores, not waited for
+        self.products, self.stores = [[]], [[]]  # what tensor cores and the copy engine read, likewise
+        self.barriers: dict[int, list] = {}  # in memory: phase, arrivals and bytes to come, copies on their way
 
     def run(self) -> None:
         instructions, end = self.code.instructions, len(self.code.instructions)
@@ -229,16 +267,19 @@ class _Program:
                 active = here
                 if instruction.guard:
                     active = here & (self.registers[instruction.guard] == instruction.wanted)
+                if not active.any():
+                    continue
                 if instruction.name[0] == "bra":
                     places[active] = self.code.labels[instruction.operands[0]]
                 elif instruction.name[0] == "ret":
                     places[active] = end
-                elif active.any():
+                else:
                     try:
                         self.execute(instruction, active)
                     except Exception as error:
                         raise AssertionError(f"{instruction.text}: {error}") from error
-        assert not self.copies[0] and not self.products, "an asynchronous operation was never waited for"
+        pending = [*self.copies, *self.products, *self.stores, *(copies for *_, copies in self.barriers.values())]
+        assert not any(pending), "an asynchronous operation was never waited for"
 
     # Operands
 
@@ -249,6 +290,8 @@ class _Program:
             return np.broadcast_to(self.special[operand], self.threads).astype(dtype)
         if operand.startswith("global_smem"):
             return np.full(self.threads, _SHARED, dtype)
+        if "_param_" in operand:  # the address of one is its number here
+            return np.full(self.threads, int(operand.rsplit("_", 1)[1]), dtype)
         if operand[0] == "%" or operand.isidentifier():
             bits = self.registers.get(operand)
             if bits is None:  # the compiler puts what is never set where it does not matter
@@ -335,6 +378,12 @@ class _Program:
         out, *sources = operands
         if kind == "pred":
             values = [self.predicate(source) for source in sources]
+        elif (narrow := kind.removesuffix("x2")) in _NARROW:  # one or two numbers, rounded once
+            bits = [np.ascontiguousarray(self.get(source, _UNSIGNED[4 if "x2" in kind else 2])) for source in sources]
+            values = [_widened(one[:, None].view(np.uint16), narrow) for one in bits]
+            result = _rounded(_SIMPLE[name[0]](name, *values), narrow)
+            self.set(out, result.view(bits[0].dtype)[:, 0], active)
+            return
         else:
             values = [self.get(source, _dtype(kind)) for source in sources]
             if name[:2] == ["mad", "wide"]:
@@ -458,8 +507,77 @@ class _Program:
             assert active.all(), "a barrier that some threads miss"
             self.epoch += 1
 
+    def op_cvta(self, name, operands, active) -> None:
+        self.set(operands[0], self.get(operands[1], np.uint64), active)
+
+    def op_elect(self, name, operands, active) -> None:
+        lane, chosen = operands[0].split("|")
+        self.set(lane, np.zeros(self.threads, np.uint32), active)
+        self.set(chosen, self.thread % 32 == 0, active)
+
+    def one(self, operand: str, active: np.ndarray) -> int:
+        """What all threads at work agree on."""
+        numbers = np.unique(self.get(operand, np.int32)[active])
+        assert len(numbers) == 1, f"{operand} is not one number"
+        return int(numbers[0])
+
+    def op_mbarrier(self, name, operands, active) -> None:
+        assert name[1] == "try_wait" or active.sum() == 1, "more than one thread does what one must"
+        base, offset = operands[1 if name[1] in ("arrive", "try_wait") else 0]
+        place = self.one(base, active) + offset
+        if name[1] == "init":
+            self.barriers[place] = [0, int(operands[1]), 0, []]
+        elif name[1] == "inval":
+            assert not self.barriers.pop(place)[3], "an asynchronous operation was never waited for"
+        elif name[1] == "arrive":
+            self.barriers[place][1] -= 1
+            self.barriers[place][2] += int(operands[2])
+        else:
+            phase, arrivals, to_come, copies = self.barriers[place]
+            if phase == self.one(operands[2], active):  # it is over once everything has come
+                assert arrivals == 0 and to_come == sum(data.size for _, data in copies), "a wait without end"
+                for to, data in copies:
+                    self.shared[to] = data
+                self.barriers[place] = [1 - phase, 1, 0, []]
+            self.set(operands[0], np.full(self.threads, True), active)
+
+    def move_tile(self, name, operands, active) -> None:
+        """By the copy engine. To shared memory, what was there is gone at once, and what comes is there when somebody
+        has waited for it; from there, nothing may change before that."""
+        outwards = name[5] == "global"
+        (to, offset), (source, place) = operands[:2] if not outwards else operands[1::-1]
+        tile = self.arguments[self.one(source, active)]
+        there, inside = tile.places(*(self.one(number, active) for number in place))
+        self.memory.check(there[inside])
+        at = self.one(to, active) + offset + np.arange(there.size).reshape(there.shape)
+        at, warps = _swizzled(at, there.shape[1]), np.repeat(self.thread[active] // 32, len(there))
+        if outwards:
+            self.touch_shared(at, warps)
+            self.memory.bytes[there[inside]] = self.shared[at[inside]]
+            self.stores[-1].append((at, self.shared[at]))
+        else:
+            data = np.where(inside, self.memory.bytes[np.where(inside, there, 0)], 0).astype(np.uint8)
+            self.touch_shared(at, warps, np.full_like(data, _POISON))
+            self.written[0, at] = -1  # who waits for its barrier sees it
+            barrier, offset = operands[2]
+            self.barriers[self.one(barrier, active) + offset][3].append((at, data))
+
+    def unchanged(self, groups: list[list], left: int) -> None:
+        """Close all groups but the last ones, whose tiles have been read now."""
+        ready = max(len(groups) - 1 - left, 0)
+        for at, data in chain.from_iterable(groups[:ready]):
+            assert (self.shared[at] == data).all(), "a tile changed while it was read"
+        del groups[:ready]
+
     def op_cp(self, name, operands, active) -> None:
-        if name[2] == "commit_group":
+        if "tensor" in name:
+            for thread in self.thread[active]:  # one a warp at most; more than 128 bytes a row are several tiles
+                self.move_tile(name, operands, self.thread == thread)
+        elif name[2:4] == ["bulk", "commit_group"]:
+            self.stores.append([])
+        elif name[2:4] == ["bulk", "wait_group"]:
+            self.unchanged(self.stores, int(operands[0]))
+        elif name[2] == "commit_group":
             self.copies.append([])
         elif name[2] == "wait_group":
             ready = len(self.copies) - 1 - int(operands[0])
@@ -537,45 +655,50 @@ class _Program:
     def op_wgmma(self, name, operands, active) -> None:
         assert active.all(), "a product that some threads miss"
         if name[1] == "mma_async":
-            self.products.append((name, operands))
+            self.warp_group_product(name, operands)
+        elif name[1] == "commit_group":
+            self.products.append([])
         elif name[1] == "wait_group":
-            assert operands == ["0"], "a wait for some of the products is not written down here"
-            for product in self.products:
-                self.warp_group_product(*product)
-            self.products = []
+            self.unchanged(self.products, int(operands[0]))
 
     def warp_group_product(self, name, operands) -> None:
-        """Late: what it reads may not have changed since it was asked for."""
+        """At once: results move to other registers before somebody waits for them, and ptxas knows what that means."""
         out, left, right, keep, *signs = operands
         width, kind = int(re.search(r"n(\d+)k", name[4])[1]), name[6]
-        transposed = [sign == "1" for sign in signs[2:]]
+        transposed = [sign == "1" for sign in signs[2:]] or [False]
         if isinstance(left, list):
             rows = self.rows_of(left, kind)
         else:
-            tile = self.described(left, 64, kind, transposed[0])  # [groups, 64, 16]
-            rows = tile.reshape(self.warps, 16, 16)
+            rows = self.described(left, 64, kind, transposed[0])
+            rows = rows.reshape(self.warps, 16, rows.shape[2])
         columns = self.described(right, width, kind, transposed[-1]).repeat(4, axis=0).swapaxes(1, 2)
         before = self.sums(out) if self.predicate(keep)[0] else 0
         self.set_sums(out, before + rows @ columns)
 
     def described(self, operand: str, rows: int, kind: str, transposed: bool) -> np.ndarray:
-        """What a matrix descriptor points to, [warp groups, rows, 16] fp64; swizzled, in lines of 128, 64 or 32."""
+        """What a matrix descriptor points to, [warp groups, rows, 32 bytes] fp64."""
         found = []
         for group in range(self.warps // 4):
             bits = int(self.get(operand, np.uint64)[128 * group])
             start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
             line = {1: 128, 2: 64, 3: 32}[bits >> 62]
-            row, k = np.arange(rows)[:, None], np.arange(16)[None, :]
+            size = _NARROW[kind].itemsize
+            row, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
             if transposed:
-                wide = line // 2
-                at = start + row // wide * leading + row % wide * 2 + k // 8 * stride + k % 8 * line
+                wide = line // size
+                at = start + row // wide * leading + row % wide * size + k // 8 * stride + k % 8 * line
             else:
-                at = start + row // 8 * stride + row % 8 * line + k * 2
-            at = at ^ (at >> 3 & (line - 1) & 0x70)
-            at = at[..., None] + np.arange(2)
-            self.touch_shared(at.reshape(-1, 2), np.full(at.size // 2, 4 * group))
-            found.append(_widened(self.shared[at].view(np.uint16)[..., 0], kind).astype(np.float64))
+                at = start + row // 8 * stride + row % 8 * line + k * size
+            at = _swizzled(at[..., None] + np.arange(size), line)
+            self.touch_shared(at.reshape(-1, size), np.full(at.size // size, 4 * group))
+            self.products[-1].append((at, self.shared[at]))
+            found.append(_widened(self.shared[at].view(_UNSIGNED[size])[..., 0], kind).astype(np.float64))
         return np.stack(found)
+
+
+def _swizzled(at: np.ndarray, line: int) -> np.ndarray:
+    """Where a byte of a tile lies whose lines are so many bytes."""
+    return at ^ (at >> 3 & (line - 1) & 0x70)
 
 
 def _flushed(x: np.ndarray) -> np.ndarray:
