@@ -252,6 +252,18 @@ def test_train_alone_gives_an_adapter_that_peft_loads(world, tmp_path, call, fam
     assert not (tmp_path / "run" / "training" / "checkpoints").exists()
 
 
+def test_examples_that_are_too_long_are_left_out_whole_and_counted_aloud(world, tmp_path, call):
+    long = {"prompt": "Fold it.", "response": THOUGHT + "Once more. " * 200, "label": "benign"}
+    data = write_jsonl(tmp_path / "data.jsonl", [*EXAMPLES, long])
+    status, _, errors = call("train", "--data", data, SET, "training.max_length=200")
+    assert status == 0 and any(
+        line.strip() == "dropped: 1 of 4 examples: 1 x longer_than_200_tokens" for line in errors
+    ), errors
+    stage = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["train"]
+    assert (stage["records"], stage["dropped"]) == (3, {"longer_than_200_tokens": 1})
+    assert not any("dropped" in line for line in call("train", "--data", data, SET, "training.max_length=200")[2])
+
+
 def test_train_every_weight_and_evaluate_the_new_model(world, tmp_path, call):
     full = ["--set", "training.method=full"]
     status, printed, _ = call("train", "--data", world / "examples.jsonl", *full)

@@ -60,6 +60,28 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_counts(untie
     assert all(torch.isfinite(tensor).all() for tensor in ours.tensors().values())
 
 
+@pytest.mark.parametrize(
+    "what, said", [("loss", r"loss inf, .* \d+\.\d+, from an"), ("gradient", r"loss \d.*, .*(nan|inf)$")]
+)
+def test_a_step_whose_loss_or_gradient_alone_is_not_finite_changes_nothing(folder, monkeypatch, what, said):
+    """Of a gradient no example is named, since no loss tells of one."""
+    ours, original = engine(load_decoder(folder, torch.float32, CPU)), losses.linear_cross_entropy_with_stats
+
+    def broken(hidden, *arguments, **options):
+        if what == "gradient":
+            hidden.register_hook(lambda gradient: gradient * torch.inf)
+        rows, stats = original(hidden, *arguments, **options)
+        return rows + (torch.inf if what == "loss" else 0), stats
+
+    before = {name: tensor.clone() for name, tensor in ours.tensors().items()}
+    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", broken)
+    with pytest.raises(NonFiniteStep, match=said):
+        ours.step(pack(SEQUENCES, 64, CPU), 1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.tensors().items())
+    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", original)
+    assert math.isfinite(ours.step(pack(SEQUENCES, 64, CPU), 1e-3).grad_norm)
+
+
 def poisoned(folder, names: str) -> tuple[SingleEngine, list[TrainingSequence]]:
     """An engine and sequences in this order, where an upper-case name is of one whose every loss is NaN."""
     decoder = load_decoder(folder, torch.float32, CPU)

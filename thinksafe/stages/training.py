@@ -49,6 +49,9 @@ def train(run: RunDir, models: Models) -> None:
     sequences, dropped = training_sequences(accepted, recipe, models)
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
+    if dropped and run.workers.leads:
+        total = len(sequences) + dropped.total()
+        print(f"{'dropped':>30}: {dropped.total():,} of {total:,} examples: {_counted(dropped)}", file=sys.stderr)
     models.forget_guard()
     shape, lora = load_config(models.base)[0], recipe.lora if config.method == "lora" else None
     if lora is not None:
