@@ -13,6 +13,8 @@ from thinksafe.workers import ALONE, Workers
 
 _EXCHANGE_EVERY = 0.5
 """Seconds between two looks at what other workers have done."""
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""tqdm's own without items a second: on a narrow terminal the tokens a second would be cut off."""
 
 
 class TokenBar(AbstractContextManager):
@@ -21,8 +23,9 @@ class TokenBar(AbstractContextManager):
     def __init__(self, title: str, total: int, unit: str, done: int = 0, workers: Workers = ALONE):
         """done: of `total`, what was there before."""
         self._title, self._unit, self._before, self._workers = title, unit, done, workers
-        shown = {"desc": f"{title:>16}", "unit": f" {unit}", "file": sys.stderr}
+        shown = {"desc": f"{title:>16}", "bar_format": _FORMAT, "file": sys.stderr}
         self._bar = tqdm(total=total, initial=done, disable=None if workers.leads else True, **shown)
+        self._is_shown = not self._bar.disable
         self._started = self._exchanged = time.perf_counter()
         self._items, self._tokens = 0, 0
         self._to_tell, self._sums = [0, 0], (workers.total(), workers.total())
@@ -49,7 +52,7 @@ class TokenBar(AbstractContextManager):
         self._exchanged = time.perf_counter()
         self._items, self._tokens = (add(amount) for add, amount in zip(self._sums, self._to_tell, strict=True))
         self._to_tell = [0, 0]
-        if not self._bar.disable:
+        if self._is_shown:
             rate = self._tokens / (self._exchanged - self._started)
             shown = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
             self._bar.set_postfix_str("  ".join(shown), refresh=False)
@@ -63,7 +66,7 @@ class TokenBar(AbstractContextManager):
             self._exchange()
         seconds = time.perf_counter() - self._started
         self._bar.close()
-        if self._bar.disable and self._workers.leads and error[0] is None:
+        if not self._is_shown and self._workers.leads and error[0] is None:
             rate = self._tokens / max(seconds, 1e-9)
             line = f"{self._title:>30}: {self._bar.total:6} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s"
             print(line, file=sys.stderr)

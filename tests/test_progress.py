@@ -1,0 +1,42 @@
+"""What a person sees while a stage works: a bar on a terminal, one line elsewhere, never both."""
+
+import fcntl
+import os
+import pty
+import struct
+import termios
+from contextlib import redirect_stderr
+
+from thinksafe.progress import TokenBar
+
+
+def work():
+    with TokenBar("generate", 1000, "responses", done=998) as bar:
+        bar.update(0)
+        bar.update(0)
+
+
+def _read(terminal: int) -> bytes:
+    """Some of what was written; nothing once all is read, since nobody holds the other end any more."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""
+
+
+def test_a_terminal_shows_a_bar_that_fits_and_no_line_after_it():
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 64, 0, 0))
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal, redirect_stderr(terminal):
+        work()
+    shown = b"".join(iter(lambda: _read(ours), b"")).decode()
+    os.close(ours)
+    *_, last = shown.rstrip().split("\r")
+    assert shown.count("\n") == 1, shown
+    assert "generate: 100%|" in last and "1000/1000" in last and "tok/s" in last and len(last) <= 64
+
+
+def test_where_there_is_no_terminal_a_line_says_what_was_done(capsys):
+    work()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{'generate':>30}:   1000 responses in") and line.endswith("tok/s")
