@@ -321,14 +321,21 @@ def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call
     assert status == 2 and len(errors) == 1 and "other weights" in errors[0]
 
 
-def test_help_explains_every_command(capsys):
-    commands = ["run", "generate", "filter", "train", "evaluate", "report", "recipe", "organism"]
-    for arguments in ([], *([name] for name in commands), ["organism", "build"]):
-        with pytest.raises(SystemExit) as exit_:
-            main([*arguments, "--help"])
-        printed = capsys.readouterr()
-        assert exit_.value.code == 0 and printed.err == ""
-        assert all(name in printed.out for name in commands) if not arguments else "usage: thinksafe" in printed.out
+COMMANDS = ["run", "generate", "filter", "train", "evaluate", "report", "review", "export-data", "export-model"]
+COMMANDS += ["estimate", "recipe", "organism"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "organism build"])
+def test_help_fits_the_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main([*command.split(), "--help"])
+    printed = capsys.readouterr()
+    assert exit_.value.code == 0 and printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[0].startswith(f"usage: thinksafe {command}".rstrip()) and max(map(len, lines)) <= 80
+    if not command:
+        assert [line.split()[0] for line in lines[lines.index("commands:") + 1 :]] == COMMANDS, "each on one line"
 
 
 # Mistakes
@@ -436,7 +443,7 @@ MISTAKES = {
         ["evaluate", SET, f"evaluation.sets=[{{name: a, file: {w / 'prompts.jsonl'}, kind: reasoning}}]"],
         "a reasoning set needs 'answer'",
     ),
-    "no recipe": lambda w, t: (["report"], "--recipe: give a file or one of organism"),
+    "no recipe": lambda w, t: (["report"], "run: holds no run to go on with; give --recipe FILE or one of organism"),
     "a file for a folder": lambda w, t: (["report", "--out", write_jsonl(t / "file", [])], "is a file"),
     "below a file": lambda w, t: (["report", "--out", write_jsonl(t / "file", []) / "run"], "file"),
     "foreign folder": lambda w, t: (["report", "--out", w / "guard"], "not empty and no run directory"),
