@@ -64,6 +64,7 @@ def test_the_text_of_a_prompt_may_go_by_three_names(file, key):
     "name, content",
     [
         ("plain.jsonl", jsonl(ROWS)),
+        ("LOUD.JSONL", jsonl(ROWS)),
         ("blank_lines.jsonl", "\n\n" + jsonl(ROWS).replace("\n", "\n\n")),
         ("no_last_newline.jsonl", jsonl(ROWS).rstrip()),
         ("windows.jsonl", jsonl(ROWS).replace("\n", "\r\n")),
@@ -145,6 +146,12 @@ def test_an_unreadable_prompt_is_named_with_its_file_and_place(file, mistake):
         list(load_prompts(str(path)))
     message = str(caught.value)
     assert str(path) in message and place in message and "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "PROMPTS.CSV", "prompts.xlsx", "prompts.jsonl.gz", "prompts"])
+def test_a_file_of_another_kind_is_refused_for_its_name(file, name):
+    with pytest.raises(UserError, match=rf"{name}: only .jsonl, .json and .parquet files are read"):
+        list(load_prompts(str(file(name, jsonl(ROWS)))))
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1, -9, -60])

@@ -8,9 +8,7 @@ from typing import Any
 
 from thinksafe.errors import UserError
 from thinksafe.paths import expand
-from thinksafe.records import Prompt, prompts_from_rows, read_rows
-
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+from thinksafe.records import SUFFIXES, Prompt, prompts_from_rows, read_rows
 
 
 def load_prompts(source: str) -> Iterator[Prompt]:
@@ -55,7 +53,7 @@ def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tu
 
 
 def _files_in(source: str) -> list[Path]:
-    files = sorted(file for file in expand(source).rglob("*") if file.suffix in _SUFFIXES)
+    files = sorted(file for file in expand(source).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"{source}: no .jsonl, .json or .parquet file in this folder")
     return files
@@ -63,7 +61,7 @@ def _files_in(source: str) -> list[Path]:
 
 def _dataset(key: str, source: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     path = expand(source)
-    named = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in _SUFFIXES
+    named = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in SUFFIXES
     if not path.is_dir() and not named:
         raise UserError(f"{key}: no file or folder {source!r}")
     from datasets import load_dataset

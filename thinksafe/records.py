@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 from thinksafe.errors import UserError, in_words
 
 Label = Literal["harmful", "benign"]
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
 
 # JSONDecodeError, UnicodeDecodeError and a number of 5,000 digits are ValueErrors; brackets can be nested too deep.
@@ -206,13 +207,14 @@ def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of every object in a .jsonl, .json (array) or .parquet file.
 
     Raises:
-        UserError: a missing or empty file, a line that is not a JSON object (with its number), a torn parquet file.
+        UserError: a missing or empty file or one of another kind, a line that is not a JSON object (with its number), a
+            torn parquet file.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    if file.suffix in (".csv", ".tsv", ".arrow", ".txt"):
-        raise UserError(f"{file}: {file.suffix} files are not read; give .jsonl, .json or .parquet")
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    if file.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{file}: only .jsonl, .json and .parquet files are read; convert or rename it")
+    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
     empty = True
     for row in rows:
         empty = False
