@@ -15,10 +15,11 @@ from thinksafe import stages
 from thinksafe.cli import main
 from thinksafe.errors import UserError
 from thinksafe.export import export_data
+from thinksafe.files import sha256
 from thinksafe.intake import take_in_examples, take_in_responses
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Example, Response, Verdict, read_records
-from thinksafe.rundir import RunDir, sha256
+from thinksafe.rundir import RunDir
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from instant_run import instant_models, instantly, run_stages
 
 from thinksafe import stages
 from thinksafe.errors import UserError
+from thinksafe.files import Journal
 from thinksafe.intake import take_in_marks, take_in_responses
 from thinksafe.recipe import check_recipe
 from thinksafe.records import Example, Mark, Response, Verdict, content_id, read_records, to_json
 from thinksafe.reporting.coverage import coverage_lines
 from thinksafe.reporting.summary import coverage_of
-from thinksafe.rundir import Journal, RunDir, StageClock
+from thinksafe.rundir import RunDir, StageClock
 from thinksafe.selection import Attempt, choose
 
 LADDER = [{"steering": "prefix", "samples": 3}, {"steering": "risk"}, {"steering": "Say no: {prompt}"}]

@@ -19,6 +19,7 @@ from taped_graphs import tape_passes
 
 from thinksafe import models as models_module
 from thinksafe.cli import main
+from thinksafe.files import Journal
 from thinksafe.generation import Task, request_seed
 from thinksafe.intake import training_sequences
 from thinksafe.models import Models
@@ -26,7 +27,7 @@ from thinksafe.paths import expand
 from thinksafe.prompts import load_prompts
 from thinksafe.recipe import load_recipe
 from thinksafe.records import Example, Prompt, Response, Verdict, read_records
-from thinksafe.rundir import Journal, StageClock
+from thinksafe.rundir import StageClock
 from thinksafe.training.engine import SingleEngine
 from thinksafe.training.loop import read_metrics
 

@@ -18,10 +18,11 @@ from jinja2 import Environment, StrictUndefined
 
 from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
+from thinksafe.files import fresh, sha256
 from thinksafe.guards.interface import GuardConfig
 from thinksafe.intake import read_marks
 from thinksafe.reporting.summary import coverage_of
-from thinksafe.rundir import RunDir, fresh, sha256
+from thinksafe.rundir import RunDir
 from thinksafe.selection import Attempt, choose
 
 _ROWS_A_GROUP = 1000

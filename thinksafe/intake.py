@@ -14,6 +14,7 @@ from typing import Any
 
 from thinksafe.chat import Chat, parse_response
 from thinksafe.errors import UserError
+from thinksafe.files import sha256, write_atomically, write_shard
 from thinksafe.model.weights import load_config
 from thinksafe.models import Models
 from thinksafe.prompts import load_rows
@@ -28,7 +29,7 @@ from thinksafe.records import (
     read_records,
     take_in,
 )
-from thinksafe.rundir import RunDir, sha256, write_atomically, write_shard
+from thinksafe.rundir import RunDir
 from thinksafe.training.packing import TrainingSequence
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from thinksafe.errors import UserError
+from thinksafe.files import fresh
 from thinksafe.model.lora import load_adapter, merge
 from thinksafe.model.weights import fingerprint, load_config, load_decoder, save_decoder
 from thinksafe.models import Models
-from thinksafe.rundir import RunDir, fresh
+from thinksafe.rundir import RunDir
 
 _HOST = torch.device("cpu")
 

@@ -1,24 +1,17 @@
 """The run directory is the database: recipe, manifest, shards. `kill -9` at any moment loses nothing finished.
 
-A shard is JSONL. While a stage writes it, every worker appends to a part of its own, NAME.partial-RANK, a line at a
-time; a line torn by a kill is cut off when the stage goes on. What an earlier launch left lies in NAME.partial. When
-the stage is done the records are put in the order of what was asked, so that the shard is the same whoever wrote which
-part of it and when; it is fsynced and renamed, and the manifest, itself replaced atomically, lists it with its hash.
-
-Whatever one worker wrote and another is to read is looked at before it is used: a shared file system may show it late,
-and a folder that is not shared never does.
+The manifest, itself replaced atomically, lists every stage that is done, with the hashes of the files that it wrote. A
+stage is done once it stands there, and never before all its files have their final names; files.py writes them.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import secrets
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -32,136 +25,15 @@ import yaml
 
 import thinksafe
 from thinksafe.errors import UserError
+from thinksafe.files import sha256, write_atomically, write_for_all
 from thinksafe.recipe import Recipe, check_recipe
-from thinksafe.records import Example, Prompt, Record, Response, Shard, to_json
 from thinksafe.sampler.engine import OF_MEMORY as SAMPLING_ROOM
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.training.loop import OF_MEMORY as TRAINING_ROOM
 from thinksafe.workers import ALONE, Workers
 
-_TAIL = 2**16
-"""Bytes read at once in search of a shard's last whole line."""
-_SEEN_WITHIN = 60.0
-"""Seconds after which a network file system shows one machine what another has written."""
-_NOT_SHARED = "with several machines, --out must lie on a file system that all of them share"
 T = TypeVar("T")
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
-
-
-class Journal:
-    """A shard being written by all workers: appended to line by line, final once `finish` has renamed it."""
-
-    def __init__(self, final: Path, kind: type[Record], workers: Workers = ALONE):
-        self.final, self._kind, self._workers = final, kind, workers
-        self._earlier = final.with_name(final.name + ".partial")
-        write_for_all(self._earlier, workers, self._gather)
-        self.partial = final.with_name(f"{final.name}.partial-{workers.rank}")
-        self._file = self.partial.open("a", encoding="utf-8")
-
-    def records(self) -> Iterator[Record]:
-        """What earlier processes wrote: the same for all workers."""
-        return iter(Shard(self._earlier, self._kind))
-
-    def append(self, record: Record) -> None:
-        """Write one line and hand it to the system, where it outlives this process."""
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
-
-    def finish(self, keys: Iterable[str]) -> None:
-        """Wait for the others, and make the shard final.
-
-        Args:
-            keys: of all the records that were asked for, in the order in which they are to stand.
-
-        Raises:
-            UserError: another worker's records do not come to be seen here.
-        """
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._workers.meet()
-        write_for_all(self.final, self._workers, lambda: self._finish(keys))
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.final.parent.glob(f"{self.final.name}.partial-*"))
-
-    def _gather(self) -> None:
-        """Move all that is there into one file. A kill in the midst of it leaves a record there twice, and the same."""
-        self._earlier.parent.mkdir(parents=True, exist_ok=True)
-        if self.final.exists():  # whole, but killed before the manifest knew
-            os.replace(self.final, self._earlier)
-        self._earlier.touch()
-        _drop_torn_line(self._earlier)
-        with self._earlier.open("ab") as earlier:
-            for part in self._parts():
-                _drop_torn_line(part)
-                with part.open("rb") as lines:
-                    shutil.copyfileobj(lines, earlier)
-            earlier.flush()
-            os.fsync(earlier.fileno())
-        for part in self._parts():
-            part.unlink()
-
-    def _finish(self, keys: Iterable[str]) -> None:
-        self._gather()
-        places, wanted = self._places(), list(keys)
-        until = time.monotonic() + _SEEN_WITHIN
-        while not places.keys() >= set(wanted):
-            if self._workers.count == 1 or time.monotonic() > until:
-                raise UserError(f"{self.final}: not every worker's records are to be seen here; {_NOT_SHARED}")
-            time.sleep(1)
-            self._gather()
-            places = self._places()
-        ordered = self.final.with_name(self.final.name + ".ordered")
-        with self._earlier.open("rb") as earlier, ordered.open("wb") as stream:
-            for key in wanted:
-                earlier.seek(places[key])
-                stream.write(earlier.readline())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(ordered, self.final)
-        self._earlier.unlink()
-
-    def _places(self) -> dict[str, int]:
-        """Where each record's line begins."""
-        shard = Shard(self._earlier, self._kind)
-        return {record.key: start for record, start in zip(shard, shard.starts, strict=True)}
-
-
-def _drop_torn_line(file: Path) -> None:
-    with file.open("r+b") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - _TAIL)
-            stream.seek(start)
-            if newline := stream.read(end - start).rfind(b"\n") + 1:
-                end = start + newline
-                break
-            end = start
-        stream.truncate(end)
-
-
-def write_for_all(file: Path, workers: Workers, write: Callable[[], Any] = lambda: None) -> Path:
-    """Let the first worker write a file, and wait until this one sees it as it is.
-
-    Args:
-        write: does it; by default it is there already.
-
-    Raises:
-        UserError: it never comes to be seen.
-    """
-
-    def written() -> str:
-        write()
-        return sha256(file) if workers.count > 1 else ""
-
-    digest = workers.once(written)
-    until = time.monotonic() + _SEEN_WITHIN
-    while not workers.leads and not (file.exists() and sha256(file) == digest):
-        if time.monotonic() > until:
-            raise UserError(f"{file}: is not what the first worker wrote there; {_NOT_SHARED}")
-        time.sleep(0.2)
-    return file
 
 
 class StageClock:
@@ -428,53 +300,6 @@ def _room(sampler: EngineConfig) -> list[str]:
 def _taking(section: T, other: T, names: Iterable[str]) -> T:
     """A section of a recipe with some settings of another's."""
     return replace(section, **{name: getattr(other, name) for name in names})
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[TextIO]:
-    """A stream whose contents take a file's place in the end: a reader or a crash sees the old or the new, never a
-    part."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def fresh(folder: Path) -> Path:
-    """Where to make the contents of a folder that the user names, to be renamed to it once they are whole.
-
-    Raises:
-        UserError: something else is there.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; give a new folder")
-    partial = folder.resolve().with_name(f".{folder.resolve().name}.thinksafe-partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt: nobody else gives such a name
-    return partial
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's contents by a text."""
-    with replacing(file) as stream:
-        stream.write(text)
-
-
-def write_shard(file: Path, records: Iterable[Prompt | Response | Example]) -> None:
-    """Write records as JSONL, all of them or none."""
-    with replacing(file) as stream:
-        stream.writelines(to_json(record) + "\n" for record in records)
-
-
-def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def environment() -> dict[str, str]:

@@ -17,8 +17,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from thinksafe import display
+from thinksafe.files import write_atomically
 from thinksafe.reporting.figures import length_histogram, loss_curve
-from thinksafe.rundir import write_atomically
 
 LOWER, HIGHER = "lower is better", "higher is better"
 # The three figures of the headline: key, what its card says, what a sentence calls it, and which way is better.

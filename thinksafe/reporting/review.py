@@ -22,9 +22,10 @@ from markupsafe import Markup
 
 from thinksafe.attempts import Attempts
 from thinksafe.chat import Thought, parse_response
+from thinksafe.files import write_atomically
 from thinksafe.intake import filter_anew, read_marks
 from thinksafe.records import Verdict, content_id
-from thinksafe.rundir import RunDir, write_atomically
+from thinksafe.rundir import RunDir
 from thinksafe.selection import Attempt, choose
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from thinksafe.attempts import Attempts
 from thinksafe.errors import UserError
+from thinksafe.files import replacing, write_for_all
 from thinksafe.intake import read_marks, required
 from thinksafe.records import to_json
-from thinksafe.rundir import RunDir, replacing, write_for_all
+from thinksafe.rundir import RunDir
 from thinksafe.selection import choose, story
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from thinksafe.evaluation.metrics import measure
+from thinksafe.files import write_atomically, write_for_all
 from thinksafe.generation import Task
 from thinksafe.intake import evaluation_prompts, refuse_other_student
 from thinksafe.models import Models
 from thinksafe.records import Response, Shard, Verdict, content_hash, to_json
-from thinksafe.rundir import RunDir, write_atomically, write_for_all
+from thinksafe.rundir import RunDir
 from thinksafe.stages.judging import judge
 from thinksafe.stages.sampling import sample
 

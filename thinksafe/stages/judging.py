@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from thinksafe.files import Journal, write_for_all
 from thinksafe.guards.interface import Exchange, Judgement
 from thinksafe.intake import refuse_repeated, required, response_problem
 from thinksafe.model.weights import fingerprint, resolve
 from thinksafe.models import Models
 from thinksafe.progress import TokenBar
 from thinksafe.records import Mapped, Response, Shard, Verdict
-from thinksafe.rundir import Journal, RunDir, StageClock, write_for_all
+from thinksafe.rundir import RunDir, StageClock
 from thinksafe.workers import Workers
 
 

@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 
 from thinksafe.errors import UserError
+from thinksafe.files import Journal, write_for_all, write_shard
 from thinksafe.generation import Task, longest_first, refuse_too_long, respond
 from thinksafe.model.weights import fingerprint
 from thinksafe.models import Models
 from thinksafe.progress import TokenBar
 from thinksafe.prompts import load_prompts
 from thinksafe.records import Mapped, Prompt, Response, Shard
-from thinksafe.rundir import Journal, RunDir, StageClock, write_for_all, write_shard
+from thinksafe.rundir import RunDir, StageClock
 from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 

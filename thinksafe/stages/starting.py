@@ -5,12 +5,13 @@ import sys
 
 from thinksafe.errors import UserError
 from thinksafe.estimate import estimate
+from thinksafe.files import write_atomically
 from thinksafe.hardware import hardware_of
 from thinksafe.intake import evaluation_prompts
 from thinksafe.model.lora import check_targets
 from thinksafe.model.weights import load_config
 from thinksafe.models import Models
-from thinksafe.rundir import RunDir, write_atomically
+from thinksafe.rundir import RunDir
 from thinksafe.training.distributed import require_deepspeed
 from thinksafe.training.trackers import require
 
