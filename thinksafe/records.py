@@ -229,10 +229,10 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         lines.seek(0)
         if start.startswith(b"["):
             try:
-                array = json.load(lines)
+                rows = json.load(lines)
             except _BAD_JSON as error:
                 raise UserError(f"{file}: not valid JSON ({error})") from None
-            numbered = ((f"{file}: record {number}", row) for number, row in enumerate(array, start=1))
+            numbered = ((f"{file}: record {number}", row) for number, row in enumerate(rows, start=1))
         else:
             numbered = _parsed_lines(file, lines)
         for where, row in numbered:
@@ -352,8 +352,10 @@ class Shard(Sequence[Record]):
         return len(self.starts)
 
     def __getitem__(self, number: int) -> Record:
-        """Raises:
-        UserError: the line is no such record.
+        """The record, read anew.
+
+        Raises:
+            UserError: the line is no such record.
         """
         self._lines.seek(self.starts[number])
         where = f"{self._file}: record {number + 1}"
