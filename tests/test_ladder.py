@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,26 @@ def test_dying_anywhere_changes_nothing(tmp_path, fresh_seed, monkeypatch):
         kill_at = None
         climb(out, whole, marks)
         assert contents(out) == expected, (place, after)
+
+
+def test_a_kill_during_filtering_repeats_no_verdict(tmp_path):
+    """Neither of the first attempts nor of a rung's: the guard is most of what a run costs."""
+    judged, dies_at = Counter(), [5, 14, 20, 33]
+
+    def counted(exchange):
+        if judged.total() in dies_at:
+            dies_at.remove(judged.total())
+            raise Killed
+        judged[exchange.id] += 1
+        return accepts(exchange)
+
+    whole = recipe(tmp_path)
+    for _ in range(5):
+        with RunDir.open(tmp_path / "run", whole) as run, instantly(), suppress(Killed):
+            run_stages(run, instant_models(counted))
+    assert not dies_at and set(judged.values()) == {1}
+    climb(tmp_path / "alone", whole)
+    assert contents(tmp_path / "run") == contents(tmp_path / "alone")
 
 
 def contents(out: Path) -> dict[str, list[str]]:
