@@ -274,7 +274,7 @@ def test_a_bar_counts_the_work_of_all_and_the_first_worker_shows_it(capsys):
 
     assert together(3, work)[0] == (12, 240)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "sample:     14 responses" in line
+    assert "sample: 12 of 14 responses" in line
 
 
 def test_an_engine_holds_no_more_requests_than_its_share(tmp_path):

@@ -30,10 +30,18 @@ class TokenBar(AbstractContextManager):
         self._items, self._tokens = 0, 0
         self._to_tell, self._sums = [0, 0], (workers.total(), workers.total())
 
-    def update(self, tokens: int, **figures: str) -> None:
-        """One more item, of so many tokens; `figures` are shown beside the rate."""
+    def update(self, tokens: int, place: int | None = None, **figures: str) -> None:
+        """One more item.
+
+        Args:
+            tokens: that it has.
+            place: its number among all, where only now it shows how many were there before.
+            figures: shown beside the rate.
+        """
         self._to_tell[0] += 1
         self._to_tell[1] += tokens
+        if place is not None:
+            self._before = self._bar.initial = place - self._items - self._to_tell[0]
         if self._workers.count == 1 or time.perf_counter() - self._exchanged > _EXCHANGE_EVERY:
             self._exchange(figures)
 
@@ -68,8 +76,9 @@ class TokenBar(AbstractContextManager):
         self._bar.close()
         if not self._is_shown and self._workers.leads and error[0] is None:
             rate = self._tokens / max(seconds, 1e-9)
-            line = f"{self._title:>30}: {self._bar.total:6} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s"
-            print(line, file=sys.stderr)
+            total = self._bar.total
+            done = f"{total:6}" if self._items == total else f"{self._items} of {total}"
+            print(f"{self._title:>30}: {done} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s", file=sys.stderr)
 
 
 def in_figures(metrics: StepMetrics) -> dict[str, str]:

@@ -151,7 +151,7 @@ def _run_training(
             if run.workers.leads:  # a step is the work of all
                 if metrics.note:
                     bar.say(f"step {metrics.step} {metrics.note}")
-                bar.update(metrics.tokens, step=str(metrics.step), **in_figures(metrics))
+                bar.update(metrics.tokens, metrics.step, **in_figures(metrics))
 
         try:
             run_training(engine, sequences, recipe.training, recipe.seed, folder, on_step)
