@@ -67,9 +67,9 @@ class GuardFormat:
             checkpoint's chat template.
         strip: outer white space of prompt and response is left out. A chat template of two turns decides for itself.
         control_tokens: what a raw template takes for control tokens; a checkpoint without them is refused.
-        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is. They are mere
-            text, so an exchange that holds one more, however it is written (see `like`), may have talked itself out of
-            its place: it is never called safe.
+        frame: phrases by which the guard knows where the text under judgement ends and whose turn it is; case, width,
+            accents, spaces and signs of markup make no difference. They are mere text, so an exchange that holds one
+            more may have talked itself out of its place: it is never called safe.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -140,7 +140,8 @@ def like(phrase: str) -> re.Pattern[str]:
     """What reads like a phrase in a `folded` text, however it is written.
 
     Of the phrase count letters, digits, signs and line breaks. In between may stand whatever else a line holds that is
-    no letter or digit: spaces, accents, invisible characters, the signs of markup.
+    no letter or digit: spaces, accents, invisible characters, the signs of markup. A letter of another script is
+    another letter, however alike it looks.
     """
     signs = re.escape("".join(c for c in folded(phrase) if unicodedata.category(c)[0] in "PS"))
     counted = re.findall(rf"[\n{signs}]|[^\W_]", folded(phrase))
