@@ -38,6 +38,7 @@ from zero_ranks import (
     mixed,
     mixed_student,
     my_packs,
+    packs_of,
     student,
 )
 
@@ -104,6 +105,11 @@ def test_every_set_up_takes_the_steps_of_one_process(folder, tmp_path, ranks):
         within = LORA_WITHIN if method != "full" else FULL_WITHIN
         assert_close(load_file(tmp_path / f"{name}.safetensors"), single.tensors(), within, name)
         assert found["sharded"] == (zero.stage == 3), name
+        assert found["reads"] == sum(
+            max(len(packs_of(batch, rank, ranks)) for rank in range(ranks))
+            for batch in batches(name)
+            if any(one.keeps_to_reference for one in batch)
+        ), f"{name}: the reference reads in the steps that have something for it, on all ranks alike"
         assert found["alive"] == [0] * ranks and found["held"] >= 4, f"{name}: memory is not given back"
         assert max(found["parts"]) < 1.5 * sum(found["parts"]) / ranks, f"{name}: one rank holds the checkpoint"
         export(single.decoder, method, tmp_path / "expected" / name, folder)

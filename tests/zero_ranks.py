@@ -18,6 +18,7 @@ from thinksafe.training import checkpoint
 from thinksafe.training.distributed import ZeroConfig, balanced, barrier, gather, join, rank, world_size
 from thinksafe.training.engine import NonFiniteStep
 from thinksafe.training.loop import TrainingConfig, train
+from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 from thinksafe.workers import Workers
 
@@ -87,7 +88,11 @@ def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
 
 
 def my_packs(batch):
-    mine = balanced([len(one) for one in batch], world_size())[rank()]
+    return packs_of(batch, rank(), world_size())
+
+
+def packs_of(batch, rank, ranks):
+    mine = balanced([len(one) for one in batch], ranks)[rank]
     return pack([batch[index] for index in mine], 64, CPU)
 
 
@@ -127,7 +132,10 @@ def whole_state(engine) -> dict[str, torch.Tensor]:
 
 def steps(folder: Path, out: Path) -> None:
     """Some steps with every set-up: results, state and export."""
+    reads, reference_states = [], PackLoss._reference_states
+    PackLoss._reference_states = lambda self, pack: reads.append(pack) or reference_states(self, pack)
     for name, (method, config) in SETUPS.items():
+        reads.clear()
         decoder = student(folder, method)
         decoder.keeping = (KEEPING.get(name, "none"),) * decoder.config.num_layers
         engine = zero_engine(decoder, config, with_reference=name.endswith("kl"))
@@ -153,6 +161,7 @@ def steps(folder: Path, out: Path) -> None:
         alive = gather(sum(reference() is not None for reference in held))
         if rank() == 0:
             found = {"results": everyones, "sharded": sharded, "parts": parts, "alive": alive, "held": len(held)}
+            found["reads"] = len(reads)
             (out / f"{name}.json").write_text(json.dumps(found))
     bf16_steps(folder, out)
 
