@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import CPU, DROPOUT, RUN, SEQUENCES, STEPS, Killed, engine, run, untimed
 
-from thinksafe.model.weights import load_decoder
+from thinksafe.model.weights import load_config, load_decoder
 from thinksafe.training import losses
+from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
 from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import TrainingConfig, learning_rate, plan_steps, read_metrics, train
 from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
@@ -348,3 +349,6 @@ def test_metrics_count_what_was_trained(folder, tmp_path):
     assert [metrics.learning_rate for metrics in steps] == [learning_rate(step, STEPS, RUN) for step in range(STEPS)]
     assert all(metrics.seconds > 0 and metrics.grad_norm > 0 for metrics in steps)
     assert sum(metrics.seconds for metrics in steps) < elapsed
+    lengths, targets = [len(one) for one in SEQUENCES], sum(one.num_targets for one in SEQUENCES)
+    shape, work = load_config(folder)[0], Work(sum(lengths), targets, causal_pairs(lengths))
+    assert sum(metrics.flop for metrics in steps) == 3 * TrainingCosts(shape, DROPOUT).useful_flop(work)
