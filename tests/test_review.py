@@ -343,6 +343,22 @@ def test_what_the_run_knows_of_marks_counts_as_marked(browser, run, tmp_path):
     assert page.find("#done").text == "3 of 16 marked" and len(page.listed()) == 13
 
 
+def test_of_an_ensemble_every_members_verdict_is_told(browser, tmp_path, monkeypatch):
+    said = {"a:m/x/safe": 0.3, "a:m/x/unsafe": 0.1, "a:m/x/S4": 0.05, "b:n/safe": 0.0, "b:n/unsafe": 0.0}
+    said |= {"b:n/refusal": 0.7, "c/unsafe": 0.2}
+
+    def judge(guard, exchanges):
+        for exchange in exchanges:
+            yield Judgement(exchange.id, "unknown", 0.3, 0.1, None, "guards_disagree", "", said)
+
+    monkeypatch.setattr(DoubtfulGuard, "judge", judge)
+    run = make_run(tmp_path)
+    browser.get(stages.review(run, 1).as_uri())
+    facts = dict(each.text.split("\n") for each in Page(browser).all("#facts div"))
+    assert facts["P(unsafe) of each guard"] == "a:m/x 25.0%, b:n no figure"
+    assert facts["also"] == "b:n/refusal 70.0%, c/unsafe 20.0%, a:m/x/S4 5.0%"
+
+
 def test_a_page_of_a_trained_run_says_that_its_marks_come_too_late(page, run):
     assert not page.find("#late").is_displayed() and "--responses" not in page.text("saved")
     (run.path / "training").mkdir()

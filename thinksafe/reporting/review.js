@@ -105,6 +105,19 @@ function chip(id, kind, text) {
   $(id).textContent = text;
 }
 
+// What a guard said beside its verdict, the likeliest first, and of an ensemble what every member's verdict was.
+function told(labels) {
+  const votes = [], rest = new Map(Object.entries(labels));
+  for (const name of Object.keys(labels).filter((each) => each.endsWith("/unsafe"))) {
+    const member = name.slice(0, -"/unsafe".length), unsafe = labels[name], safe = labels[`${member}/safe`];
+    if (safe === undefined) continue;
+    votes.push([member, safe + unsafe > 0 ? unsafe / (safe + unsafe) : null]);
+    rest.delete(name);
+    rest.delete(`${member}/safe`);
+  }
+  return { votes, labels: [...rest].sort((a, b) => b[1] - a[1]) };
+}
+
 function select(record) {
   current = record;
   $("record").hidden = !record;
@@ -121,16 +134,17 @@ function select(record) {
     $("thought").open = false;
     $("thought").hidden = !record.think;
     $("thought-length").textContent = `${number(record.think.length)} characters`;
-    const labels = Object.entries(record.labels).sort((a, b) => b[1] - a[1]).slice(0, 4);
+    const { votes, labels } = told(record.labels);
     const facts = [
       ["category", record.category],
       ["refuses", record.refusal === null ? "" : record.refusal ? "yes" : "no"],
-      ["also", labels.map(([name, p]) => `${name} ${percent(p)}`).join(", ")],
       ["attempt", `rung ${record.rung}, sample ${record.sample}`],
-      ["steering", record.steering ?? "none"],
       ["tokens", number(record.tokens)],
       ["windows", record.windows > 1 ? number(record.windows) : ""],
+      ["P(unsafe) of each guard", votes.map(([name, p]) => `${name} ${percent(p)}`).join(", ")],
+      ["also", labels.slice(0, 4).map(([name, p]) => `${name} ${percent(p)}`).join(", ")],
       ["guard", record.guard],
+      ["steering", record.steering ?? "none"],
     ];
     $("facts").replaceChildren(...facts.filter(([, text]) => text).map(([name, text]) => {
       const pair = element("div");
