@@ -131,8 +131,8 @@ def norm_rope_write_kv(
         q, k, v = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in (q, k, v))
         block_q, block_kv = triton.next_power_of_2(num_heads), triton.next_power_of_2(num_kv_heads)
         _norm_rope_write_kernel[(T,)](
-            q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous(), slots, out, key_cache, value_cache,
-            *exponents, q.stride(0), k.stride(0), v.stride(0), num_heads, num_kv_heads, eps,
+            q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous(), slots.contiguous(), out, key_cache,
+            value_cache, *exponents, q.stride(0), k.stride(0), v.stride(0), num_heads, num_kv_heads, eps,
             NORM=q_weight is not None, PAGE_SIZE=page_size, BLOCK_Q=block_q, BLOCK_KV=block_kv, HALF=D // 2,
             num_warps=4,
         )  # fmt: skip

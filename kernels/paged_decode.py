@@ -255,7 +255,7 @@ def decode_work(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
     max_splits = min(MAX_SPLITS, triton.cdiv(max_seq_len, SPLIT))
     work = torch.empty(1 + len(seq_lens) * max_splits, dtype=torch.int32, device=seq_lens.device)
     block = triton.next_power_of_2(max(len(seq_lens), 1))
-    _work_kernel[(1,)](seq_lens, work, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block, num_warps=4)
+    _work_kernel[(1,)](seq_lens.contiguous(), work, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block, num_warps=4)
     return work
 
 

@@ -222,7 +222,8 @@ def paged_prefill(
     if not on_triton(q):
         return reference_prefill(q, key_cache, value_cache, page_table, cu_seqlens, seq_lens, exponents)
     (_, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
-    q, page_table = q.contiguous(), page_table.contiguous()
+    q, page_table, tiles = q.contiguous(), page_table.contiguous(), tiles.contiguous()
+    cu_seqlens, seq_lens = cu_seqlens.contiguous(), seq_lens.contiguous()
     out = torch.empty_like(q)
     config = TILES[q.element_size()]
     if len(tiles):

@@ -244,6 +244,7 @@ def bucket(num_rows: int) -> int:
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
+    """To the device, without waiting for it: torch would take a view with gaps there through memory that is not
+    pinned."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
