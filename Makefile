@@ -58,7 +58,7 @@ gpu:
 
 # A file that cannot be imported stops no other; where pytest-xdist is there, eight processes compile kernels at a time.
 gpu-tests: $(LIBRARY)
-	@PYTHONPATH=. timeout -k 10 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
+	@PYTHONPATH=. timeout -s INT -k 15 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
 	    $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 
 gpu-suites: $(LIBRARY)

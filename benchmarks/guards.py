@@ -98,7 +98,7 @@ def _of_model(name: str, count: int, few: int, batch: int, notes: list[str]) -> 
     }
     real, model_guard.Engine = model_guard.Engine, CountedEngine
     try:
-        measured = measure(variants, 3, notes)
+        measured = measure(variants, 2 if gpu else 3, notes)
     finally:
         model_guard.Engine = real
     computed = schedulers[-1].computed_tokens

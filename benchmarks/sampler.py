@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import ContinuousBatchingManager, GenerationConfig, PreTrainedModel
 
-from benchmarks.harness import Row, Sections, compare, measure, recorded, seconds
+from benchmarks.harness import Row, Sections, attempt, compare, measure, recorded, seconds
 from benchmarks.models import in_e4m3, in_transformers, random_decoder
 from benchmarks.shapes import response_lengths
 from thinksafe.kernels.chunked_loss import matmul_fp32
@@ -101,23 +101,24 @@ def _end_to_end(
         gaps[variant] = sum(gap)
 
     works = {variant: partial(continuous, variant) for variant in engines}
-    with ExitStack() as held:
-        if compared:
-            theirs = in_transformers(decoder, name)
-            if gpu:
-                config = GenerationConfig(**_SETTINGS, eos_token_id=-1)
-                manager = partial(theirs.continuous_batching_context_manager, config, timeout=30)
-                start = cache(lambda: held.enter_context(manager()))
-                works["transformers, continuous batching"] = partial(_their_continuous, start, prompts.tolist())
-            else:
-                works["transformers generate, static batches"] = partial(_static, theirs, prompts, rows)
-        short = [-(-length // _SHORTER) for length in lengths] if gpu else lengths
-        measured = measure(
-            {variant: partial(work, lengths) for variant, work in works.items()},
-            1 if gpu else 3,
-            notes,
-            first={variant: partial(work, short) for variant, work in works.items()},
-        )
+    held = ExitStack()
+    if compared:
+        theirs = in_transformers(decoder, name)
+        if gpu:
+            config = GenerationConfig(**_SETTINGS, eos_token_id=-1)
+            manager = partial(theirs.continuous_batching_context_manager, config, timeout=30)
+            start = cache(lambda: held.enter_context(manager()))
+            works["transformers, continuous batching"] = partial(_their_continuous, start, prompts.tolist())
+        else:
+            works["transformers generate, static batches"] = partial(_static, theirs, prompts, rows)
+    short = [-(-length // _SHORTER) for length in lengths] if gpu else lengths
+    measured = measure(
+        {variant: partial(work, lengths) for variant, work in works.items()},
+        1 if gpu else 3,
+        notes,
+        first={variant: partial(work, short) for variant, work in works.items()},
+    )
+    attempt("transformers, the end of continuous batching", held.close, notes)
     notes.append(
         f"{name}, random weights, {count} prompts of {_PROMPT} tokens, {sum(lengths):,} tokens forced, {rows} rows"
     )

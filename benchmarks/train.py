@@ -10,10 +10,10 @@ On a CPU a model of 6M parameters waits for products, which packing cannot make 
 0.3M waits for the host, as a GPU does with one short sequence.
 
 The host's time for a layer is that of a pack too small to keep any device busy: no step can take less that is launched
-kernel by kernel. 28 layers at 1 to 1.4 ms are 28 to 39 ms, and 6k tokens of Qwen3-0.6B take an H200 about 55; a step of
-5k has little to spare, one on a slower host nothing. Where that may be, passes are recorded as CUDA graphs
-(thinksafe/training/graphs.py): 1,978 launches with LoRA, counted on a trace, become two. On a GPU both ways stand in
-the table, and for either what a step of 16 tokens takes, which is all overhead.
+kernel by kernel. 28 layers at 0.9 ms are 25 ms, in which an H200 computes 5k tokens of Qwen3-0.6B at best; a step of
+the paper's eight sequences has about 6k, and a host may be slower. Where that may bind, passes are recorded as CUDA
+graphs (thinksafe/training/graphs.py): 1,978 launches with LoRA, counted on a trace, become two. On a GPU both ways
+stand in the table, and for either what a step of 16 tokens takes, which is all overhead.
 
 torch.compile in their place was tried (a layer at a time, dynamic shapes, one thread, widths of 64): the host's time
 for a layer fell from 0.61 to 0.33 ms, after 36 s of compiling for six layers and 16 s more at the second number of
