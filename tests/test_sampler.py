@@ -694,3 +694,18 @@ def test_greedy_responses_in_fp32_on_a_gpu_equal_those_on_a_cpu(models, crowded,
         assert (engine.scheduler.preemptions > 0) == runs_out
         for request in requests:
             assert_same_greedy(model, request, got[request.id], expected[request.id])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_the_host_waits_for_nothing_but_results(tmp_path, cache):
+    """Of a call after the first, in which kernels are compiled and graphs recorded."""
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path, seed=11), torch.bfloat16, "cuda")
+    engine, requests = engine_of(decoder, kv_cache_dtype=cache, max_step_tokens=64), make_requests(PROMPTS, SAMPLED)
+    answers(engine, requests)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answers(engine, requests)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
