@@ -282,6 +282,7 @@ def test_steps_of_a_token_budget_are_as_full_as_their_order_allows(lengths, room
     one_by_one = plan_steps(lengths, TrainingConfig(epochs=2, batch_size=1), 7)
     assert np.concatenate(by_tokens).tolist() == np.concatenate(one_by_one).tolist()
     sums = [sum(lengths[index] for index in step) for step in by_tokens]
+    assert min(sums) > 0, "no step is empty"
     assert all(total <= room or len(step) == 1 for total, step in zip(sums, by_tokens, strict=True))
     taken = 0
     for total, step, following in zip(sums, by_tokens, by_tokens[1:], strict=False):

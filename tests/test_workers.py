@@ -222,8 +222,8 @@ def test_who_died_while_workers_exchange_tensors_is_named_in_one_line(victim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victims", [(1,), (0,), ()])
-def test_workers_that_a_library_holds_say_who_died_before_their_launcher_kills_them(victims):
+@pytest.mark.parametrize("victims, number", [((1,), signal.SIGTERM), ((0,), signal.SIGTERM), ((), signal.SIGINT)])
+def test_workers_that_a_library_holds_say_who_died_before_their_launcher_kills_them(victims, number):
     """torchrun asks them to end, and 30 seconds later does not ask."""
     started = without_launcher(script=_HANGING, count=3)
     time.sleep(0.5)  # all hang by now
@@ -231,7 +231,7 @@ def test_workers_that_a_library_holds_say_who_died_before_their_launcher_kills_t
         started[victim].kill()
     survivors = [one for rank, one in enumerate(started) if rank not in victims]
     for one in survivors:
-        one.send_signal(signal.SIGTERM)
+        one.send_signal(number)
     said = [line for one in survivors for line in one.communicate(timeout=25)[1].splitlines() if "thinksafe: " in line]
     assert [one.returncode for one in survivors] == [1] * len(survivors)
     why = {(1,): f"worker 1 on {socket.gethostname()} is gone", (): "stopped from outside"}

@@ -42,6 +42,7 @@ _OF_GLOO = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
 _GOES_ON = "nothing finished is lost, the same command goes on from here"
 _STORE_GONE = "the launcher, or the machine of the first worker, is gone"
 _STOPPED = "stopped from outside, as a launcher does when another worker has failed"
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
 _LEFT = 1 << 40
 """A pulse that beats no more, since its worker is done."""
 
@@ -231,9 +232,10 @@ class Workers:
         neighbour = (self.rank + 1) % self.count
         heard, changed, ends_at = 0, time.monotonic(), float("inf")
         while not self._over.is_set():
-            if select.select([signals], [], [], _LISTEN_EVERY)[0] and signal.SIGTERM in signals.recv(64):
+            if select.select([signals], [], [], _LISTEN_EVERY)[0] and _STOPPING & set(signals.recv(64)):
                 # What concerns all, the first worker says.
-                ends_at = time.monotonic() + _ENDS_WITHIN + (0 if self.leads else 2 * _LISTEN_EVERY)
+                grace = _ENDS_WITHIN + (0 if self.leads else 2 * _LISTEN_EVERY)
+                ends_at = min(ends_at, time.monotonic() + grace)
             try:
                 self.store.add(f"pulse/{self.rank}", 1)
                 pulse = self.store.add(f"pulse/{neighbour}", 0)
