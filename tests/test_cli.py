@@ -521,6 +521,26 @@ def test_other_records_are_not_mixed_with_those_of_the_run(world, tmp_path, call
     assert status == 2 and len(errors) == 1 and "already has other records" in errors[0]
 
 
+def test_a_folder_whose_records_came_from_elsewhere_adds_none_of_its_own(world, tmp_path, call):
+    """Or it would tell of all of them that they were sampled, or judged, here."""
+    judged, trained, sampling = (tmp_path / name for name in ("judged", "trained", "sampling"))
+    given = ["filter", "--responses", world / "responses.jsonl"]
+    assert call(*given, "--out", judged)[0] == 0
+    assert call("train", "--data", write_jsonl(tmp_path / "d.jsonl", EXAMPLES), "--out", trained)[0] == 0
+    sampling.mkdir()
+    shutil.copy(judged / "recipe.yaml", sampling)
+    (sampling / "prompts.jsonl").write_text("{}")  # killed before the first response
+    for command, words in (
+        (["generate", "--out", judged], "responses.jsonl: came from elsewhere, so go on with `thinksafe filter`"),
+        (["run", "--out", judged], "responses.jsonl: came from elsewhere"),
+        ([*given, "--out", trained], "accepted.jsonl: came from elsewhere, to be trained on"),
+        ([*given, "--out", sampling], "sampling samples responses of its own"),
+    ):
+        status, _, errors = call(*command)
+        assert status == 2 and len(errors) == 1 and words in errors[0], errors
+    assert call(*given, "--out", judged)[0] == 0, "and goes on with what it has"
+
+
 @pytest.mark.parametrize("command, shard", [("filter", "responses.jsonl"), ("train", "accepted.jsonl")])
 def test_a_stage_refuses_what_was_changed_behind_its_back(world, tmp_path, call, command, shard):
     assert call("generate")[0] == 0

@@ -34,7 +34,13 @@ from thinksafe.training.packing import TrainingSequence
 
 
 def take_in_responses(run: RunDir, file: Path) -> None:
-    """Use responses from elsewhere as this run's; of another run's directory all, and people's marks on them."""
+    """Use responses from elsewhere as this run's; of another run's directory all, and people's marks on them.
+
+    Raises:
+        UserError: the run has begun to sample its own.
+    """
+    if (run.path / "prompts.jsonl").exists() and not run.is_done("generate"):
+        raise UserError(f"--responses {file}: {run.path} samples responses of its own; give a new --out folder")
     files = [file / "responses.jsonl", *sorted(file.glob("rungs/*.responses.jsonl"))] if file.is_dir() else [file]
     taken = chain.from_iterable(take_in(each, Response) for each in files)
     # Whatever ladder they come from, here they are the first attempts.

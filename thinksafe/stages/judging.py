@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
+from thinksafe.errors import UserError
 from thinksafe.files import Journal, write_for_all
 from thinksafe.guards.interface import Exchange, Judgement
 from thinksafe.intake import refuse_repeated, required, response_problem
@@ -20,6 +21,9 @@ def filter_responses(run: RunDir, models: Models) -> None:
     if run.is_done("filter"):
         return
     clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempts(0)
+    examples_file = run.path / "accepted.jsonl"
+    if run.workers.once(lambda: examples_file.exists() and not verdicts_file.exists()):
+        raise UserError(f"{examples_file}: came from elsewhere, to be trained on; give a new --out folder to judge in")
     required(run, responses_file, "generate", "`thinksafe generate` first, or give --responses FILE")
     write_for_all(responses_file, run.workers, lambda: refuse_repeated(responses_file))
     remember_guard(run)

@@ -28,6 +28,8 @@ def generate(run: RunDir, models: Models) -> None:
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
     prompts_file, (shard, _) = run.path / "prompts.jsonl", run.attempts(0)
+    if run.workers.once(lambda: shard.exists() and not prompts_file.exists()):
+        raise UserError(f"{shard}: came from elsewhere, so go on with `thinksafe filter`, or give a new --out folder")
 
     def take_in() -> None:
         write_shard(prompts_file, islice(load_prompts(run.recipe.prompts), run.recipe.limit))
