@@ -94,14 +94,7 @@ class Workers:
             if not workers._is_first_to_fail():
                 workers._say_farewell()
                 end(1)
-            why = _STOPPED if isinstance(error, _Stopped) else ""
-            if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_GLOO.search(str(error))):
-                why = f"the connection between workers broke ({str(error).splitlines()[0]})"
-            if why:
-                error = UserError(f"{workers._gone() or why}, so all end; {_GOES_ON}")
-            if isinstance(error, UserError) and not workers.leads:
-                error = UserError(f"worker {rank} on {socket.gethostname()}: {error}")
-            raise error from None
+            raise workers._explained(error) from None
         finally:
             signal.set_wakeup_fd(-1)
             interpreter.send(b"\0")
@@ -268,6 +261,17 @@ class Workers:
     def _say_farewell(self) -> None:
         with suppress(RuntimeError):  # where nobody is left to hear it
             self.store.add(f"pulse/{self.rank}", _LEFT)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        """In words of ours where it only shows that others end; a user's mistake under this worker's name."""
+        why = _STOPPED if isinstance(error, _Stopped) else ""
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _OF_GLOO.search(str(error))):
+            why = f"the connection between workers broke ({str(error).splitlines()[0]})"
+        if why:
+            error = UserError(f"{self._gone() or why}, so all end; {_GOES_ON}")
+        if isinstance(error, UserError) and not self.leads:
+            error = UserError(f"worker {self.rank} on {socket.gethostname()}: {error}")
+        return error
 
     def _gone(self) -> str:
         """What to say of workers that do not end as all others do, since they are dead; empty where there are none."""
