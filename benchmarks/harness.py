@@ -94,6 +94,10 @@ def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+_LONG = 5.0
+"""Seconds of a GPU's call that need no second one."""
+
+
 @dataclass
 class Measured:
     """Median time of a call, and the memory that one call takes at its peak above what was held before."""
@@ -133,7 +137,8 @@ def measure(
     first: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Measured]:
     """Time and memory of each variant, taken in turns, so that a drifting clock hits all alike, each with nothing of
-    its data left in a GPU's L2. One that fails is left out, with its reason in `notes`.
+    its data left in a GPU's L2. One that fails is left out, with its reason in `notes`; one that takes a GPU more than
+    five seconds is timed once.
 
     Args:
         after_first: sees each name after that variant's first call, while its gradients are still there.
@@ -161,6 +166,8 @@ def measure(
             times[name], peaks[name] = [], 0
     for _ in range(rounds):
         for name in list(times):
+            if gpu and max(times[name], default=0.0) > _LONG:
+                continue
             if not attempt(name, lambda name=name: once(name), notes):
                 del times[name]
     return {name: Measured(statistics.median(taken), peaks[name]) for name, taken in times.items()}

@@ -12,7 +12,7 @@ model.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -56,13 +56,13 @@ def sections(notes: list[str]) -> Sections:
 
 def _of_model(name: str, make: Callable[[], Decoder], notes: list[str]) -> list[Row]:
     plain = make()
-    frozen = in_e4m3(plain)
-    works = {
-        variant: partial(compared, plain, frozen if "weights" in settings else plain, _ENGINE(**settings))
-        for variant, settings in VARIANTS.items()
-    }
+    frozen = cache(lambda: in_e4m3(plain))
+    works: dict[str, Callable[[], dict[str, float]]] = {}
+    for variant, settings in VARIANTS.items():
+        decoder = frozen if "weights" in settings else lambda: plain
+        works[variant] = lambda decoder=decoder, settings=settings: compared(plain, decoder(), _ENGINE(**settings))
     works["the head alone in e4m3"] = partial(_with_head_in_e4m3, plain)
-    works["training, frozen weights in e4m3"] = partial(_trained, plain, frozen)
+    works["training, frozen weights in e4m3"] = lambda: _trained(plain, frozen())
     rows: list[Row] = []
     for variant, work in works.items():
         row = {"model": name, "variant": variant}

@@ -8,8 +8,9 @@ import torch
 from gpu_stand_in import stand_in
 from taped_graphs import tape_passes
 
-from benchmarks import divergence, elementwise, guards, linear, loss, precision, sampler, scoring, train
+from benchmarks import divergence, elementwise, guards, harness, linear, loss, precision, sampler, scoring, train
 from benchmarks.harness import FAILED
+from benchmarks.models import random_decoder
 from benchmarks.shapes import MODELS, head_case
 
 TINY = MODELS["cpu-0.3m"] | {"num_hidden_layers": 2}
@@ -29,6 +30,19 @@ def notes():
     found: list[str] = []
     yield found
     assert not [note for note in found if note.startswith(FAILED)]
+
+
+def test_sections_are_those_of_a_gpu(notes):
+    for suite in (divergence, elementwise, guards, linear, loss, precision, sampler, scoring, train):
+        names = list(suite.sections(notes))
+        assert names and not [name for name in names if name.startswith("cpu")]
+
+
+def test_a_call_that_takes_long_is_timed_once(monkeypatch, notes):
+    monkeypatch.setattr(harness, "_LONG", 1e-9)
+    calls = []
+    harness.measure({"a": lambda: calls.append(None)}, 3, notes)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("suite", [loss, scoring, divergence])
@@ -62,12 +76,12 @@ def test_a_whole_run_in_all_modes(monkeypatch, notes):
     """Their engine, whose thread stands on no stand-in, is another test's."""
     monkeypatch.setattr(sampler, "_their_continuous", lambda start, prompts, lengths: None)
     size = {"count": 6, "mean": 20, "longest": 40, "rows": 4}
-    rows = sampler._end_to_end("qwen3-0.6b", notes, **size, compared=True)
+    rows = sampler._end_to_end("qwen3-0.6b", notes, **size, modes=True, theirs=True)
     assert [row["variant"] for row in rows] == [
         "ThinkSafe", "ThinkSafe, batch-invariant", "ThinkSafe, cache in e4m3", "ThinkSafe, weights and cache in e4m3",
         "transformers, continuous batching",
     ]  # fmt: skip
-    (alone,) = sampler._end_to_end("qwen3-0.6b", notes, **size, compared=False)
+    (alone,) = sampler._end_to_end("qwen3-0.6b", notes, **size)
     assert "ThinkSafe is faster by" not in alone
 
 
@@ -98,3 +112,30 @@ def test_the_suite_of_precision(monkeypatch, notes):
     monkeypatch.setattr(precision, "_RESPONSES", 2)
     monkeypatch.setattr(precision, "_TOKENS", 4)
     assert len(precision.sections(notes)["qwen3-0.6b"]()) == 7
+
+
+def test_a_mode_that_fails_costs_the_others_nothing(monkeypatch):
+    def broken(decoder):
+        raise RuntimeError("no e4m3")
+
+    for suite in (sampler, guards, train, precision):
+        monkeypatch.setattr(suite, "in_e4m3", broken)
+    tape_passes(monkeypatch)
+    monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * 8)
+    monkeypatch.setattr(train, "peer", lambda module, notes: None)
+    monkeypatch.setattr(precision, "_RESPONSES", 2)
+    monkeypatch.setattr(precision, "_TOKENS", 4)
+    for suite, measure, names in (
+        ("sampler", partial(sampler._end_to_end, "qwen3-0.6b", count=6, mean=9, longest=20, rows=4, modes=True), 3),
+        ("train", partial(train._case, "qwen3-0.6b", "lora", 1), 3),
+        (
+            "precision",
+            partial(precision._of_model, "qwen3-0.6b", lambda: random_decoder("qwen3-0.6b", "cpu", torch.bfloat16)),
+            4,
+        ),
+    ):
+        notes: list[str] = []
+        rows = measure(notes=notes)
+        assert len(rows) == names and not [row for row in rows if "weights" in row["variant"]], suite
+        failures = [note for note in notes if note.startswith(FAILED)]
+        assert failures and all(note.endswith("RuntimeError: no e4m3") for note in failures), suite
