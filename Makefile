@@ -58,11 +58,11 @@ gpu:
 
 # A file that cannot be imported stops no other; where pytest-xdist is there, eight processes compile kernels at a time.
 gpu-tests: $(LIBRARY)
-	@PYTHONPATH=. timeout -s INT -k 15 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} timeout -s INT -k 15 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
 	    $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 
 gpu-suites: $(LIBRARY)
-	@PYTHONPATH=. $(PYTHON) -m benchmarks.run --suite $(SUITES) --seconds $(SECONDS)
+	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m benchmarks.run --suite $(SUITES) --seconds $(SECONDS)
 
 thinksafe/libthinksafe.so: $(wildcard csrc/*)
 	@$(PYTHON) csrc/build.py
