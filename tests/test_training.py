@@ -1,6 +1,8 @@
 """Training: the gradient of the textbook whatever the packing, in fp32 also where weights are not."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import peft
@@ -15,7 +17,7 @@ from thinksafe.model.attention import PackedAttention
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import hugging_face_name, load_decoder
 from thinksafe.training.engine import SingleEngine, StepResult
-from thinksafe.training.loop import TrainingConfig, read_metrics, train
+from thinksafe.training.loop import TrainingConfig, _one_ahead, read_metrics, train
 from thinksafe.training.packing import TrainingSequence, collate, pack
 
 PACKINGS = [1, 40, 100, 10**6]
@@ -253,3 +255,45 @@ def test_steps_below_the_resolution_of_bf16_add_up(folder):
     assert (master - before["layers.0.up_proj"].float()).abs().mean() > 3e-4
     large = before["layers.0.up_proj"].abs() > 0.1
     assert (weight != before["layers.0.up_proj"])[large].float().mean() > 0.3
+
+
+_INTERRUPTED = """
+import signal
+from thinksafe.training.loop import _one_ahead
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+for trial in range(300):
+    signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.00001 * trial)
+    try:
+        for step, made in _one_ahead(lambda step: step, range(10**9)):
+            assert step == made
+    except KeyboardInterrupt:
+        pass
+"""
+
+
+def test_an_interrupt_at_any_moment_ends_the_loop():
+    """A lock that it leaves taken would hold the thread that makes packs, and so whoever waits for that, for ever."""
+    done = subprocess.run([sys.executable, "-c", _INTERRUPTED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_packs_are_made_one_step_ahead_and_their_errors_come_in_turn():
+    made = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        if step == 5:
+            raise ValueError("of step 5")
+        return 10 * step
+
+    ahead = _one_ahead(make, range(2, 9))
+    assert [next(ahead) for _ in range(2)] == [(2, 20), (3, 30)]
+    assert next(ahead) == (4, 40)
+    with pytest.raises(ValueError, match="of step 5"):
+        next(ahead)
+    assert made == [2, 3, 4, 5]
+    assert list(_one_ahead(make, range(6, 8))) == [(6, 60), (7, 70)] and list(_one_ahead(make, range(0))) == []

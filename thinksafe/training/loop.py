@@ -12,12 +12,14 @@ import json
 import math
 import os
 import statistics
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
@@ -289,17 +291,37 @@ def _work(batch: Sequence[TrainingSequence]) -> Work:
     return Work(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
 
 
-def _one_ahead(make: Callable[[int], T], steps: Iterable[int]) -> Iterator[tuple[int, T]]:
-    """Each step with what is made for it, the next one's while this one's is used."""
-    with ThreadPoolExecutor(1) as aside:
-        coming: deque[tuple[int, Future[T]]] = deque()
-        for step in steps:
-            coming.append((step, aside.submit(make, step)))
-            if len(coming) > 1:
-                ready, made = coming.popleft()
-                yield ready, made.result()
-        for ready, made in coming:
-            yield ready, made.result()
+def _one_ahead(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
+    """Each step with what is made for it, the next one's while this one's is used.
+
+    The queues are C's, and nobody joins the thread: Ctrl-C may come between taking a lock of Python's and knowing it,
+    and whoever waits for that lock then, as concurrent.futures does, waits for ever.
+    """
+    asked, made = SimpleQueue(), SimpleQueue()
+
+    def work() -> None:
+        for step in iter(asked.get, None):
+            try:
+                made.put((make(step), None))
+            except Exception as error:
+                made.put((None, error))
+        made.put(None)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        for step in steps[:1]:
+            asked.put(step)
+        for step, following in zip_longest(steps, steps[1:]):
+            value, error = made.get()
+            if error is not None:
+                raise error
+            if following is not None:
+                asked.put(following)
+            yield step, value
+    finally:
+        asked.put(None)
+        while made.get(timeout=60) is not None:  # a thread inside torch would abort the interpreter on its way out
+            pass
 
 
 def _spike(loss: float, recent: Sequence[float]) -> str:
