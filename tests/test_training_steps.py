@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import re
+import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import strategies as st
 from training_runs import CPU, DROPOUT, RUN, SEQUENCES, STEPS, Killed, engine, run, untimed
 
 from thinksafe.model.weights import load_config, load_decoder
+from thinksafe.stages.training import _training_engine
 from thinksafe.training import losses
 from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
+from thinksafe.training.distributed import ZeroConfig
 from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import TrainingConfig, learning_rate, plan_steps, read_metrics, train
 from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
@@ -236,6 +240,33 @@ def test_weights_that_are_not_finite_are_never_saved(folder, tmp_path, method, v
     assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == step - 1
     found = max((one.name for one in (tmp_path / "checkpoints").glob("*")), default=None)
     assert found == saved
+
+
+# Settings
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_a_run_weighs_tokens_and_sequences_as_it_is_told(folder, tmp_path, reduction):
+    config = TrainingConfig(epochs=1, batch_size=7, loss_reduction=reduction, max_tokens_per_pack=60)
+    train(engine(load_decoder(folder, torch.float32, CPU)), SEQUENCES, config, 0, tmp_path)
+    (step,) = read_metrics(tmp_path / "metrics.jsonl")
+    expected = {
+        one: engine(load_decoder(folder, torch.float32, CPU)).step(pack(SEQUENCES, 10**6, CPU, one), 1e-3).loss
+        for one in ("token", "sequence")
+    }
+    assert step.loss == pytest.approx(expected[reduction], rel=1e-5)
+    assert expected["token"] != pytest.approx(expected["sequence"], rel=1e-3)
+
+
+def test_clipping_and_decay_of_the_recipe_reach_either_engine(folder, monkeypatch):
+    decoder, config = load_decoder(folder, torch.float32, CPU), TrainingConfig(max_grad_norm=0.7, weight_decay=0.3)
+    decoder.requires_grad_(True)
+    single = _training_engine(decoder, config, None, False, CPU, 0)
+    assert (single.max_grad_norm, single.optimizer.param_groups[0]["weight_decay"]) == (0.7, 0.3)
+    recorder = SimpleNamespace(ZeroEngine=lambda *options: options)
+    monkeypatch.setitem(sys.modules, "thinksafe.training.zero", recorder)
+    options = _training_engine(decoder, config, ZeroConfig(2), True, CPU, 0)
+    assert options == (decoder, 0.7, 0.3, ZeroConfig(2), True, CPU)
 
 
 # Schedule
