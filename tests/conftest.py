@@ -1,4 +1,4 @@
-"""What every test file shares: the gpu marker, one thread, no network, and seeds that are new on every run."""
+"""What test files share: the gpu marker, one thread, no network, seeds that are new on every run, a crowded sampler."""
 
 import os
 
@@ -56,3 +56,9 @@ def pytest_runtest_makereport(item, call):
     if seed is not None and report.failed:
         report.sections.append(("fresh seed", f"repeat with {SEED_VARIABLE}={seed}"))
     return report
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Admit on the prompt alone, so that a small pool runs out and sequences are preempted."""
+    monkeypatch.setattr("thinksafe.sampler.scheduler._GROWTH_TOKENS", 1)

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 from checkpoints import make_checkpoint
+from engines import PROMPTS, SAMPLED, answers, engine_of, make_requests
 from ptx_on_cpu import on_hopper
-from test_sampler import PROMPTS, SAMPLED, answers, engine_of, make_requests
 
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.model.weights import load_decoder
