@@ -5,7 +5,8 @@
 #
 #   launch/hosts.sh HOSTFILE run --recipe qwen3-32b --out /shared/runs/qwen3-32b
 set -euo pipefail
-hostfile=$1
+hostfile=${1:-}
+[ -r "$hostfile" ] || { echo "launch/hosts.sh HOSTFILE COMMAND ...: ${hostfile:-HOSTFILE} is no file that can be read" >&2; exit 2; }
 shift
 port=${MASTER_PORT:-29500}
 mapfile -t hosts < <(sed 's/#.*//' "$hostfile" | awk 'NF { print $1 }')

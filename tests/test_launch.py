@@ -80,3 +80,11 @@ def test_machines_of_a_hostfile_work_on_one_run(script, tmp_path):
     (tmp_path / "hostfile").write_text("localhost slots=1\nother\n")
     done = script("hosts.sh", tmp_path / "hostfile", "generate")
     assert done.returncode == 2 and done.stderr.endswith("hostfile: other: needs slots=GPUS behind the name\n")
+
+
+@pytest.mark.parametrize("given", [[], ["nofile", "run"]])
+def test_a_hostfile_that_cannot_be_read_is_one_line(script, given):
+    done = script("hosts.sh", *given)
+    named = given[0] if given else "HOSTFILE"
+    assert done.returncode == 2
+    assert done.stderr == f"launch/hosts.sh HOSTFILE COMMAND ...: {named} is no file that can be read\n"
