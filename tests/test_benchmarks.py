@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import divergence, elementwise, harness, linear, loss, run, scoring
+from benchmarks import divergence, elementwise, harness, linear, loss, run, sampler, scoring
 from benchmarks.shapes import head_case
 
 
@@ -84,6 +84,21 @@ def test_the_suite_of_products():
     theirs = found.get(("product", "torch, e4m3"), found["product", "ThinkSafe, e4m3"])
     assert theirs["error"] == pytest.approx(found["product", "ThinkSafe, e4m3"]["error"], rel=1e-3)
     assert all(note.startswith("left out: torch, e4m3") for note in notes)
+
+
+def test_no_run_of_the_sampler_finds_its_prompts_read(monkeypatch):
+    """Transformers reads them in every run."""
+    engines = []
+
+    class Watched(sampler.Engine):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            engines.append(self)
+
+    monkeypatch.setattr(sampler, "Engine", Watched)
+    (row,) = sampler._end_to_end("cpu-0.3m", [], count=4, mean=5, longest=9, rows=4)
+    (engine,) = engines
+    assert row["tokens/s"] > 0 and engine.scheduler.computed_tokens > 4 * 4 * 64 and not engine.scheduler.shared_tokens
 
 
 def test_what_fails_is_told_and_left_out_and_the_others_are_measured():

@@ -1,7 +1,9 @@
 """What the suites do on a GPU alone, on a CPU that stands for one and on next to nothing: that nothing of it is broken
 before there is a GPU."""
 
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +85,25 @@ def test_a_whole_run_in_all_modes(monkeypatch, notes):
     ]  # fmt: skip
     (alone,) = sampler._end_to_end("qwen3-0.6b", notes, **size)
     assert "ThinkSafe is faster by" not in alone
+
+
+def test_the_time_that_a_gpu_waits_is_gathered():
+    """Between passes, and while those of decoding are launched."""
+
+    class Runner:
+        device = SimpleNamespace(type="cuda")
+
+        def draw(self, plan):
+            time.sleep(0.02)
+            return plan
+
+    runner = Runner()
+    with sampler._watched(runner) as gaps:
+        for is_decode in (False, True, False, True):
+            plan = SimpleNamespace(is_decode=is_decode)
+            assert runner.draw(plan) is plan
+    assert len(gaps) == 2 + 3 and min(gaps[:2]) > 0.019 and gaps[2:] == [0.005] * 3
+    assert "draw" not in vars(runner)
 
 
 def test_the_suite_of_guards(monkeypatch, notes):
