@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from thinksafe.estimate import estimate
+from thinksafe.hardware import hardware_named
 from thinksafe.recipe import load_recipe
 
 PAGE = Path(__file__).parents[1] / "docs/paper.md"
@@ -35,3 +37,6 @@ def test_the_recipe_of_all_eight_sets_can_be_read(tmp_path):
     (gsm8k,) = (entry for entry in evaluation.sets if entry.name == "gsm8k")
     (bundled,) = (entry for entry in load_recipe("qwen3-0.6b").evaluation.sets if entry.name == "gsm8k")
     assert gsm8k.instruction == bundled.instruction
+    assumed = estimate(load_recipe(str(tmp_path / "paper.yaml")), hardware_named("H200")).assumptions
+    unknown = {line.partition(":")[0] for line in assumed if "its size is not known" in line}
+    assert unknown == {"harmbench.jsonl", "gpqa.jsonl"}

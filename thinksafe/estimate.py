@@ -57,6 +57,8 @@ _KNOWN_ROWS = {
     ("openai/gsm8k", None): 1319,
     ("HuggingFaceH4/MATH-500", None): 500,
     ("walledai/StrongREJECT", "train"): 313,
+    ("allenai/wildjailbreak", "train"): 2000,
+    ("HuggingFaceH4/aime_2024", "train"): 30,
 }
 _UNKNOWN_ROWS = 500
 
