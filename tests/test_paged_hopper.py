@@ -87,12 +87,15 @@ def test_what_is_written_is_what_plain_torch_writes(fresh_seed, heads, D, norm, 
     with on_hopper():
         out = norm_rope_write_kv(*arguments, *written, slots, tuple(found))
     assert relative(out, q_expected.double()) < 5e-3
-    for kind, error in ((0, 0.05 if fp8[0] else 5e-3), (1, 0.0)):
-        pairs = (written[kind], found[kind]), (expected[kind], wanted[kind])
-        keys, best = (x.float() if powers is None else dequantise(x, powers, torch.float32) for x, powers in pairs)
-        assert relative(keys, best.double()) <= error, (
-            "the reference rounds keys to bf16 before their norm and rotation"
-        )
+    pairs = zip(written, found, strict=True), zip(expected, wanted, strict=True)
+    (keys, values), (keys_expected, values_expected) = (
+        [x.float() if powers is None else dequantise(x, powers, torch.float32) for x, powers in cache]
+        for cache in pairs
+    )
+    assert torch.equal(values, values_expected)
+    # The reference rounds keys to bf16 on the way; in e4m3 they may then be one step apart.
+    largest = keys_expected.abs().amax(-1, keepdim=True)
+    assert ((keys - keys_expected).abs() <= (keys_expected.abs() / 8 if fp8[0] else 0) + largest / 64).all()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 512])

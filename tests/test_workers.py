@@ -167,8 +167,9 @@ raise SystemExit(cli.main())
 
 
 _HANGING = """
-import ctypes
+import ctypes, signal
 from thinksafe import workers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a process in the background has is to ignore it
 with workers.Workers.join() as one:
     one.meet()
     print("joined", flush=True)
