@@ -43,6 +43,15 @@ def test_generate_alone(world, tmp_path, call, family, prompts):
     assert probed.label == "harmful" and probed.steering is None
 
 
+def test_prompts_that_repeat_another_are_counted(tmp_path, call):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps({"text": "hm", "label": label}) + "\n" for label in ("benign", "benign")))
+    status, _, errors = call("generate", "--prompts", twice)
+    assert status == 0 and len(read(tmp_path / "run" / "responses.jsonl", Response)) == 1
+    told = f"prompts: left out 1 with the text and label of an earlier one, first {twice}: line 2"
+    assert told in "\n".join(errors)
+
+
 def test_the_same_seed_gives_the_same_responses_and_another_one_others(tmp_path, call):
     found = []
     for number, seed in enumerate((0, 0, 1)):

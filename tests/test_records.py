@@ -94,8 +94,10 @@ def test_parquet_in_the_columns_of_safechain(tmp_path):
 
 def test_ids_are_of_content_and_duplicates_are_read_once(file):
     path = file("p.jsonl", jsonl([*ROWS, ROWS[0] | {"source": "again"}, {"text": ROWS[0]["text"], "label": "harmful"}]))
-    prompts = list(load_prompts(str(path)))
+    repeats = []
+    prompts = list(load_prompts(str(path), repeats.append))
     assert texts(prompts) == [*EXPECTED, (ROWS[0]["text"], "harmful")]
+    assert repeats == [f"{path}: line {len(ROWS) + 1}"]
     assert [prompt.id for prompt in prompts] == [content_id(prompt.label, prompt.text) for prompt in prompts]
     assert len({prompt.id for prompt in prompts}) == 3
     assert prompts[0].source == "p"

@@ -1,7 +1,7 @@
 """Prompts from wherever a recipe names them: a file, a folder, or a data set on the Hugging Face hub."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,23 @@ from thinksafe.paths import expand
 from thinksafe.records import SUFFIXES, Prompt, prompts_from_rows, read_rows
 
 
-def load_prompts(source: str) -> Iterator[Prompt]:
+def load_prompts(source: str, on_repeat: Callable[[str], None] = lambda where: None) -> Iterator[Prompt]:
     """Prompts in order, duplicates removed, one at a time.
 
     Args:
         source: a .jsonl, .json or .parquet file; a folder of such files; or `owner/name` on the hub, split `train`.
+        on_repeat: told where a duplicate is.
 
     Raises:
         UserError: nothing there, or a row that is no prompt.
     """
     path = expand(source)
     if path.is_file():
-        return prompts_from_rows(read_rows(path), path.stem)
+        return prompts_from_rows(read_rows(path), path.stem, on_repeat)
     if path.is_dir():
         rows = ((where, {"source": file.stem} | row) for file in _files_in(source) for where, row in read_rows(file))
-        return prompts_from_rows(rows, source)
-    return prompts_from_rows(_dataset("prompts", source, None, "train"), source)
+        return prompts_from_rows(rows, source, on_repeat)
+    return prompts_from_rows(_dataset("prompts", source, None, "train"), source, on_repeat)
 
 
 def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -267,11 +267,16 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
 
 
-def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -> Iterator[Prompt]:
+def prompts_from_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]], source: str, on_repeat: Callable[[str], None] = lambda where: None
+) -> Iterator[Prompt]:
     """Prompts from (where, row) pairs, duplicates removed.
 
     A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, also as
     SafeChain writes them (`vanilla_harmful`, `adversarial_benign`).
+
+    Args:
+        on_repeat: told where a row is left out, since its text and label came before.
 
     Raises:
         UserError: a row without text or with another label, naming its place.
@@ -285,7 +290,9 @@ def prompts_from_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str) -
         answer = row.get("answer")
         id_ = content_id(kind, text)
         origin = str(row.get("source") or source)
-        if id_ not in seen:
+        if id_ in seen:
+            on_repeat(where)
+        else:
             seen.add(id_)
             yield Prompt(id_, text, kind, origin, None if answer is None else str(answer))
 

@@ -32,7 +32,11 @@ def generate(run: RunDir, models: Models) -> None:
         raise UserError(f"{shard}: came from elsewhere, so go on with `thinksafe filter`, or give a new --out folder")
 
     def take_in() -> None:
-        write_shard(prompts_file, islice(load_prompts(run.recipe.prompts), run.recipe.limit))
+        repeats: list[str] = []
+        write_shard(prompts_file, islice(load_prompts(run.recipe.prompts, repeats.append), run.recipe.limit))
+        if repeats:
+            said = f"left out {len(repeats)} with the text and label of an earlier one, first {repeats[0]}"
+            print(f"{'prompts':>30}: {said}", file=sys.stderr)
 
     write_for_all(prompts_file, run.workers, take_in)
     prompts, first = Shard(prompts_file, Prompt), config.rungs[0]
