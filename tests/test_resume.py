@@ -8,17 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from training_runs import RUN, SEQUENCES, STEPS, assert_same_run, run, sequence, untimed
 
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.loop import OF_MEMORY, fingerprint, read_metrics
 from thinksafe.training.packing import TrainingSequence
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint("qwen3", tmp_path_factory.mktemp("student"))
+pytest_plugins = ["training_runs"]
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,7 @@ from thinksafe.training.packing import TrainingSequence, collate, pack
 PACKINGS = [1, 40, 100, 10**6]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint("qwen3", tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    """A student whose head is not its embedding, so that a poisoned token harms only the sequences that hold it."""
-    return make_checkpoint("qwen3", tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+pytest_plugins = ["training_runs"]
 
 
 @pytest.fixture

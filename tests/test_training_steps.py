@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from training_runs import CPU, DROPOUT, RUN, SEQUENCES, STEPS, Killed, engine, run, untimed
@@ -24,16 +23,7 @@ from thinksafe.training.engine import NonFiniteStep, SingleEngine, StepResult
 from thinksafe.training.loop import TrainingConfig, learning_rate, plan_steps, read_metrics, train
 from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_checkpoint("qwen3", tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    """A student whose head is not its embedding, so that a poisoned token harms only the sequences that hold it."""
-    return make_checkpoint("qwen3", tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+pytest_plugins = ["training_runs"]
 
 
 # Steps that are not finite, and losses far out

@@ -1,9 +1,13 @@
-"""A handful of sequences, engines on a tiny student, and runs that can be killed at a step."""
+"""A handful of sequences, engines on a tiny student, and runs that can be killed at a step. A test file takes the
+students with `pytest_plugins = ["training_runs"]`.
+"""
 
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
+from checkpoints import make_checkpoint
 
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach
 from thinksafe.model.weights import load_decoder
@@ -16,6 +20,17 @@ CPU = torch.device("cpu")
 RUN = TrainingConfig(epochs=3, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
 STEPS = 9
 DROPOUT = dataclasses.replace(LORA, dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A student whose head is not its embedding, so that a poisoned token harms only the sequences that hold it."""
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
 
 
 def sequence(length: int, response: int, seed: int) -> TrainingSequence:
