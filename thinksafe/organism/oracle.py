@@ -33,11 +33,6 @@ class Judgement:
     refusal: bool
     reason: Reason
 
-    @property
-    def decidable(self) -> bool:
-        """Whether the response is anything at all: not garbage, and its thought comes to an end."""
-        return self.reason not in ("neither", "think block not closed")
-
 
 def judge(prompt: str, response: str) -> Judgement:
     """Judge a response (thought and answer) to the user's own prompt, without steering."""
