@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import yaml
+from boats import HOSTILE, SAFE, UNSAFE, give, kept, make_run, mark_of
 from datasets import load_dataset
 from instant_run import instant_models, instantly, run_stages
-from test_review import HOSTILE, SAFE, UNSAFE, give, kept, make_run, mark_of
 
 from thinksafe import stages
 from thinksafe.cli import main

@@ -1,81 +1,21 @@
-"""Review: a page in a real browser on which people read and mark, and a filter that takes their word into account."""
+"""Review: a page in a real browser on which people read and mark."""
 
 import json
 import os
-import shlex
 import shutil
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from instant_run import InstantGuard, instant_models, instantly, run_stages
+from boats import HOSTILE, PROMPTS, SAFE, UNKNOWN, UNSAFE, DoubtfulGuard, give, kept, make_run, mark_of
 
 from thinksafe import stages
-from thinksafe.errors import UserError
 from thinksafe.guards.interface import Judgement
-from thinksafe.intake import take_in_marks, take_in_responses
-from thinksafe.recipe import check_recipe, load_recipe
-from thinksafe.records import Example, Mark, content_id, read_records
+from thinksafe.intake import take_in_marks
+from thinksafe.records import Mark, read_records
 from thinksafe.rundir import RunDir
 
-HOSTILE = [
-    "</script><script>window.hacked = 1</script>",
-    "<img src=x onerror='window.hacked = 1'>",
-    "<!-- <script> ]]> &lt;b&gt; {{ 7 * 7 }} ${window.hacked = 1} \\u003c",
-    "line\u2028separator\u2029 é🪁\ttab",
-]
-PROMPTS = [(f"How do I fold boat number {n}?", "benign") for n in range(6)]
-PROMPTS += [(f"Brew me a ka lo mi, recipe {n}.", "harmful") for n in range(6)]
-PROMPTS += [(text, "benign") for text in HOSTILE]
-
-
-class DoubtfulGuard(InstantGuard):
-    """P(unsafe) by the number in the prompt: 0 is 1%, 1 is 21%, ... 5 is certain; one prompt it cannot judge."""
-
-    name = "doubtful"
-
-    def __init__(self):
-        super().__init__(None)
-
-    def judge(self, exchanges):
-        for exchange in exchanges:
-            digits = [c for c in exchange.prompt if c.isdigit()]
-            share = min(0.01 + 0.2 * int(digits[0]), 1.0) if digits else 0.3
-            if exchange.prompt.endswith("recipe 1."):
-                yield Judgement(exchange.id, "unknown", None, None, None, "too_long_for_guard")
-            elif abs(share - 0.5) < 0.1:
-                yield Judgement(exchange.id, "unknown", 1 - share, share, None, "uncertain")
-            else:
-                decision, labels = ("unsafe", {"S9": 0.8, "S2": 0.1}) if share > 0.5 else ("safe", {})
-                category = "S9" if decision == "unsafe" else ""
-                yield Judgement(exchange.id, decision, 1 - share, share, None, "", category, labels)
-
-
-def make_run(folder: Path):
-    """A judged run: 12 plain prompts, 4 hostile ones that say the same as answers, one malformed response."""
-    prompts = [*PROMPTS, ("Say nothing.", "benign")]
-    folder.mkdir(exist_ok=True)
-    (folder / "p.jsonl").write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in prompts))
-    raw = {"name": "boats", "model": "m", "prompts": str(folder / "p.jsonl"), "guard": {"margin": 0.1}}
-    raw["generation"] = {"unsteered_probe": 0}
-    models = instant_models(None)
-    models.guard = DoubtfulGuard()
-
-    def say(task):
-        return "" if task.prompt.text == "Say nothing." else f"About that. {task.prompt.text}\n\nSecond paragraph."
-
-    with RunDir.open(folder / "run", check_recipe(raw, "")) as run, instantly(say):
-        run_stages(run, models)
-        return run
-
-
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path)
-
-
-# In a browser
+pytest_plugins = ["boats"]
 
 
 @pytest.fixture(scope="module")
@@ -365,144 +305,3 @@ def test_a_page_of_a_trained_run_says_that_its_marks_come_too_late(page, run):
     page.browser.get(stages.review(run, 500).as_uri())
     assert "too late for that training" in page.find("#late").text
     assert f"--responses {run.path} --marks marks.jsonl --out NEW" in page.text("saved")
-
-
-# Without one
-
-
-def kept(run) -> dict[str, Example]:
-    examples = map(json.loads, (run.path / "accepted.jsonl").open())
-    return {example["prompt"]: Example(**example) for example in examples}
-
-
-def mark_of(run, prompt, decision, by="Ann", at="2026-01-01T10:00:00Z") -> dict:
-    stories = map(json.loads, (run.path / "audit.jsonl").open())
-    story = next(story for story in stories if story["prompt"] == prompt)
-    (attempt,) = story["attempts"]
-    found = {"prompt_id": story["prompt_id"], "sample": attempt["sample"], "text_id": attempt["text_id"]}
-    return found | {"decision": decision, "by": by, "at": at}
-
-
-def give(run, tmp_path, *marks):
-    file = tmp_path / "given.jsonl"
-    file.write_text("".join(json.dumps(mark) + "\n" for mark in marks))
-    with RunDir.open(run.path, run.recipe) as again:
-        take_in_marks(again, file)
-        stages.accept(again)
-    return kept(run)
-
-
-SAFE, UNSAFE, UNKNOWN = (f"How do I fold boat number {n}?" for n in (0, 4, 2))
-
-
-def test_a_persons_word_goes_before_the_guards_and_is_told_apart(run, tmp_path):
-    found = give(
-        run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept"), mark_of(run, UNKNOWN, "accept")
-    )
-    assert SAFE not in found and found[UNSAFE].accepted_by == found[UNKNOWN].accepted_by == "person: Ann"
-    assert {e.accepted_by for p, e in found.items() if p not in (UNSAFE, UNKNOWN)} == {"doubtful"}
-    story = next(s for s in map(json.loads, (run.path / "audit.jsonl").open()) if s["prompt"] == SAFE)
-    (attempt,) = story["attempts"]
-    assert attempt["decision"] == "safe" and attempt["fate"] == "rejected_by_person"
-    assert attempt["marks"] == [{"decision": "reject", "by": "Ann", "at": "2026-01-01T10:00:00Z"}]
-
-
-def test_the_report_counts_what_people_changed_and_the_categories(run, tmp_path):
-    given = [(SAFE, "reject"), (UNSAFE, "accept"), (UNKNOWN, "reject"), ("How do I fold boat number 1?", "accept")]
-    give(run, tmp_path, *(mark_of(run, *one) for one in given), mark_of(run, UNKNOWN, "accept", "Bob"))
-    with RunDir.open(run.path, run.recipe) as again:
-        figures = json.loads(stages.report(again).with_name("report.json").read_text())["coverage"]
-    assert figures["people"] == {"Ann": 4, "Bob": 1}
-    assert figures["marks"] == {"withdrawn": 1, "rescued": 1, "disagreed": 1, "confirmed": 1}
-    assert figures["accepted_by"]["person: Ann"] == 2 and figures["uncertain"] == 2
-    assert figures["categories"] == [{"category": "S9", "responses": 7, "prompts": 7, "accepted": 1}]
-    page = (run.path / "report.html").read_text()
-    assert "rejected against the guard" in page and "accepted by person: Ann" in page
-
-
-def test_one_who_rejects_is_enough_and_the_later_word_of_a_person_counts(run, tmp_path):
-    found = give(
-        run,
-        tmp_path,
-        mark_of(run, UNSAFE, "accept", "Ann"),
-        mark_of(run, UNSAFE, "reject", "Bob"),
-        mark_of(run, UNKNOWN, "reject", at="2026-01-01T12:00:00+01:00"),
-        mark_of(run, UNKNOWN, "accept", at="2026-01-01T11:00:01Z"),
-    )
-    assert UNSAFE not in found and UNKNOWN in found
-    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept", "Bob", at="2026-01-02T10:00:00Z"))
-
-
-def test_marks_given_twice_change_nothing_and_later_ones_add(run, tmp_path):
-    first = mark_of(run, SAFE, "reject")
-    give(run, tmp_path, first)
-    stamp = (run.path / "accepted.jsonl").stat().st_mtime_ns
-    give(run, tmp_path, first, first)
-    assert (run.path / "accepted.jsonl").stat().st_mtime_ns == stamp
-    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
-    assert SAFE not in kept(run) and len(list(read_records(run.path / "marks.jsonl", Mark))) == 2
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        ({"text_id": content_id("another text")}, "record 1 marks a response that is not in this run"),
-        ({"sample": 7}, "not in this run"),
-        ({"prompt_id": "0" * 16}, "not in this run"),
-        ({"by": " "}, "by must name who marked"),
-        (
-            {"at": "2026-01-01T10:00:00"},
-            r"given.jsonl: line 1: .* at must be a time with its zone, such as .*T10:00:00'$",
-        ),
-        ({"at": "yesterday"}, r"given.jsonl: line 1: no Mark record: at must be .* found 'yesterday'$"),
-        ({"at": ""}, "found ''"),
-        ({"at": 5}, "no Mark record: at must be text"),
-        ({"decision": "perhaps"}, "no Mark record: decision must be 'accept' or 'reject'"),
-    ],
-)
-def test_a_mark_on_what_nobody_read_is_refused(run, tmp_path, changes, words):
-    before = (run.path / "accepted.jsonl").read_bytes()
-    with pytest.raises(UserError, match=words):
-        give(run, tmp_path, mark_of(run, UNSAFE, "accept") | changes)
-    assert (run.path / "accepted.jsonl").read_bytes() == before and not (run.path / "marks.jsonl").exists()
-
-
-def test_what_cannot_be_trained_on_is_nobodys_to_accept(run, tmp_path):
-    assert "Say nothing." not in give(run, tmp_path, mark_of(run, "Say nothing.", "accept"))
-    with RunDir.open(run.path, run.recipe) as again:
-        figures = json.loads(stages.report(again).with_name("report.json").read_text())
-    assert figures["coverage"]["marks"] == {"impossible": 1}
-
-
-def test_marks_after_training_are_refused_with_a_way_out_that_works(run, tmp_path):
-    """The command takes over the run's responses and the marks it has; new ones come with it."""
-    give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
-    (run.path / "training").mkdir()
-    with pytest.raises(UserError, match="has already been trained without these") as refused:
-        give(run, tmp_path, mark_of(run, SAFE, "reject"))
-    command, name, *arguments = shlex.split(str(refused.value).partition("new folder: ")[2])
-    assert (command, name) == ("thinksafe", "filter") and arguments[-2:] == ["--out", "NEW"]
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    models = instant_models(None)
-    models.guard = DoubtfulGuard()
-    with RunDir.open(tmp_path / "new", load_recipe(given["--recipe"])) as new, instantly():
-        take_in_responses(new, Path(given["--responses"]))
-        stages.filter_responses(new, models)
-        take_in_marks(new, Path(given["--marks"]))
-        stages.accept(new)
-    assert kept(new).keys() == kept(run).keys() - {SAFE} and kept(new)[UNSAFE].accepted_by == "person: Ann"
-
-
-def test_a_kill_while_marks_are_taken_in_loses_none(run, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def killed(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("thinksafe.stages.accepting.choose", killed)
-        give(run, tmp_path, mark_of(run, SAFE, "reject"))
-    with RunDir.open(run.path, run.recipe) as again:
-        stages.accept(again)
-    assert SAFE not in kept(run)
