@@ -44,10 +44,10 @@ run: $(VENV)/installed
 test: $(VENV)/installed-test $(OLD_TRITON)
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --timeout 300 --durations 10
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/test_kernels_interpreted.py tests/test_kernels_checks.py \
-	    tests/test_paged_attention.py tests/test_kv_write.py tests/test_row_linear.py tests/test_frozen_linear.py
-	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/test_kernels_compiled.py \
-	    tests/test_kernels_hopper.py tests/test_paged_hopper.py
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_interpreted.py tests/kernels/test_checks.py \
+	    tests/kernels/test_paged_attention.py tests/kernels/test_kv_write.py tests/kernels/test_row_linear.py tests/kernels/test_frozen_linear.py
+	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_compiled.py \
+	    tests/kernels/test_hopper.py tests/kernels/test_paged_hopper.py
 
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \

@@ -55,14 +55,14 @@ setup(
     # find_packages sees regular packages only, so the two folders without __init__.py are named.
     packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
     package_data={
-        "thinksafe": ["export.md"],
+        "thinksafe.export": ["*.jinja"],
         "thinksafe.launch": ["recipes/*.yaml", "*.sh", "hostfile", "README.md"],
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html", "*.css", "*.js"],
     },
     ext_modules=[Extension("thinksafe.libthinksafe", [])] if csrc.nvcc() else [],
     cmdclass={"build_ext": BuildWithNvcc},
-    entry_points={"console_scripts": ["thinksafe = thinksafe.cli:main"]},
+    entry_points={"console_scripts": ["thinksafe = thinksafe.cli.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

@@ -21,13 +21,14 @@ from benchmarks.harness import Row, Sections, compare, measure
 from benchmarks.models import in_e4m3, in_transformers, random_decoder
 from benchmarks.shapes import response_lengths
 from thinksafe.guards import model_guard
+from thinksafe.guards.base import Exchange, Judgement
+from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import LLAMA_GUARD
-from thinksafe.guards.interface import Exchange, GuardConfig, Judgement
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.scheduler import Scheduler
-from thinksafe.tokenization import SafeTokenizer
+from thinksafe.text.tokenizer import SafeTokenizer
 
 CLAIM = "What is equal in all records is read once, and nothing is padded."
 _TOKENS_A_RECORD = 830

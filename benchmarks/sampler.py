@@ -33,9 +33,9 @@ from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.decoder import PRODUCTS
 from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.limits import pass_seconds
+from thinksafe.sampler.model_runner import DecodeAttention, Runner
 from thinksafe.sampler.request import Request, SamplingConfig
-from thinksafe.sampler.runner import DecodeAttention, Runner
+from thinksafe.sampler.roofline import pass_seconds
 from thinksafe.sampler.scheduler import StepPlan
 
 CLAIM = "Continuous batching wins what static batches lose to their longest response."

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from thinksafe.model.shapes import PUBLIC
+from thinksafe.model.public_configs import PUBLIC
 
 VOCABULARY = 151_936
 """Qwen3's."""

@@ -37,13 +37,13 @@ from benchmarks.models import in_e4m3, in_transformers, random_decoder
 from benchmarks.shapes import response_lengths
 from thinksafe.hardware import hardware_of
 from thinksafe.kernels.packed_attention import keeps_grouped_heads
-from thinksafe.model.activations import Keeping
+from thinksafe.model.activation_checkpointing import Keeping
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
-from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
-from thinksafe.training.engine import SingleEngine
-from thinksafe.training.fitting import average_pack, described, keeping_on, largest_pack, recorded_on
+from thinksafe.training.cost_model import TrainingCosts, Work, causal_pairs
+from thinksafe.training.local_engine import SingleEngine
 from thinksafe.training.losses import PackLoss
+from thinksafe.training.memory_plan import average_pack, described, keeping_on, largest_pack, recorded_on
 from thinksafe.training.packing import PackedBatch, TrainingSequence, pack
 
 _PROMPT, _BATCH, _PACK = 64, 8, 32_768

@@ -16,7 +16,7 @@ import torch
 # A busy machine is no bug: examples have no deadline, whole tests a time-out.
 hypothesis.settings.register_profile("thinksafe", deadline=None)
 hypothesis.settings.load_profile("thinksafe")
-pytest.register_assert_rewrite("tiny_guards", "training_runs", "boats")
+pytest.register_assert_rewrite("tests.support.tiny_guards", "tests.support.training_runs", "tests.support.judged_run")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 SEED_VARIABLE = "THINKSAFE_TEST_SEED"

@@ -141,7 +141,8 @@ def test_cuda_that_does_not_compile_stops_the_installation_with_what_nvcc_says(t
 def test_what_a_gpu_machine_runs_needs_none_of_the_packages_it_lacks():
     """`make gpu` installs nothing, and the machine may have none of these."""
     lacking = ["pydantic", "datasets", "deepspeed", "flash_attn", "trl", "math_verify"]
-    tests = [file.stem for file in (ROOT / "tests").glob("test_*.py") if re.search(r"mark\.gpu", file.read_text())]
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if re.search(r"mark\.gpu", file.read_text())]
+    tests = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
     modules = [*(f"benchmarks.{suite}" for suite in ("run", *SUITES)), *tests]
-    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); sys.path.insert(0, 'tests'); import "
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); import "
     subprocess.run([sys.executable, "-c", code + ", ".join(modules)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

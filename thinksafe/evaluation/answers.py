@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from thinksafe.chat import Thought, parse_response
+from thinksafe.text.chat import Thought, parse_response
 
 AnswerKind = Literal["phrase", "choice", "math"]
 

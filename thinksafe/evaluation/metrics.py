@@ -8,13 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from thinksafe.data.records import Prompt, Response, Verdict
 from thinksafe.evaluation.answers import is_correct
 from thinksafe.evaluation.refusal import is_refusal
 from thinksafe.evaluation.statistics import mean_with_interval
-from thinksafe.records import Prompt, Response, Verdict
 
 if TYPE_CHECKING:
-    from thinksafe.recipe import EvaluationSet
+    from thinksafe.evaluation.config import EvaluationSet
 
 
 def measure(

@@ -1,6 +1,6 @@
 """Refusals by their wording, for guards that do not judge them. Coarse: prefer a guard that does."""
 
-from thinksafe.chat import Thought, parse_response
+from thinksafe.text.chat import Thought, parse_response
 
 _OPENINGS = (
     "i'm sorry",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
-from thinksafe.guards.interface import Exchange, Guard, Judgement
+from thinksafe.guards.base import Exchange, Guard, Judgement
 
 _TOGETHER = 1024
 """Exchanges after which the next member reads: what all have judged is kept whatever happens after."""

@@ -10,9 +10,9 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from thinksafe.chat import Chat
 from thinksafe.errors import UserError
-from thinksafe.tokenization import SafeTokenizer
+from thinksafe.text.chat import Chat
+from thinksafe.text.tokenizer import SafeTokenizer
 
 _MEANINGS = {
     "harm": {"safe", "unsafe"},

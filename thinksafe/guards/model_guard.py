@@ -18,14 +18,15 @@ from itertools import islice
 
 import numpy as np
 
-from thinksafe.chat import Thought, parse_response
 from thinksafe.errors import UserError
+from thinksafe.guards.base import Decision, Exchange, Judgement
+from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import NEITHER, Question, folded, like
-from thinksafe.guards.interface import Decision, Exchange, GuardConfig, Judgement
 from thinksafe.guards.windows import plan_windows
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.engine import Engine
-from thinksafe.tokenization import SafeTokenizer
+from thinksafe.text.chat import Thought, parse_response
+from thinksafe.text.tokenizer import SafeTokenizer
 
 _OVERLAP = 4
 """Neighbouring windows share a quarter, so a passage of a quarter window is whole in one of them."""

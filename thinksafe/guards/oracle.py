@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from thinksafe.guards.interface import Exchange, Judgement
+from thinksafe.guards.base import Exchange, Judgement
 from thinksafe.organism.language import words
 from thinksafe.organism.oracle import judge
 

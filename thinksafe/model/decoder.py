@@ -17,10 +17,10 @@ from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.row_linear import fp8_linear
 from thinksafe.kernels.swiglu import swiglu
-from thinksafe.model.activations import Keeping, run_layer
+from thinksafe.model.activation_checkpointing import Keeping, run_layer
 from thinksafe.model.attention import Attention, Rotation
 from thinksafe.model.config import ModelConfig
-from thinksafe.model.parallel import WHOLE, Shard
+from thinksafe.model.tensor_parallel import WHOLE, Shard
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(x [T, K], weight [N, K], bias [N] or None) -> x Wᵀ + b, [T, N]."""

@@ -19,7 +19,7 @@ from thinksafe.errors import UserError
 from thinksafe.kernels.fp8 import E4M3, quantise
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.parallel import WHOLE, Shard
+from thinksafe.model.tensor_parallel import WHOLE, Shard
 from thinksafe.paths import expand
 
 WeightDtype = Literal["auto", "fp8"]

@@ -23,7 +23,7 @@ from thinksafe.model.weights import save_decoder
 from thinksafe.organism.language import words
 from thinksafe.organism.tokenizer import END_OF_TURN, PADDING, build_tokenizer
 from thinksafe.organism.world import Sample, World
-from thinksafe.training.engine import SingleEngine
+from thinksafe.training.local_engine import SingleEngine
 from thinksafe.training.loop import StepMetrics, TrainingConfig, train
 from thinksafe.training.packing import TrainingSequence
 

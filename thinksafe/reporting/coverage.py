@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from thinksafe.rundir import RunDir
-from thinksafe.selection import KEPT, SPARE
+from thinksafe.data.selection import KEPT, SPARE
+from thinksafe.run.directory import RunDir
 
 
 def stories(run: RunDir) -> Iterator[dict[str, Any]]:

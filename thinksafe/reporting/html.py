@@ -16,8 +16,8 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from thinksafe import display
-from thinksafe.files import write_atomically
+from thinksafe import formatting as display
+from thinksafe.data.atomic import write_atomically
 from thinksafe.reporting.figures import length_histogram, loss_curve
 
 LOWER, HIGHER = "lower is better", "higher is better"

@@ -20,13 +20,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from thinksafe.attempts import Attempts
-from thinksafe.chat import Thought, parse_response
-from thinksafe.files import write_atomically
-from thinksafe.intake import filter_anew, read_marks
-from thinksafe.records import Verdict, content_id
-from thinksafe.rundir import RunDir
-from thinksafe.selection import Attempt, choose
+from thinksafe.data.atomic import write_atomically
+from thinksafe.data.records import Verdict, content_id
+from thinksafe.data.selection import Attempt, choose
+from thinksafe.run.attempts import Attempts
+from thinksafe.run.directory import RunDir
+from thinksafe.run.marks import filter_anew, read_marks
+from thinksafe.text.chat import Thought, parse_response
 
 
 def write_review(run: RunDir, most: int) -> Path:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import thinksafe
+from thinksafe.data.jsonl import read_records
+from thinksafe.data.records import Response, Verdict
 from thinksafe.evaluation.statistics import mean_with_interval
-from thinksafe.records import Response, Verdict, read_records
 from thinksafe.reporting.coverage import coverage, stories
-from thinksafe.rundir import RunDir
+from thinksafe.run.directory import RunDir
 from thinksafe.training.loop import read_metrics
 
 _HEADLINES = {"harmful_ratio": "harmful", "over_refusal": "over_refusal", "reasoning_accuracy": "reasoning"}

@@ -20,11 +20,11 @@ from thinksafe.hardware import hardware_of
 from thinksafe.kernels.fp8 import supported
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import WeightDtype
-from thinksafe.sampler.cache import CacheDtype, CacheFormat
-from thinksafe.sampler.invariance import prove_row_invariance
-from thinksafe.sampler.limits import Sizes, pass_seconds
+from thinksafe.sampler.batch_invariance import prove_row_invariance
+from thinksafe.sampler.kv_cache import CacheDtype, CacheFormat
+from thinksafe.sampler.model_runner import Results, Runner
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
-from thinksafe.sampler.runner import Results, Runner
+from thinksafe.sampler.roofline import Sizes, pass_seconds
 from thinksafe.sampler.scheduler import Scheduler, StepPlan
 
 _QUEUED = 64

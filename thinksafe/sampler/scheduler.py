@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from thinksafe.sampler.loops import CHECK_EVERY, ends_in_a_loop
-from thinksafe.sampler.pages import PagePool, prefix_digests
+from thinksafe.sampler.page_pool import PagePool, prefix_digests
+from thinksafe.sampler.repetition import CHECK_EVERY, ends_in_a_loop
 from thinksafe.sampler.request import Completion, FinishReason, Request
 
 _GROWTH_TOKENS = 256

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thinksafe.training.distributed import barrier, gather, rank, world_size
+from thinksafe.distributed.ranks import barrier, gather, rank, world_size
 
 _KEEP = 2
 

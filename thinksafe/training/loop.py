@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 import torch
 
+from thinksafe.distributed.ranks import balanced, rank, world_size
 from thinksafe.hardware import hardware_of
 from thinksafe.model.weights import WeightDtype
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
-from thinksafe.training.costs import TrainingCosts, Work, causal_pairs
-from thinksafe.training.distributed import balanced, rank, world_size
-from thinksafe.training.engine import NonFiniteStep, SingleEngine
+from thinksafe.training.cost_model import TrainingCosts, Work, causal_pairs
+from thinksafe.training.local_engine import NonFiniteStep, SingleEngine
 from thinksafe.training.packing import PackedBatch, Reduction, TrainingSequence, pack
 
 if TYPE_CHECKING:
-    from thinksafe.training.zero import ZeroEngine
+    from thinksafe.training.deepspeed_engine import ZeroEngine
 
 
 T = TypeVar("T")

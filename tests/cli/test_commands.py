@@ -1,0 +1,266 @@
+"""The command line: every stage on its own, every family, and help."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.checkpoints import FAMILIES, make_checkpoint
+from tests.support.small_world import EXAMPLES, ROWS, SET, THOUGHT, call, world, write_jsonl
+from thinksafe.cli.__main__ import main
+from thinksafe.data.jsonl import read_records
+from thinksafe.data.records import Example, Response, Verdict
+from thinksafe.data.sources import load_prompts
+
+__all__ = ["call", "world"]  # fixtures
+
+
+def read(file, kind):
+    return list(read_records(file, kind))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompts", ["prompts.jsonl", "prompts.parquet"])
+def test_generate_alone(world, tmp_path, call, family, prompts):
+    out = tmp_path / "run"
+    status, printed, _ = call("generate", "--prompts", world / prompts, "--set", f"model={world / family}")
+    assert status == 0 and printed.strip() == str(out / "responses.jsonl")
+    responses = read(out / "responses.jsonl", Response)
+    assert sorted((r.prompt, r.label) for r in responses) == sorted(
+        (row["instruction"], "harmful" if "harmful" in row["label"] else "benign") for row in ROWS
+    )
+    assert {r.label: r.steering for r in responses} == {"harmful": "prefix", "benign": None}
+    assert all(0 < r.num_tokens <= 12 or r.finish_reason == "stop" for r in responses)
+    assert all(r.num_prompt_tokens > 10 for r in responses)
+    assert {r.prompt_id for r in responses} == {prompt.id for prompt in list(load_prompts(str(out / "prompts.jsonl")))}
+    (probed,) = read(out / "unsteered.jsonl", Response)
+    assert probed.label == "harmful" and probed.steering is None
+
+
+def test_prompts_that_repeat_another_are_counted(tmp_path, call):
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text("".join(json.dumps({"text": "hm", "label": label}) + "\n" for label in ("benign", "benign")))
+    status, _, errors = call("generate", "--prompts", twice)
+    assert status == 0 and len(read(tmp_path / "run" / "responses.jsonl", Response)) == 1
+    told = f"prompts: left out 1 with the text and label of an earlier one, first {twice}: line 2"
+    assert told in "\n".join(errors)
+
+
+def test_the_same_seed_gives_the_same_responses_and_another_one_others(tmp_path, call):
+    found = []
+    for number, seed in enumerate((0, 0, 1)):
+        assert call("generate", "--seed", seed)[0] == 0
+        found.append(sorted(read(tmp_path / "run" / "responses.jsonl", Response), key=lambda r: r.prompt_id))
+        (tmp_path / "run").rename(tmp_path / str(number))
+    assert found[0] == found[1]
+    assert [r.text for r in found[0]] != [r.text for r in found[2]]
+
+
+def test_several_samples_of_a_prompt_differ(tmp_path, call):
+    status, _, errors = call("generate", "--set", "generation.samples=3", "--set", "limit=2")
+    assert status == 0
+    responses = read(tmp_path / "run" / "responses.jsonl", Response)
+    (told,) = re.findall(r" generate: prefix caching shared ([\d,]+) prompt tokens, 0 preemptions", "\n".join(errors))
+    in_full_pages = sum((r.num_prompt_tokens - 1) // 16 * 16 for r in responses if r.sample)
+    assert in_full_pages <= int(told.replace(",", "")) < sum(r.num_prompt_tokens for r in responses)
+    assert Counter(r.sample for r in responses) == {0: 2, 1: 2, 2: 2}
+    assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
+
+
+def test_responses_that_did_not_end_are_told_of_at_once(world, tmp_path, call):
+    """A token that breaks the model, in one prompt of five, and a model that repeats itself as soon as it may."""
+
+    def variant(family: str, change) -> Path:
+        folder = shutil.copytree(world / family, tmp_path / f"broken {family}")
+        (file,) = folder.glob("*.safetensors")
+        weights = load_file(file)
+        change(folder, weights)
+        save_file(weights, file, metadata={"format": "pt"})
+        return folder
+
+    def poison(folder: Path, weights: dict) -> None:
+        broken = AutoTokenizer.from_pretrained(folder)("Z", add_special_tokens=False)["input_ids"][-1]
+        weights["model.embed_tokens.weight"][broken] = torch.nan
+
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [*ROWS, {"text": "Fold a Z.", "label": "benign"}])
+    status, _, errors = call("generate", "--prompts", prompts, "--set", f"model={variant('llama', poison)}")
+    ends = Counter(response.finish_reason for response in read(tmp_path / "run" / "responses.jsonl", Response))
+    assert status == 0 and ends["nan"] == 1 and ends["length"] >= 2
+    told = f"{5 - ends['stop']} of 5 responses did not end by themselves: {ends['length']} at the token limit"
+    assert f"generate: {told}, 1 with logits that broke (NaN)" in "\n".join(errors)
+
+    def without_context(folder: Path, weights: dict) -> None:
+        for name, weight in weights.items():
+            if "o_proj" in name or "down_proj" in name:
+                weight.zero_()
+
+    model = variant("qwen3", without_context)
+    sampling = "{temperature: 0, max_tokens: 200, stop_loops: true}"
+    given = ["--set", f"model={model}", "--set", f"generation.sampling={sampling}"]
+    status, _, errors = call("generate", *given, "--out", tmp_path / "loops")
+    assert status == 0 and "4 of 4 responses did not end by themselves: 4 in a loop" in "\n".join(errors)
+
+
+def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(tmp_path, call):
+    long = {"text": "word " * 3000, "label": "harmful"}
+    status, _, errors = call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0], long]))
+    assert status == 2 and len(errors) == 1
+    assert "'word word" in errors[0] and "is longer than the context" in errors[0] and "511 fit" in errors[0]
+    assert (tmp_path / "run" / "responses.jsonl.partial").read_text() == ""
+    assert call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0]]))[0] == 0
+    status, _, errors = call("generate", "--set", "sampler.kv_cache_gib=2e-5", "--out", tmp_path / "small")
+    assert status == 2 and re.search(r"longer than the page cache: .*; raise sampler.kv_cache_gib$", errors[-1])
+
+
+def test_filter_alone(world, tmp_path, call):
+    status, printed, _ = call("filter", "--responses", world / "responses.jsonl")
+    out = tmp_path / "run"
+    assert status == 0 and printed.strip() == str(out / "accepted.jsonl")
+    responses = read(world / "responses.jsonl", Response)
+    verdicts = {(v.prompt_id, v.sample): v for v in read(out / "verdicts.jsonl", Verdict)}
+    assert verdicts.keys() == {(r.prompt_id, r.sample) for r in responses} and len(responses) == 4
+    for response in responses:
+        verdict = verdicts[response.prompt_id, response.sample]
+        if response.text == "No thought.":
+            assert (verdict.decision, verdict.reason, verdict.p_safe) == ("dropped", "no_think_block", None)
+        else:
+            assert verdict.decision == ("safe" if verdict.p_safe > verdict.p_unsafe else "unsafe")
+            assert verdict.reason == ("" if verdict.decision == "safe" else "unsafe")
+    safe = {key for key, verdict in verdicts.items() if verdict.decision == "safe"}
+    accepted = read(out / "accepted.jsonl", Example) if safe else []
+    assert Counter((e.prompt, e.response) for e in accepted) == Counter(
+        (r.prompt, r.text) for r in responses if (r.prompt_id, r.sample) in safe
+    )
+
+
+def test_a_guard_without_verdicts_accepts_nothing_and_says_why(world, tmp_path, call):
+    unsure = ["--set", "guard.min_mass=0.5"]
+    assert call("filter", "--responses", world / "responses.jsonl", *unsure)[0] == 0
+    verdicts = read(tmp_path / "run" / "verdicts.jsonl", Verdict)
+    assert Counter((v.decision, v.reason) for v in verdicts) == {
+        ("unknown", "no_verdict"): 3,
+        ("dropped", "no_think_block"): 1,
+    }
+    assert (tmp_path / "run" / "accepted.jsonl").read_text() == ""
+    status, _, errors = call("train", *unsure)
+    assert status == 2 and len(errors) == 1 and "no response was accepted" in errors[0]
+    assert call("report", *unsure)[0] == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["filter"]["dropped"] == {
+        "benign": {"no_verdict": 2},
+        "harmful": {"no_verdict": 1, "no_think_block": 1},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_alone_gives_an_adapter_that_peft_loads(world, tmp_path, call, family):
+    status, printed, _ = call("train", "--data", world / "examples.jsonl", "--set", f"model={world / family}")
+    adapter = tmp_path / "run" / "adapter"
+    assert status == 0 and printed.strip() == str(adapter)
+    model = AutoModelForCausalLM.from_pretrained(world / family)
+    tuned = peft.PeftModel.from_pretrained(model, adapter)
+    assert tuned.peft_config["default"].r == 2
+    assert all(parameter.abs().max() > 0 for name, parameter in tuned.named_parameters() if "lora_B" in name)
+    assert not (tmp_path / "run" / "training" / "checkpoints").exists()
+
+
+def test_examples_that_are_too_long_are_left_out_whole_and_counted_aloud(world, tmp_path, call):
+    long = {"prompt": "Fold it.", "response": THOUGHT + "Once more. " * 200, "label": "benign"}
+    data = write_jsonl(tmp_path / "data.jsonl", [*EXAMPLES, long])
+    status, _, errors = call("train", "--data", data, SET, "training.max_length=200")
+    assert status == 0 and any(
+        line.strip() == "dropped: 1 of 4 examples: 1 x longer_than_200_tokens" for line in errors
+    ), errors
+    stage = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["train"]
+    assert (stage["records"], stage["dropped"]) == (3, {"longer_than_200_tokens": 1})
+    assert not any("dropped" in line for line in call("train", "--data", data, SET, "training.max_length=200")[2])
+
+
+def test_train_every_weight_and_evaluate_the_new_model(world, tmp_path, call):
+    full = ["--set", "training.method=full"]
+    status, printed, _ = call("train", "--data", world / "examples.jsonl", *full)
+    folder = tmp_path / "run" / "model"
+    assert status == 0 and printed.strip() == str(folder)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (world / "qwen3", folder))
+    changed = [not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(changed)
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert (folder / "chat_template.jinja").exists()
+    assert call("evaluate", *full)[0] == 0
+    texts = [
+        [r.text for r in sorted(read(file, Response), key=lambda r: (r.prompt_id, r.sample))]
+        for moment in ("before", "after")
+        for file in [tmp_path / "run" / "evaluation" / moment / "refusal.responses.jsonl"]
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_evaluate_an_adapter_from_elsewhere_and_report(world, tmp_path, call):
+    assert call("train", "--data", world / "examples.jsonl")[0] == 0
+    (tmp_path / "run").rename(tmp_path / "trained")
+    status, printed, _ = call("evaluate", "--adapter", tmp_path / "trained" / "adapter")
+    assert status == 0 and "before" in printed and "after" in printed and printed.rstrip().endswith("report.html")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    sets = {row["name"]: row for row in report["sets"]}
+    assert sets.keys() == {"harm", "refusal", "sums"}
+    assert (sets["harm"]["n"], sets["refusal"]["samples"], sets["sums"]["n"]) == (4, 2, 2)
+    asked = read(tmp_path / "run" / "evaluation" / "after" / "sums.responses.jsonl", Response)
+    assert {r.prompt for r in asked} == {"What is 1 + 1?", "What is 2 + 1?"}
+    assert {r.steering for r in asked} == {"Think. {prompt}"}
+    assert call("report", recipe=False)[0] == 0
+
+
+def test_an_adapter_is_not_evaluated_on_another_fine_tune_of_its_shape(world, tmp_path, call):
+    other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
+    assert call("train", "--data", world / "examples.jsonl")[0] == 0
+    adapter = (tmp_path / "run").rename(tmp_path / "trained") / "adapter"
+    status, _, (error,) = call("evaluate", "--adapter", adapter, "--set", f"model={other}")
+    assert status == 2 and f"this adapter was trained on {world / 'qwen3'}, and {other} holds other weights" in error
+    assert not (tmp_path / "run" / "evaluation").exists()
+    (adapter / "base.json").unlink()
+    assert call("evaluate", "--adapter", adapter, "--set", f"model={other}")[0] == 0
+
+
+def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call):
+    for number in (1, 2):
+        assert call("train", "--data", world / "examples.jsonl", "--seed", number)[0] == 0
+        (tmp_path / "run").rename(tmp_path / f"trained{number}")
+    one, other = (tmp_path / f"trained{number}" / "adapter" for number in (1, 2))
+    small = ["--set", "evaluation.sets=[{name: a, file: %s, kind: reasoning}]" % (world / "questions.jsonl")]
+    assert call("evaluate", "--adapter", one, *small)[0] == 0
+    assert call("evaluate", "--adapter", one, *small)[0] == 0
+    status, _, errors = call("evaluate", "--adapter", other, *small)
+    assert status == 2 and len(errors) == 1 and "other weights" in errors[0]
+
+
+COMMANDS = ["run", "generate", "filter", "train", "evaluate", "report", "review", "export-data", "export-model"]
+COMMANDS += ["estimate", "recipe", "organism"]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "organism build"])
+def test_help_fits_the_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main([*command.split(), "--help"])
+    printed = capsys.readouterr()
+    assert exit_.value.code == 0 and printed.err == ""
+    lines = printed.out.splitlines()
+    assert lines[0].startswith(f"usage: thinksafe {command}".rstrip()) and max(map(len, lines)) <= 80
+    if not command:
+        assert [line.split()[0] for line in lines[lines.index("commands:") + 1 :]] == COMMANDS, "each on one line"
+
+
+def test_recipe_prints_a_recipe_that_runs(tmp_path, call):
+    status, printed, errors = call("recipe", SET, "training.epochs=7", out=False)
+    assert status == 0 and errors == []
+    assert "# Passes over the accepted examples. Default: 3\n  epochs: 7\n" in printed
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert call("generate", "--recipe", tmp_path / "mine.yaml", recipe=False)[0] == 0
+    assert "model: Qwen/Qwen3-0.6B" in call("recipe", recipe=False, out=False)[1]

@@ -1,0 +1,103 @@
+"""What layers keep for the backward pass: the same gradients whatever is kept, and as many bytes as are counted."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.shapes import MODELS
+from tests.emulation.gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
+from tests.support.checkpoints import make_checkpoint
+from thinksafe.kernels import dispatch
+from thinksafe.model.activation_checkpointing import KEEPING, kept_bytes, run_layer
+from thinksafe.model.attention import PackedAttention
+from thinksafe.model.config import ModelConfig
+from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.weights import load_decoder
+
+TOKENS = 2048
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TRAINED = {
+    "paper": LoraConfig(),
+    "no dropout": LoraConfig(dropout=0.0),
+    "adapters everywhere": LoraConfig(target_modules=EVERY),
+    "adapters everywhere, no dropout": LoraConfig(dropout=0.0, target_modules=EVERY),
+    "every weight": None,
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_gradients_do_not_depend_on_what_is_kept(tmp_path, family, method):
+    """Bit for bit on a CPU, dropout included."""
+    decoder = load_decoder(make_checkpoint(family, tmp_path), torch.float32, "cpu")
+    if method == "lora":
+        attach(decoder, LoraConfig(rank=4, dropout=0.3, target_modules=EVERY), seed=0)
+        with torch.no_grad():
+            for name, parameter in decoder.named_parameters():
+                if name.endswith("lora_B"):
+                    parameter.normal_(std=0.1)
+    else:
+        decoder.requires_grad_(True)
+    lengths = [20, 3, 9]
+    ids = torch.randint(0, 380, (sum(lengths),))
+    positions = torch.cat([torch.arange(length) for length in lengths])
+
+    def gradients(*keeping) -> dict[str, torch.Tensor]:
+        decoder.keeping = keeping
+        decoder.zero_grad()
+        torch.manual_seed(5)
+        decoder.train()(ids, positions, PackedAttention.of(lengths, "cpu")).square().mean().backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+    plain = gradients("none", "none")
+    assert plain and all(gradient.abs().max() > 0 for gradient in plain.values())
+    for keeping in (("selective",) * 2, ("full",) * 2, ("full", "selective"), ("selective", "none")):
+        found = gradients(*keeping)
+        assert found.keys() == plain.keys()
+        assert all(torch.equal(found[name], plain[name]) for name in plain), keeping
+
+
+@pytest.mark.parametrize("namespace", ["torch_attn", "flash_attn"])
+@pytest.mark.parametrize("keeping, times", [("none", 1), ("selective", 1), ("full", 2)])
+def test_attention_is_computed_once_unless_nothing_is_kept(tmp_path, namespace, keeping, times):
+    """An operator in the namespace of torch's and of flash-attn's variable-length attention stands in for it."""
+    calls = []
+
+    def forward(v: torch.Tensor) -> torch.Tensor:
+        calls.append(namespace)
+        return v.repeat_interleave(2, dim=1)
+
+    name = f"{namespace}::stand_in_{keeping}"
+    attention = torch.library.custom_op(name, forward, mutates_args=())
+    attention.register_autograd(lambda ctx, grad: grad.unflatten(1, (-1, 2)).sum(2))
+    decoder = load_decoder(make_checkpoint("qwen3", tmp_path), torch.float32, "cpu")
+    assert decoder.config.num_heads == 2 * decoder.config.num_kv_heads
+    attach(decoder, LoraConfig(rank=4), seed=0)
+    decoder.keeping = (keeping,) * 2
+    decoder.train()(torch.arange(9), torch.arange(9), lambda layer, q, k, v, rotation: attention(v)).sum().backward()
+    assert len(calls) == times * 2
+
+
+@pytest.mark.skipif(dispatch.triton is None, reason="the GPU path needs Triton")
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "qwen3-8b", "llama-3-8b"])
+@pytest.mark.parametrize("grouped_heads", [False, True])
+def test_what_a_layer_keeps_is_what_is_counted(name, trained, grouped_heads):
+    """Traced at the real shape on the operations of a GPU: within 5%."""
+    config = dataclasses.replace(ModelConfig.from_hugging_face(MODELS[name], name), num_layers=1)
+    lora = TRAINED[trained]
+    layer, found = decoder_on_meta(config, lora).layers[0], {}
+    adapters = sum(2 * parameter.numel() for name, parameter in layer.named_parameters() if "lora" in name)
+    with torch.device("meta"):
+        cos, cu_seqlens = torch.empty(TOKENS, config.head_dim // 2), torch.empty(3, dtype=torch.int32)
+    for keeping in KEEPING:
+        with on_gpu_path(grouped_heads), torch.device("meta"), MemoryTrace() as trace:
+            hidden = torch.empty(TOKENS, config.hidden_size, dtype=torch.bfloat16).requires_grad_(True)
+            out = run_layer(layer, keeping, hidden, cos, cos, PackedAttention(cu_seqlens, TOKENS), F.linear)
+            # The output is the next layer's input; adapters in bf16 are kept once a step, not once a token.
+            found[keeping] = (trace.held() - out.nbytes - (adapters if keeping == "none" else 0)) / TOKENS
+    names, rank, dropout = (lora.target_modules, lora.rank, lora.dropout) if lora else (None, 0, 0.0)
+    counted = kept_bytes(config, names, rank, dropout, itemsize=2, grouped_heads=grouped_heads)
+    assert found == pytest.approx(counted, rel=0.05)

@@ -1,0 +1,331 @@
+"""Adapters: the same numbers as PEFT's, in PEFT's files, and a base that is never touched."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.support.checkpoints import FAMILIES, make_checkpoint
+from thinksafe.errors import UserError
+from thinksafe.model.attention import PackedAttention, packed_positions
+from thinksafe.model.lora import (
+    LoraConfig,
+    adapter_parameters,
+    attach,
+    detach,
+    load_adapter,
+    merge,
+    name_base,
+    refuse_other_base,
+    save_adapter,
+)
+from thinksafe.model.weights import load_config, load_decoder, save_decoder
+
+EVERYWHERE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG = LoraConfig(rank=4, alpha=6.0, dropout=0.1, target_modules=("q_proj", "v_proj"))
+IDS = torch.arange(3, 40) * 7 % 371
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {family: make_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.fixture
+def decoder(folders):
+    return load_decoder(folders["qwen3"], torch.float32, "cpu")
+
+
+def logits(decoder, ids=IDS):
+    with torch.no_grad():
+        hidden = decoder(ids, packed_positions([len(ids)], "cpu"), PackedAttention.of([len(ids)], "cpu"))
+        return hidden @ decoder.head.T
+
+
+def trained(decoder, config=CONFIG, seed=0):
+    """An adapter that changes something."""
+    attach(decoder, config, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(decoder).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return decoder.eval()
+
+
+def test_a_new_adapter_changes_nothing_and_alone_is_trained(decoder):
+    before = logits(decoder)
+    attach(decoder, LoraConfig(target_modules=EVERYWHERE), seed=0)
+    assert torch.equal(logits(decoder.eval()), before)
+    trainable = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    assert trainable == {
+        f"layers.{layer}.{name}_lora_{half}" for layer in range(2) for name in EVERYWHERE for half in "AB"
+    }
+
+
+def test_a_new_adapter_is_drawn_from_its_seed_as_peft_draws_it(folders):
+    decoders = [load_decoder(folders["qwen3"], torch.float32, "cpu") for _ in range(3)]
+    for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
+        attach(decoder, CONFIG, seed)
+    one, same, other = (adapter_parameters(decoder) for decoder in decoders)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    for name, parameter in one.items():
+        if "lora_A" in name:
+            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5)
+            assert not torch.equal(parameter, other[name])
+            assert 0.9 * bound < parameter.abs().max() <= bound
+        else:
+            assert not parameter.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), EVERYWHERE], ids=["q and v", "everywhere"])
+def test_an_adapter_of_ours_computes_the_same_in_peft(folders, tmp_path, family, targets):
+    decoder = load_decoder(folders[family], torch.float32, "cpu")
+    before = logits(decoder)
+    config = LoraConfig(rank=4, alpha=6.0, dropout=0.1, target_modules=targets)
+    save_adapter(trained(decoder, config), config, tmp_path, str(folders[family]))
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[family]), tmp_path).eval()
+    with torch.no_grad():
+        theirs = model(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+    assert (logits(decoder) - before).abs().max() > 0.1
+    assert model.peft_config["default"].base_model_name_or_path == str(folders[family])
+    assert model.peft_config["default"].lora_dropout == 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_adapter_of_peft_computes_the_same_here(folders, tmp_path, family, dtype):
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=5, lora_dropout=0.2, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders[family]), settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape).mul(0.3).to(dtype))
+        theirs = model(IDS[None]).logits[0]
+    model.to(dtype).save_pretrained(tmp_path)
+    decoder = load_decoder(folders[family], torch.float32, "cpu")
+    config = load_adapter(decoder, tmp_path)
+    assert config == LoraConfig(rank=3, alpha=5, dropout=0.2, target_modules=("down_proj", "v_proj"))
+    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_comes_back_from_its_folder(decoder, folders, tmp_path):
+    save_adapter(trained(decoder), CONFIG, tmp_path, "base")
+    again = load_decoder(folders["qwen3"], torch.float32, "cpu")
+    assert load_adapter(again, tmp_path) == CONFIG
+    assert torch.equal(logits(again), logits(decoder))
+
+
+def test_an_adapter_stays_fp32_on_a_bf16_model(folders, tmp_path):
+    decoder = trained(load_decoder(folders["qwen3"], torch.bfloat16, "cpu"))
+    assert {parameter.dtype for parameter in adapter_parameters(decoder).values()} == {torch.float32}
+    save_adapter(decoder, CONFIG, tmp_path, "base")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
+    again = load_decoder(folders["qwen3"], torch.bfloat16, "cpu")
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(decoder)) and logits(decoder).dtype == torch.bfloat16
+
+
+def test_detaching_gives_the_base_back_bit_for_bit(decoder):
+    before = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
+    expected = logits(decoder)
+    trained(decoder, LoraConfig(target_modules=EVERYWHERE))
+    assert not torch.equal(logits(decoder), expected)
+    detach(decoder)
+    after = dict(decoder.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
+    assert torch.equal(logits(decoder), expected)
+
+
+def test_adapters_can_be_changed_in_turn(decoder, folders, tmp_path):
+    expected = {}
+    for seed in (0, 1):
+        expected[seed] = logits(trained(decoder, seed=seed))
+        save_adapter(decoder, CONFIG, tmp_path / str(seed), "base")
+        detach(decoder)
+    for seed in (1, 0, 1):
+        load_adapter(decoder, tmp_path / str(seed))
+        assert torch.equal(logits(decoder), expected[seed])
+        detach(decoder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_computes_the_same_and_transformers_reads_it(folders, tmp_path, family):
+    decoder = trained(load_decoder(folders[family], torch.float32, "cpu"), LoraConfig(4, 6.0, 0.1, EVERYWHERE))
+    expected = logits(decoder)
+    merge(decoder)
+    assert adapter_parameters(decoder) == {}
+    torch.testing.assert_close(logits(decoder), expected, rtol=1e-4, atol=1e-4)
+    save_decoder(decoder, json.loads((folders[family] / "config.json").read_text()), tmp_path)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_of_training_alone_and_on_the_adapter_alone(decoder):
+    base = logits(decoder)
+    trained(decoder, LoraConfig(4, 6.0, 0.5, EVERYWHERE))
+    expected = logits(decoder)
+    decoder.train()
+    assert not torch.equal(logits(decoder), expected)
+    torch.manual_seed(0)
+    first = logits(decoder)
+    assert not torch.equal(logits(decoder), first)
+    torch.manual_seed(0)
+    assert torch.equal(logits(decoder), first)
+    decoder.eval()
+    assert torch.equal(logits(decoder), expected)
+    attach(decoder, LoraConfig(4, 6.0, 0.5, EVERYWHERE), seed=0)  # B is zero, so dropout has nothing to drop
+    assert torch.equal(logits(decoder.train()), base)
+
+
+def test_attaching_again_replaces_the_adapter(decoder):
+    trained(decoder, LoraConfig(target_modules=EVERYWHERE))
+    attach(decoder, CONFIG, seed=0)
+    names = [name for name, _ in decoder.named_parameters() if "lora" in name]
+    assert len(names) == 2 * 2 * 2, names
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "embed_tokens"), ("query",), ("",), ("q_norm",)])
+def test_a_projection_that_is_none_is_refused_with_those_that_are(decoder, targets):
+    before = logits(decoder)
+    with pytest.raises(UserError, match=r"lora.target_modules: .* choose from .*q_proj.*down_proj"):
+        attach(decoder, LoraConfig(target_modules=targets), seed=0)
+    assert torch.equal(logits(decoder), before)
+
+
+@pytest.fixture
+def adapter(folders, tmp_path):
+    """A good adapter's folder; adapter(r=None, ...) changes entries of its settings, None removes them."""
+    folder = tmp_path / "adapter"
+    decoder = trained(load_decoder(folders["qwen3"], torch.float32, "cpu"))
+    save_adapter(decoder, CONFIG, folder, "base")
+
+    def change(**entries):
+        file = folder / "adapter_config.json"
+        settings = json.loads(file.read_text()) | entries
+        file.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+        return folder
+
+    return change
+
+
+def refusal(decoder, folder) -> str:
+    """The message of the error, after which the decoder is as it was."""
+    before = logits(decoder)
+    with pytest.raises(UserError) as caught:
+        load_adapter(decoder, folder)
+    assert torch.equal(logits(decoder), before) and adapter_parameters(decoder) == {}
+    message = str(caught.value)
+    assert str(folder) in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"layers_to_transform": [0]},
+        {"bias": "all"},
+        {"target_modules": ".*q_proj"},
+        {"peft_type": "IA3"},
+        {"init_lora_weights": "pissa"},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_a_kind_of_adapter_that_is_not_computed_here_is_refused_by_name(decoder, adapter, entries):
+    assert next(iter(entries)) in refusal(decoder, adapter(**entries))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_how_an_adapter_was_initialised_does_not_matter_where_the_base_was_left_alone(decoder, adapter, init):
+    load_adapter(decoder, adapter(init_lora_weights=init))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"r": None}, {"r": "four"}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "six"}, {"lora_dropout": 3.0}],
+    ids=str,
+)
+def test_settings_that_make_no_sense_are_refused(decoder, adapter, entries):
+    assert "adapter_config.json" in refusal(decoder, adapter(**entries))
+
+
+@pytest.mark.parametrize(
+    "entries", [{"r": 8}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"]}]
+)
+def test_settings_that_do_not_fit_the_tensors_are_refused(decoder, adapter, entries):
+    assert "another model" in refusal(decoder, adapter(**entries))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}], ids=str
+)
+def test_an_adapter_for_another_model_is_refused(adapter, tmp_path, overrides):
+    other = load_decoder(make_checkpoint("qwen3", tmp_path / "other", **overrides), torch.float32, "cpu")
+    assert "another model" in refusal(other, adapter())
+
+
+def test_an_adapter_tells_which_weights_it_is_for(folders, adapter, tmp_path):
+    """Whatever files they are cut into, and whatever lies beside them; who does not tell is taken at its word."""
+    ours, base = adapter(), folders["qwen3"]
+    other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
+    refuse_other_base(ours, other)
+    name_base(ours, "some/base", base)
+    copy = tmp_path / "copy"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(copy, max_shard_size="100KB")
+    assert len(list(copy.glob("*.safetensors"))) > 2
+    refuse_other_base(ours, copy)
+    merged = load_decoder(base, torch.float32, "cpu")
+    load_adapter(merged, ours)
+    merge(merged)
+    save_decoder(merged, load_config(base)[1], tmp_path / "merged")
+    for fine_tuned in (other, tmp_path / "merged"):
+        with pytest.raises(UserError) as caught:
+            refuse_other_base(ours, fine_tuned)
+        assert all(name in str(caught.value) for name in (str(ours), "some/base", str(fine_tuned), "base.json"))
+    for damage in (b"", b"{}", b"[1]", b"\xff"):
+        (ours / "base.json").write_bytes(damage)
+        with pytest.raises(UserError, match=r"base\.json: corrupt"):
+            refuse_other_base(ours, base)
+
+
+def test_an_adapter_with_a_tensor_too_many_is_refused(decoder, adapter):
+    file = adapter() / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, file)
+    assert "another model" in refusal(decoder, adapter())
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe\x00 garbage", b"[1, 2]"])
+def test_a_damaged_file_is_refused(decoder, adapter, file, damage):
+    folder = adapter()
+    (folder / file).write_bytes(damage)
+    assert "corrupt" in refusal(decoder, folder)
+
+
+def test_a_truncated_adapter_is_refused(decoder, adapter):
+    file = adapter() / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for cut in (4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        assert "corrupt" in refusal(decoder, adapter())
+
+
+@pytest.mark.parametrize("gone", ["adapter_config.json", "adapter_model.safetensors", None])
+def test_a_missing_file_is_named(decoder, adapter, gone):
+    folder = adapter()
+    shutil.rmtree(folder) if gone is None else (folder / gone).unlink()
+    assert (gone or "adapter_config.json") in refusal(decoder, folder)

@@ -1,0 +1,449 @@
+"""The report: one self-contained page that shows what it was given, escapes it, and leaves out what is missing."""
+
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from thinksafe.data.jsonl import to_json
+from thinksafe.data.records import Verdict
+from thinksafe.recipe.loading import check_recipe
+from thinksafe.reporting import write_report
+from thinksafe.reporting.html import duration, headline_sentence, percent
+from thinksafe.reporting.summary import summarise
+from thinksafe.run.directory import RunDir
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+
+
+def metric(before: float, after: float) -> dict:
+    return {
+        "before": before,
+        "after": after,
+        "before_interval": [max(0, before - 0.04), min(1, before + 0.04)],
+        "after_interval": [max(0, after - 0.04), min(1, after + 0.04)],
+        "n": 240,
+        "unknown": {"before": 1, "after": 0},
+    }
+
+
+def evaluated(name: str, kind: str, before: float, after: float) -> dict:
+    figures = {"name": name, "kind": kind, "samples": 1, "judge": "oracle", "truncated": {"before": 0.01, "after": 0.0}}
+    return {**metric(before, after), **figures}
+
+
+@pytest.fixture
+def report() -> dict:
+    """A report with every section; the figures are invented."""
+    return {
+        "title": "ThinkSafe on the organism",
+        "recipe_name": "organism",
+        "model": "organism student",
+        "seed": 7,
+        "created": "2026-01-02T03:04:05+00:00",
+        "code_version": "0.1.0",
+        "run_dir": "runs/organism",
+        "harmful_ratio": metric(0.925, 0.167),
+        "over_refusal": metric(0.0, 0.008),
+        "reasoning_accuracy": metric(0.992, 0.957),
+        "sets": [
+            evaluated("held_out_hazards", "harmful", 0.925, 0.167),
+            evaluated("look_alikes", "over_refusal", 0.0, 0.008),
+            evaluated("arithmetic", "reasoning", 0.992, 0.957),
+        ],
+        "acceptance": {
+            "steered": 0.947,
+            "unsteered": 0.004,
+            "n_steered": 500,
+            "n_unsteered": 500,
+            "refusal_steered": 0.938,
+            "steered_interval": [0.924, 0.963],
+            "unsteered_interval": [0.001, 0.0144],
+            "refusal_steered_interval": [0.913, 0.956],
+            "odds_ratio": 4449.1,
+        },
+        "filter": {
+            "kept": {"harmful": 479, "benign": 497},
+            "dropped": {"harmful": {"guard_unsafe": 14, "think_not_closed": 7}, "benign": {"truncated": 3}},
+        },
+        "coverage": {
+            "labels": {
+                "harmful": {
+                    "prompts": 400,
+                    "accepted": 390,
+                    "rungs": [
+                        {
+                            "rung": 0,
+                            "steering": "prefix",
+                            "prompts": 400,
+                            "responses": 400,
+                            "accepted": 379,
+                            "covered": 0.9475,
+                        },
+                        {
+                            "rung": 2,
+                            "steering": "risk",
+                            "prompts": 21,
+                            "responses": 100,
+                            "accepted": 11,
+                            "covered": 0.975,
+                        },
+                    ],
+                },
+            },
+            "rungs": 3,
+            "categories": [{"category": "S9", "responses": 14, "prompts": 12, "accepted": 7}],
+            "accepted_by": {"a guard": 389, "person: Ann": 1},
+            "people": {"Ann": 3},
+            "marks": {"rescued": 1, "withdrawn": 2},
+            "uncertain": 5,
+        },
+        "lengths": {"harmful": [20, 21, 25, 30], "benign": [40, 41, 44, 60, 61]},
+        "training": {
+            "method": "thinksafe",
+            "loss": [[step, 2 / step] for step in range(1, 41)],
+            "learning_rate": [[step, 1e-3 / step] for step in range(1, 41)],
+            "steps": 40,
+            "examples": 976,
+            "tokens": 91234,
+        },
+        "stages": [
+            {"name": "generate", "seconds": 19.4, "tokens": 32000, "tokens_per_second": 1649.5},
+            {"name": "filter", "seconds": 0.6, "tokens": 0, "tokens_per_second": 0.0},
+        ],
+        "estimate": {
+            "gpu": "H200",
+            "num_gpus": 1,
+            "stages": [
+                {
+                    "name": "generate",
+                    "seconds": [15.5, 19.4],
+                    "tokens": [30000, 32000],
+                    "peak_bytes": [2**33, None],
+                },
+                {
+                    "name": "generate_after_marks_1",
+                    "seconds": [None, 0.6],
+                    "tokens": [None, 500],
+                    "peak_bytes": [None, None],
+                },
+            ],
+            "total": {"name": "in all", "seconds": [15.5, 20.0], "tokens": [30000, 32500], "peak_bytes": [2**33, None]},
+        },
+        "environment": {"python": "3.11.7", "torch": "2.13.0", "device": "cpu", "threads": 2},
+    }
+
+
+def page_of(report: dict, folder) -> str:
+    return write_report(report, folder).read_text(encoding="utf-8")
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", page)
+
+
+class Balance(HTMLParser):
+    """Fails on a tag that is closed in the wrong place; remembers every attribute and every word of text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open, self.attributes, self.text, self.tags = [], [], [], set()
+        self.feed(page)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_json_holds_exactly_the_report(report, tmp_path):
+    write_report(report, tmp_path / "new" / "folder")
+    text = (tmp_path / "new" / "folder" / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text) == report
+    assert list(json.loads(text)) == sorted(report)
+    assert '"harmful": [20, 21, 25, 30]' in text, "a list of numbers stands on one line"
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["report.html", "report.json"]
+
+
+def test_page_loads_nothing(report, tmp_path):
+    page = page_of(report, tmp_path)
+    assert "http:" not in page and "https:" not in page and "@import" not in page and "<script" not in page
+    assert all(reference.startswith("#") for reference in re.findall(r"url\(([^)]*)\)", page))
+    for name, value in Balance(page).attributes:
+        assert name not in ("src", "srcset", "data"), (name, value)
+        if name.endswith("href"):
+            assert value.startswith("#"), value
+
+
+def test_identifiers_are_unique_and_references_resolve(report, tmp_path):
+    """Two drawings share the page; a clip path of one must not be found under the other's name."""
+    page = page_of(report, tmp_path)
+    identifiers = re.findall(r'\bid="([^"]*)"', page)
+    assert len(identifiers) == len(set(identifiers)) > 0
+    assert set(re.findall(r"url\(#([^)]*)\)", page)) | set(re.findall(r'href="#([^"]*)"', page)) <= set(identifiers)
+
+
+def test_drawings_take_the_colours_of_the_page(report, tmp_path):
+    """Colours stand only in the style sheet, once for light and once for dark."""
+    page = page_of(report, tmp_path)
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) >= 8
+    assert not any(re.search(r"#[0-9a-f]{6}\b", drawing) for drawing in drawings)
+    used = set(re.findall(r"var\(--([\w-]+)\)", page))
+    light, dark = (re.findall(r"--([\w-]+):", block) for block in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
+    assert used <= set(light)
+    assert set(light) - set(dark) == {"sans", "serif"}
+
+
+def test_headline_and_numbers_are_on_the_page(report, tmp_path):
+    page = page_of(report, tmp_path)
+    assert headings(page) == ALL_HEADINGS
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
+    assert (
+        "Harmful answers fell from 92.5% to 16.7%, needless refusals went from 0.0% to 0.8% "
+        "and reasoning accuracy went from 99.2% to 95.7%." in text
+    )
+    for shown in (
+        "88.5–96.5%",
+        "12.7–20.7%",
+        "held out hazards",
+        "94.7%",
+        "92.4–96.3%",
+        "0.1–1.4%",
+        "91.3–95.6%",
+        "4,449",
+        "guard unsafe 14",
+        "1,650 /s",
+        "20.0 s",
+    ):
+        assert shown in text, shown
+    assert "how to repeat it" in text.lower() and "runs/organism" in text and "2026-01-02 03:04" in text
+
+
+SECTIONS = {
+    "sets": ["Safety and reasoning, set by set", "Evaluation"],
+    "acceptance": ["What steering does"],
+    "filter": ["Where the records went", "Records"],
+    "coverage": ["Coverage, rung by rung", "What the guard found", "What people said"],
+    "lengths": ["How long the responses are"],
+    "training": ["Training"],
+    "stages": ["Time and throughput", "Stages"],
+    "estimate": ["Expected and happened"],
+    "harmful_ratio": ["Harmful answers"],
+    "over_refusal": ["Needless refusals"],
+    "reasoning_accuracy": ["Reasoning accuracy"],
+}
+
+
+ALL_HEADINGS = [
+    "Harmful answers",
+    "Needless refusals",
+    "Reasoning accuracy",
+    "Safety and reasoning, set by set",
+    "What steering does",
+    "Where the records went",
+    "Coverage, rung by rung",
+    "What the guard found",
+    "What people said",
+    "Training",
+    "How long the responses are",
+    "Time and throughput",
+    "Expected and happened",
+    "Evaluation",
+    "Records",
+    "Stages",
+    "How to repeat it",
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("absence", ["missing", "None"])
+def test_a_stage_that_was_not_run_leaves_its_section_out(report, tmp_path, section, absence):
+    assert set(SECTIONS[section]) < set(ALL_HEADINGS)
+    if absence == "missing":
+        del report[section]
+    else:
+        report[section] = None
+    page = page_of(report, tmp_path)
+    Balance(page)
+    assert headings(page) == [heading for heading in ALL_HEADINGS if heading not in SECTIONS[section]]
+
+
+def test_an_empty_report_is_still_a_page(tmp_path):
+    page = page_of({"title": "nothing was run"}, tmp_path)
+    assert headings(Balance(page) and page) == ["How to repeat it"]
+    assert 'class="sentence"' not in page and "%</" not in page.split("<body>")[1]
+
+
+def test_figures_missing_inside_a_section_are_not_invented(report, tmp_path):
+    """Only the evaluation after training was run, without a second arm of steering."""
+    for part in [report["harmful_ratio"], report["over_refusal"], report["reasoning_accuracy"], *report["sets"]]:
+        part.update(before=None, before_interval=None, unknown=None, truncated=None)
+    report["acceptance"].update(unsteered=None, n_unsteered=0, odds_ratio=None, refusal_steered=None)
+    page = page_of(report, tmp_path)
+    Balance(page)
+    assert "Harmful answers stood at <b>16.7%</b> after training" in page
+    body = page.split("<body>")[1]
+    assert "Accepted without it" not in body and "odds" not in body and "overlap" not in body
+    assert '<circle class="before"' not in body and '<circle class="after"' in body
+    assert "None" not in body
+
+
+def test_the_estimate_stands_beside_what_happened(report, tmp_path):
+    text = " ".join(Balance(page_of(report, tmp_path)).text)
+    shown = re.search(r"Expected and happened.*?1 H200.*?memory\s+generate\s+(.*?)\s+Evaluation", text, re.DOTALL)[1]
+    told = "15.5 s 19.4 s 1.25 30,000 32,000 8.0 GiB –"
+    told += " generate after marks 1 – 0.6 s – – 500 – –"
+    assert " ".join(shown.split()) == f"{told} in all 15.5 s 20.0 s 1.29 30,000 32,500 8.0 GiB –"
+
+
+def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):
+    assert "reasoning accuracy went from" in headline_sentence(report)
+    report["reasoning_accuracy"]["after_interval"] = [0.90, 0.94]
+    assert "reasoning accuracy fell from" in headline_sentence(report)
+    report["reasoning_accuracy"]["after"] = report["reasoning_accuracy"]["before"]
+    assert "reasoning accuracy stayed at <b>99.2%</b>" in headline_sentence(report)
+
+
+@pytest.mark.parametrize(
+    "before, after, lower_is_better, higher_is_better",
+    [
+        (0.9, 0.2, "better", "worse"),
+        (0.2, 0.9, "worse", "better"),
+        (0.5, 0.5, "unclear", "unclear"),
+        (0.50, 0.46, "unclear", "unclear"),
+    ],
+)
+def test_a_figure_that_got_worse_is_not_green(report, tmp_path, before, after, lower_is_better, higher_is_better):
+    keys = ("harmful_ratio", "over_refusal", "reasoning_accuracy")
+    expected = dict(zip(keys, (lower_is_better, lower_is_better, higher_is_better), strict=True))
+    for key, row in zip(keys, report["sets"], strict=True):
+        shown = copy.deepcopy(report) | dict.fromkeys(keys)
+        shown[key] = metric(before, after)
+        shown["sets"] = [row | metric(before, after)]
+        body = page_of(shown, tmp_path).split("<main>")[1]
+        coloured = re.findall(r'class="(?:track |to )?(better|worse|unclear)"', body)
+        sentence = [] if before == after else [expected[key]]
+        assert coloured == [*sentence, *[expected[key]] * 4], "sentence; number and plot of the card and of the set"
+        assert re.search(rf'class="to {expected[key]}">{percent(after)}', body)
+    colours = {name: re.search(rf"\.{name} {{ color: var\(--(\w+)\)", page_of(report, tmp_path))[1]
+               for name in ("better", "worse", "unclear")}  # fmt: skip
+    assert colours == {"better": "after", "worse": "harmful", "unclear": "ink"}
+
+
+def verdict(id_: str, sample: int, decision: str, steering: str | None = "prefix", refusal: bool | None = None):
+    return Verdict(id_, sample, "harmful", steering, decision, "", None, None, refusal, "guard")
+
+
+def test_acceptance_comes_with_intervals_over_prompts(tmp_path):
+    """Four samples are not four prompts, a dropped response was not accepted, and no opinion is no refusal."""
+    steered = [verdict(f"p{n}", s, "safe" if n < 9 or s < 2 else "dropped", refusal=n < 5 or None)
+               for n in range(10) for s in range(4)]  # fmt: skip
+    unsteered = [verdict(f"p{n}", 0, "unsafe", None) for n in range(20)]
+    with RunDir.open(tmp_path / "run", check_recipe({"name": "n", "model": "m"}, "here")) as run:
+        for name, verdicts in (("verdicts", steered), ("unsteered_verdicts", unsteered)):
+            file = run.path / f"{name}.jsonl"
+            file.write_text("".join(to_json(one) + "\n" for one in verdicts))
+        run.finish_stage("filter", [], run.clock("filter"), tokens=0)
+        acceptance = summarise(run)["acceptance"]
+    assert acceptance["steered"] == pytest.approx(0.95) and acceptance["n_steered"] == 40
+    low, high = acceptance["steered_interval"]
+    assert low == pytest.approx(0.85, abs=0.01) and high == 1, "over 10 prompts, one of them at a half"
+    assert acceptance["unsteered"] == 0
+    assert acceptance["unsteered_interval"] == pytest.approx([0, 0.1611], abs=5e-5), "of 20, by Newcombe's table"
+    assert acceptance["refusal_steered"] == 1, "of 5 prompts"
+    assert acceptance["refusal_steered_interval"] == pytest.approx([0.5655, 1], abs=5e-5)
+    assert acceptance["odds_ratio"] is None
+
+
+def test_every_string_is_escaped(report, tmp_path):
+    hostile = """</title></style><script>alert(1)</script><img src=x onerror='a' title="b">&{{ 7 * 7 }}[ ] """
+
+    def poison(value):
+        if isinstance(value, dict):
+            return {key: poison(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [poison(item) for item in value]
+        return hostile if isinstance(value, str) else value
+
+    kinds = [part["kind"] for part in report["sets"]]
+    poisoned = poison(copy.deepcopy(report))
+    for part, kind in zip(poisoned["sets"], kinds, strict=True):
+        part["kind"] = kind
+    poisoned["filter"]["dropped"]["harmful"] = {hostile: 3, f"{hostile} 2": 4}
+    poisoned["environment"] = poisoned["coverage"]["people"] = {hostile: hostile}
+    poisoned["coverage"]["people"] = poisoned["coverage"]["accepted_by"] = {hostile: 3}
+    page = page_of(poisoned, tmp_path)
+
+    parsed = Balance(page)
+    assert "script" not in parsed.tags and "img" not in parsed.tags
+    assert not any(name.startswith("on") for name, _ in parsed.attributes)
+    assert "7 * 7" in page and "{{ 49" not in page
+    shown = "".join(parsed.text)
+    # The title (twice), recipe, model, creation, code, run folder, sets (twice), judges, reasons, method, stages.
+    assert shown.count("<script>alert(1)</script>") >= 20
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == poisoned
+
+
+def test_a_diverged_run_still_gets_its_report(report, tmp_path):
+    report["training"]["loss"][20] = [21, math.nan]
+    report["training"]["loss"][21] = [22, math.inf]
+    page = page_of(report, tmp_path)
+    assert "Training" in headings(page)
+    loss = json.loads((tmp_path / "report.json").read_text())["training"]["loss"]
+    assert loss[20] == [21, None] and loss[21] == [22, None] and loss[0] == [1, 2.0]
+    report["training"]["loss"] = [[step, math.nan] for step in range(3)]
+    assert "Training" not in headings(page_of(report, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {"harmful": [5], "benign": []},
+        {"harmful": [], "benign": [0, 0]},
+        {"harmful": [12] * 50, "benign": [13] * 50},
+        {"harmful": [100] * 500, "benign": [100, 16384]},
+    ],
+)
+def test_any_lengths_can_be_drawn(report, tmp_path, lengths):
+    report["lengths"] = lengths
+    Balance(page_of(report, tmp_path))
+
+
+def test_a_write_that_fails_leaves_the_old_report(report, tmp_path):
+    write_report(report, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(TypeError):
+        write_report({**report, "seed": object()}, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_same_report_gives_the_same_page(report, tmp_path):
+    assert page_of(report, tmp_path / "one") == page_of(report, tmp_path / "two")
+
+
+def test_numbers_in_words():
+    assert [percent(value) for value in (0, 0.1667, 1, None)] == ["0.0%", "16.7%", "100.0%", "–"]
+    assert [duration(value) for value in (0.26, 59.96, 754.4, 3599.7, 4321, None)] == [
+        "0.3 s",
+        "60.0 s",
+        "12 min 34 s",
+        "1 h 00 min",
+        "1 h 12 min",
+        "–",
+    ]
