@@ -1,15 +1,16 @@
-# Everything a visitor needs to type. `make` alone explains; `make run` is the whole method on a small bundled world.
+# All commands of a visitor. `make` prints them; `make run` runs the whole method on a small bundled world.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 GPU    := $(shell command -v nvidia-smi)
-# Kernels are compiled with the newest Triton, in the environment, and with the oldest one supported, in a folder beside.
+# The tests compile the kernels with the newest Triton, in the environment, and with the oldest supported one, in this
+# folder.
 OLD_TRITON := $(VENV)/triton-3.6.0
 
-# Without a GPU the tested torch goes in first, so that nothing asks for CUDA packages. Where pip knows only CUDA builds
-# of torch, point PIP_EXTRA_INDEX_URL at the CPU builds. With a GPU any torch of setup.py's bounds will do.
+# Without a GPU the tested torch is installed first, so that no package pulls in CUDA packages. If pip knows only CUDA
+# builds of torch, set PIP_EXTRA_INDEX_URL to the CPU builds. With a GPU any torch within the bounds of setup.py works.
 ifeq ($(GPU),)
 PACKAGE        = .
 PACKAGE_TEST   = .[test]
@@ -20,23 +21,23 @@ PACKAGE_TEST   = .[gpu,test]
 INSTALL_TORCH  = $(PIP) install 'torch>=2.11'
 endif
 
-# Of the GPU tests, and of each suite; what a suite has by then stays written.
+# Time limit of the GPU tests and of each benchmark suite. A suite that reaches it keeps the results it has written.
 SECONDS ?= 1200
 SUITES  ?= all
-# Sampling in CUDA C++, where it can be compiled.
+# The CUDA C++ library for sampling, if nvcc is installed.
 LIBRARY := $(if $(shell command -v nvcc),thinksafe/libthinksafe.so)
 
 .PHONY: help run test gpu gpu-tests gpu-suites clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make run    install into .venv, then ThinkSafe end to end on the bundled world; prints where the report is'
-	@echo 'make test   install into .venv, then lint and every test that needs no GPU'
-	@echo 'make gpu    GPU tests and all benchmarks with the python3 at hand (or PYTHON=): nothing installed, no network;'
-	@echo '            gpu-tests and gpu-suites are its halves, SECONDS= limits each suite, SUITES= names some'
+	@echo 'make run    install into .venv, then run ThinkSafe end to end on the bundled world and print the path of the report'
+	@echo 'make test   install into .venv, then run the linter and all tests that need no GPU'
+	@echo 'make gpu    GPU tests and all benchmarks with python3 (or PYTHON=); it installs nothing and needs no network.'
+	@echo '            gpu-tests and gpu-suites are its two parts. SECONDS= limits the tests and each suite, SUITES= picks suites.'
 	@echo 'make clean  remove .venv, runs/ and build products'
 	@echo
-	@echo 'PYTHON=python3.12 makes .venv from that interpreter (3.11 or newer).'
+	@echo 'PYTHON=python3.12 makes .venv with that interpreter (3.11 or newer).'
 
 run: $(VENV)/installed
 	@$(BIN)/thinksafe run --recipe organism --out runs/organism
@@ -45,7 +46,7 @@ test: $(VENV)/installed-test $(OLD_TRITON)
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --timeout 300 --durations 10
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_interpreted.py tests/kernels/test_checks.py \
-	    tests/kernels/test_paged_attention.py tests/kernels/test_kv_write.py tests/kernels/test_row_linear.py tests/kernels/test_frozen_linear.py
+	    tests/kernels/test_paged_attention.py tests/kernels/test_kv_write.py tests/kernels/test_batch_invariant_linear.py tests/kernels/test_fp8_frozen_linear.py
 	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_compiled.py \
 	    tests/kernels/test_hopper.py tests/kernels/test_paged_hopper.py
 
@@ -53,10 +54,10 @@ gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	    $(MAKE) --no-print-directory --keep-going gpu-tests gpu-suites; \
 	else \
-	    echo 'make gpu: $(PYTHON) has no torch that sees a CUDA device; nothing to do'; \
+	    echo 'make gpu: $(PYTHON) has no torch that finds a CUDA device; nothing to do'; \
 	fi
 
-# A file that cannot be imported stops no other; where pytest-xdist is there, eight processes compile kernels at a time.
+# A test file that cannot be imported does not stop the others. With pytest-xdist, eight processes compile kernels at once.
 gpu-tests: $(LIBRARY)
 	@PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} timeout -s INT -k 15 $(SECONDS) $(PYTHON) -m pytest -q -m gpu --continue-on-collection-errors \
 	    $$($(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
@@ -71,7 +72,7 @@ clean:
 	rm -rf $(VENV) runs build dist *.egg-info thinksafe/libthinksafe.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installing is skipped while the files that decide what is installed stay as they are.
+# Installation is skipped while the files that define it are unchanged.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ThinkSafe needs Python 3.11 or newer: make PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)

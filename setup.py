@@ -1,15 +1,16 @@
-"""How ThinkSafe is packaged; the tested versions stand in constraints.txt, the tools' settings in pyproject.toml.
+"""The package's build. constraints.txt lists the tested versions, pyproject.toml the settings of the tools.
 
-`kernels/` and `launch/` lie at the top of the repository, where a reader looks for them, and are imported as
-`thinksafe.kernels` and `thinksafe.launch` through two links, `thinksafe/kernels` and `thinksafe/launch`. With links
-one layout serves a checkout (`PYTHONPATH=.`), an editable install and a wheel, which holds the files themselves; a
-`package_dir` entry would serve only the wheel and the editable install. The two folders have no `__init__.py`, on
-purpose: transformers imports the Hugging Face package `kernels`, and where Python starts at the repository root a
-folder `kernels/` with an `__init__.py` would be found in its place and break `import transformers`. Without that file
-the folder can only be a namespace portion, which any installed `kernels` outranks wherever it stands on the path, and
-which transformers does not mistake for an installation. tests/test_package.py holds both.
+`kernels/` and `launch/` are at the top of the repository, where readers look for them. Two symbolic links,
+`thinksafe/kernels` and `thinksafe/launch`, make them importable as `thinksafe.kernels` and `thinksafe.launch`. The
+links work in a checkout (`PYTHONPATH=.`), in an editable install and in a wheel, which contains the files themselves; a
+`package_dir` entry would not work in a checkout.
 
-`csrc/` is compiled where there is nvcc and left out where there is none: plain torch then does the same, slower.
+The two folders must not have an `__init__.py`. transformers imports the Hugging Face package `kernels`. If Python
+starts at the root of the repository, a folder `kernels/` with an `__init__.py` would be imported instead and break
+`import transformers`. Without that file the folder is at most a part of a namespace package: any installed `kernels`
+takes precedence, and transformers does not regard the folder as an installation. tests/test_package.py tests both.
+
+`csrc/` is compiled if nvcc is installed. Without it, plain torch does the same, more slowly.
 """
 
 import re
@@ -28,7 +29,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "thinksafe/__init__.py").
 
 
 class BuildWithNvcc(build_ext):
-    """csrc/ as one plain library, which Python loads with ctypes: it depends on no version of torch or Python."""
+    """A build of csrc/ into one plain library for ctypes, which depends on no version of torch or Python."""
 
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name))
@@ -51,8 +52,23 @@ setup(
     name="thinksafe",
     version=VERSION,
     description="Restores the safety of reasoning models with their own data, on one GPU.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The ThinkSafe maintainers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["safety", "alignment", "reasoning", "language models", "LoRA", "sampling", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
-    # find_packages sees regular packages only, so the two folders without __init__.py are named.
+    # find_packages finds only packages with an __init__.py, so the two other folders are named.
     packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
     package_data={
         "thinksafe.export": ["*.jinja"],
@@ -60,7 +76,7 @@ setup(
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html", "*.css", "*.js"],
     },
-    ext_modules=[Extension("thinksafe.libthinksafe", [])] if csrc.nvcc() else [],
+    ext_modules=[Extension("thinksafe.libthinksafe", [])] if csrc.find_nvcc() else [],
     cmdclass={"build_ext": BuildWithNvcc},
     entry_points={"console_scripts": ["thinksafe = thinksafe.cli.__main__:main"]},
     install_requires=[

@@ -1,8 +1,10 @@
-"""Divergences from a reference on the language-model head, frozen and shared: three passes of 2 T V H FLOP at least.
+"""Divergences from a reference on the language-model head, which is frozen and shared.
 
-Forward KL, reverse KL and JSD, on peaked and on random data. The student is a small step away from the reference (about
-1e-3 nats), where bf16 logits leave a gradient that is mostly rounding, or far away from it (some nats): the errors of
-value and of dX against fp64 on 64 rows stand beside the time.
+The suite measures forward KL, reverse KL and JSD on peaked and on random data. The student is close to the reference
+(about 1e-3 nats), where bf16 logits give a gradient that is mostly rounding error, or far from it (several nats). Each
+row has the time, the value, and the error of dX against fp64 on 64 rows.
+
+The floor is three passes of 2 T V H FLOP.
 """
 
 from collections.abc import Callable
@@ -11,60 +13,63 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Row, Sections, figures, measure, peer, relative_error
+from benchmarks.harness import Row, Sections, import_peer, measure, relative_error, timing_columns
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_kl import linear_kl, reference
 
-CLAIM = "Precise near the reference and far from it, in 4 bytes a pair."
+CLAIM = "Precise near the reference and far from it, with 4 bytes per pair of logits."
 CHECKED_ROWS, TORCH_ROWS, ROUNDS = 64, 1024, 3
 DIRECTIONS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
-"""Direction -> Liger-Kernel's beta."""
+"""Direction -> beta of Liger-Kernel."""
 
 Losses = dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]]
 
 
 def sections(notes: list[str]) -> Sections:
-    """All directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
+    """Return the sections: all directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
     notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936; frozen head, shared")
-    losses = peers(notes)
+    losses = peer_losses(notes)
 
-    def case(T: int, hidden: int, direction: str, steps: tuple[float, ...]) -> list[Row]:
-        found = []
+    def measure_shape(T: int, hidden: int, direction: str, steps: tuple[float, ...]) -> list[Row]:
+        rows = []
         for data in ("peaked", "random"):
             x, weight, _ = head_case(T, hidden, data, "cuda")
             for step in steps:
-                found += at(x, weight, step, data, direction, losses, notes)
-        return found
+                rows += measure_case(x, weight, step, data, direction, losses, notes)
+        return rows
 
-    near, far, wide = (0.004,), (0.03, 1.0), (2048, 1024, 4096)
-    cases = [(8192, 2048, direction, near + far) for direction in ("jsd", "forward", "reverse")]
-    cases += [(32_768, hidden, "forward", near) for hidden in wide]
-    cases += [(8192, hidden, direction, near) for hidden in wide[1:] for direction in DIRECTIONS]
+    near_steps, far_steps, hidden_sizes = (0.004,), (0.03, 1.0), (2048, 1024, 4096)
+    cases = [(8192, 2048, direction, near_steps + far_steps) for direction in ("jsd", "forward", "reverse")]
+    cases += [(32_768, hidden, "forward", near_steps) for hidden in hidden_sizes]
+    cases += [(8192, hidden, direction, near_steps) for hidden in hidden_sizes[1:] for direction in DIRECTIONS]
     return {
-        f"T {T:,}, H {hidden:,}, {direction}": partial(case, T, hidden, direction, steps)
+        f"T {T:,}, H {hidden:,}, {direction}": partial(measure_shape, T, hidden, direction, steps)
         for T, hidden, direction, steps in cases
     }
 
 
-def peers(notes: list[str]) -> Losses:
-    """Mean divergences of (x, x_reference, weight, direction) by others, as far as they are installed."""
-    compiled = torch.compile(_eager, dynamic=False)
+def peer_losses(notes: list[str]) -> Losses:
+    """Return the mean divergences of (x, x_reference, weight, direction) of torch and of the installed peers."""
+    compiled_eager = torch.compile(_eager, dynamic=False)
 
-    def chunks(divergence):
+    def in_row_chunks(divergence):
         def loss(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Tensor:
-            """Backward in parts: in one piece two fp32 copies of the logits would take 40 GB at T = 32k."""
-            total = 0.0
+            """Run backward in chunks: all at once, two fp32 copies of the logits would take 40 GB at T = 32k."""
+            loss_sum = 0.0
             for start in range(0, len(x), TORCH_ROWS):
                 rows = slice(start, start + TORCH_ROWS)
-                part = divergence(x[rows], x_reference[rows], weight, direction).sum() / len(x)
-                part.backward()
-                total = total + part.detach()
-            return total
+                chunk_loss = divergence(x[rows], x_reference[rows], weight, direction).sum() / len(x)
+                chunk_loss.backward()
+                loss_sum = loss_sum + chunk_loss.detach()
+            return loss_sum
 
         return loss
 
-    losses = {"torch, 1,024 rows a part": chunks(_eager), "torch.compile, 1,024 rows a part": chunks(compiled)}
-    if liger := peer("liger_kernel.transformers.functional", notes):
+    losses = {
+        "torch, 1,024 rows a part": in_row_chunks(_eager),
+        "torch.compile, 1,024 rows a part": in_row_chunks(compiled_eager),
+    }
+    if liger := import_peer("liger_kernel.transformers.functional", notes):
         losses["Liger-Kernel"] = lambda x, x_reference, weight, direction: liger.liger_fused_linear_jsd(
             x, weight, x_reference, weight, jsd_beta=DIRECTIONS[direction]
         )
@@ -72,45 +77,52 @@ def peers(notes: list[str]) -> Losses:
 
 
 def _eager(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Tensor:
-    student, other = (x @ weight.T).float().log_softmax(-1), (x_reference @ weight.T).float().log_softmax(-1)
+    log_p_student = (x @ weight.T).float().log_softmax(-1)
+    log_p_reference = (x_reference @ weight.T).float().log_softmax(-1)
     if direction == "forward":
-        return (other.exp() * (other - student)).sum(-1)
+        return (log_p_reference.exp() * (log_p_reference - log_p_student)).sum(-1)
     if direction == "reverse":
-        return (student.exp() * (student - other)).sum(-1)
-    middle = torch.logaddexp(student, other) - 0.6931471805599453
-    return 0.5 * (other.exp() * (other - middle) + student.exp() * (student - middle)).sum(-1)
+        return (log_p_student.exp() * (log_p_student - log_p_reference)).sum(-1)
+    log_p_mean = torch.logaddexp(log_p_student, log_p_reference) - 0.6931471805599453
+    return 0.5 * (
+        log_p_reference.exp() * (log_p_reference - log_p_mean) + log_p_student.exp() * (log_p_student - log_p_mean)
+    ).sum(-1)
 
 
-def at(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[Row]:
-    """One row a variant."""
+def measure_case(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[Row]:
+    """Measure every variant on one case; return one row per variant."""
     (T, H), V = x_reference.shape, len(weight)
     x = (x_reference.float() + step * torch.randn_like(x_reference, dtype=torch.float32)).to(x_reference.dtype)
     x.requires_grad_()
-    ours = {"ThinkSafe": lambda x, other, weight, direction: linear_kl(x, other, weight, None, direction)}
-    variants, values = ours | losses, {}
+    thinksafe_losses = {
+        "ThinkSafe": lambda x, x_reference, weight, direction: linear_kl(x, x_reference, weight, None, direction)
+    }
+    variants, values = thinksafe_losses | losses, {}
 
-    def call(name):
-        def work() -> None:
+    def forward_backward(name):
+        def call() -> None:
             x.grad = None
             value = variants[name](x, x_reference, weight, direction)
             values[name] = value.detach()
             if value.requires_grad:
                 value.backward()
 
-        return work
+        return call
 
-    checked = torch.randperm(T, device=x.device)[:CHECKED_ROWS]
-    leaf = x[checked].detach().double().requires_grad_()
-    exact = reference(leaf, x_reference[checked].double(), weight.double(), direction=direction)
+    checked_rows = torch.randperm(T, device=x.device)[:CHECKED_ROWS]
+    x_checked = x[checked_rows].detach().double().requires_grad_()
+    exact = reference(x_checked, x_reference[checked_rows].double(), weight.double(), direction=direction)
     exact.sum().backward()
     errors = {}
 
-    def check(name: str) -> None:
-        errors[name] = relative_error(x.grad[checked] * T, leaf.grad)
+    def record_error(name: str) -> None:
+        errors[name] = relative_error(x.grad[checked_rows] * T, x_checked.grad)
 
     rows = []
-    for name, found in measure({name: call(name) for name in variants}, ROUNDS, notes, check).items():
+    for name, measurement in measure(
+        {name: forward_backward(name) for name in variants}, ROUNDS, notes, record_error
+    ).items():
         row = {"T": T, "H": H, "data": data, "direction": direction, "nats": exact.mean().item(), "variant": name}
-        row |= figures(found, 3 * 2 * T * V * H)
+        row |= timing_columns(measurement, 3 * 2 * T * V * H)
         rows.append(row | {"value": values[name].item(), "error of dX": errors[name]})
     return rows

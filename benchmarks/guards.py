@@ -1,10 +1,11 @@
-"""Judging: our guard against transformers' forward, one record at a time as the paper's code does, and in batches.
+"""Judging: our guard against transformers' forward, one record at a time as in the paper's code, and in batches.
 
-Llama Guard's format and policy on records of 830 tokens in the mean, real shapes, random weights; from text to verdict,
-tokenising included. What can be gained is what need not be computed: the policy is in front of every record and its
-keys and values are kept, records lie end to end in full passes, so nothing is padded, and the head sees one position a
-record. The share of the GEMM rate is the FLOP of the layers' matrices that really ran, over the time of everything, set
-against the rate of the same four products timed alone in the same run.
+The guard uses Llama Guard's format and policy, real shapes and random weights, on records of 830 tokens on average. The
+time runs from text to verdict and includes tokenization. Our guard gains by computing less. The policy at the beginning
+of every record is computed once, and its keys and values are kept. Records are packed end to end in full passes,
+without padding. The head is applied to one position per record. The share of the GEMM rate is the FLOP per second of
+the layers' matmuls that really ran, over the time of everything, relative to the rate of the same matmuls timed alone
+in the same run.
 """
 
 import tempfile
@@ -17,11 +18,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.harness import Row, Sections, compare, measure
-from benchmarks.models import in_e4m3, in_transformers, random_decoder
+from benchmarks.harness import Row, Sections, add_speedups, measure
+from benchmarks.models import fp8_copy, random_decoder, transformers_copy
 from benchmarks.shapes import response_lengths
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import Exchange, Judgement
+from thinksafe.guards.base import GuardResult, PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import LLAMA_GUARD
 from thinksafe.guards.model_guard import ModelGuard
@@ -30,151 +31,174 @@ from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.scheduler import Scheduler
 from thinksafe.text.tokenizer import SafeTokenizer
 
-CLAIM = "What is equal in all records is read once, and nothing is padded."
-_TOKENS_A_RECORD = 830
+CLAIM = "The guard computes the common beginning of all records once and pads nothing."
+_MEAN_TOKENS = 830
 _WORDS = ("fold", "the", "boat", "twice", "and", "let", "it", "dry", "before", "you", "paint", "its", "sail", "red")
 
 
 def sections(notes: list[str]) -> Sections:
-    """For whatever device there is."""
+    """Return the measurements that fit this machine's device."""
     if torch.cuda.is_available():
-        return {"llama-3-8b": lambda: _of_model("llama-3-8b", 256, 64, 16, notes)}
-    return {"cpu-guard-14m": lambda: _of_model("cpu-guard-14m", 16, 16, 8, notes)}
+        return {"llama-3-8b": lambda: _measure_model("llama-3-8b", 256, 64, 16, notes)}
+    return {"cpu-guard-14m": lambda: _measure_model("cpu-guard-14m", 16, 16, 8, notes)}
 
 
-def _of_model(name: str, count: int, few: int, batch: int, notes: list[str]) -> list[Row]:
-    """count: records; few: for transformers, of like lengths; batch: of its padded batches."""
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+def _measure_model(
+    name: str, num_records: int, num_transformers_records: int, batch_size: int, notes: list[str]
+) -> list[Row]:
+    """Measure the records per second of our guard and of transformers.
+
+    Args:
+        num_transformers_records: number of records for transformers, spread over all lengths.
+        batch_size: number of records in a padded batch of transformers.
+    """
+    has_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
     decoder = random_decoder(name, device, dtype)
-    reference = in_transformers(decoder, name)
+    reference = transformers_copy(decoder, name)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tokenizer(Path(folder))
-    # A pass's activations: as many as fill a GPU, as few as a CPU's cache holds.
-    settings = EngineConfig(max_step_tokens=8192 if gpu else 1024, kv_cache_gib=20.0 if gpu else 0.25)
-    config = GuardConfig(model=name, min_mass=0.0, sampler=settings)
+        tokenizer = _train_tokenizer(Path(folder))
+    # The activations of a pass should fill a GPU, but fit into the cache of a CPU.
+    settings = EngineConfig(max_prefill_tokens=8192 if has_gpu else 1024, kv_cache_gib=20.0 if has_gpu else 0.25)
+    config = GuardConfig(model=name, min_verdict_probability=0.0, sampler=settings)
     guard = ModelGuard(decoder, tokenizer, config)
-    guard_in_e4m3 = cache(lambda: ModelGuard(in_e4m3(decoder), tokenizer, config))
-    exchanges = _exchanges(guard, count)
-    rows = [guard._ids(exchange.prompt, exchange.response, "") for exchange in exchanges]
-    places = sorted(range(count), key=lambda place: len(rows[place]))[count // few // 2 :: count // few]
-    some, answer_ids = [rows[place] for place in places], guard._answer_ids[0]
+    fp8_guard = cache(lambda: ModelGuard(fp8_copy(decoder), tokenizer, config))
+    pairs = _prompt_response_pairs(guard, num_records)
+    token_ids = [guard.token_ids(pair.prompt, pair.response, "") for pair in pairs]
+    stride = num_records // num_transformers_records
+    indices = sorted(range(num_records), key=lambda index: len(token_ids[index]))[stride // 2 :: stride]
+    transformers_token_ids, answer_ids = [token_ids[index] for index in indices], guard.answer_ids[0]
     schedulers: list[Scheduler] = []
-    found: dict[str, Judgement] = {}
-    found_in_e4m3: dict[str, Judgement] = {}
-    theirs: dict[str, list[float]] = {}
+    results: dict[str, GuardResult] = {}
+    fp8_results: dict[str, GuardResult] = {}
+    transformers_probabilities: dict[str, list[float]] = {}
 
-    def ours() -> None:
-        found.update((judgement.id, judgement) for judgement in guard.judge(exchanges))
+    def judge() -> None:
+        results.update((result.id, result) for result in guard.judge(pairs))
 
-    def ours_in_e4m3() -> None:
-        found_in_e4m3.update((judgement.id, judgement) for judgement in guard_in_e4m3().judge(exchanges))
+    def judge_in_fp8() -> None:
+        fp8_results.update((result.id, result) for result in fp8_guard().judge(pairs))
 
     @torch.inference_mode()
     def one_at_a_time() -> None:
-        for place, ids in zip(places, some, strict=True):
+        for index, ids in zip(indices, transformers_token_ids, strict=True):
             logits = reference(torch.tensor([ids], device=device), logits_to_keep=1).logits[0, -1]
-            theirs[str(place)] = logits.float().log_softmax(-1)[answer_ids].exp().tolist()
+            transformers_probabilities[str(index)] = logits.float().log_softmax(-1)[answer_ids].exp().tolist()
 
     @torch.inference_mode()
     def batches_of_like_length() -> None:
-        for start in range(0, few, batch):
-            together = some[start : start + batch]
-            width = max(map(len, together))
-            padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in together], device=device)
-            mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in together], device=device)
+        for start in range(0, num_transformers_records, batch_size):
+            batch = transformers_token_ids[start : start + batch_size]
+            width = max(map(len, batch))
+            padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch], device=device)
             reference(padded, attention_mask=mask, logits_to_keep=1).logits[:, -1].float().log_softmax(-1).cpu()
 
     class CountedEngine(Engine):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            schedulers.append(self.scheduler)  # not the engine: its pages must be free when the next one is made
+            schedulers.append(self.scheduler)  # not the engine, whose pages must be freed before the next engine
 
-    products, flop = _layer_products(decoder, device, dtype, settings.max_step_tokens, 200 if gpu else 8)
+    multiply_layer_weights, flop = _layer_matmuls(
+        decoder, device, dtype, settings.max_prefill_tokens, 200 if has_gpu else 8
+    )
     variants = {
-        "ThinkSafe": ours,
-        "ThinkSafe, weights in e4m3": ours_in_e4m3,
+        "ThinkSafe": judge,
+        "ThinkSafe, weights in e4m3": judge_in_fp8,
         "transformers, one record at a time": one_at_a_time,
-        f"transformers, {batch} of like length": batches_of_like_length,
-        "products": products,
+        f"transformers, {batch_size} of like length": batches_of_like_length,
+        "matmuls": multiply_layer_weights,
     }
-    real, model_guard.Engine = model_guard.Engine, CountedEngine
+    original_engine, model_guard.Engine = model_guard.Engine, CountedEngine
     try:
-        measured = measure(variants, 2 if gpu else 3, notes)
+        measurements = measure(variants, 2 if has_gpu else 3, notes)
     finally:
-        model_guard.Engine = real
-    computed = schedulers[-1].computed_tokens
-    rate = flop / measured.pop("products").seconds / 1e12
+        model_guard.Engine = original_engine
+    computed_tokens = schedulers[-1].computed_tokens
+    gemm_tflop_per_second = flop / measurements.pop("matmuls").seconds / 1e12
     table = []
-    for variant, taken in measured.items():
-        mine = variant.startswith("ThinkSafe")
-        records, tokens = (count, sum(map(len, rows))) if mine else (few, sum(map(len, some)))
+    for variant, measurement in measurements.items():
+        is_ours = variant.startswith("ThinkSafe")
+        records = num_records if is_ours else num_transformers_records
+        tokens = sum(map(len, token_ids if is_ours else transformers_token_ids))
         row = {"model": name, "variant": variant}
-        row |= {"records/s": records / taken.seconds, "tokens/s": tokens / taken.seconds}
-        if mine:
-            row["computed"] = computed / tokens
+        row |= {"records/s": records / measurement.seconds, "tokens/s": tokens / measurement.seconds}
+        if is_ours:
+            row["computed"] = computed_tokens / tokens
             layers = decoder.config.num_layers * decoder.config.layer_weights
-            row["GEMM TFLOP/s"] = 2 * layers * computed / taken.seconds / 1e12
-            row["share of the GEMM rate"] = row["GEMM TFLOP/s"] / rate
+            row["GEMM TFLOP/s"] = 2 * layers * computed_tokens / measurement.seconds / 1e12
+            row["share of the GEMM rate"] = row["GEMM TFLOP/s"] / gemm_tflop_per_second
         table.append(row)
-    compare(table, "records/s")
+    add_speedups(table, "records/s")
+    mean_tokens = sum(map(len, token_ids)) / num_records
     notes += [
-        f"{name}, random weights, {count} records of {sum(map(len, rows)) / count:.0f} tokens in the mean "
-        f"({few} for transformers), of which {_policy_tokens(guard)} are the policy's; {dtype}".replace("torch.", ""),
-        f"the layers' products alone, at {settings.max_step_tokens} tokens: {rate:.3g} TFLOP/s",
+        f"{name}, random weights, {num_records} records of {mean_tokens:.0f} tokens on average "
+        f"({num_transformers_records} for transformers), of which {_num_policy_tokens(guard)} are the policy's; "
+        f"{dtype}".replace("torch.", ""),
+        f"the layers' matmuls alone, at {settings.max_prefill_tokens} tokens: {gemm_tflop_per_second:.3g} TFLOP/s",
     ]
-    odds, odds_in_e4m3 = (_log_odds(judgements) for judgements in (found, found_in_e4m3))
-    if odds and odds_in_e4m3:
-        moved = [abs(odds[number] - other) for number, other in odds_in_e4m3.items()]
-        changed = sum(found[number].decision != other.decision for number, other in found_in_e4m3.items())
-        notes.append(
-            f"weights in e4m3 move the log-odds of unsafe by {np.median(moved):.2g} in the median and {max(moved):.2g} "
-            f"at most, where they spread by {np.std(list(odds.values())):.2g}: {changed} of {count} verdicts change"
+    log_odds, fp8_log_odds = _log_odds(results), _log_odds(fp8_results)
+    if log_odds and fp8_log_odds:
+        log_odds_changes = [abs(log_odds[record_id] - odds) for record_id, odds in fp8_log_odds.items()]
+        num_changed_verdicts = sum(
+            results[record_id].decision != fp8_result.decision for record_id, fp8_result in fp8_results.items()
         )
-    if odds and theirs:
-        largest = max(abs(odds[number] - np.log(unsafe / safe)) for number, (safe, unsafe) in theirs.items())
-        notes.append(f"transformers gets ids, not text; largest difference of the log-odds of unsafe: {largest:.1e}")
+        median, largest, spread = np.median(log_odds_changes), max(log_odds_changes), np.std(list(log_odds.values()))
+        notes.append(
+            f"weights in e4m3 change the log-odds of unsafe by {median:.2g} (median) and at most {largest:.2g}; the "
+            f"standard deviation of the log-odds is {spread:.2g}; "
+            f"{num_changed_verdicts} of {num_records} verdicts change"
+        )
+    if log_odds and transformers_probabilities:
+        largest = max(
+            abs(log_odds[record_id] - np.log(unsafe / safe))
+            for record_id, (safe, unsafe) in transformers_probabilities.items()
+        )
+        notes.append(
+            f"transformers gets token ids, not text; largest difference in the log-odds of unsafe: {largest:.1e}"
+        )
     return table
 
 
-def _exchanges(guard: ModelGuard, count: int) -> list[Exchange]:
-    """Records whose lengths vary as responses do, `_TOKENS_A_RECORD` in the mean with format and prompt."""
+def _prompt_response_pairs(guard: ModelGuard, count: int) -> list[PromptResponse]:
+    """Return records with lengths that vary as those of responses: `_MEAN_TOKENS` on average, format and prompt
+    included."""
     prompt = "How do I " + " ".join(_WORDS[:9]) + "?"
-    around = len(guard._ids(prompt, "", ""))
-    mean = _TOKENS_A_RECORD - around
-    lengths = response_lengths(count, mean, 4 * mean, seed=0)
-    draw = np.random.default_rng(0)
-    return [Exchange(str(n), prompt, " ".join(draw.choice(_WORDS, length))) for n, length in enumerate(lengths)]
+    num_fixed_tokens = len(guard.token_ids(prompt, "", ""))
+    mean_response_tokens = _MEAN_TOKENS - num_fixed_tokens
+    lengths = response_lengths(count, mean_response_tokens, 4 * mean_response_tokens, seed=0)
+    rng = np.random.default_rng(0)
+    return [PromptResponse(str(n), prompt, " ".join(rng.choice(_WORDS, length))) for n, length in enumerate(lengths)]
 
 
-def _log_odds(judgements: dict[str, Judgement]) -> dict[str, float]:
-    return {number: float(np.log(found.p_unsafe / found.p_safe)) for number, found in judgements.items()}
+def _log_odds(results: dict[str, GuardResult]) -> dict[str, float]:
+    return {record_id: float(np.log(result.p_unsafe / result.p_safe)) for record_id, result in results.items()}
 
 
-def _policy_tokens(guard: ModelGuard) -> int:
-    pair = zip(guard._ids("a", "b", ""), guard._ids("c", "d", ""), strict=True)
-    return next(place for place, (one, other) in enumerate(pair) if one != other)
+def _num_policy_tokens(guard: ModelGuard) -> int:
+    token_pairs = zip(guard.token_ids("a", "b", ""), guard.token_ids("c", "d", ""), strict=True)
+    return next(index for index, (left, right) in enumerate(token_pairs) if left != right)
 
 
-def _layer_products(
+def _layer_matmuls(
     decoder: Decoder, device: str, dtype: torch.dtype, tokens: int, repeats: int
 ) -> tuple[Callable[[], None], int]:
-    """One layer's products, one after the other, so many times; and their FLOP."""
+    """Return a function that computes the matmuls of one layer `repeats` times, and its FLOP."""
     weights = [parameter for name, parameter in decoder.layers[0].named_parameters() if name.endswith("_proj")]
     inputs = {size: torch.randn(tokens, size, device=device, dtype=dtype) for size in {w.shape[1] for w in weights}}
 
     @torch.inference_mode()
-    def products() -> None:
+    def multiply() -> None:
         for _ in range(repeats):
             for weight in weights:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
 
-    return products, 2 * tokens * repeats * decoder.config.layer_weights
+    return multiply, 2 * tokens * repeats * decoder.config.layer_weights
 
 
-def _tokenizer(folder: Path) -> SafeTokenizer:
-    """Llama Guard's control tokens, around words learnt from its policy and the records: about a token a word, as the
-    real one, which cannot be fetched here."""
+def _train_tokenizer(folder: Path) -> SafeTokenizer:
+    """Train a tokenizer on Llama Guard's policy and the records, with Llama Guard's control tokens. A word is about one
+    token, as in the real tokenizer, which cannot be downloaded here."""
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -186,6 +210,6 @@ def _tokenizer(folder: Path) -> SafeTokenizer:
     )
     tokenizer.train_from_iterator([LLAMA_GUARD.template, " ".join(_WORDS), *map(str, range(15))] * 20, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in LLAMA_GUARD.control_tokens])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eot_id|>")
-    fast.save_pretrained(folder)
+    fast_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|eot_id|>")
+    fast_tokenizer.save_pretrained(folder)
     return SafeTokenizer(folder)

@@ -1,4 +1,4 @@
-"""What every suite needs: the machine's description, timing, floors, peers, and results as JSON and Markdown."""
+"""Shared parts of the suites: timing, floors, peers, the machine's description, and results as JSON and Markdown."""
 
 import gc
 import importlib
@@ -22,110 +22,119 @@ from torch import Tensor
 
 from thinksafe.hardware import hardware_named
 
-RATE, BANDWIDTH = hardware_named("H200").flop_per_second, hardware_named("H200").bytes_per_second
-"""The two ceilings measured on an H200: FLOP/s of a large cuBLAS product in bf16, bytes/s of a large copy."""
+MATMUL_FLOP_PER_SECOND = hardware_named("H200").flop_per_second
+BYTES_PER_SECOND = hardware_named("H200").bytes_per_second
+"""Two ceilings measured on an H200: FLOP/s of a large cuBLAS matmul in bf16, bytes/s of a large copy."""
 
 
 Row = dict[str, Any]
-"""One variant's figures; equal keys of several rows become a column."""
+"""Figures of one variant; a key is a column of the table."""
 
 Sections = dict[str, Callable[[], list[Row]]]
-"""What a suite measures one after the other, from most to least worth, by name."""
+"""Name -> measurement of each section of a suite, the most informative first."""
 
-FAILED = "failed: "
-"""How a note begins that tells of a failure of ours; a peer's is a finding."""
+FAILURE_PREFIX = "failed: "
+"""Start of a note about a failure of ThinkSafe. A failure of a peer is a finding, so its note starts differently."""
 
 
 @dataclass
-class Result:
-    """One suite's outcome so far.
+class SuiteResult:
+    """Results of one suite so far.
 
     Attributes:
-        claim: what the suite shows, in a sentence.
-        notes: what a reader must know to judge the figures.
-        left: sections that were not begun.
+        suite: name of the suite.
+        claim: one sentence that the figures should support.
+        rows: figures, one row per variant.
+        notes: facts that a reader needs to judge the figures.
+        remaining: names of sections that have not started.
     """
 
     suite: str
     claim: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    remaining: list[str] = field(default_factory=list)
 
 
 def device_name() -> str:
-    """The GPU's name, or `cpu`; the folder of its results."""
+    """Return the GPU's name, or `cpu`; this names the folder of the results."""
     return torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
 
 
-def seconds(work: Callable[[], None]) -> float:
-    """Wall time of one call, the device's work included; without a GPU the processor's time, which other work on the
-    machine does not change."""
-    gpu = torch.cuda.is_available()
-    clock = time.perf_counter if gpu else time.process_time
-    if gpu:
+def time_call(call: Callable[[], None]) -> float:
+    """Return the seconds of one call.
+
+    With a GPU this is wall time until the device has finished. Without one it is CPU time, which does not depend on
+    other work on the machine.
+    """
+    has_gpu = torch.cuda.is_available()
+    clock = time.perf_counter if has_gpu else time.process_time
+    if has_gpu:
         torch.cuda.synchronize()
-    started = clock()
-    work()
-    if gpu:
+    start = clock()
+    call()
+    if has_gpu:
         torch.cuda.synchronize()
-    return clock() - started
+    return clock() - start
 
 
 @cache
-def _beyond_cache() -> Tensor:
-    """Memory that, written, fills the L2 twice."""
+def _l2_flush_buffer() -> Tensor:
+    """Return a buffer twice the size of the L2; writing it replaces the L2's data."""
     size = 2 * torch.cuda.get_device_properties().L2_cache_size
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def recorded(work: Callable[[], Any]) -> Callable[[], Any]:
-    """The same work as one CUDA graph, where there is a GPU: a call then takes what the device takes, not the host."""
+def as_cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the call captured as a CUDA graph, so that the host does not limit its time.
+
+    Without a GPU, return the call itself.
+    """
     if not torch.cuda.is_available():
-        return work
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # compiles kernels, which cannot be recorded
-        work()
-    torch.cuda.current_stream().wait_stream(aside)
+        return call
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):  # compiles kernels, which is impossible during capture
+        call()
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
+        call()
     return graph.replay
 
 
-_LONG = 5.0
-"""Seconds of a GPU's call that need no second one."""
+_MAX_SECONDS_TO_REPEAT = 5.0
+"""Seconds of a call on a GPU above which it is timed only once."""
 
 
 @dataclass
-class Measured:
-    """Median time of a call, and the memory that one call takes at its peak above what was held before."""
+class Measurement:
+    """Median seconds of a call, and its peak memory in bytes beyond the memory allocated before it."""
 
     seconds: float
     peak_bytes: int
 
 
-def attempt(name: str, work: Callable[[], Any], notes: list[str]) -> bool:
-    """Whether `work` ran to its end; if not, why stands in `notes`, and what else is to be measured goes on."""
+def attempt(name: str, call: Callable[[], Any], notes: list[str]) -> bool:
+    """Run `call` and return whether it finished. If it raises an exception, add the reason to `notes`."""
     try:
-        work()
+        call()
         return True
     except Exception as error:
-        ours = name.startswith("ThinkSafe")
-        if ours:
+        is_ours = name.startswith("ThinkSafe")
+        if is_ours:
             traceback.print_exc()
         reason = str(error).strip().partition("\n")[0][:200]
-        notes.append(f"{FAILED if ours else 'left out: '}{name}: {type(error).__name__}: {reason}")
-    give_back()  # what the failure's frames held
+        notes.append(f"{FAILURE_PREFIX if is_ours else 'left out: '}{name}: {type(error).__name__}: {reason}")
+    release_memory()  # free the tensors that the exception's frames held
     return False
 
 
-def give_back() -> None:
-    """Memory that nothing holds any more goes back to the GPU."""
+def release_memory() -> None:
+    """Return unused memory to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
-        with suppress(RuntimeError):  # a device that a failure took along
+        with suppress(RuntimeError):  # if a failure broke the device
             torch.cuda.empty_cache()
 
 
@@ -133,96 +142,116 @@ def measure(
     variants: dict[str, Callable[[], Any]],
     rounds: int,
     notes: list[str],
-    after_first: Callable[[str], None] | None = None,
-    first: dict[str, Callable[[], Any]] | None = None,
-) -> dict[str, Measured]:
-    """Time and memory of each variant, taken in turns, so that a drifting clock hits all alike, each with nothing of
-    its data left in a GPU's L2. One that fails is left out, with its reason in `notes`; one that takes a GPU more than
-    five seconds is timed once.
+    after_warm_up: Callable[[str], None] | None = None,
+    warm_up_calls: dict[str, Callable[[], Any]] | None = None,
+) -> dict[str, Measurement]:
+    """Measure time and memory of each variant.
+
+    Variants take turns, so that a drifting clock affects all equally. On a GPU each call starts with none of its data
+    in the L2. A variant that fails is left out, and `notes` gets the reason. A variant that takes a GPU more than five
+    seconds is timed once.
 
     Args:
-        after_first: sees each name after that variant's first call, while its gradients are still there.
-        first: what is called first, untimed, in place of a variant whose whole work would take too long, or which needs
-            more to be warm.
+        variants: name -> call.
+        rounds: timed calls of each variant.
+        notes: gets the failures.
+        after_warm_up: called with a variant's name after its first call, while its gradients still exist.
+        warm_up_calls: name -> untimed first call, for a variant whose full call is too long for a warm-up, or which
+            needs more to warm up. Default: the variant's call.
+
+    Returns:
+        Name -> measurement, without the variants that failed.
     """
-    gpu, times, peaks = torch.cuda.is_available(), {}, {}
+    has_gpu, times_by_name, peaks_by_name = torch.cuda.is_available(), {}, {}
 
-    def begin(name: str) -> None:
-        (first or {}).get(name, variants[name])()
-        if after_first:
-            after_first(name)
+    def warm_up(name: str) -> None:
+        (warm_up_calls or {}).get(name, variants[name])()
+        if after_warm_up:
+            after_warm_up(name)
 
-    def once(name: str) -> None:
-        if gpu:
-            _beyond_cache().zero_()
-            before = torch.cuda.memory_allocated()
+    def time_once(name: str) -> None:
+        if has_gpu:
+            _l2_flush_buffer().zero_()
+            held_bytes = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        times[name].append(seconds(variants[name]))
-        if gpu:
-            peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated() - before)
+        times_by_name[name].append(time_call(variants[name]))
+        if has_gpu:
+            peaks_by_name[name] = max(peaks_by_name[name], torch.cuda.max_memory_allocated() - held_bytes)
 
     for name in variants:
-        if attempt(name, lambda name=name: begin(name), notes):
-            times[name], peaks[name] = [], 0
+        if attempt(name, lambda name=name: warm_up(name), notes):
+            times_by_name[name], peaks_by_name[name] = [], 0
     for _ in range(rounds):
-        for name in list(times):
-            if gpu and max(times[name], default=0.0) > _LONG:
+        for name in list(times_by_name):
+            if has_gpu and max(times_by_name[name], default=0.0) > _MAX_SECONDS_TO_REPEAT:
                 continue
-            if not attempt(name, lambda name=name: once(name), notes):
-                del times[name]
-    return {name: Measured(statistics.median(taken), peaks[name]) for name, taken in times.items()}
+            if not attempt(name, lambda name=name: time_once(name), notes):
+                del times_by_name[name]
+    return {
+        name: Measurement(statistics.median(call_times), peaks_by_name[name])
+        for name, call_times in times_by_name.items()
+    }
 
 
-def compare(rows: list[Row], rate: str) -> None:
-    """Write beside every variant how much faster the plain ThinkSafe, which comes first, is than it."""
+def add_speedups(rows: list[Row], rate: str) -> None:
+    """Add to each row how much faster the variant `ThinkSafe` is, which must be the first row."""
     if rows and rows[0]["variant"] == "ThinkSafe":
         for row in rows:
             row["ThinkSafe is faster by"] = rows[0][rate] / row[rate]
 
 
-def figures(found: Measured, flop: float = 0, num_bytes: float = 0, rate: float = RATE) -> dict[str, float]:
-    """Time and memory beside the floor: the counted FLOP at `rate` or bytes at BANDWIDTH, whichever takes longer."""
-    floor = max(flop / rate, num_bytes / BANDWIDTH)
-    speed = {"TFLOP/s": flop / found.seconds / 1e12} if flop / rate == floor else {}
-    if not speed:
-        speed = {"TB/s": num_bytes / found.seconds / 1e12}
-    times = {"ms": 1e3 * found.seconds, "floor ms": 1e3 * floor, "share of the floor": floor / found.seconds}
-    return times | speed | {"peak GB": found.peak_bytes / 1e9}
+def timing_columns(
+    measurement: Measurement, flop: float = 0, num_bytes: float = 0, flop_per_second: float = MATMUL_FLOP_PER_SECOND
+) -> dict[str, float]:
+    """Return columns of time and memory, and of the floor.
+
+    The floor is the larger of two times: counted FLOP at `flop_per_second`, and counted bytes at BYTES_PER_SECOND.
+    """
+    floor = max(flop / flop_per_second, num_bytes / BYTES_PER_SECOND)
+    rate_column = {"TFLOP/s": flop / measurement.seconds / 1e12} if flop / flop_per_second == floor else {}
+    if not rate_column:
+        rate_column = {"TB/s": num_bytes / measurement.seconds / 1e12}
+    time_columns = {
+        "ms": 1e3 * measurement.seconds,
+        "floor ms": 1e3 * floor,
+        "share of the floor": floor / measurement.seconds,
+    }
+    return time_columns | rate_column | {"peak GB": measurement.peak_bytes / 1e9}
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
-    """In the 2-norm."""
-    return ((found.double() - exact).norm() / exact.norm()).item()
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Return the relative error in the 2-norm."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
-def peer(module: str, notes: list[str]) -> Any:
-    """The module of another project, or None and a note why not."""
+def import_peer(module: str, notes: list[str]) -> Any:
+    """Return the module of another project; if its import fails, add a note and return None."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # theirs to raise: what does not fit their torch or Triton is no ImportError
+    except Exception as error:  # a peer that does not support this torch or Triton may raise anything
         notes.append(f"absent: {module} ({type(error).__name__}: {error})")
         return None
 
 
-def progress(text: str) -> None:
-    """A line on stderr, since a suite takes minutes."""
+def print_progress(text: str) -> None:
+    """Print a line on stderr, because a suite takes minutes."""
     print(f"   {text}", file=sys.stderr, flush=True)
 
 
-def _clock() -> dict[str, str]:
-    """The GPU's clocks under load, its limits and its driver, as nvidia-smi tells them; nothing without a GPU."""
+def _gpu_clocks() -> dict[str, str]:
+    """Return the GPU's clocks under load, power limit and driver from nvidia-smi; empty without a GPU."""
     fields = "clocks.sm,clocks.max.sm,power.limit,driver_version"
     if not torch.cuda.is_available():
         return {}
     with suppress(RuntimeError):
-        _beyond_cache().zero_()
+        _l2_flush_buffer().zero_()
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    return dict(zip(fields.split(","), told[0].split(", "), strict=True)) if told else {}
+    output_lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return dict(zip(fields.split(","), output_lines[0].split(", "), strict=True)) if output_lines else {}
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in (
         "torch",
         "triton",
@@ -235,31 +264,33 @@ def _versions() -> dict[str, str]:
         "quack-kernels",
     ):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def table(rows: list[Row]) -> str:
-    """Rows as Markdown."""
+    """Return rows as a Markdown table."""
     if not rows:
         return "(nothing)"
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(_format_cell(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
-def write(result: Result, command: str) -> Path:
-    """Store a result as benchmarks/results/<device>/<suite>.json and, to be read, <suite>.md; after every section, so
-    that a run which is cut off loses no other."""
+def write_result(result: SuiteResult, command: str) -> Path:
+    """Write a result to benchmarks/results/<device>/<suite>.json and, as a page, to <suite>.md. Returns the JSON file.
+
+    This is called after every section, so that a run that is killed keeps its finished sections.
+    """
     folder = Path(__file__).parent / "results" / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -271,20 +302,20 @@ def write(result: Result, command: str) -> Path:
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
-            **_clock(),
+            **_gpu_clocks(),
             **_versions(),
         },
         "rows": result.rows,
-        "notes": result.notes + [f"not measured: {section}" for section in result.left],
+        "notes": result.notes + [f"not measured: {section}" for section in result.remaining],
     }
     file = folder / f"{result.suite}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
-    file.with_suffix(".md").write_text(markdown(record))
+    file.with_suffix(".md").write_text(markdown_page(record))
     return file
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """A stored result as a page: claim, table, notes, and where it was measured."""
+def markdown_page(record: dict[str, Any]) -> str:
+    """Return a stored result as a page: claim, table, notes, command and machine."""
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     notes = "".join(f"- {note}\n" for note in record["notes"])
     return (

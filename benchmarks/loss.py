@@ -1,8 +1,8 @@
 """Cross-entropy on the language-model head, forward and backward, at Qwen3's vocabulary and real hidden sizes.
 
-The floor is 2 T V H FLOP a pass over the vocabulary: two passes with a frozen head, three where it trains. Data is both
-peaked, as a trained model's, and random, since skipping blocks pays on the first alone; on random data a filter drops
-what is all the gradient there is. Errors are of dX against fp64 on 64 rows.
+The floor is 2 T V H FLOP per pass over the vocabulary: two passes with a frozen head, three with a trainable one. Data
+is peaked, like that of a trained model, or random, because skipping blocks helps only on peaked data. On random data
+all of the gradient is in small elements, and a filter drops it. The error is that of dX against fp64 on 64 rows.
 """
 
 from collections.abc import Callable
@@ -12,76 +12,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Row, Sections, figures, measure, peer, relative_error
+from benchmarks.harness import Row, Sections, import_peer, measure, relative_error, timing_columns
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
 
-CLAIM = "Logits stay in registers; what is frozen or negligible is not computed."
+CLAIM = "Logits stay in registers; frozen and negligible gradients are not computed."
 CHECKED_ROWS, ROUNDS = 64, 5
 
 
 def sections(notes: list[str]) -> Sections:
-    """T = 8,192 and 32,768 with a frozen head, T = 8,192 with a trainable one."""
+    """Return the sections: T = 8,192 and 32,768 with a frozen head, T = 8,192 with a trainable one."""
     notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936")
-    losses = peers(notes)
+    losses = peer_losses(notes)
 
-    def case(T: int, hidden: int, trainable: bool) -> list[Row]:
-        found = []
+    def measure_shape(T: int, hidden: int, trainable: bool) -> list[Row]:
+        rows = []
         for data in ("peaked", "random"):
-            found += at(*head_case(T, hidden, data, "cuda"), data, trainable, losses, notes)
-        return found
+            rows += measure_case(*head_case(T, hidden, data, "cuda"), data, trainable, losses, notes)
+        return rows
 
     return {
-        f"T {T:,}, H {hidden:,}, {'trainable' if trainable else 'frozen'} head": partial(case, T, hidden, trainable)
+        f"T {T:,}, H {hidden:,}, {'trainable' if trainable else 'frozen'} head": partial(
+            measure_shape, T, hidden, trainable
+        )
         for T, trainable in ((8192, False), (32_768, False), (8192, True))
         for hidden in (2048, 1024, 4096)
     }
 
 
-def peers(notes: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Mean losses of (x, weight, target) by others, as far as they are installed."""
-    losses = {"torch": eager, "torch.compile": torch.compile(eager, dynamic=False)}
-    if liger := peer("liger_kernel.transformers.functional", notes):
+def peer_losses(notes: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Return the mean losses of (x, weight, target) of torch and of the installed peers."""
+    losses = {"torch": eager_loss, "torch.compile": torch.compile(eager_loss, dynamic=False)}
+    if liger := import_peer("liger_kernel.transformers.functional", notes):
         losses["Liger-Kernel"] = liger.liger_fused_linear_cross_entropy
-    if cce := peer("cut_cross_entropy", notes):
+    if cce := import_peer("cut_cross_entropy", notes):
         losses["cut-cross-entropy"] = cce.linear_cross_entropy
         losses["cut-cross-entropy, no filter"] = lambda *args: cce.linear_cross_entropy(*args, filter_eps=None)
-    if quack := peer("quack.linear_cross_entropy", notes):
+    if quack := import_peer("quack.linear_cross_entropy", notes):
         losses["QuACK"] = quack.chunked_linear_cross_entropy
     return losses
 
 
-def eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def eager_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy in plain torch."""
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
-def at(x, weight, target, data, trainable, losses, notes) -> list[Row]:
-    """One row a variant."""
+def measure_case(x, weight, target, data, trainable, losses, notes) -> list[Row]:
+    """Measure every variant on one case; return one row per variant."""
     (T, H), V = x.shape, len(weight)
     x.requires_grad_(), weight.requires_grad_(trainable)
-    ours = {"ThinkSafe": lambda *args: linear_cross_entropy(*args, ignore_index=None, exact=True)}
+    thinksafe_losses = {"ThinkSafe": lambda *args: linear_cross_entropy(*args, ignore_index=None, exact=True)}
     if not trainable:
-        ours["ThinkSafe, skipping"] = lambda *args: linear_cross_entropy(*args, ignore_index=None, exact=False)
+        thinksafe_losses["ThinkSafe, skipping"] = lambda *args: linear_cross_entropy(
+            *args, ignore_index=None, exact=False
+        )
 
-    def step(loss):
-        def work() -> None:
+    def forward_backward(loss):
+        def call() -> None:
             x.grad = weight.grad = None
             loss(x, weight, target).backward()
 
-        return work
+        return call
 
-    checked = torch.randperm(T, device=x.device)[:CHECKED_ROWS]
-    exact, errors = _gradient_in_fp64(x[checked].detach(), weight.detach(), target[checked]), {}
+    checked_rows = torch.randperm(T, device=x.device)[:CHECKED_ROWS]
+    exact_grad, errors = _fp64_gradient(x[checked_rows].detach(), weight.detach(), target[checked_rows]), {}
 
-    def check(name: str) -> None:
-        errors[name] = relative_error(x.grad[checked] * T, exact)
+    def record_error(name: str) -> None:
+        errors[name] = relative_error(x.grad[checked_rows] * T, exact_grad)
 
-    measured = measure({name: step(loss) for name, loss in (ours | losses).items()}, ROUNDS, notes, check)
+    measurements = measure(
+        {name: forward_backward(loss) for name, loss in (thinksafe_losses | losses).items()},
+        ROUNDS,
+        notes,
+        record_error,
+    )
     x.grad = weight.grad = None
     rows = []
-    for name, found in measured.items():
+    for name, measurement in measurements.items():
         row = {"T": T, "H": H, "data": data, "head": "trainable" if trainable else "frozen", "variant": name}
-        row |= figures(found, (3 if trainable else 2) * 2 * T * V * H) | {"error of dX": errors[name]}
+        row |= timing_columns(measurement, (3 if trainable else 2) * 2 * T * V * H) | {"error of dX": errors[name]}
         if name == "ThinkSafe, skipping":
             stats = linear_cross_entropy_with_stats(x, weight, target, ignore_index=None, exact=False)[1]
             row |= {"rho": stats.active_share.item(), "dropped mass": stats.dropped_mass.item()}
@@ -89,8 +99,8 @@ def at(x, weight, target, data, trainable, losses, notes) -> list[Row]:
     return rows
 
 
-def _gradient_in_fp64(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Of each row's own loss."""
+def _fp64_gradient(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return the gradient of each row's loss with respect to x, in fp64."""
     x = x.double().requires_grad_()
     F.cross_entropy(x @ weight.double().T, target, reduction="sum").backward()
     return x.grad

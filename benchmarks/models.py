@@ -1,18 +1,18 @@
-"""Models of real shapes with random weights, made where they run: ours, in e4m3 too, and the same in transformers."""
+"""Models of real shapes with random weights: a decoder, its copy in e4m3, and its copy in transformers."""
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.shapes import MODELS
-from thinksafe.kernels.fp8 import quantise
+from thinksafe.kernels.fp8 import quantize
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import hugging_face_name
 
 
 def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-    """A model of this shape with random weights."""
+    """Return a decoder of a shape of MODELS with random weights, created on its device."""
     with torch.device(device):
         decoder = Decoder(ModelConfig.from_hugging_face(MODELS[name], name)).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -22,27 +22,27 @@ def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) ->
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02, generator=generator)
-    decoder.stack()
+    decoder.fuse_projections()
     return decoder.requires_grad_(False).eval()
 
 
-def in_e4m3(decoder: Decoder) -> Decoder:
-    """The same decoder as `load_decoder(weights="fp8")` would give it; all but the projections is shared."""
+def fp8_copy(decoder: Decoder) -> Decoder:
+    """Return the decoder as `load_decoder(weight_dtype="fp8")` would; it shares all weights except the projections."""
     with torch.device("meta"):
-        twin = Decoder(decoder.config)
+        fp8_decoder = Decoder(decoder.config)
     for name, parameter in decoder.named_parameters():
-        module = twin.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if leaf.endswith("_proj"):
-            values, module.exponents[leaf] = quantise(parameter.detach())
+        module = fp8_decoder.get_submodule(name.rpartition(".")[0])
+        parameter_key = name.rpartition(".")[2]
+        if parameter_key.endswith("_proj"):
+            values, module.weight_scales[parameter_key] = quantize(parameter.detach())
             parameter = nn.Parameter(values, requires_grad=False)
-        module._parameters[leaf] = parameter
-    twin.stack()
-    return twin.eval()
+        module._parameters[parameter_key] = parameter
+    fp8_decoder.fuse_projections()
+    return fp8_decoder.eval()
 
 
-def in_transformers(decoder: Decoder, name: str) -> PreTrainedModel:
-    """The same weights, copied, in the model of theirs."""
+def transformers_copy(decoder: Decoder, name: str) -> PreTrainedModel:
+    """Return the transformers model with a copy of the decoder's weights."""
     settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
     config = AutoConfig.for_model(MODELS[name]["model_type"], **settings)
     with torch.device(decoder.embedding.device):

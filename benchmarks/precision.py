@@ -1,13 +1,15 @@
-"""What e4m3 and the batch-invariant mode change: log-probabilities and verdicts, against the plain decoder.
+"""Error of e4m3 and of the batch-invariant mode: log-probabilities and verdicts against the plain decoder.
 
-Each variant samples; the tokens it chose are then read by the same model in its own dtype, packed, without a cache, and
-the two log-probabilities of every token are compared. A verdict is the likelier of two tokens after each of those
-texts, as a guard's is: a changed one is one whose sign differs. `auto` shows what the dtype's own rounding does.
+Each variant samples responses. The same model in its checkpoint's dtype then reads these tokens, packed and without a
+cache, and we compare the two log-probabilities of every token. A verdict is the more likely of two tokens after each
+text, as in a guard; a verdict changes if the sign of the difference changes. `auto` shows the rounding error of the
+dtype itself.
 
-In training on frozen weights in e4m3 it is the loss of those tokens, and the gradient of adapters on every projection.
+For training on frozen weights in e4m3, we compare the loss of these tokens and the gradient of adapters on every
+projection.
 
-On a CPU the models are the organism's student, which is trained, and random ones of the two kinds of attention; on a
-GPU they have real shapes, with random weights. Random weights stand for the arithmetic, not for outliers of a trained
+On a CPU the models are the trained student of the model organism, and random models with both kinds of attention. On a
+GPU the random models have real shapes. Random weights represent the arithmetic, but not the outliers of a trained
 model.
 """
 
@@ -19,122 +21,144 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Row, Sections, attempt
-from benchmarks.models import in_e4m3, random_decoder
-from thinksafe.kernels.fp8 import dequantise, quantise
+from benchmarks.models import fp8_copy, random_decoder
+from thinksafe.kernels.fp8 import dequantize, quantize
 from thinksafe.kernels.linear_logprob import linear_logprob
 from thinksafe.model.attention import PackedAttention, packed_positions
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, detach
 from thinksafe.model.weights import load_decoder
-from thinksafe.paths import expand
+from thinksafe.paths import expand_path
 from thinksafe.sampler.engine import Engine, EngineConfig
 from thinksafe.sampler.request import Request, SamplingConfig
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
 
-CLAIM = "e4m3 moves a token's log-probability by little; what it moves, counted on the tokens that it chose."
+CLAIM = "e4m3 changes the log-probability of a token by little, measured on the tokens that it sampled."
 VARIANTS = {
     "auto": {},
     "batch-invariant": {"batch_invariant": True},
     "cache in e4m3": {"kv_cache_dtype": "fp8"},
-    "weights in e4m3": {"weights": "fp8"},
-    "weights and cache in e4m3": {"weights": "fp8", "kv_cache_dtype": "fp8"},
+    "weights in e4m3": {"weight_dtype": "fp8"},
+    "weights and cache in e4m3": {"weight_dtype": "fp8", "kv_cache_dtype": "fp8"},
 }
 _RESPONSES, _PROMPT, _TOKENS = 32, 24, 96
 _ENGINE = partial(EngineConfig, 64, kv_cache_gib=1.0)
 
 
 def sections(notes: list[str]) -> Sections:
-    """For whatever device there is, a model each."""
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    makes = {"organism": partial(load_decoder, expand("package:organism/bundle/model"), dtype, device)}
-    for name in ("qwen3-0.6b", "r1-distill-qwen-1.5b", "llama-3-8b") if gpu else ("cpu-6m", "cpu-6m-qwen2"):
-        makes[name] = partial(random_decoder, name, device, dtype)
-    return {name: partial(_of_model, name, make, notes) for name, make in makes.items()}
+    """Return one measurement per model that fits this machine's device."""
+    has_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
+    decoder_factories = {"organism": partial(load_decoder, expand_path("package:organism/bundle/model"), dtype, device)}
+    for name in ("qwen3-0.6b", "r1-distill-qwen-1.5b", "llama-3-8b") if has_gpu else ("cpu-6m", "cpu-6m-qwen2"):
+        decoder_factories[name] = partial(random_decoder, name, device, dtype)
+    return {
+        name: partial(_measure_model, name, make_decoder, notes) for name, make_decoder in decoder_factories.items()
+    }
 
 
-def _of_model(name: str, make: Callable[[], Decoder], notes: list[str]) -> list[Row]:
-    plain = make()
-    frozen = cache(lambda: in_e4m3(plain))
-    works: dict[str, Callable[[], dict[str, float]]] = {}
+def _measure_model(name: str, make_decoder: Callable[[], Decoder], notes: list[str]) -> list[Row]:
+    bf16_decoder = make_decoder()
+    fp8_decoder = cache(lambda: fp8_copy(bf16_decoder))
+    measurements: dict[str, Callable[[], dict[str, float]]] = {}
     for variant, settings in VARIANTS.items():
-        decoder = frozen if "weights" in settings else lambda: plain
-        works[variant] = lambda decoder=decoder, settings=settings: compared(plain, decoder(), _ENGINE(**settings))
-    works["the head alone in e4m3"] = partial(_with_head_in_e4m3, plain)
-    works["training, frozen weights in e4m3"] = lambda: _trained(plain, frozen())
+        decoder = fp8_decoder if "weight_dtype" in settings else lambda: bf16_decoder
+        measurements[variant] = lambda decoder=decoder, settings=settings: measure_errors(
+            bf16_decoder, decoder(), _ENGINE(**settings)
+        )
+    measurements["the head alone in e4m3"] = partial(_measure_fp8_head, bf16_decoder)
+    measurements["training, frozen weights in e4m3"] = lambda: _measure_training(bf16_decoder, fp8_decoder())
     rows: list[Row] = []
-    for variant, work in works.items():
+    for variant, measure in measurements.items():
         row = {"model": name, "variant": variant}
-        attempt(f"ThinkSafe, {name}, {variant}", lambda row=row, work=work: rows.append(row | work()), notes)
+        attempt(f"ThinkSafe, {name}, {variant}", lambda row=row, measure=measure: rows.append(row | measure()), notes)
     return rows
 
 
 @torch.inference_mode()
-def compared(plain: Decoder, decoder: Decoder, config: EngineConfig) -> dict[str, float]:
-    """Figures of an engine's log-probabilities and verdicts against the plain decoder's."""
+def measure_errors(bf16_decoder: Decoder, decoder: Decoder, config: EngineConfig) -> dict[str, float]:
+    """Return the errors of an engine's log-probabilities and verdicts against the plain decoder."""
     engine = Engine(decoder, config)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(plain.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
+    prompts = torch.randint(bf16_decoder.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_tokens=_TOKENS)
     requests = [Request(str(i), tuple(prompt), sampling, i, ()) for i, prompt in enumerate(prompts)]
-    texts, found, exact = [], [], []
+    texts, sampled_logprobs, exact_logprobs = [], [], []
     for completion in engine.generate(requests):
         texts.append((*prompts[int(completion.request_id)], *completion.tokens))
-        found.append(torch.tensor(completion.logprobs))
-    hidden = [_hidden(plain, text) for text in texts]
-    for text, states in zip(texts, hidden, strict=True):
-        written = torch.tensor(text[_PROMPT:], device=states.device)
-        exact.append(linear_logprob(states[_PROMPT - 1 : -1], plain.head, written).logprob.cpu())
-    ids = torch.randperm(plain.config.vocab_size, generator=generator)[:2]
-    margins = torch.stack([states[-1].float() @ plain.head[ids.to(states.device)].float().T for states in hidden])
-    scores = {s.request_id: s.logprobs for s in engine.score(enumerate(texts), ids.tolist())}
-    margin = torch.tensor([scores[i][1] - scores[i][0] for i in range(len(texts))])
-    return _figures(torch.cat(found) - torch.cat(exact), margin - (margins[:, 1] - margins[:, 0]).cpu(), margin)
+        sampled_logprobs.append(torch.tensor(completion.logprobs))
+    hidden_states_by_text = [_hidden(bf16_decoder, text) for text in texts]
+    for text, hidden_states in zip(texts, hidden_states_by_text, strict=True):
+        response_ids = torch.tensor(text[_PROMPT:], device=hidden_states.device)
+        exact_logprobs.append(
+            linear_logprob(hidden_states[_PROMPT - 1 : -1], bf16_decoder.head, response_ids).logprob.cpu()
+        )
+    verdict_ids = torch.randperm(bf16_decoder.config.vocab_size, generator=generator)[:2]
+    exact_logits = torch.stack(
+        [
+            hidden_states[-1].float() @ bf16_decoder.head[verdict_ids.to(hidden_states.device)].float().T
+            for hidden_states in hidden_states_by_text
+        ]
+    )
+    scores = {s.request_id: s.logprobs for s in engine.score(enumerate(texts), verdict_ids.tolist())}
+    verdict_margin = torch.tensor([scores[i][1] - scores[i][0] for i in range(len(texts))])
+    return _error_row(
+        torch.cat(sampled_logprobs) - torch.cat(exact_logprobs),
+        verdict_margin - (exact_logits[:, 1] - exact_logits[:, 0]).cpu(),
+        verdict_margin,
+    )
 
 
-def _trained(plain: Decoder, frozen: Decoder) -> dict[str, float]:
-    """A step's loss and gradient on responses that the plain student draws, with adapters that do something."""
+def _measure_training(bf16_decoder: Decoder, fp8_decoder: Decoder) -> dict[str, float]:
+    """Return the errors of a step's loss and gradient on responses of the plain student, with adapters that are not
+    zero."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(plain.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
+    prompts = torch.randint(bf16_decoder.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_tokens=_TOKENS)
     requests = [Request(str(i), tuple(prompt), sampling, i, ()) for i, prompt in enumerate(prompts)]
-    drawn = Engine(plain, _ENGINE()).generate(requests)
-    texts = [np.array([*prompts[int(one.request_id)], *one.tokens], np.int32) for one in drawn]
+    completions = Engine(bf16_decoder, _ENGINE()).generate(requests)
+    texts = [
+        np.array([*prompts[int(completion.request_id)], *completion.tokens], np.int32) for completion in completions
+    ]
     sequences = [TrainingSequence(text, _PROMPT) for text in texts]
     losses, gradients = [], []
-    for decoder in (plain, frozen):
+    for decoder in (bf16_decoder, fp8_decoder):
         attach(decoder, LoraConfig(dropout=0.0, target_modules=tuple(decoder.config.projections)), seed=0)
         parameters = list(adapter_parameters(decoder).values())
-        noise = torch.Generator().manual_seed(1)
+        noise_generator = torch.Generator().manual_seed(1)
         for parameter in parameters:
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise).to(parameter.device)
-        decoder.pass_gradients()
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise_generator).to(parameter.device)
+        decoder.prepare_fp8_backward()
         (batch,) = pack(sequences, _RESPONSES * (_PROMPT + _TOKENS), decoder.embedding.device)
-        rows, _ = PackLoss(decoder, with_reference=False)(batch, False)
-        losses.append(rows.mean().item())
-        (rows.sum() / batch.total_weight).backward()
+        row_losses, _ = PackLoss(decoder, with_reference=False)(batch, False)
+        losses.append(row_losses.mean().item())
+        (row_losses.sum() / batch.total_weight).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
         detach(decoder)
-    exact, found = gradients
+    exact_gradient, gradient = gradients
     return {
         "loss, error": abs(losses[1] - losses[0]),
-        "adapters' gradient, relative error": ((found - exact).norm() / exact.norm()).item(),
-        "its cosine": torch.nn.functional.cosine_similarity(found, exact, dim=0).item(),
+        "adapters' gradient, relative error": ((gradient - exact_gradient).norm() / exact_gradient.norm()).item(),
+        "its cosine": torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0).item(),
     }
 
 
-def _with_head_in_e4m3(plain: Decoder) -> dict[str, float]:
-    """What a head in e4m3 would do if nothing else were: its weights rounded, its inputs not."""
-    head = dequantise(*quantise(plain.head.detach()), torch.float32)
-    text = torch.randint(plain.config.vocab_size, (_PROMPT + _TOKENS,), generator=torch.Generator().manual_seed(0))
+def _measure_fp8_head(bf16_decoder: Decoder) -> dict[str, float]:
+    """Return the errors if only the head were in e4m3: its weights rounded, its inputs not."""
+    head = dequantize(*quantize(bf16_decoder.head.detach()), torch.float32)
+    text = torch.randint(
+        bf16_decoder.config.vocab_size, (_PROMPT + _TOKENS,), generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
-        states = _hidden(plain, tuple(text.tolist())).float()
-        exact, rounded = ((states @ weight.float().T).log_softmax(-1) for weight in (plain.head, head))
-        drawn = exact.exp().multinomial(1, generator=torch.Generator(states.device).manual_seed(0))
-        apart = (rounded - exact).gather(-1, drawn)[:, 0].cpu()
-        margins = [(each[:, 1] - each[:, 0]).cpu() for each in (exact, rounded)]
-    return _figures(apart, margins[1] - margins[0], margins[1])
+        hidden_states = _hidden(bf16_decoder, tuple(text.tolist())).float()
+        exact_logprobs, rounded_logprobs = (
+            (hidden_states @ weight.float().T).log_softmax(-1) for weight in (bf16_decoder.head, head)
+        )
+        token_ids = exact_logprobs.exp().multinomial(1, generator=torch.Generator(hidden_states.device).manual_seed(0))
+        logprob_errors = (rounded_logprobs - exact_logprobs).gather(-1, token_ids)[:, 0].cpu()
+        margins = [(logprobs[:, 1] - logprobs[:, 0]).cpu() for logprobs in (exact_logprobs, rounded_logprobs)]
+    return _error_row(logprob_errors, margins[1] - margins[0], margins[1])
 
 
 def _hidden(decoder: Decoder, text: tuple[int, ...]) -> Tensor:
@@ -143,11 +167,11 @@ def _hidden(decoder: Decoder, text: tuple[int, ...]) -> Tensor:
     return decoder(torch.tensor(text, device=device), packed_positions([len(text)], device), attention)
 
 
-def _figures(apart: Tensor, margin_apart: Tensor, margin: Tensor) -> dict[str, float]:
+def _error_row(logprob_errors: Tensor, margin_errors: Tensor, margin: Tensor) -> dict[str, float]:
     return {
-        "log-prob, mean error": apart.abs().mean().item(),
-        "99th percentile": apart.abs().quantile(0.99).item(),
-        "bias": apart.mean().item(),
-        "verdict margin, mean error": margin_apart.abs().mean().item(),
-        "verdicts changed": ((margin > 0) != (margin - margin_apart > 0)).float().mean().item(),
+        "log-prob, mean error": logprob_errors.abs().mean().item(),
+        "99th percentile": logprob_errors.abs().quantile(0.99).item(),
+        "bias": logprob_errors.mean().item(),
+        "verdict margin, mean error": margin_errors.abs().mean().item(),
+        "verdicts changed": ((margin > 0) != (margin - margin_errors > 0)).float().mean().item(),
     }

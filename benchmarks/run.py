@@ -1,8 +1,8 @@
-"""Runs benchmark suites: `python -m benchmarks.run --suite sampler`, several of them, or `--suite all`.
+"""Command that runs benchmark suites: `python -m benchmarks.run --suite sampler`, several suites, or `--suite all`.
 
-Each suite compares variants in one process on the same data and writes benchmarks/results/<device>/<suite>.json and,
-to be read, <suite>.md, after each of its sections. What fails stands in the notes and stops nothing else. Suites of
-kernels need a GPU: on a CPU both sides would run plain torch.
+A suite compares variants in one process on the same data. After each of its sections it writes
+benchmarks/results/<device>/<suite>.json and the same as a page, <suite>.md. A failure goes into the notes; all other
+measurements continue. Suites of kernels need a GPU, because on a CPU all variants would run plain torch.
 """
 
 import argparse
@@ -14,65 +14,80 @@ import time
 
 import torch
 
-from benchmarks.harness import FAILED, Result, attempt, device_name, give_back, progress, table, write
+from benchmarks.harness import (
+    FAILURE_PREFIX,
+    SuiteResult,
+    attempt,
+    device_name,
+    print_progress,
+    release_memory,
+    table,
+    write_result,
+)
 
-# A library that looks for something on the hub would wait for a network that may not be there.
+# Without a network, a library that looks up the hub would wait until a timeout.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-KERNELS = ("loss", "divergence", "scoring", "linear", "elementwise")
-SUITES = ("sampler", "train", "guards", *KERNELS, "precision")
-"""In the order in which they say most."""
+KERNEL_SUITES = ("loss", "divergence", "scoring", "linear", "elementwise")
+SUITES = ("sampler", "train", "guards", *KERNEL_SUITES, "precision")
+"""All suites, the most informative first."""
 
 
 def main() -> int:
-    """Run the chosen suites, a table each; returns 1 where something of ours failed."""
+    """Run the chosen suites and print their tables. Returns 1 if a ThinkSafe variant or a suite failed, else 0."""
     parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=[*SUITES, "all"], nargs="+", required=True)
-    parser.add_argument("--seconds", type=float, help="cut each suite off after so many; what it has stays written")
+    parser.add_argument("--seconds", type=float, help="time limit of each suite; it keeps the sections it finished")
     arguments = parser.parse_args()
     suites = SUITES if "all" in arguments.suite else tuple(dict.fromkeys(arguments.suite))
     if not torch.cuda.is_available():
-        left_out = [name for name in suites if name in KERNELS]
-        suites = [name for name in suites if name not in KERNELS]
-        parts = [f"{', '.join(left_out)} measured nothing, for the kernels need one"] if left_out else []
-        parts += [f"{', '.join(suites)} with small models, where only ratios mean something"] if suites else []
-        print(f"no GPU: {'; '.join(parts)}")
+        skipped_suites = [name for name in suites if name in KERNEL_SUITES]
+        suites = [name for name in suites if name not in KERNEL_SUITES]
+        messages = [f"skipping {', '.join(skipped_suites)}, which need one"] if skipped_suites else []
+        messages += [f"running {', '.join(suites)} with small models; only ratios are meaningful"] if suites else []
+        print(f"no GPU: {'; '.join(messages)}")
     if len(suites) == 1 and arguments.seconds is None:
-        return int(not run(suites[0]))
-    rows = [in_a_process(name, arguments.seconds) for name in suites]
+        return int(not run_suite(suites[0]))
+    rows = [run_in_subprocess(name, arguments.seconds) for name in suites]
     if rows:
         print(table(rows))
     return int(any(row["outcome"] == "failures" for row in rows))
 
 
-def run(name: str) -> bool:
-    """One suite, section by section; whether all went well."""
+def run_suite(name: str) -> bool:
+    """Run one suite section by section and write its results. Returns whether no ThinkSafe variant failed."""
     suite = importlib.import_module(f"benchmarks.{name}")
-    result = Result(name, suite.CLAIM)
+    result = SuiteResult(name, suite.CLAIM)
     sections = suite.sections(result.notes)
-    result.left = list(sections)
-    for section, work in sections.items():
-        progress(f"{name}: {section}")
-        torch.compiler.reset()  # or it gives up on a function after eight shapes, and leaves it uncompiled
-        result.left.remove(section)
-        attempt(f"ThinkSafe, {section}", lambda work=work: result.rows.extend(work()), result.notes)
-        give_back()
+    result.remaining = list(sections)
+    for section, measure_section in sections.items():
+        print_progress(f"{name}: {section}")
+        torch.compiler.reset()  # otherwise torch.compile stops compiling a function after eight shapes
+        result.remaining.remove(section)
+        attempt(
+            f"ThinkSafe, {section}",
+            lambda measure_section=measure_section: result.rows.extend(measure_section()),
+            result.notes,
+        )
+        release_memory()
         result.notes[:] = dict.fromkeys(result.notes)
-        file = write(result, f"python -m benchmarks.run --suite {name}")
+        file = write_result(result, f"python -m benchmarks.run --suite {name}")
     print(f"## {name} on {device_name()}\n{result.claim}\n\n{table(result.rows)}\n")
     print("\n".join([*result.notes, str(file)]) + "\n")
-    return not any(note.startswith(FAILED) for note in result.notes)
+    return not any(note.startswith(FAILURE_PREFIX) for note in result.notes)
 
 
-def in_a_process(name: str, limit: float | None) -> dict[str, str | float]:
-    """One suite in a process of its own, which leaves the next one its memory and, after a fault, a sound device."""
-    started = time.monotonic()
+def run_in_subprocess(name: str, timeout_seconds: float | None) -> dict[str, str | float]:
+    """Run one suite in a separate process, so that the next one starts with free memory and a working device."""
+    start = time.monotonic()
     try:
-        done = subprocess.run([sys.executable, "-m", "benchmarks.run", "--suite", name], timeout=limit, check=False)
-        outcome = "failures" if done.returncode else "whole"
+        completed = subprocess.run(
+            [sys.executable, "-m", "benchmarks.run", "--suite", name], timeout=timeout_seconds, check=False
+        )
+        outcome = "failures" if completed.returncode else "complete"
     except subprocess.TimeoutExpired:
         outcome = "cut off"
-    return {"suite": name, "outcome": outcome, "seconds": time.monotonic() - started}
+    return {"suite": name, "outcome": outcome, "seconds": time.monotonic() - start}
 
 
 if __name__ == "__main__":

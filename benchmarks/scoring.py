@@ -1,8 +1,8 @@
-"""Log-probabilities on the language-model head, no gradient, at Qwen3's vocabulary and real hidden sizes.
+"""Log-probabilities on the language-model head, without gradient, at Qwen3's vocabulary and real hidden sizes.
 
-Of every token of a long response, with and without entropy and the most likely token: one pass, 2 T V H FLOP. And a
-guard's verdict, two tokens at one position a prompt: below 184 rows that is bound by reading the head once, V H * 2
-bytes, and the margin between the two needs no sum over the vocabulary at all. Errors are the largest ones of a
+Responses: the log-probability of every token, with and without entropy and top-1. The floor is one pass, 2 T V H FLOP.
+Verdicts: a guard's two tokens at one position per prompt. Below 184 rows the floor is reading the head once, V H * 2
+bytes. The margin between the two tokens needs no sum over the vocabulary. The error is the largest one of a
 log-probability in nats against fp64, on 64 rows.
 """
 
@@ -14,47 +14,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import Row, Sections, figures, measure, peer
+from benchmarks.harness import Row, Sections, import_peer, measure, timing_columns
 from benchmarks.shapes import head_case
 from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
 
-CLAIM = "No logits in memory, and no sum that a verdict does not need."
+CLAIM = "No logits in memory, and for a verdict's margin no sum over the vocabulary."
 CHECKED_ROWS, ROUNDS = 64, 5
 
 Scores = dict[str, Callable[..., Any]]
 
 
 def sections(notes: list[str]) -> Sections:
-    """Responses of T = 8,192 tokens in all, and verdicts for 8 to 1,024 prompts."""
+    """Return the sections: responses of T = 8,192 tokens in total, and verdicts for 8 to 1,024 prompts."""
     notes.append(f"medians of {ROUNDS} calls; bf16; V = 151,936")
-    peers = response_peers(notes)
+    scores = peer_scores(notes)
 
-    def case(hidden: int) -> list[Row]:
-        found = []
+    def measure_hidden_size(hidden: int) -> list[Row]:
+        rows = []
         for data in ("peaked", "random"):
             x, weight, target = head_case(8192, hidden, data, "cuda")
-            found += responses(x, weight, target, data, peers, notes)
+            rows += measure_responses(x, weight, target, data, scores, notes)
             for prompts in (8, 128, 1024):
-                found += verdicts(x[:prompts], weight, data, notes)
-        return found
+                rows += measure_verdicts(x[:prompts], weight, data, notes)
+        return rows
 
-    return {f"H {hidden:,}": partial(case, hidden) for hidden in (2048, 4096, 1024)}
+    return {f"H {hidden:,}": partial(measure_hidden_size, hidden) for hidden in (2048, 4096, 1024)}
 
 
-def response_peers(notes: list[str]) -> Scores:
-    """Log-probabilities [T] of (x, weight, target) by others, as far as they are installed."""
+def peer_scores(notes: list[str]) -> Scores:
+    """Return the functions of torch and of the installed peers that score (x, weight, target) -> [T]."""
     scores = {"torch": _eager, "torch.compile": torch.compile(_eager, dynamic=False)}
-    if liger := peer("liger_kernel.transformers.functional", notes):
+    if liger := import_peer("liger_kernel.transformers.functional", notes):
         scores["Liger-Kernel"] = lambda *args: -liger.liger_fused_linear_cross_entropy(*args, reduction="none")
-    if cce := peer("cut_cross_entropy", notes):
+    if cce := import_peer("cut_cross_entropy", notes):
         scores["cut-cross-entropy"] = lambda *args: -cce.linear_cross_entropy(*args, reduction="none")
-    if quack := peer("quack.linear_cross_entropy", notes):
-        # Its chunked form gives no single losses.
+    if quack := import_peer("quack.linear_cross_entropy", notes):
+        # The chunked form of QuACK returns no per-row losses.
         scores["QuACK"] = lambda x, weight, target: (
             -quack.linear_cross_entropy_func(x, weight, None, target, reduction="none")
         )
-    scores["torch, entropy and top-1"] = _eager_by_products
-    scores["torch.compile, entropy and top-1"] = torch.compile(_eager_by_products, dynamic=False)
+    scores["torch, entropy and top-1"] = _eager_with_entropy_and_top1
+    scores["torch.compile, entropy and top-1"] = torch.compile(_eager_with_entropy_and_top1, dynamic=False)
     return scores
 
 
@@ -62,7 +62,7 @@ def _eager(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy((x @ weight.T).float(), target, reduction="none")
 
 
-def _eager_by_products(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def _eager_with_entropy_and_top1(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     logprobs = (x @ weight.T).float().log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return torch.stack((logprobs.gather(-1, target[:, None])[:, 0], entropy, logprobs.argmax(-1)))[0]
@@ -72,47 +72,49 @@ def _eager_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return (x @ weight.T).float().log_softmax(-1).gather(-1, token_ids)
 
 
-def responses(x, weight, target, data, peers: Scores, notes) -> list[Row]:
-    """Every token of a response."""
-    ours = {
+def measure_responses(x, weight, target, data, peers: Scores, notes) -> list[Row]:
+    """Measure log-probabilities of every token of a response; return one row per variant."""
+    thinksafe_scores = {
         "ThinkSafe": lambda *args: linear_logprob(*args).logprob,
-        "ThinkSafe, entropy and top-1": lambda *args: linear_logprob(*args, by_products=True).logprob,
+        "ThinkSafe, entropy and top-1": lambda *args: linear_logprob(*args, with_entropy_and_top1=True).logprob,
     }
     flop = 2 * x.numel() * len(weight)
-    return _rows("responses", ours | peers, x, weight, target, data, notes, flop, 0)
+    return _measure_variants("responses", thinksafe_scores | peers, x, weight, target, data, notes, flop, 0)
 
 
-def verdicts(x, weight, data, notes) -> list[Row]:
-    """Two tokens a row, which nobody else scores."""
+def measure_verdicts(x, weight, data, notes) -> list[Row]:
+    """Measure two tokens per row against torch alone, because no peer scores them; return one row per variant."""
     token_ids = torch.tensor([[3, 7]], device=x.device).expand(len(x), 2).contiguous()
     variants = {"ThinkSafe": linear_logprob_of, "torch": _eager_of}
     flop = 2 * x.numel() * len(weight)
-    rows = _rows("verdicts", variants, x, weight, token_ids, data, notes, flop, weight.nbytes)
-    margin = {
+    rows = _measure_variants("verdicts", variants, x, weight, token_ids, data, notes, flop, weight.nbytes)
+    margin_variants = {
         "ThinkSafe, margin alone": lambda x, weight, ids: linear_margin(x, weight, 3, 7),
         "torch, margin alone": lambda x, weight, ids: (x @ weight[3] - x @ weight[7]).float(),
     }
-    return rows + _rows("verdicts", margin, x, weight, token_ids, data, notes, 0, x.nbytes + 2 * weight[0].nbytes)
+    return rows + _measure_variants(
+        "verdicts", margin_variants, x, weight, token_ids, data, notes, 0, x.nbytes + 2 * weight[0].nbytes
+    )
 
 
-def _rows(what, variants, x, weight, token_ids, data, notes, flop, num_bytes) -> list[Row]:
-    checked = torch.randperm(len(x), device=x.device)[:CHECKED_ROWS]
-    logprobs = (x[checked].double() @ weight.double().T).log_softmax(-1)
-    ids = token_ids[checked]
+def _measure_variants(task, variants, x, weight, token_ids, data, notes, flop, num_bytes) -> list[Row]:
+    checked_rows = torch.randperm(len(x), device=x.device)[:CHECKED_ROWS]
+    logprobs = (x[checked_rows].double() @ weight.double().T).log_softmax(-1)
+    ids = token_ids[checked_rows]
     exact = logprobs.gather(-1, ids if ids.dim() == 2 else ids[:, None]).squeeze(-1)
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def call(name):
+    def score(name):
         @torch.no_grad()
-        def work() -> None:
-            found[name] = variants[name](x, weight, token_ids)
+        def call() -> None:
+            outputs[name] = variants[name](x, weight, token_ids)
 
-        return work
+        return call
 
     rows = []
-    for name, taken in measure({name: call(name) for name in variants}, ROUNDS, notes).items():
-        wanted = exact[:, 0] - exact[:, 1] if "margin" in name else exact
-        error = (found[name][checked].double() - wanted).abs().max().item()
-        row = {"what": what, "T": len(x), "H": x.shape[1], "data": data, "variant": name}
-        rows.append(row | figures(taken, flop, num_bytes) | {"largest error, nats": error})
+    for name, measurement in measure({name: score(name) for name in variants}, ROUNDS, notes).items():
+        expected = exact[:, 0] - exact[:, 1] if "margin" in name else exact
+        error = (outputs[name][checked_rows].double() - expected).abs().max().item()
+        row = {"what": task, "T": len(x), "H": x.shape[1], "data": data, "variant": name}
+        rows.append(row | timing_columns(measurement, flop, num_bytes) | {"largest error, nats": error})
     return rows

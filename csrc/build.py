@@ -1,4 +1,4 @@
-"""Compile csrc/ into thinksafe/libthinksafe.so: `python csrc/build.py`. setup.py does the same on installation."""
+"""Command that compiles csrc/ into thinksafe/libthinksafe.so: `python csrc/build.py`. setup.py calls `build`."""
 
 import shutil
 import subprocess
@@ -7,36 +7,36 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [ROOT / "csrc" / "sampling.cu"]
-LIBRARY = ROOT / "thinksafe" / "libthinksafe.so"
-# Machine code for the A100 and the H100 or H200; anything newer compiles the PTX when the library is loaded.
+LIBRARY_PATH = ROOT / "thinksafe" / "libthinksafe.so"
+# Machine code for the A100 and for the H100 and H200. Newer GPUs compile the PTX when the library is loaded.
 TARGETS = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80")
 
 
-def nvcc() -> str | None:
-    """The CUDA compiler on PATH, if any."""
+def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None if it is not on PATH."""
     return shutil.which("nvcc")
 
 
-def build(library: Path, *options: str) -> str:
-    """Compile the library; what the compiler printed.
+def build(library_path: Path, *options: str) -> str:
+    """Compile the library and return the compiler's output.
 
     Raises:
-        subprocess.CalledProcessError: nvcc refused; its `stdout` says why.
+        subprocess.CalledProcessError: nvcc failed; the error's `stdout` holds the compiler's output.
     """
-    partial = library.with_suffix(f".{library.suffix[1:]}.partial")
-    command = [nvcc(), "-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", *options]
-    command += [word for target in TARGETS for word in ("-gencode", target)]
-    command += [*map(str, SOURCES), "-o", str(partial)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
-    partial.replace(library)
-    return done.stdout
+    partial_path = library_path.with_suffix(f".{library_path.suffix[1:]}.partial")
+    command = [find_nvcc(), "-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", *options]
+    command += [flag for target in TARGETS for flag in ("-gencode", target)]
+    command += [*map(str, SOURCES), "-o", str(partial_path)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    partial_path.replace(library_path)
+    return process.stdout
 
 
 if __name__ == "__main__":
-    if nvcc() is None:
-        sys.exit("csrc/build.py: no nvcc on PATH; install the CUDA toolkit, or go on without: torch samples then")
+    if find_nvcc() is None:
+        sys.exit("csrc/build.py: no nvcc on PATH; install the CUDA toolkit, or continue without it: torch then samples")
     try:
-        print(build(LIBRARY), end="")
+        print(build(LIBRARY_PATH), end="")
     except subprocess.CalledProcessError as error:
         sys.exit(error.stdout)
-    print(LIBRARY)
+    print(LIBRARY_PATH)

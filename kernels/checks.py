@@ -1,8 +1,8 @@
-"""What operations ask of their input, in one place: a message names the argument, what it is, and what it should be.
+"""Argument checks that the operations share. An error names the argument, what it must be and what was found.
 
-Shapes, dtypes, devices and layout are known while torch.compile traces, and these checks vanish from the graph. What
-lies in a tensor, or where it lies, is looked at inside registered operators, where nothing is traced: on a GPU the
-device itself asserts values, since a wait for it would cost a step its run-ahead.
+Shapes, dtypes, devices and strides are known while torch.compile traces, so their checks leave nothing in the graph.
+Values and addresses of tensors are checked inside registered operators, which torch.compile does not trace. On a GPU a
+device-side assert checks the values: if the host read them, it would have to wait for the device.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from torch import Tensor
 
 
 def check_tensor(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, strided: bool = True
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    allow_strided: bool = True,
 ) -> None:
-    """Exactly this shape, dtype and device; contiguous unless it may be `strided`.
+    """Check that a tensor has exactly this shape, dtype and device, and is contiguous unless `allow_strided`.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: naming what it is and what it should be.
+        TypeError: `tensor` is not a tensor.
+        ValueError: a property differs.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
@@ -27,16 +32,16 @@ def check_tensor(
             f"{name} must be {dtype} {list(shape)} on {device}; "
             f"found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         )
-    if not (strided or tensor.is_contiguous()):
+    if not (allow_strided or tensor.is_contiguous()):
         raise ValueError(f"{name} must be contiguous; found strides {list(tensor.stride())} of {list(tensor.shape)}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """A tensor of floating-point numbers, of whatever shape.
+    """Check that a tensor has a floating-point dtype; its shape may be any.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: of another kind.
+        TypeError: `tensor` is not a tensor.
+        ValueError: its dtype is not floating point.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
@@ -44,40 +49,40 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must be floating point, found {tensor.dtype}")
 
 
-def check_number(name: str, value: float, least: float, below: float = float("inf"), whole: bool = False) -> None:
-    """A plain number in [least, below), whole where it must be.
+def check_number(name: str, value: float, low: float, high: float = float("inf"), integer: bool = False) -> None:
+    """Check that a value is a Python number in [low, high), and a whole number if `integer`.
 
     Raises:
-        TypeError: no number.
-        ValueError: outside, NaN included.
+        TypeError: `value` is not such a number.
+        ValueError: `value` is outside the range or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise TypeError(f"{name} must be a {'whole ' if whole else ''}number, found {_described(value)}")
-    if not least <= value < below:
-        raise ValueError(f"{name} must lie in [{least}, {below}), found {value}")
+    if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
+        raise TypeError(f"{name} must be a {'whole ' if integer else ''}number, found {_type_name(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), found {value}")
 
 
 def check_choice(name: str, value: str | bool | None, *choices: str | bool | None) -> None:
-    """One of these very values.
+    """Check that a value equals one of the choices, and has its type.
 
     Raises:
-        ValueError: another.
+        ValueError: it equals none of them.
     """
     if not any(type(value) is type(choice) and value == choice for choice in choices):
-        listed = [choice if isinstance(choice, str) else repr(choice) for choice in choices]
-        raise ValueError(f"{name} must be {', '.join(listed[:-1])} or {listed[-1]}, found {value!r}")
+        names = [choice if isinstance(choice, str) else repr(choice) for choice in choices]
+        raise ValueError(f"{name} must be {', '.join(names[:-1])} or {names[-1]}, found {value!r}")
 
 
 def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = "weight") -> None:
-    """Hidden states [T, H] and the language-model head [V, H] that reads them.
+    """Check that x [T, H] and the language-model head `weight` [V, H] fit together.
 
     Raises:
-        TypeError: no tensors; for a module, what to pass instead.
-        ValueError: naming the first thing that does not fit.
+        TypeError: an argument is not a tensor; for a module the message says what to pass instead.
+        ValueError: a shape, dtype, device or stride is invalid.
     """
     if isinstance(weight, torch.nn.Module):
         if any("lora_" in key or "adapter" in key for key, _ in weight.named_parameters()):
-            raise TypeError(f"{weight_name} is a head with an adapter on it, whose logits are not x Wᵀ: merge it first")
+            raise TypeError(f"{weight_name} is a head with an adapter, so its logits are not x Wᵀ: merge the adapter")
         raise TypeError(f"{weight_name} must be the head's [V, H] tensor, found {type(weight).__name__}: pass .weight")
     for name, tensor in ((x_name, x), (weight_name, weight)):
         if not isinstance(tensor, Tensor):
@@ -87,7 +92,7 @@ def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = 
             f"{x_name} must be [T, H] and {weight_name} [V, H] with H and V at least 1; "
             f"found {list(x.shape)} and {list(weight.shape)}"
         )
-    # exp(z - z_y) passes the largest float16 when one logit is 11 nats above the target's.
+    # float16 is excluded: exp(z - z_y) overflows when one logit is 11 nats above the target's logit.
     if x.dtype not in (torch.bfloat16, torch.float32) or weight.dtype != x.dtype:
         raise ValueError(
             f"{x_name} and {weight_name} must both be bfloat16 or both float32; found {x.dtype} and {weight.dtype}"
@@ -95,90 +100,94 @@ def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = 
     if x.device != weight.device:
         raise ValueError(f"{x_name} is on {x.device}, {weight_name} on {weight.device}")
     if not weight.is_contiguous():
-        raise ValueError(f"{weight_name} must be contiguous; a view of a larger tensor cannot be the head")
+        raise ValueError(f"{weight_name} must be contiguous; found strides {list(weight.stride())}: pass a copy")
 
 
 def check_token_ids(name: str, token_ids: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    """int64 of this shape beside x; one id a row at least.
+    """Check that token ids are int64, have this shape, are on the device of x and hold at least one id per row.
 
     Raises:
-        TypeError, ValueError: as `check_tensor`.
+        TypeError, ValueError: as in `check_tensor`.
     """
     check_tensor(name, token_ids, shape, torch.int64, x.device)
     if 0 in shape[1:]:
-        raise ValueError(f"{name} must name at least one token a row; found {list(shape)}")
+        raise ValueError(f"{name} must hold at least one token id per row; found {list(shape)}")
 
 
 def row_weights(token_weight: Tensor | None, x: Tensor) -> Tensor:
-    """The loss's weight of each row of x, [T] fp32: token_weight, or ones.
+    """Return the weight of each row of x in the loss, [T] fp32: a checked copy of `token_weight`, or ones for None.
 
     Raises:
-        TypeError, ValueError: it is no constant of one finite, non-negative number a row.
+        TypeError, ValueError: `token_weight` is not [T] in floating point, requires a gradient, or holds a negative or
+            non-finite value.
     """
     if token_weight is None:
         return x.new_ones(len(x), dtype=torch.float32)
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
-        raise TypeError(f"token_weight must be a floating-point tensor, found {_described(token_weight)}")
+        raise TypeError(f"token_weight must be a floating-point tensor, found {_type_name(token_weight)}")
     check_tensor("token_weight", token_weight, x.shape[:1], token_weight.dtype, x.device)
     if token_weight.requires_grad:
-        raise ValueError("token_weight is a constant and gets no gradient: detach it, or weight reduction='none'")
-    return _row_weights(token_weight)
+        raise ValueError("token_weight is a constant and gets no gradient: detach it, or use reduction='none'")
+    return row_weights_op(token_weight)
 
 
-def _described(value: object) -> str:
+def _type_name(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-def check_once(operation: str, *grad_gradients: Tensor | None) -> None:
-    """For the backward pass of operators whose outputs include their own gradients: those are constants.
+def check_no_second_derivative(operation: str, *grads_of_gradients: Tensor | None) -> None:
+    """Check that no gradient flows into outputs that are gradients themselves. Such outputs are constants.
+
+    Call it in the backward pass of an operator that returns its own gradients.
 
     Raises:
-        RuntimeError: somebody differentiates them.
+        RuntimeError: a second derivative is requested.
     """
-    if any(gradient is not None for gradient in grad_gradients):
+    if any(gradient is not None for gradient in grads_of_gradients):
         raise RuntimeError(f"{operation} can be differentiated once: its gradient has no gradient")
 
 
 @torch.library.custom_op("thinksafe::row_weights", mutates_args=())
-def _row_weights(token_weight: Tensor) -> Tensor:
+def row_weights_op(token_weight: Tensor) -> Tensor:
     weights = token_weight.to(torch.float32, copy=True)
-    fine = torch.isfinite(weights) & (weights >= 0)
-    _require(fine.all(), "token_weight must be finite and not negative; reduction='none' takes any weight")
+    is_valid = torch.isfinite(weights) & (weights >= 0)
+    _require(is_valid.all(), "token_weight must be finite and not negative; for other weights use reduction='none'")
     return weights
 
 
-@_row_weights.register_fake
+@row_weights_op.register_fake
 def _(token_weight):
     return torch.empty_like(token_weight, dtype=torch.float32)
 
 
-def check_range(name: str, token_ids: Tensor, vocab_size: int) -> None:
-    """Every id a row of the head. For the inside of operators.
+def check_token_id_range(name: str, token_ids: Tensor, vocab_size: int) -> None:
+    """Check that every id is in [0, vocab_size). Call it inside registered operators only.
 
     Raises:
-        ValueError: an id outside [0, vocab_size); on a GPU the device asserts it.
+        ValueError: an id is outside. On a GPU a device-side assert fails instead.
     """
-    fine = ((token_ids >= 0) & (token_ids < vocab_size)).all()
-    _require(fine, f"{name} holds a token id outside [0, {vocab_size})")
+    is_valid = ((token_ids >= 0) & (token_ids < vocab_size)).all()
+    _require(is_valid, f"{name} holds a token id outside [0, {vocab_size})")
 
 
-def _require(fine: Tensor, message: str) -> None:
-    if fine.is_cuda:
-        torch._assert_async(fine, message)
-    elif not fine:
+def _require(condition: Tensor, message: str) -> None:
+    if condition.is_cuda:
+        torch._assert_async(condition, message)
+    elif not condition:
         raise ValueError(message)
 
 
-def check_tma(**tensors: Tensor) -> None:
-    """What the tensor memory accelerator asks of a matrix: base and rows at multiples of 16 bytes. For the inside of
-    operators.
+def check_tma_alignment(**tensors: Tensor) -> None:
+    """Check that the tensor memory accelerator (TMA) can read each matrix. Call it inside registered operators only.
+
+    The base address and the bytes of a row must be multiples of 16.
 
     Raises:
-        ValueError: naming the tensor.
+        ValueError: TMA cannot read a tensor; the message names it.
     """
     for name, tensor in tensors.items():
         H = tensor.shape[1]
         if H * tensor.element_size() % 16:
-            raise ValueError(f"a row of {name} must be a multiple of 16 bytes; H is {H} of {tensor.dtype}")
+            raise ValueError(f"a row of {name} must be a multiple of 16 bytes; found H = {H} in {tensor.dtype}")
         if tensor.data_ptr() % 16:
-            raise ValueError(f"{name} must start at a multiple of 16 bytes; it is a view: pass a clone")
+            raise ValueError(f"{name} must start at a multiple of 16 bytes; this view does not: pass a clone")

@@ -1,9 +1,10 @@
-"""What the losses on a language-model head share: rows in chunks, gradients in the forward pass, and a backward that
+"""Shared parts of the losses on a language-model head: chunks of rows, gradients in the forward pass, a backward that
 scales them.
 
-A chunk's [rows, V] arrays are the only large ones, so they are held for some rows at a time, and for half as many where
-memory runs out. The gradients for an upstream gradient of 1 are formed while those arrays exist; a row's dX scales with
-its upstream gradient, and dW, a sum over rows, with that of a scalar loss.
+The only large arrays have shape [rows, V], so they exist for one chunk of rows at a time. If memory runs out, the chunk
+size is halved. While a chunk's arrays exist, we compute its gradients for an upstream gradient of 1. The backward pass
+multiplies each row of dX by its upstream gradient. dW is a sum over rows, so the upstream gradient of a scalar loss can
+scale it; if rows have different upstream gradients, dW is recomputed.
 """
 
 from __future__ import annotations
@@ -16,115 +17,119 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-MIN_CHUNK = 128
-"""Rows below which halving a chunk again frees next to nothing."""
+MIN_CHUNK_ROWS = 128
+"""Smallest chunk: halving it again would free almost no memory."""
 
 
-def empty_gradients(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor]:
-    """(dX in the dtype of x, dW in fp32), each of no elements where it is not needed."""
-    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+def allocate_gradients(x: Tensor, weight: Tensor, needs_grad_x: bool, needs_grad_weight: bool) -> tuple[Tensor, Tensor]:
+    """Return uninitialized (dX in the dtype of x, dW in fp32); a tensor without elements if one is not needed."""
+    grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_grad_weight else weight.new_empty(0)
     return grad_x, grad_weight
 
 
-def as_given(operator: Callable) -> Callable:
-    """An operator's body with autocast off: it rounds products to 16 bits, and logits are never rounded."""
+def without_autocast(operator: Callable) -> Callable:
+    """Return the operator with autocast disabled inside: autocast would round logits to 16 bits."""
 
     @wraps(operator)
-    def run(x: Tensor, *others):
+    def with_autocast_off(x: Tensor, *args):
         with torch.autocast(x.device.type, enabled=False):
-            return operator(x, *others)
+            return operator(x, *args)
 
-    return run
+    return with_autocast_off
 
 
-def in_chunks(num_rows: int, chunk: int, run: Callable[[slice], T]) -> list[T]:
-    """What `run` makes of one slice of rows after another, half as many in each from where memory runs out.
+def map_chunks(num_rows: int, chunk_rows: int, compute_chunk: Callable[[slice], T]) -> list[T]:
+    """Call `compute_chunk` on consecutive slices of rows and return its results; halve the slices if memory runs out.
 
     Args:
-        run: may be called again for rows that it has seen.
+        chunk_rows: rows of a slice at the start.
+        compute_chunk: is called again for the same rows after a call that ran out of memory.
 
     Raises:
-        torch.OutOfMemoryError: not even MIN_CHUNK rows fit.
+        torch.OutOfMemoryError: not even MIN_CHUNK_ROWS rows fit.
     """
-    done, start = [], 0
+    results, start = [], 0
     while start < num_rows:
-        rows = slice(start, min(start + chunk, num_rows))
+        rows = slice(start, min(start + chunk_rows, num_rows))
         try:
-            done.append(run(rows))
+            results.append(compute_chunk(rows))
         except torch.OutOfMemoryError:
-            if chunk <= MIN_CHUNK:
+            if chunk_rows <= MIN_CHUNK_ROWS:
                 raise
-            chunk //= 2
+            chunk_rows //= 2
             continue
         start = rows.stop
-    return done
+    return results
 
 
-def over_chunks(
+def map_chunks_with_gradients(
     rows: Tensor | range,
-    chunk: int,
+    chunk_rows: int,
     grad_x: Tensor,
     grad_weight: Tensor,
-    run: Callable[[Tensor | slice], tuple[Any, Tensor | None, Tensor | None]],
+    compute_chunk: Callable[[Tensor | slice], tuple[Any, Tensor | None, Tensor | None]],
 ) -> list[Any]:
-    """Run every chunk of rows and gather their gradients; see `in_chunks`.
+    """Compute every chunk of rows and collect the gradients; see `map_chunks`.
 
     Args:
-        rows: which ones, ascending: int64 indices on the device, or `range(T)` for all.
+        rows: rows to compute, ascending: int64 indices on the device, or `range(T)` for all.
         grad_x, grad_weight: overwritten, with 0 where no chunk writes; dW is the sum over chunks.
-        run: takes an index of rows and returns (anything, their dX or None, their part of dW or None).
+        compute_chunk: takes an index of rows and returns (result, their dX or None, their part of dW or None).
 
     Returns:
-        What `run` returned first, for one chunk after another.
+        The result of each chunk, in order.
     """
     grad_weight.zero_()
     if isinstance(rows, Tensor):
         grad_x.zero_()
 
-    def gathered(part: slice) -> Any:
-        index = rows[part] if isinstance(rows, Tensor) else part
-        result, dx, dw = run(index)
+    def accumulate_gradients(chunk: slice) -> Any:
+        row_index = rows[chunk] if isinstance(rows, Tensor) else chunk
+        result, dx, dw = compute_chunk(row_index)
         if dx is not None:
-            grad_x[index] = dx
+            grad_x[row_index] = dx
         if dw is not None:
-            grad_weight.add_(dw)  # last, and in place, so that it cannot fail half done
+            grad_weight.add_(dw)  # last and in place: an error leaves no chunk half added
         return result
 
-    return in_chunks(len(rows), chunk, gathered)
+    return map_chunks(len(rows), chunk_rows, accumulate_gradients)
 
 
-def scaled_gradients(
-    upstream: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, again: Callable[[], Tensor]
+def scale_gradients(
+    grad_output: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, recompute_grad_weight: Callable[[], Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dX, dW in fp32) for the upstream gradient [T] from those for 1, None from None.
+    """Return (dX, dW in fp32) for an upstream gradient, from the gradients for an upstream gradient of 1.
 
-    `again` computes dW anew from rows weighted by the upstream gradient.
+    Args:
+        grad_output: [T], the upstream gradient.
+        grad_x, grad_weight: gradients for an upstream gradient of 1; None gives None.
+        recompute_grad_weight: recomputes dW from rows that are weighted by the upstream gradient.
     """
-    dx = None if grad_x is None else (grad_x.float() * upstream[:, None]).to(grad_x.dtype)
+    dx = None if grad_x is None else (grad_x.float() * grad_output[:, None]).to(grad_x.dtype)
     if grad_weight is None:
         return dx, None
-    # A scalar loss arrives as one expanded number and scales the sum; anything else needs the rows again.
-    is_scalar = upstream.stride() == (0,) or len(upstream) < 2
-    return dx, grad_weight * upstream[:1].sum() if is_scalar else again()
+    # The gradient of a scalar loss is one expanded element and scales the sum; any other one needs the rows again.
+    is_scalar = grad_output.stride() == (0,) or len(grad_output) < 2
+    return dx, grad_weight * grad_output[:1].sum() if is_scalar else recompute_grad_weight()
 
 
-def reduced(loss: Tensor, normaliser: Tensor, reduction: str) -> Tensor:
-    """Weighted row losses [T] as they are (`none`), summed, or divided by the weights' sum (0 for no rows)."""
+def reduce_loss(row_losses: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
+    """Return weighted row losses [T] unchanged (`none`), their sum, or the sum over the normalizer (0 for no rows)."""
     if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / normaliser.clamp(min=torch.finfo(torch.float32).tiny)
+        return row_losses
+    loss_sum = row_losses.sum()
+    return loss_sum if reduction == "sum" else loss_sum / normalizer.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def first_bad_row(loss: Tensor) -> Tensor:
-    """The first row of [T] that is NaN or infinite, or -1; int64 scalar, without a wait for the device."""
-    rows = torch.arange(len(loss) + 1, device=loss.device)
-    bad = torch.cat((~torch.isfinite(loss.detach()), rows.new_ones(1, dtype=torch.bool)))
-    row = torch.where(bad, rows, len(loss)).amin()
-    return torch.where(row < len(loss), row, -1)
+def first_bad_row(row_losses: Tensor) -> Tensor:
+    """Return the index of the first NaN or infinite row of [T], or -1: an int64 scalar, without a device sync."""
+    rows = torch.arange(len(row_losses) + 1, device=row_losses.device)
+    is_bad = torch.cat((~torch.isfinite(row_losses.detach()), rows.new_ones(1, dtype=torch.bool)))
+    bad_row = torch.where(is_bad, rows, len(row_losses)).amin()
+    return torch.where(bad_row < len(row_losses), bad_row, -1)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """A product of bf16 or fp32 with fp32 accumulation and result: nothing is rounded but the inputs."""
+    """Return the matmul of bf16 or fp32 operands with fp32 accumulation and result, so that only inputs are rounded."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()

@@ -1,8 +1,8 @@
-"""Where an operation runs: one rule for all of them.
+"""The rule that decides where an operation runs; all Triton operations follow it.
 
-CUDA tensors go to the Triton kernels, CPU tensors to the plain PyTorch reference, and TRITON_INTERPRET=1 sends CPU
-tensors through the Triton kernels in the interpreter, which is exact in fp32 only. Triton is imported here alone, and a
-machine without it still has every operation on the CPU.
+CUDA tensors go to the Triton kernels and CPU tensors to the plain PyTorch reference. TRITON_INTERPRET=1 sends CPU
+tensors to the Triton kernels in the interpreter, which is exact in fp32 only. Only this file imports Triton, so a
+machine without Triton can run every operation on the CPU.
 """
 
 import os
@@ -20,12 +20,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(kernel):
-    """`triton.jit` where there is Triton; elsewhere the function as it is, which nothing calls."""
+    """Return `triton.jit(kernel)`. Without Triton return the function unchanged; nothing calls it then."""
     return triton.jit(kernel) if triton else kernel
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether an operation on x runs as a Triton kernel.
+    """Return whether an operation on x runs as a Triton kernel.
 
     Raises:
         RuntimeError: x is on a GPU and Triton is not installed.

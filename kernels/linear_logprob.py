@@ -1,8 +1,12 @@
-"""Log-probabilities straight from hidden states: log p_t = x_t·w_{y_t} - logsumexp(x_t Wᵀ), without [T, V] logits.
+"""Log-probabilities computed from hidden states, without [T, V] logits.
 
-One pass over the vocabulary, 2 * T * V * H FLOP and nothing stored: exp(z - z_y) summed over all other tokens is S, and
-log p = -log1p(S), exact to fp32 however confident the model is. A guard's verdict wants a handful of tokens at one
-position; the margin between two of them needs no sum at all, a dot product a row.
+    log p_t = x_t·w_{y_t} - logsumexp(x_t Wᵀ) = -log1p(S),    S = Σ exp(z - z_y) over all other tokens
+
+The second form is exact to fp32, even if the model is very confident. A guard's verdict needs the log-probabilities of
+a few tokens at one position. The margin between two tokens needs no sum over the vocabulary, only a dot product per
+row.
+
+Cost: one pass over the vocabulary, 2 * T * V * H FLOP, no logits in memory.
 """
 
 from __future__ import annotations
@@ -12,22 +16,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.checks import check_choice, check_head, check_number, check_range, check_tma, check_token_ids
-from thinksafe.kernels.chunked_loss import as_given, in_chunks
+from thinksafe.kernels.checks import (
+    check_choice,
+    check_head,
+    check_number,
+    check_tma_alignment,
+    check_token_id_range,
+    check_token_ids,
+)
+from thinksafe.kernels.chunked_loss import map_chunks, without_autocast
 from thinksafe.kernels.exp_gemm import exp_gemm, gather_dot, on_tensor_cores
 
-_CHUNK, _REFERENCE_CHUNK = 65_536, 1024
-"""Rows at once: of the tables of tiles, 9 KB a row at Qwen3's vocabulary; of the reference's logits."""
+_CHUNK_ROWS, _REFERENCE_CHUNK_ROWS = 65_536, 1024
+"""Rows of a chunk, on Triton and in the reference. On Triton the sums of the tiles take 9 KB per row for Qwen3."""
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Per row: `logprob` of the target in nats, and by-products of the same pass.
+    """Results of one pass for each row.
 
     Attributes:
-        logprob: [T] fp32.
-        entropy: [T] fp32, of the whole distribution, in nats; None unless asked for.
-        top1: [T] int64, the most likely token (the smallest id of equals); None unless asked for.
+        logprob: [T] fp32, log-probability of the target in nats.
+        entropy: [T] fp32, entropy of the whole distribution in nats; None unless requested.
+        top1: [T] int64, the most likely token (the smallest id among equals); None unless requested.
     """
 
     logprob: Tensor
@@ -36,82 +47,94 @@ class Logprobs:
 
 
 def reference(x: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probabilities of token_ids [T, K], entropy [T], most likely token [T]) through logits in fp32 or better,
-    some rows at a time."""
+    """Return (log-probabilities of token_ids [T, K], entropy [T], most likely token [T]).
+
+    The logits are computed in fp32 or better, in chunks of rows.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype)
 
-    def scored(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def score_chunk(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         logits = x[rows] @ weight.T
-        # A logit of -inf, which an infinite weight makes, is a NaN.
+        # An infinite weight can make a logit -inf: 0 * (sum of logits) turns that row into NaN.
         logprobs = logits.log_softmax(-1) + 0 * logits.sum(-1, keepdim=True)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, token_ids[rows]), entropy, logprobs.argmax(-1)
 
-    return _joined(in_chunks(len(x), _REFERENCE_CHUNK, scored) or [scored(slice(0, 0))])
+    return _concatenate(map_chunks(len(x), _REFERENCE_CHUNK_ROWS, score_chunk) or [score_chunk(slice(0, 0))])
 
 
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+def _concatenate(chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 @torch.library.custom_op("thinksafe::linear_logprob", mutates_args=())
-@as_given
-def _linear_logprob(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability, entropy, most likely token), the last two empty unless asked for."""
-    check_range("target", target, len(weight))
+@without_autocast
+def _linear_logprob(
+    x: Tensor, weight: Tensor, target: Tensor, with_entropy_and_top1: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (log-probability, entropy, most likely token), the last two without elements unless requested."""
+    check_token_id_range("target", target, len(weight))
     if not on_tensor_cores(x) or len(x) == 0:
-        logprob, *rest = reference(x, weight, target[:, None])
-        return logprob[:, 0], *(rest if by_products else _nothing(x, target))
-    check_tma(x=x, weight=weight)
-    return _joined(
-        in_chunks(len(x), _CHUNK, lambda rows: _scored_on_triton(x[rows], weight, target[rows], by_products))
+        logprob, *entropy_and_top1 = reference(x, weight, target[:, None])
+        return logprob[:, 0], *(entropy_and_top1 if with_entropy_and_top1 else _no_entropy_or_top1(x, target))
+    check_tma_alignment(x=x, weight=weight)
+    return _concatenate(
+        map_chunks(
+            len(x), _CHUNK_ROWS, lambda rows: _logprob_on_triton(x[rows], weight, target[rows], with_entropy_and_top1)
+        )
     )
 
 
-def _nothing(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _no_entropy_or_top1(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0, dtype=torch.float32), target.new_empty(0)
 
 
-def _scored_on_triton(x: Tensor, weight: Tensor, target: Tensor, by_products: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`_linear_logprob` of some rows."""
+def _logprob_on_triton(
+    x: Tensor, weight: Tensor, target: Tensor, with_entropy_and_top1: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `_linear_logprob` of a chunk of rows."""
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
-    done = exp_gemm(x, weight, target, target_logit, by_products=by_products)
-    others = done.sums.sum(0)
-    own = torch.exp(target_logit - done.shift)
-    # Where the shift is the target's own logit, own is 1 and log1p keeps what 1 + S would round away.
-    logprob = torch.where(own == 1, -torch.log1p(others), target_logit - done.shift - torch.log(own + others))
-    if not by_products:
-        return logprob, *_nothing(x, target)
+    exp_pass = exp_gemm(x, weight, target, target_logit, with_entropy_and_top1=with_entropy_and_top1)
+    other_sum = exp_pass.sums.sum(0)
+    target_exp = torch.exp(target_logit - exp_pass.shift)
+    # If the shift is the target's logit, target_exp is 1, and log1p keeps small S, which 1 + S would round away.
+    logprob = torch.where(
+        target_exp == 1, -torch.log1p(other_sum), target_logit - exp_pass.shift - torch.log(target_exp + other_sum)
+    )
+    if not with_entropy_and_top1:
+        return logprob, *_no_entropy_or_top1(x, target)
     lse = target_logit - logprob
-    mean_logit = (done.weighted.sum(0) + own * target_logit) / (own + others)
-    tile = done.best.argmax(0, keepdim=True)
-    return logprob, lse - mean_logit, done.best_id.gather(0, tile)[0].long()
+    mean_logit = (exp_pass.weighted_sums.sum(0) + target_exp * target_logit) / (target_exp + other_sum)
+    argmax_tile = exp_pass.tile_max.argmax(0, keepdim=True)
+    return logprob, lse - mean_logit, exp_pass.tile_argmax.gather(0, argmax_tile)[0].long()
 
 
 @_linear_logprob.register_fake
-def _(x, weight, target, by_products):
-    rows = len(x) if by_products else 0
+def _(x, weight, target, with_entropy_and_top1):
+    rows = len(x) if with_entropy_and_top1 else 0
     return x.new_empty(len(x), dtype=torch.float32), x.new_empty(rows, dtype=torch.float32), target.new_empty(rows)
 
 
 @torch.library.custom_op("thinksafe::linear_logprob_of", mutates_args=())
-@as_given
+@without_autocast
 def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    check_range("token_ids", token_ids, len(weight))
+    check_token_id_range("token_ids", token_ids, len(weight))
     if not on_tensor_cores(x) or len(x) == 0:
         return reference(x, weight, token_ids)[0]
-    check_tma(x=x, weight=weight)
-    return torch.cat(in_chunks(len(x), _CHUNK, lambda rows: _chosen_on_triton(x[rows], weight, token_ids[rows])))
+    check_tma_alignment(x=x, weight=weight)
+    return torch.cat(
+        map_chunks(len(x), _CHUNK_ROWS, lambda rows: _logprob_of_on_triton(x[rows], weight, token_ids[rows]))
+    )
 
 
-def _chosen_on_triton(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """`_linear_logprob_of` of some rows."""
+def _logprob_of_on_triton(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """Return `_linear_logprob_of` of a chunk of rows."""
     logits = gather_dot(x, weight, token_ids)
-    # The most likely of them is the shift, so that an id of no chance takes nothing from the others.
-    best, column = logits.max(-1)
-    done = exp_gemm(x, weight, token_ids.gather(-1, column[:, None])[:, 0], best)
-    lse = done.shift + torch.log(torch.exp(best - done.shift) + done.sums.sum(0))
+    # The shift is the largest of these logits, so that an unlikely id does not cost the others precision.
+    max_logit, column = logits.max(-1)
+    exp_pass = exp_gemm(x, weight, token_ids.gather(-1, column[:, None])[:, 0], max_logit)
+    lse = exp_pass.shift + torch.log(torch.exp(max_logit - exp_pass.shift) + exp_pass.sums.sum(0))
     return logits - lse[:, None]
 
 
@@ -121,58 +144,60 @@ def _(x, weight, token_ids):
 
 
 @torch.no_grad()
-def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, by_products: bool = False) -> Logprobs:
-    """Log-probability of one token a row, without a gradient: one that trains is a `linear_cross_entropy` of
-    reduction="none", negated.
+def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, with_entropy_and_top1: bool = False) -> Logprobs:
+    """Return the log-probability of one token per row. Not differentiable.
+
+    For a gradient, negate `linear_cross_entropy` with reduction="none".
 
     Args:
-        x: [T, H] hidden states, bf16, or fp32, which a GPU computes in plain torch.
+        x: [T, H] hidden states, bf16 or fp32; a GPU computes fp32 in plain torch.
         weight: [V, H] head, contiguous, in the dtype of x.
         target: [T] int64 in [0, V).
-        by_products: also give entropy and the most likely token.
+        with_entropy_and_top1: also return the entropy and the most likely token.
 
     Returns:
-        See `Logprobs`; NaN where x or the head are not finite.
+        See `Logprobs`; NaN if x or the head is not finite.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, with its name; on a GPU values are asserted by the device.
+        TypeError, ValueError: an argument is invalid; the message names it. On a GPU the device asserts values.
     """
     check_head(x, weight)
     check_token_ids("target", target, x, (len(x),))
-    check_choice("by_products", by_products, True, False)
-    logprob, entropy, top1 = _linear_logprob(x.contiguous(), weight, target.contiguous(), by_products)
-    return Logprobs(logprob, entropy, top1) if by_products else Logprobs(logprob, None, None)
+    check_choice("with_entropy_and_top1", with_entropy_and_top1, True, False)
+    logprob, entropy, top1 = _linear_logprob(x.contiguous(), weight, target.contiguous(), with_entropy_and_top1)
+    return Logprobs(logprob, entropy, top1) if with_entropy_and_top1 else Logprobs(logprob, None, None)
 
 
 @torch.no_grad()
 def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probabilities of a handful of tokens a row, with one exact log-sum-exp.
+    """Return log-probabilities of a few tokens per row, with one exact log-sum-exp. Not differentiable.
 
     Args:
-        x: [T, H]; weight: [V, H]; as for `linear_logprob`.
+        x, weight: [T, H] and [V, H], as for `linear_logprob`.
         token_ids: [T, K] int64 in [0, V), K at least 1.
 
     Returns:
-        [T, K] fp32, NaN where x or the head are not finite.
+        [T, K] fp32; NaN if x or the head is not finite.
 
     Raises:
         TypeError, ValueError: as for `linear_logprob`.
     """
     check_head(x, weight)
-    width = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.dim() == 2 else 1
-    check_token_ids("token_ids", token_ids, x, (len(x), width))
+    num_tokens = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.dim() == 2 else 1
+    check_token_ids("token_ids", token_ids, x, (len(x), num_tokens))
     return _linear_logprob_of(x.contiguous(), weight, token_ids.contiguous())
 
 
 @torch.no_grad()
-def linear_margin(x: Tensor, weight: Tensor, token: int, other: int) -> Tensor:
-    """log p(token) - log p(other) for every row, [T] fp32: the rows' product with a difference of two rows of the head,
-    no sum over the vocabulary.
+def linear_margin(x: Tensor, weight: Tensor, token: int, other_token: int) -> Tensor:
+    """Return log p(token) - log p(other_token) for each row, [T] fp32. Not differentiable.
+
+    This is the dot product of x with the difference of two rows of the head, without a sum over the vocabulary.
 
     Raises:
         TypeError, ValueError: as for `linear_logprob`.
     """
     check_head(x, weight)
-    for name, value in (("token", token), ("other", other)):
-        check_number(name, value, 0, len(weight), whole=True)
-    return (x.float() * (weight[token].float() - weight[other].float())).sum(-1)
+    for name, value in (("token", token), ("other_token", other_token)):
+        check_number(name, value, 0, len(weight), integer=True)
+    return (x.float() * (weight[token].float() - weight[other_token].float())).sum(-1)

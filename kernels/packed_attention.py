@@ -1,8 +1,8 @@
-"""Causal attention over sequences that lie end to end in one tensor, without a token of padding in the model.
+"""Causal attention over sequences packed end to end in one tensor, so the model computes no padding.
 
-A token sees the tokens of its own sequence up to itself and nothing of its neighbours. FLOPs: 2 * D * sum(len^2) a
-query head, forward. On a GPU in 16 bits this is FlashAttention's: its own package where that is installed, which reads
-grouped heads as they are, else the one in torch, for which keys and values are repeated for every query head.
+A token sees itself and the earlier tokens of its sequence, never another sequence. FLOPs: 2 * D * sum(len^2) per query
+head, forward. In 16 bits on a GPU this is FlashAttention. If the flash-attn package is installed, it is used and reads
+grouped heads directly. Otherwise torch's varlen_attn is used, with keys and values repeated for every query head.
 """
 
 from collections.abc import Callable
@@ -12,60 +12,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_IN_16_BITS = (torch.bfloat16, torch.float16)
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """softmax(q kᵀ / sqrt(D)) v within each sequence, causal, differentiable.
+    """Compute causal softmax(q kᵀ / sqrt(D)) v within each sequence; differentiable.
 
     Args:
         q: [T, num_heads, D].
         k, v: [T, num_kv_heads, D]; num_kv_heads divides num_heads.
         cu_seqlens: [N+1] int32 on the tensors' device; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1].
-        max_seqlen: the longest sequence, known on the host so that nothing waits for the device.
+        max_seqlen: length of the longest sequence; an argument, so that the host need not wait for the device.
 
     Returns:
         [T, num_heads, D].
     """
-    if q.is_cuda and q.dtype in _IN_16_BITS:
-        return _VARLEN(q, k, v, cu_seqlens, max_seqlen)
+    if q.is_cuda and q.dtype in _FLASH_DTYPES:
+        return VARLEN_BACKEND(q, k, v, cu_seqlens, max_seqlen)
     return reference(q, k, v, cu_seqlens, max_seqlen)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """The same, one sequence after another: of a dense batch most would be padding where one sequence is long."""
+    """Compute `packed_attention` in plain torch, one sequence at a time.
 
-    def of(*parts: Tensor) -> Tensor:
-        heads_first = (part.transpose(0, 1)[None] for part in parts)
+    A padded batch would be mostly padding if one sequence is long."""
+
+    def attend_sequence(*qkv: Tensor) -> Tensor:
+        heads_first = (part.transpose(0, 1)[None] for part in qkv)
         return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
-    lengths = cu_seqlens.diff().tolist()
-    return torch.cat([of(*parts) for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)])
+    seq_lens = cu_seqlens.diff().tolist()
+    return torch.cat([attend_sequence(*qkv) for qkv in zip(*(x.split(seq_lens) for x in (q, k, v)), strict=True)])
 
 
-def _with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def varlen_with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Compute `packed_attention` with the flash-attn package."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
 
 
-def _with_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def varlen_with_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Compute `packed_attention` with torch's FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    # (-1, 0): any number of tokens to the left, none to the right.
+    group_size = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
+    # window_size (-1, 0): all tokens to the left, none to the right.
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0))
 
 
-def _varlen() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """Which of the two; found out once, and without importing either."""
-    return _with_flash_attn if find_spec("flash_attn") else _with_torch
+def choose_varlen_backend() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    """Return the backend for 16-bit tensors on a GPU, without importing it."""
+    return varlen_with_flash_attn if find_spec("flash_attn") else varlen_with_torch
 
 
-_VARLEN = _varlen()
+VARLEN_BACKEND = choose_varlen_backend()
 
 
-def keeps_grouped_heads(dtype: torch.dtype) -> bool:
-    """Whether on a GPU keys and values are kept for the backward pass as they are, not once for every query head."""
-    return dtype in _IN_16_BITS and _VARLEN is _with_flash_attn
+def supports_grouped_heads(dtype: torch.dtype) -> bool:
+    """Return whether attention on a GPU saves keys and values for backward per KV head, not per query head."""
+    return dtype in _FLASH_DTYPES and VARLEN_BACKEND is varlen_with_flash_attn

@@ -1,12 +1,12 @@
-"""The cache that attention reads: where the keys and values of a token lie, for everything that writes or reads them.
+"""The layout of the paged KV cache, for all code that writes or reads keys and values.
 
-A sequence's context lies in pages scattered over one pool; its row of `page_table` lists them in order. In a page a
-head's tokens lie together, [page_size, D], so that a tile is one contiguous read: 16 KB at 64 tokens of 128 in bf16. A
-token's offset in its page never changes, so a page that several sequences begin with is any page: its number stands at
-the front of their tables.
+The context of a sequence is stored in pages that are scattered over one pool. The sequence's row of `page_table` lists
+its pages in order. Within a page the tokens of one head are contiguous, [page_size, D], so a tile is one contiguous
+read: 16 KB for 64 tokens of 128 elements in bf16. A token's offset in its page never changes. A page that holds a
+shared prefix is therefore an ordinary page: the page-table rows of all sequences that share it start with its index.
 
-Keys, values or both may be in e4m3 with an exponent for every head of a token (fp8.py): 1 + 1/D bytes a number in place
-of 2. Exponents lie as the rows of the cache do.
+Keys, values or both may be in e4m3 with one power-of-two scale for each head of a token (fp8.py): 1 + 1/D bytes per
+element instead of 2. The scales have the order of the cache rows.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thinksafe.kernels.dispatch import jit, tl
-from thinksafe.kernels.fp8 import E4M3, dequantise
-from thinksafe.kernels.fp8 import reference as quantise
+from thinksafe.kernels.fp8 import E4M3, dequantize
+from thinksafe.kernels.fp8 import reference as quantize
 
-STRETCH = 64
-"""Tokens that references pad a context to a multiple of, and positions of a prompt that they compute at once."""
+REFERENCE_BLOCK = 64
+"""Block size of the references in tokens. They pad contexts to a multiple of it and compute a prompt block by block."""
 
-Exponents = tuple[Tensor | None, Tensor | None]
-"""Of keys and of values, [num_pages, num_kv_heads, page_size] uint8 each; None for a cache that is not in e4m3."""
+KvScales = tuple[Tensor | None, Tensor | None]
+"""Scales of keys and of values (see fp8.py), [num_pages, num_kv_heads, page_size] uint8 each, or None for a cache that
+is not in e4m3."""
 
 
 @jit
 def cache_row(page, head, offset, num_kv_heads, PAGE_SIZE: tl.constexpr):
-    """Where one head of a token lies, in rows of D numbers; of its exponent, the index."""
+    """Return the index of the cache row, D elements, that holds one head of a token. Its scale has the same index."""
     return (page.to(tl.int64) * num_kv_heads + head) * PAGE_SIZE + offset
 
 
 @jit
 def tile_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """`cache_row` of tokens start to start + BLOCK_N of a context, [BLOCK_N]; behind its end, rows of any page.
+    """Return `cache_row` of tokens start to start + BLOCK_N of a context, [BLOCK_N].
 
-    To find a page costs one 8-byte load. A loop asks for the next tile's while it loads this one, so that a page number
-    is never waited for."""
+    Past the end of the context the rows are valid indices, but their content is arbitrary. A page index costs one
+    8-byte load. The loops load the page indices of the next tile while they load the current tile, so they never wait
+    for an index."""
     if PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(pages_ptr + start // PAGE_SIZE, mask=start < seq_len, other=0)
         return cache_row(page, head, start % PAGE_SIZE, num_kv_heads, PAGE_SIZE) + tl.arange(0, BLOCK_N)
@@ -48,83 +50,110 @@ def tile_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.const
 
 
 @jit
-def value_power(exponent):
-    """What is added to scores before an online softmax takes their maximum, fp32: with the scales of values in e4m3,
-    weights are at 1 or below, as fp16 needs. A head of nothing but zeros has the smallest scale, 2^-126, and the sum of
-    many weights without theirs must stay finite as well."""
-    return (tl.maximum(exponent, 27) - 127).to(tl.float32)
+def value_log2_scale(scale_e8m0):
+    """Return log2 of the scales of e4m3 values, at least -100, fp32.
+
+    The online softmax adds it to the scores before it takes their maximum. Softmax weights times the scales of their
+    values are then at most 1, so fp16 can hold them. The bound of -100 keeps the sum of the weights, which are not
+    multiplied with the scales, finite in fp32: a head of zeros has the smallest scale, 2^-126."""
+    return (tl.maximum(scale_e8m0, 27) - 127).to(tl.float32)
 
 
 def write_kv(
-    key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, exponents: Exponents = (None, None)
+    key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales_e8m0: KvScales = (None, None)
 ) -> None:
-    """Store new keys and values.
+    """Store new keys and values in the cache, in plain torch.
 
     Args:
         key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
         k, v: [T, num_kv_heads, D].
-        slots: [T] int64, page * page_size + offset of each token; no two alike.
-        exponents: of the caches that are in e4m3, changed in place.
+        slots: [T] int64, page * page_size + offset of each token; all different.
+        scales_e8m0: scales of the caches in e4m3, changed in place.
     """
-    num_heads, page_size, D = key_cache.shape[1:]
-    heads = torch.arange(num_heads, device=slots.device)
-    rows = ((slots // page_size)[:, None] * num_heads + heads) * page_size + (slots % page_size)[:, None]
-    for cache, powers, new in zip((key_cache, value_cache), exponents, (k, v), strict=True):
-        if powers is not None:
-            new, exponent = quantise(new)
-            powers.view(-1).index_copy_(0, rows.flatten(), exponent.flatten())
-            cache, new = cache.view(torch.uint8), new.view(torch.uint8)  # torch moves no rows of e4m3
-        cache.view(-1, D).index_copy_(0, rows.flatten(), new.flatten(0, 1))
+    num_kv_heads, page_size, D = key_cache.shape[1:]
+    heads = torch.arange(num_kv_heads, device=slots.device)
+    rows = ((slots // page_size)[:, None] * num_kv_heads + heads) * page_size + (slots % page_size)[:, None]
+    for cache, cache_scales, states in zip((key_cache, value_cache), scales_e8m0, (k, v), strict=True):
+        if cache_scales is not None:
+            states, state_scales = quantize(states)
+            cache_scales.view(-1).index_copy_(0, rows.flatten(), state_scales.flatten())
+            cache, states = cache.view(torch.uint8), states.view(torch.uint8)  # index_copy_ lacks e4m3
+        cache.view(-1, D).index_copy_(0, rows.flatten(), states.flatten(0, 1))
 
 
-def contexts(
-    key_cache: Tensor, value_cache: Tensor, exponents: Exponents, page_table: Tensor, visible: Tensor,
+def gather_kv(
+    key_cache: Tensor, value_cache: Tensor, scales_e8m0: KvScales, page_table: Tensor, visible: Tensor,
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """Copies of keys and values, [B, num_kv_heads, L, D] each; page_table [B, W]; visible [B, L], L in stretches, of
-    which the last alone holds what is not visible."""
-    (_, num_heads, page_size, D), length = key_cache.shape, visible.shape[1]
+    """Copy the keys and values of B contexts out of the cache; tokens that are not visible become zero.
+
+    Args:
+        page_table: [B, W] int64.
+        visible: [B, L] bool; L is a multiple of REFERENCE_BLOCK, and only the last block holds invisible tokens.
+
+    Returns:
+        Keys and values, [B, num_kv_heads, L, D] each, in `dtype` if the cache is in e4m3.
+    """
+    (_, num_kv_heads, page_size, D), length = key_cache.shape, visible.shape[1]
     width = -(-length // page_size)
     page_table = F.pad(page_table[:, :width], (0, max(0, width - page_table.shape[1])))
-    tiles = page_table[:, None] * num_heads + torch.arange(num_heads, device=page_table.device)[:, None]
-    contexts = []
-    for cache, powers in zip((key_cache, value_cache), exponents, strict=True):
-        if powers is None:
-            context = cache.view(-1, page_size * D).index_select(0, tiles.flatten())
+    page_heads = page_table[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=page_table.device)[:, None]
+    gathered = []
+    for cache, cache_scales in zip((key_cache, value_cache), scales_e8m0, strict=True):
+        if cache_scales is None:
+            tensor = cache.view(-1, page_size * D).index_select(0, page_heads.flatten())
         else:
-            values = cache.view(torch.uint8).view(-1, page_size, D).index_select(0, tiles.flatten()).view(E4M3)
-            context = dequantise(values, powers.view(-1, page_size).index_select(0, tiles.flatten()), dtype)
-        context = context.view(len(page_table), num_heads, -1, D)[:, :, :length]
-        # Behind a last token lies anything, even NaN, which no weight of 0 undoes.
-        context[:, :, -STRETCH:].masked_fill_(~visible[:, None, -STRETCH:, None], 0)
-        contexts.append(context)
-    return contexts
+            values = cache.view(torch.uint8).view(-1, page_size, D).index_select(0, page_heads.flatten()).view(E4M3)
+            scales = cache_scales.view(-1, page_size).index_select(0, page_heads.flatten())
+            tensor = dequantize(values, scales, dtype)
+        tensor = tensor.view(len(page_table), num_kv_heads, -1, D)[:, :, :length]
+        # The cache may hold anything after the last token, even NaN, and a softmax weight of 0 times NaN is NaN.
+        tensor[:, :, -REFERENCE_BLOCK:].masked_fill_(~visible[:, None, -REFERENCE_BLOCK:, None], 0)
+        gathered.append(tensor)
+    return gathered
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """q [B, T, num_heads, D]; k, v [B, num_kv_heads, L, D]; visible [B, T, L]; the result has the shape of q."""
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """Compute softmax(q kᵀ / sqrt(D)) v over the visible tokens in plain torch.
+
+    Args:
+        q: [B, T, num_heads, D].
+        k, v: [B, num_kv_heads, L, D].
+        visible: [B, T, L] bool.
+
+    Returns:
+        [B, T, num_heads, D].
+    """
     (B, T, _, D), num_kv_heads = q.shape, k.shape[1]
-    # Products of one shape a row and KV head, whatever the number of rows: so BLAS computes each alike.
-    grouped = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(B * num_kv_heads, -1, D)
-    scores = (grouped @ k.flatten(0, 1).transpose(1, 2)).view(B, num_kv_heads, -1, T, k.shape[2]) * D**-0.5
-    weights = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
-    out = weights.view(B * num_kv_heads, -1, k.shape[2]) @ v.flatten(0, 1)
+    # One matmul per row and KV head: its shape does not depend on B, so BLAS rounds a row the same way in every batch.
+    grouped_q = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).reshape(B * num_kv_heads, -1, D)
+    scores = (grouped_q @ k.flatten(0, 1).transpose(1, 2)).view(B, num_kv_heads, -1, T, k.shape[2]) * D**-0.5
+    probs = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1)
+    out = probs.view(B * num_kv_heads, -1, k.shape[2]) @ v.flatten(0, 1)
     return out.view(B, num_kv_heads, -1, T, D).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
-def check_cache(q: Tensor, caches: tuple[Tensor, Tensor], exponents: Exponents, page_table: Tensor) -> None:
+def check_cache(q: Tensor, caches: tuple[Tensor, Tensor], scales_e8m0: KvScales, page_table: Tensor) -> None:
+    """Raise ValueError unless q, the key and value caches, their scales and the page table fit together."""
     shape = caches[0].shape
     if caches[1].shape != shape or not all(cache.is_contiguous() for cache in caches):
-        raise ValueError(f"caches are {list(shape)} and {list(caches[1].shape)}: expected equal, contiguous")
+        raise ValueError(
+            "key_cache and value_cache must have equal shapes and be contiguous; found "
+            f"{list(shape)} and {list(caches[1].shape)}"
+        )
     if q.shape[2] != shape[3] or q.shape[1] % shape[1]:
         raise ValueError(
-            f"q is {list(q.shape)}, a cache is {list(shape)}: expected [.., num_heads, D] and [num_pages, "
-            "num_kv_heads, page_size, D], num_heads a multiple of num_kv_heads"
+            "q must be [.., num_heads, D] and a cache [num_pages, num_kv_heads, page_size, D], num_heads a multiple of "
+            f"num_kv_heads; found {list(q.shape)} and {list(shape)}"
         )
-    for cache, powers in zip(caches, exponents, strict=True):
-        if cache.dtype != (q.dtype if powers is None else E4M3):
-            raise ValueError(f"q is {q.dtype}, a cache is {cache.dtype}; both must be the same, or exponents be given")
-        if powers is not None and (powers.shape != shape[:3] or powers.dtype != torch.uint8):
-            raise ValueError(f"exponents are {list(powers.shape)} {powers.dtype}, not {list(shape[:3])} uint8")
+    for cache, cache_scales in zip(caches, scales_e8m0, strict=True):
+        if cache.dtype != (q.dtype if cache_scales is None else E4M3):
+            raise ValueError(
+                f"a cache must have the dtype of q, or be in e4m3 with scales_e8m0; found {cache.dtype} and {q.dtype}"
+            )
+        if cache_scales is not None and (cache_scales.shape != shape[:3] or cache_scales.dtype != torch.uint8):
+            raise ValueError(
+                f"scales_e8m0 must be uint8 {list(shape[:3])}; found {cache_scales.dtype} {list(cache_scales.shape)}"
+            )
     if page_table.dtype != torch.int64:
-        raise ValueError(f"page_table is {page_table.dtype}, not int64")
+        raise ValueError(f"page_table must be torch.int64; found {page_table.dtype}")

@@ -1,21 +1,27 @@
-"""One new token a sequence against its whole context in the page cache (paged_cache.py).
+"""Attention of one new token per sequence to its whole context in the paged KV cache (paged_cache.py).
 
-Decoding reads every byte of K and V once a step, so this operation, not the weights, bounds long generations:
-2 * context * num_kv_heads * D * itemsize bytes a sequence and layer. A context is cut into splits of SPLIT tokens, an
-own program for each split and KV head, and the partial results are combined. The cut depends on the sequence's own
-length, not on the batch, and so does every bit of the result. Rows of 100 and of 16,000 tokens share a batch, and the
-lengths are known to the device alone: persistent programs walk a list of splits that `decode_work` makes there.
+The operation computes softmax(q kᵀ / sqrt(D)) v per query head. A decode step reads every byte of K and V once,
+2 * context * num_kv_heads * D * itemsize bytes per sequence and layer. In long generations these reads take more time
+than the weights.
 
-All else must be done in the time that the bytes take, and in e4m3 they are half as many. So a program is one warp,
-which waits for no other, and its tiles are transposed: scores are K Qᵀ, [tokens, heads], and the result is Vᵀ Pᵀ,
-[D, heads]. Tensor cores take 16 rows of one operand and 8 of the other, and 8 are enough for the query heads of a KV
-group. Numbers in e4m3 become fp16 on the way to them, which loses nothing of them, and so does the operand they meet:
-the hardware turns two numbers into fp16 with one instruction, and into bf16 with five. Of values it wants two tokens of
-one column together, which lie a row apart; so two neighbours in a row travel as one number of 16 bits, and come apart
-into even and odd columns, each with a product of its own.
+A context is cut into splits of SPLIT tokens. One work item computes one split for one KV head, and a second kernel
+combines the partial results. The cuts depend on the sequence's length only, so the bits of its result do not depend on
+the batch. A batch may mix rows of 100 and of 16,000 tokens, and only the device knows the lengths. Therefore persistent
+programs walk through a list of splits that `list_splits` builds on the device.
 
-Compiled for sm_90a the loop issues 600 instructions for 8 KB in e4m3 and 490 for 16 KB in bf16, 39% and 16% of what the
-processors can issue at 1.7 GHz while 4.8 TB/s bring the next (benchmarks/compiled.py; a test holds it below a half).
+All arithmetic must fit into the time of these reads, and e4m3 halves that time. Four choices serve this goal:
+- A program is one warp, so it never waits for another warp.
+- Tiles are transposed: scores are K Qᵀ, [tokens, heads], and the result is Vᵀ Pᵀ, [D, heads]. The tensor-core
+  instruction needs 16 rows of one operand and 8 of the other, and 8 is enough for the query heads of a KV group.
+- e4m3 elements are converted to fp16, which is exact; the other operand is converted too. The hardware converts two
+  e4m3 elements to fp16 with one instruction; bf16 needs five.
+- The tensor-core instruction needs V elements of two consecutive tokens in one register, but these are one cache row
+  apart. The kernel loads pairs of adjacent e4m3 columns as 16-bit words, splits them into even and odd columns, and
+  accumulates two matmuls.
+
+Compiled for sm_90a, the loop issues 600 instructions per 8 KB in e4m3 and 490 per 16 KB in bf16. That is 39% and 16% of
+what the SMs can issue at 1.7 GHz while 4.8 TB/s load the next tile (counted by tools/hopper/compiled.py;
+tests/kernels/test_compiled.py requires less than 50%).
 """
 
 from __future__ import annotations
@@ -27,87 +33,110 @@ from torch import Tensor
 
 from thinksafe.kernels.dispatch import INTERPRETED, jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import power_of_two
-from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows, value_power
+from thinksafe.kernels.paged_cache import (
+    REFERENCE_BLOCK,
+    KvScales,
+    check_cache,
+    gather_kv,
+    reference_attention,
+    tile_rows,
+    value_log2_scale,
+)
 
 SPLIT = 512
 MAX_SPLITS = 32
-"""Contexts up to SPLIT * MAX_SPLITS = 16k tokens are cut every SPLIT tokens, longer ones every so many times SPLIT that
-MAX_SPLITS are enough: it bounds the memory of partial results, 0.3 GB for 512 rows of 32 heads."""
+"""A context of up to SPLIT * MAX_SPLITS = 16k tokens is cut every SPLIT tokens. In a longer context the split length is
+the smallest multiple of SPLIT that gives at most MAX_SPLITS splits. This bounds the memory of partial results: 0.3 GB
+for 512 rows of 32 heads."""
 LOG2E = 1.4426950408889634
-_BATCH_TOKENS = 2**17
-"""Context tokens that the reference copies out of the cache at once."""
+REFERENCE_BATCH_TOKENS = 2**17
+"""Number of context tokens that the reference copies out of the cache at once."""
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """One configuration: heads and context tokens of a tile, pipeline stages, and programs, of one warp each, that fit
-    a processor's registers and shared memory: while some wait or begin a split, the others read."""
+class DecodeConfig:
+    """Tile sizes and launch settings of the kernel.
 
-    heads: int
-    tokens: int
+    Attributes:
+        block_g: query heads of a tile, at least.
+        block_n: context tokens of a tile.
+        num_stages: pipeline stages.
+        programs_per_sm: programs of one warp that fit into an SM's registers and shared memory. While one program waits
+            or starts a split, the others read.
+    """
+
+    block_g: int
+    block_n: int
     num_stages: int
-    programs: int
+    programs_per_sm: int
 
 
-TILES = {1: Tiles(8, 32, 3, 11), 2: Tiles(8, 32, 3, 6), 4: Tiles(8, 16, 2, 6)}
-"""By bytes of a key's numbers, of which values have no more. fp32 is there for exactness, not speed."""
+CONFIGS = {1: DecodeConfig(8, 32, 3, 11), 2: DecodeConfig(8, 32, 3, 6), 4: DecodeConfig(8, 16, 2, 6)}
+"""Configurations by itemsize of the key cache; elements of the value cache are never larger. fp32 is for exactness, not
+for speed."""
 
 
 def reference_decode(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    exponents: Exponents = (None, None),
+    scales_e8m0: KvScales = (None, None),
 ) -> Tensor:  # fmt: skip
-    """`paged_decode` in plain torch, rows of similar length together, each padded to a length that is its own: a row's
-    bits depend on nothing else."""
+    """Compute `paged_decode` in plain torch, in batches of rows with equal padded length.
+
+    The padded length depends on the row alone, so the bits of a row do not depend on the batch."""
     out = torch.zeros_like(q)
-    for rows, length in _similar_lengths(seq_lens):
+    for rows, length in batch_by_length(seq_lens):
         visible = torch.arange(length, device=q.device) < seq_lens[rows, None]
-        k, v = contexts(key_cache, value_cache, exponents, page_table[rows], visible, q.dtype)
-        out[rows] = attended(q[rows, None], k, v, visible[:, None])[:, 0]
+        k, v = gather_kv(key_cache, value_cache, scales_e8m0, page_table[rows], visible, q.dtype)
+        out[rows] = reference_attention(q[rows, None], k, v, visible[:, None])[:, 0]
     return out
 
 
-def _similar_lengths(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
-    """(rows, length padded to whole stretches) of rows with a context, at most _BATCH_TOKENS together."""
-    padded = (seq_lens + STRETCH - 1) // STRETCH * STRETCH
+def batch_by_length(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
+    """Return (row indices, padded length) of batches that hold every row with a context once.
+
+    A length is padded to a multiple of REFERENCE_BLOCK. A batch of several rows holds at most REFERENCE_BATCH_TOKENS
+    tokens."""
+    padded_lens = (seq_lens + REFERENCE_BLOCK - 1) // REFERENCE_BLOCK * REFERENCE_BLOCK
     batches = []
-    for length in padded.unique().tolist():
+    for length in padded_lens.unique().tolist():
         if length:
-            rows = (padded == length).nonzero()[:, 0]
-            batches += [(some, length) for some in rows.split(max(_BATCH_TOKENS // length, 1))]
+            rows = (padded_lens == length).nonzero()[:, 0]
+            batches += [(batch_rows, length) for batch_rows in rows.split(max(REFERENCE_BATCH_TOKENS // length, 1))]
     return batches
 
 
 @jit
 def _split_length(seq_len, max_splits, SPLIT: tl.constexpr):
-    """Tokens of each split of such a context; the last one has what is left."""
+    """Return the number of tokens per split of a context; its last split may be shorter."""
     return tl.maximum(tl.cdiv(tl.cdiv(seq_len, max_splits), SPLIT), 1) * SPLIT
 
 
 @jit
-def _work_kernel(seq_lens_ptr, work_ptr, num_rows, max_splits, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr):
+def _list_splits_kernel(seq_lens_ptr, split_list_ptr, num_rows, max_splits, SPLIT: tl.constexpr, BLOCK_B: tl.constexpr):
     rows = tl.arange(0, BLOCK_B)
     seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0).to(tl.int32)
     num_splits = tl.cdiv(seq_lens, _split_length(seq_lens, max_splits, SPLIT))
-    first = tl.cumsum(num_splits, 0) - num_splits
-    tl.store(work_ptr, tl.sum(num_splits, 0))
+    row_offset = tl.cumsum(num_splits, 0) - num_splits
+    tl.store(split_list_ptr, tl.sum(num_splits, 0))
     for split in range(max_splits):
-        tl.store(work_ptr + 1 + first + split, rows * max_splits + split, mask=split < num_splits)
+        tl.store(split_list_ptr + 1 + row_offset + split, rows * max_splits + split, mask=split < num_splits)
 
 
 @jit
-def _exponents(exponents_ptr, rows):
-    """Of a tile's tokens, [BLOCK_N]; where the cache has none they are not used."""
-    if exponents_ptr is None:
-        return tl.zeros(rows.shape, tl.int32)
+def _load_scales(scales_ptr, kv_rows):
+    """Return the scales of a tile's tokens, [BLOCK_N]. A cache without scales gives zeros, which nothing reads."""
+    if scales_ptr is None:
+        return tl.zeros(kv_rows.shape, tl.int32)
     else:
-        return tl.load(exponents_ptr + rows)
+        return tl.load(scales_ptr + kv_rows)
 
 
 @jit
-def _apart(pairs, INTERPRETED: tl.constexpr):
-    """The first and the second of two numbers in e4m3 that lie in 16 bits. Two such pairs share a register, and in PTX
-    one permutation of its bytes and two conversions take them apart; the compiler would handle each byte by itself."""
+def _unpack_e4m3x2(pairs, INTERPRETED: tl.constexpr):
+    """Return the first and the second e4m3 element of each 16-bit word, as fp16 (fp32 in the interpreter).
+
+    Two words share a register. In PTX one byte permutation and two conversions unpack both words; Triton's compiler
+    would handle each byte separately."""
     if INTERPRETED:
         even = (pairs & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         odd = (pairs >> 8 & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
@@ -131,82 +160,86 @@ def _apart(pairs, INTERPRETED: tl.constexpr):
 
 @jit
 def _decode_kernel(
-    q_ptr, key_ptr, value_ptr, key_exponents_ptr, value_exponents_ptr, page_table_ptr, seq_lens_ptr, work_ptr, out_ptr,
+    q_ptr, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, page_table_ptr, seq_lens_ptr, split_list_ptr, out_ptr,
     partial_ptr, lse_ptr, scale, width, num_kv_heads, max_splits,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """Compute the splits of `split_list` for every KV head; a program takes every num_programs-th work item."""
     dtype: tl.constexpr = tl.float16 if q_ptr.dtype.element_ty == tl.bfloat16 else q_ptr.dtype.element_ty
     num_heads = num_kv_heads * GROUP
-    group, within, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    inside = (columns < D)[:, None] & (group < GROUP)[None, :]
-    # Where a head is narrower than the tile it is read again, against zeros of q and for nobody.
-    read, read_pairs = columns % D, tl.arange(0, BLOCK_D // 2) % (D // 2)
-    for unit in range(tl.program_id(0), tl.load(work_ptr) * num_kv_heads, tl.num_programs(0)):
-        item, head = tl.load(work_ptr + 1 + unit // num_kv_heads), unit % num_kv_heads
-        row, split = (item // max_splits).to(tl.int64), item % max_splits
+    group_heads, tile_tokens, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    q_mask = (columns < D)[:, None] & (group_heads < GROUP)[None, :]
+    # If D < BLOCK_D, the extra columns reread valid memory; q is zero there and the result is masked.
+    kv_columns, kv_column_pairs = columns % D, tl.arange(0, BLOCK_D // 2) % (D // 2)
+    for work_item in range(tl.program_id(0), tl.load(split_list_ptr) * num_kv_heads, tl.num_programs(0)):
+        split_index, kv_head = tl.load(split_list_ptr + 1 + work_item // num_kv_heads), work_item % num_kv_heads
+        row, split = (split_index // max_splits).to(tl.int64), split_index % max_splits
         seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
-        length = _split_length(seq_len, max_splits, SPLIT)
-        heads = head * GROUP + group
-        at = (row * num_heads + heads)[None, :] * D + columns[:, None]
-        q = tl.load(q_ptr + at, mask=inside, other=0.0)
-        if key_exponents_ptr is not None:
+        split_len = _split_length(seq_len, max_splits, SPLIT)
+        q_heads = kv_head * GROUP + group_heads
+        offsets = (row * num_heads + q_heads)[None, :] * D + columns[:, None]
+        q = tl.load(q_ptr + offsets, mask=q_mask, other=0.0)
+        if key_scales_ptr is not None:
             q = q.to(dtype)
-        best = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_G,), tl.float32)
-        if value_exponents_ptr is None:
+        m_i = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_G,), tl.float32)
+        if value_scales_ptr is None:
             acc = tl.zeros((BLOCK_D, BLOCK_G), tl.float32)
         else:
-            even = tl.zeros((BLOCK_D // 2, BLOCK_G), tl.float32)
-            odd = tl.zeros((BLOCK_D // 2, BLOCK_G), tl.float32)
+            acc_even = tl.zeros((BLOCK_D // 2, BLOCK_G), tl.float32)
+            acc_odd = tl.zeros((BLOCK_D // 2, BLOCK_G), tl.float32)
         pages_ptr = page_table_ptr + row * width
-        first = split * length
-        rows = tile_rows(pages_ptr, first, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-        key_exponent, value_exponent = _exponents(key_exponents_ptr, rows), _exponents(value_exponents_ptr, rows)
-        for start in range(first, min(first + length, seq_len), BLOCK_N):
-            here, key_scale, value_scale = rows, key_exponent.to(tl.int32), value_exponent.to(tl.int32)
-            rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-            key_exponent, value_exponent = _exponents(key_exponents_ptr, rows), _exponents(value_exponents_ptr, rows)
+        split_start = split * split_len
+        next_kv_rows = tile_rows(pages_ptr, split_start, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+        next_key_scale = _load_scales(key_scales_ptr, next_kv_rows)
+        next_value_scale = _load_scales(value_scales_ptr, next_kv_rows)
+        for start in range(split_start, min(split_start + split_len, seq_len), BLOCK_N):
+            kv_rows, key_scale, value_scale = next_kv_rows, next_key_scale.to(tl.int32), next_value_scale.to(tl.int32)
+            next_kv_rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+            next_key_scale = _load_scales(key_scales_ptr, next_kv_rows)
+            next_value_scale = _load_scales(value_scales_ptr, next_kv_rows)
 
-            # Behind the last token lies anything, even NaN: keys give scores that nobody sees, values are not read.
-            written = start + within < seq_len
-            k = tl.load(key_ptr + here[:, None] * D + read[None, :])
-            if key_exponents_ptr is None:
+            # The cache may hold anything after the last token, even NaN: scores of such keys are masked, and such
+            # values are not loaded.
+            token_mask = start + tile_tokens < seq_len
+            k = tl.load(key_ptr + kv_rows[:, None] * D + kv_columns[None, :])
+            if key_scales_ptr is None:
                 scores = tl.dot(k, q, input_precision="ieee") * scale
             else:
-                product = tl.dot(k.to(dtype), q, input_precision="ieee")
-                scores = product * (power_of_two(key_scale) * scale)[:, None]
-            scores = tl.where(written[:, None], scores, float("-inf"))
+                qk = tl.dot(k.to(dtype), q, input_precision="ieee")
+                scores = qk * (power_of_two(key_scale) * scale)[:, None]
+            scores = tl.where(token_mask[:, None], scores, float("-inf"))
 
-            # The online softmax, in powers of two.
-            reach = scores
-            if value_exponents_ptr is not None:
-                reach += value_power(value_scale)[:, None]
-            higher = tl.maximum(best, tl.max(reach, axis=0))
-            weights = tl.exp2(scores - higher[None, :])
-            shrink = tl.exp2(best - higher)
-            best, total = higher, total * shrink + tl.sum(weights, axis=0)
-            if value_exponents_ptr is None:
-                at_values = here[None, :] * D + read[:, None]
-                v = tl.load(value_ptr + at_values, mask=written[None, :], other=0.0)
-                acc = tl.dot(v, weights.to(v.dtype), acc * shrink[None, :], input_precision="ieee")
+            # The online softmax, with 2^x instead of e^x.
+            shifted_scores = scores
+            if value_scales_ptr is not None:
+                shifted_scores += value_log2_scale(value_scale)[:, None]
+            m_new = tl.maximum(m_i, tl.max(shifted_scores, axis=0))
+            p = tl.exp2(scores - m_new[None, :])
+            alpha = tl.exp2(m_i - m_new)
+            m_i, l_i = m_new, l_i * alpha + tl.sum(p, axis=0)
+            if value_scales_ptr is None:
+                value_offsets = kv_rows[None, :] * D + kv_columns[:, None]
+                v = tl.load(value_ptr + value_offsets, mask=token_mask[None, :], other=0.0)
+                acc = tl.dot(v, p.to(v.dtype), acc * alpha[None, :], input_precision="ieee")
             else:
-                at_pairs = here[None, :] * (D // 2) + read_pairs[:, None]
+                pair_offsets = kv_rows[None, :] * (D // 2) + kv_column_pairs[:, None]
                 pairs_ptr = value_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-                pairs = tl.load(pairs_ptr + at_pairs, mask=written[None, :], other=0)
-                first_v, second_v = _apart(pairs, INTERPRETED)
-                weights = (weights * power_of_two(value_scale)[:, None]).to(dtype)
-                even = tl.dot(first_v.to(dtype), weights, even * shrink[None, :], input_precision="ieee")
-                odd = tl.dot(second_v.to(dtype), weights, odd * shrink[None, :], input_precision="ieee")
-        if value_exponents_ptr is not None:
-            acc = tl.join(even, odd).permute(0, 2, 1).reshape(BLOCK_D, BLOCK_G)
-        acc = acc / total[None, :]
-        if length >= seq_len:  # the only split
-            tl.store(out_ptr + at, acc, mask=inside)
+                pairs = tl.load(pairs_ptr + pair_offsets, mask=token_mask[None, :], other=0)
+                v_even, v_odd = _unpack_e4m3x2(pairs, INTERPRETED)
+                p = (p * power_of_two(value_scale)[:, None]).to(dtype)
+                acc_even = tl.dot(v_even.to(dtype), p, acc_even * alpha[None, :], input_precision="ieee")
+                acc_odd = tl.dot(v_odd.to(dtype), p, acc_odd * alpha[None, :], input_precision="ieee")
+        if value_scales_ptr is not None:
+            acc = tl.join(acc_even, acc_odd).permute(0, 2, 1).reshape(BLOCK_D, BLOCK_G)
+        acc = acc / l_i[None, :]
+        if split_len >= seq_len:  # the only split
+            tl.store(out_ptr + offsets, acc, mask=q_mask)
         else:
-            slots = item.to(tl.int64) * num_heads + heads
-            tl.store(partial_ptr + slots[None, :] * D + columns[:, None], acc, mask=inside)
-            tl.store(lse_ptr + slots, best + tl.log2(total), mask=group < GROUP)
+            partial_rows = split_index.to(tl.int64) * num_heads + q_heads
+            tl.store(partial_ptr + partial_rows[None, :] * D + columns[:, None], acc, mask=q_mask)
+            tl.store(lse_ptr + partial_rows, m_i + tl.log2(l_i), mask=group_heads < GROUP)
 
 
 @jit
@@ -215,48 +248,50 @@ def _combine_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head: the mean of its splits, each weighted with 2^lse. A row without context becomes zero."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Combine the splits of one row and KV head: their mean weighted with 2^lse, or zero for a row without context."""
+    row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
     num_splits = tl.cdiv(seq_len, _split_length(seq_len, max_splits, SPLIT))
     if num_splits != 1:
         num_heads = num_kv_heads * GROUP
-        group, columns, splits = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
-        heads = head * GROUP + group
-        first = row * max_splits
-        inside = (group < GROUP)[:, None] & (columns < D)[None, :]
-        there = (splits < num_splits)[:, None] & (group < GROUP)[None, :]
-        all_slots = (first + splits)[:, None] * num_heads + heads[None, :]
-        best = tl.max(tl.load(lse_ptr + all_slots, mask=there, other=float("-inf")), axis=0)
-        total = tl.zeros((BLOCK_G,), tl.float32)
+        group_heads, columns, splits = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_S)
+        q_heads = kv_head * GROUP + group_heads
+        first_partial = row * max_splits
+        out_mask = (group_heads < GROUP)[:, None] & (columns < D)[None, :]
+        lse_mask = (splits < num_splits)[:, None] & (group_heads < GROUP)[None, :]
+        all_partial_rows = (first_partial + splits)[:, None] * num_heads + q_heads[None, :]
+        lse_max = tl.max(tl.load(lse_ptr + all_partial_rows, mask=lse_mask, other=float("-inf")), axis=0)
+        weight_sum = tl.zeros((BLOCK_G,), tl.float32)
         acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
         for split in range(num_splits):
-            slots = (first + split) * num_heads + heads
-            weight = tl.exp2(tl.load(lse_ptr + slots, mask=group < GROUP, other=0.0) - best)
-            total += weight
-            partial = tl.load(partial_ptr + slots[:, None] * D + columns[None, :], mask=inside, other=0.0)
+            partial_rows = (first_partial + split) * num_heads + q_heads
+            weight = tl.exp2(tl.load(lse_ptr + partial_rows, mask=group_heads < GROUP, other=0.0) - lse_max)
+            weight_sum += weight
+            partial = tl.load(partial_ptr + partial_rows[:, None] * D + columns[None, :], mask=out_mask, other=0.0)
             acc += weight[:, None] * partial
-        acc = tl.where(num_splits > 0, acc / total[:, None], 0.0)
-        tl.store(out_ptr + (row * num_heads + heads)[:, None] * D + columns[None, :], acc, mask=inside)
+        acc = tl.where(num_splits > 0, acc / weight_sum[:, None], 0.0)
+        tl.store(out_ptr + (row * num_heads + q_heads)[:, None] * D + columns[None, :], acc, mask=out_mask)
 
 
-def decode_work(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
-    """The splits that `paged_decode` works through, in a form that only it reads: the same for all layers of a step.
+def list_splits(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
+    """Return the list of splits that `paged_decode` works through. One list serves all layers of a step.
 
     Args:
         seq_lens: [B] int64.
-        max_seq_len: what `page_table` has room for, W * page_size.
+        max_seq_len: the longest context that `page_table` can hold, W * page_size.
 
     Returns:
-        [1 + B * splits] int32, or None on the CPU.
+        [1 + B * max_splits] int32: the number of splits, then their indices, then unused elements. None on the CPU.
     """
     if not on_triton(seq_lens):
         return None
     max_splits = min(MAX_SPLITS, triton.cdiv(max_seq_len, SPLIT))
-    work = torch.empty(1 + len(seq_lens) * max_splits, dtype=torch.int32, device=seq_lens.device)
-    block = triton.next_power_of_2(max(len(seq_lens), 1))
-    _work_kernel[(1,)](seq_lens.contiguous(), work, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block, num_warps=4)
-    return work
+    split_list = torch.empty(1 + len(seq_lens) * max_splits, dtype=torch.int32, device=seq_lens.device)
+    block_b = triton.next_power_of_2(max(len(seq_lens), 1))
+    _list_splits_kernel[(1,)](
+        seq_lens.contiguous(), split_list, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block_b, num_warps=4
+    )
+    return split_list
 
 
 def paged_decode(
@@ -265,53 +300,56 @@ def paged_decode(
     value_cache: Tensor,
     page_table: Tensor,
     seq_lens: Tensor,
-    work: Tensor | None = None,
-    exponents: Exponents = (None, None),
+    split_list: Tensor | None = None,
+    scales_e8m0: KvScales = (None, None),
 ) -> Tensor:
-    """One new token a sequence against its whole context, itself included. Nothing waits for the device.
+    """Attend from one new token per sequence to its whole context, the token itself included.
+
+    The host does not wait for the device.
 
     Args:
         q: [B, num_heads, D].
         key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3.
         page_table: [B, W] int64; entries past a sequence's last page may be any valid page.
-        seq_lens: [B] int64; 0 for a row that sees nothing and becomes zero.
-        work: of `decode_work`, where it was made before for other layers.
-        exponents: of the caches that are in e4m3.
+        seq_lens: [B] int64; the result of a row of length 0 is zero.
+        split_list: the result of `list_splits`, if it exists from another layer; None builds it.
+        scales_e8m0: scales of the caches in e4m3; None for a cache in the dtype of q.
 
     Returns:
         [B, num_heads, D].
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes or dtypes do not fit together.
     """
-    check_cache(q, (key_cache, value_cache), exponents, page_table)
+    check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
     if not on_triton(q):
-        return reference_decode(q, key_cache, value_cache, page_table, seq_lens, exponents)
+        return reference_decode(q, key_cache, value_cache, page_table, seq_lens, scales_e8m0)
     (B, num_heads, D), (_, num_kv_heads, page_size, _), width = q.shape, key_cache.shape, page_table.shape[1]
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     out = torch.empty_like(q)
     if not B:
         return out
-    if work is None:
-        work = decode_work(seq_lens, width * page_size)
-    tiles, max_splits = TILES[key_cache.element_size()], (len(work) - 1) // B
+    if split_list is None:
+        split_list = list_splits(seq_lens, width * page_size)
+    config, max_splits = CONFIGS[key_cache.element_size()], (len(split_list) - 1) // B
     partial = q.new_empty(B * max_splits, num_heads, D, dtype=torch.float32)
     lse = q.new_empty(B * max_splits, num_heads, dtype=torch.float32)
-    group = num_heads // num_kv_heads
-    sizes = {"GROUP": group, "D": D, "SPLIT": SPLIT, "BLOCK_D": max(triton.next_power_of_2(D), 32)}
-    num_programs = min(B * max_splits * num_kv_heads, _num_programs(q.device, tiles))
+    group_size = num_heads // num_kv_heads
+    constants = {"GROUP": group_size, "D": D, "SPLIT": SPLIT, "BLOCK_D": max(triton.next_power_of_2(D), 32)}
+    num_programs = min(B * max_splits * num_kv_heads, _num_programs(q.device, config))
     _decode_kernel[(num_programs,)](
-        q, key_cache, value_cache, *exponents, page_table, seq_lens, work, out, partial, lse,
+        q, key_cache, value_cache, *scales_e8m0, page_table, seq_lens, split_list, out, partial, lse,
         D**-0.5 * LOG2E, width, num_kv_heads, max_splits,
-        PAGE_SIZE=page_size, BLOCK_G=max(triton.next_power_of_2(group), tiles.heads), BLOCK_N=tiles.tokens, **sizes,
-        INTERPRETED=INTERPRETED, num_warps=1, num_stages=tiles.num_stages,
+        PAGE_SIZE=page_size, BLOCK_G=max(triton.next_power_of_2(group_size), config.block_g), BLOCK_N=config.block_n,
+        **constants, INTERPRETED=INTERPRETED, num_warps=1, num_stages=config.num_stages,
     )  # fmt: skip
     _combine_kernel[(B, num_kv_heads)](
         seq_lens, partial, lse, out, num_kv_heads, max_splits,
-        BLOCK_S=triton.next_power_of_2(max_splits), BLOCK_G=triton.next_power_of_2(group), **sizes, num_warps=1,
+        BLOCK_S=triton.next_power_of_2(max_splits), BLOCK_G=triton.next_power_of_2(group_size), **constants,
+        num_warps=1,
     )  # fmt: skip
     return out
 
 
-def _num_programs(device: torch.device, tiles: Tiles) -> int:
-    return 3 if INTERPRETED else tiles.programs * torch.cuda.get_device_properties(device).multi_processor_count
+def _num_programs(device: torch.device, config: DecodeConfig) -> int:
+    return 3 if INTERPRETED else config.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count

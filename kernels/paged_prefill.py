@@ -1,14 +1,17 @@
-"""New tokens of prompts, or of parts of them, against all that is before them in the page cache (paged_cache.py).
+"""Causal attention of the new tokens of prompts, or of parts of prompts, to their context in the paged KV cache
+(paged_cache.py).
 
-Reading prompts is bound by FLOP, 4 * D a query head and visible (query, key) pair. A tile of queries first passes over
-the keys before all of them, among those any prefix that other sequences share, without mask arithmetic, then over the
-causal remainder: two segments of keys, one online softmax. The shared prefix needs no argument of its own. Its page
-numbers stand at the front of every sequence's table, so that all programs read the same addresses, once from memory and
-then from the L2; the pages save its whole forward pass, 2 FLOP a weight and token, where a kernel that only shared its
-attention would save 4 * D.
+Prefill computes softmax(q kᵀ / sqrt(D)) v and is bound by arithmetic: 4 * D FLOPs per query head and visible (query,
+key) pair. A tile of queries first passes over the keys that all its queries see, without a mask, then over the causal
+remainder. One online softmax covers both passes.
 
-The query heads of one KV group are rows of one tile, so that K and V are read once for all of them. Tiles in e4m3
-become fp16 on the way to the tensor cores, and so do the operands they meet, as in paged_decode.py.
+A prefix that several sequences share needs no separate argument. Its page indices come first in the page-table rows of
+these sequences, so all programs read the same addresses: once from memory, then from the L2 cache. Shared pages save
+the whole forward pass of the prefix, 2 FLOPs per weight and token. A kernel that shared only the attention to the
+prefix would save 4 * D FLOPs per query head and pair.
+
+The query heads of one KV group are rows of one tile, so K and V are read once for all of them. As in paged_decode.py,
+e4m3 tiles and the other operand of their matmul are converted to fp16 for the tensor cores.
 """
 
 from __future__ import annotations
@@ -21,173 +24,194 @@ from torch import Tensor
 
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import power_of_two
-from thinksafe.kernels.paged_cache import STRETCH, Exponents, attended, check_cache, contexts, tile_rows, value_power
+from thinksafe.kernels.paged_cache import (
+    REFERENCE_BLOCK,
+    KvScales,
+    check_cache,
+    gather_kv,
+    reference_attention,
+    tile_rows,
+    value_log2_scale,
+)
 
 LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """One configuration: rows (query head, token) and context tokens of a tile, warps a program, pipeline stages."""
+class PrefillConfig:
+    """Tile sizes and launch settings of the kernel.
 
-    rows: int
-    tokens: int
+    Attributes:
+        block_m: rows of a tile; a row is one query head of one new token.
+        block_n: context tokens of a tile.
+        num_warps: warps per program.
+        num_stages: pipeline stages.
+    """
+
+    block_m: int
+    block_n: int
     num_warps: int
     num_stages: int
 
 
-TILES = {2: Tiles(128, 64, 8, 3), 4: Tiles(16, 32, 8, 2)}
-"""By itemsize. 64 rows a tile in bf16 would read K and V from the L2 faster than it can give them. fp32 is there for
-exactness, not speed: it runs without tensor cores."""
+CONFIGS = {2: PrefillConfig(128, 64, 8, 3), 4: PrefillConfig(16, 32, 8, 2)}
+"""Configurations by itemsize of q. In bf16, tiles of 64 rows would need K and V faster than the L2 cache delivers them.
+fp32 is for exactness, not for speed: it runs without tensor cores."""
 
 
 def reference_prefill(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor,
-    exponents: Exponents = (None, None),
+    scales_e8m0: KvScales = (None, None),
 ) -> Tensor:  # fmt: skip
-    """`paged_prefill` in plain torch, one sequence and one stretch of its positions at a time: a token's bits depend on
-    its position and what is before it, not on how its prompt was cut."""
+    """Compute `paged_prefill` in plain torch, one block of positions of one sequence at a time.
+
+    The bits of a token depend on its position and context only, not on how its prompt was cut into parts."""
     out = torch.empty_like(q)
-    bounds = cu_seqlens.tolist()
-    for row, (start, end, seq_len) in enumerate(zip(bounds, bounds[1:], seq_lens.tolist(), strict=False)):
-        first = seq_len - (end - start)
-        position = torch.arange(-(-seq_len // STRETCH) * STRETCH, device=q.device)
-        written = (position < seq_len)[None]
-        k, v = contexts(key_cache, value_cache, exponents, page_table[row : row + 1], written, q.dtype)
-        for low in range(first // STRETCH * STRETCH, seq_len, STRETCH):
-            high = low + STRETCH
-            mine = slice(max(low, first), min(high, seq_len))  # of the stretch's positions, those that are asked for
-            theirs = slice(start + mine.start - first, start + mine.stop - first)
-            inside = slice(mine.start - low, mine.stop - low)
-            queries = q.new_zeros(1, STRETCH, *q.shape[1:])
-            queries[0, inside] = q[theirs]
-            visible = (position[:high] <= position[low:high, None])[None]
-            out[theirs] = attended(queries, k[:, :, :high], v[:, :, :high], visible)[0, inside]
+    offsets = cu_seqlens.tolist()
+    for row, (start, end, seq_len) in enumerate(zip(offsets, offsets[1:], seq_lens.tolist(), strict=False)):
+        first_position = seq_len - (end - start)
+        position = torch.arange(-(-seq_len // REFERENCE_BLOCK) * REFERENCE_BLOCK, device=q.device)
+        token_mask = (position < seq_len)[None]
+        k, v = gather_kv(key_cache, value_cache, scales_e8m0, page_table[row : row + 1], token_mask, q.dtype)
+        for block_start in range(first_position // REFERENCE_BLOCK * REFERENCE_BLOCK, seq_len, REFERENCE_BLOCK):
+            block_end = block_start + REFERENCE_BLOCK
+            new_start, new_end = max(block_start, first_position), min(block_end, seq_len)  # the block's new tokens
+            q_rows = slice(start + new_start - first_position, start + new_end - first_position)
+            block_rows = slice(new_start - block_start, new_end - block_start)
+            block_q = q.new_zeros(1, REFERENCE_BLOCK, *q.shape[1:])
+            block_q[0, block_rows] = q[q_rows]
+            visible = (position[:block_end] <= position[block_start:block_end, None])[None]
+            block_out = reference_attention(block_q, k[:, :, :block_end], v[:, :, :block_end], visible)
+            out[q_rows] = block_out[0, block_rows]
     return out
 
 
 @jit
-def _tile(cache_ptr, exponents_ptr, rows, columns, written, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Keys or values of a tile's tokens, [BLOCK_N, BLOCK_D]; in DTYPE, without their scales, where they are e4m3."""
-    inside = written[:, None] & (columns < D)[None, :]
-    x = tl.load(cache_ptr + rows[:, None] * D + columns[None, :], mask=inside, other=0.0)
-    if exponents_ptr is not None:
+def _load_kv_tile(cache_ptr, scales_ptr, kv_rows, columns, token_mask, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Return keys or values of a tile's tokens, [BLOCK_N, BLOCK_D]; e4m3 becomes DTYPE, not yet scaled."""
+    mask = token_mask[:, None] & (columns < D)[None, :]
+    x = tl.load(cache_ptr + kv_rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
+    if scales_ptr is not None:
         x = x.to(DTYPE)
     return x
 
 
 @jit
-def _scores(q, k, exponents_ptr, rows, written, scale):
-    """[.., BLOCK_N] fp32, in powers of two."""
+def _qk_scores(q, k, scales_ptr, kv_rows, token_mask, scale):
+    """Return log2 of the unnormalized softmax weights, [BLOCK_M, BLOCK_N] fp32; `scale` includes log2(e)."""
     scores = tl.dot(q, k.T, input_precision="ieee") * scale
-    if exponents_ptr is not None:
-        exponent = tl.load(exponents_ptr + rows, mask=written, other=0).to(tl.int32)
-        scores *= power_of_two(exponent)[None, :]
+    if scales_ptr is not None:
+        scale_e8m0 = tl.load(scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
+        scores *= power_of_two(scale_e8m0)[None, :]
     return scores
 
 
 @jit
-def _absorb(scores, v, exponents_ptr, rows, written, best, total, acc):
-    """One tile of the online softmax, in powers of two: row maxima, row sums and weighted values so far. In e4m3 the
-    weights take on the scales of their values."""
-    if exponents_ptr is None:
-        higher = tl.maximum(best, tl.max(scores, axis=1))
+def _online_softmax_step(scores, v, scales_ptr, kv_rows, token_mask, m_i, l_i, acc):
+    """Update row maxima, row sums and weighted values of the online softmax with one tile; scores are log2.
+
+    Weights of e4m3 values are multiplied with the scales of these values."""
+    if scales_ptr is None:
+        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
     else:
-        exponent = tl.load(exponents_ptr + rows, mask=written, other=0).to(tl.int32)
-        reach = scores + value_power(exponent)[None, :]
-        higher = tl.maximum(best, tl.max(reach, axis=1))
-    weights = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(best - higher)
-    total = total * shrink + tl.sum(weights, axis=1)
-    if exponents_ptr is not None:
-        weights *= power_of_two(exponent)[None, :]
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return higher, total, acc
+        scale_e8m0 = tl.load(scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
+        shifted_scores = scores + value_log2_scale(scale_e8m0)[None, :]
+        m_new = tl.maximum(m_i, tl.max(shifted_scores, axis=1))
+    p = tl.exp2(scores - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    l_i = l_i * alpha + tl.sum(p, axis=1)
+    if scales_ptr is not None:
+        p *= power_of_two(scale_e8m0)[None, :]
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return m_new, l_i, acc
 
 
 @jit
-def _attend(
-    q, key_ptr, value_ptr, key_exponents_ptr, value_exponents_ptr, pages_ptr, rows, first, last, seq_len, position,
-    head, num_kv_heads, scale, best, total, acc,
+def _attend_keys(
+    q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, key_start, key_end, seq_len,
+    position, kv_head, num_kv_heads, scale, m_i, l_i, acc,
     CAUSAL: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax of a tile of queries, carried from key `first` to key `last`."""
+    """Continue the online softmax of a tile of queries over the keys from `key_start` to `key_end`."""
     columns = tl.arange(0, BLOCK_D)
-    for start in range(first, last, BLOCK_N):
-        tokens, here = start + tl.arange(0, BLOCK_N), rows
-        rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-        # Behind the last token lies anything, even NaN: it is not read.
-        written = tokens < seq_len if CAUSAL else tl.full((BLOCK_N,), True, tl.int1)
-        k = _tile(key_ptr, key_exponents_ptr, here, columns, written, D, DTYPE)
-        v = _tile(value_ptr, value_exponents_ptr, here, columns, written, D, DTYPE)
-        scores = _scores(q, k, key_exponents_ptr, here, written, scale)
+    for start in range(key_start, key_end, BLOCK_N):
+        tokens, kv_rows = start + tl.arange(0, BLOCK_N), next_kv_rows
+        next_kv_rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+        # The cache may hold anything after the last token, even NaN, so it is not loaded.
+        token_mask = tokens < seq_len if CAUSAL else tl.full((BLOCK_N,), True, tl.int1)
+        k = _load_kv_tile(key_ptr, key_scales_ptr, kv_rows, columns, token_mask, D, DTYPE)
+        v = _load_kv_tile(value_ptr, value_scales_ptr, kv_rows, columns, token_mask, D, DTYPE)
+        scores = _qk_scores(q, k, key_scales_ptr, kv_rows, token_mask, scale)
         if CAUSAL:
             scores = tl.where(tokens[None, :] <= position[:, None], scores, float("-inf"))
-        best, total, acc = _absorb(scores, v, value_exponents_ptr, here, written, best, total, acc)
-    return rows, best, total, acc
+        m_i, l_i, acc = _online_softmax_step(scores, v, value_scales_ptr, kv_rows, token_mask, m_i, l_i, acc)
+    return next_kv_rows, m_i, l_i, acc
 
 
 @jit
 def _prefill_kernel(
-    q_ptr, key_ptr, value_ptr, key_exponents_ptr, value_exponents_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
+    q_ptr, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, page_table_ptr, cu_seqlens_ptr, seq_lens_ptr,
     tiles_ptr, out_ptr, scale, width, num_kv_heads,
     GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """Compute one tile of queries for one KV head."""
     dtype: tl.constexpr = tl.float16 if q_ptr.dtype.element_ty == tl.bfloat16 else q_ptr.dtype.element_ty
-    # Heads of one tile lie next to each other in the grid, tiles in the order of the list.
-    tile, head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
+    # The KV heads of one tile are adjacent in the grid; tiles have the order of the list.
+    tile, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
     row = tl.load(tiles_ptr + 2 * tile).to(tl.int64)
-    begin = tl.load(cu_seqlens_ptr + row)
-    count = tl.load(cu_seqlens_ptr + row + 1) - begin
+    q_start = tl.load(cu_seqlens_ptr + row)
+    q_len = tl.load(cu_seqlens_ptr + row + 1) - q_start
     seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
-    # Rows of the tile are (token, head of the group), the heads of a token together.
-    member = tl.load(tiles_ptr + 2 * tile + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    token, heads = member // GROUP, head * GROUP + member % GROUP
+    # Rows of the tile are (token, head of the group); the heads of a token are adjacent.
+    q_rows = tl.load(tiles_ptr + 2 * tile + 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, q_heads = q_rows // GROUP, kv_head * GROUP + q_rows % GROUP
     columns = tl.arange(0, BLOCK_D)
-    inside = (token < count)[:, None] & (columns < D)[None, :]
-    at = ((begin + token).to(tl.int64) * (num_kv_heads * GROUP) + heads)[:, None] * D + columns[None, :]
-    q = tl.load(q_ptr + at, mask=inside, other=0.0)
-    if key_exponents_ptr is not None:
+    q_mask = (token < q_len)[:, None] & (columns < D)[None, :]
+    offsets = ((q_start + token).to(tl.int64) * (num_kv_heads * GROUP) + q_heads)[:, None] * D + columns[None, :]
+    q = tl.load(q_ptr + offsets, mask=q_mask, other=0.0)
+    if key_scales_ptr is not None:
         q = q.to(dtype)
-    position = seq_len - count + token
-    unmasked = (tl.min(position, axis=0) + 1) // BLOCK_N * BLOCK_N  # all queries see all of these keys
-    last = tl.minimum(tl.max(position, axis=0) + 1, seq_len)
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
+    position = seq_len - q_len + token
+    unmasked_end = (tl.min(position, axis=0) + 1) // BLOCK_N * BLOCK_N  # all queries of the tile see all keys before it
+    key_end = tl.minimum(tl.max(position, axis=0) + 1, seq_len)
+    m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pages_ptr = page_table_ptr + row * width
-    rows = tile_rows(pages_ptr, 0, seq_len, head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-    rows, best, total, acc = _attend(
-        q, key_ptr, value_ptr, key_exponents_ptr, value_exponents_ptr, pages_ptr, rows, 0, unmasked, seq_len,
-        position, head, num_kv_heads, scale, best, total, acc, False, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
+    next_kv_rows = tile_rows(pages_ptr, 0, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+    next_kv_rows, m_i, l_i, acc = _attend_keys(
+        q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, 0, unmasked_end, seq_len,
+        position, kv_head, num_kv_heads, scale, m_i, l_i, acc, False, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
     )  # fmt: skip
-    rows, best, total, acc = _attend(
-        q, key_ptr, value_ptr, key_exponents_ptr, value_exponents_ptr, pages_ptr, rows, unmasked, last, seq_len,
-        position, head, num_kv_heads, scale, best, total, acc, True, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
+    next_kv_rows, m_i, l_i, acc = _attend_keys(
+        q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, unmasked_end, key_end,
+        seq_len, position, kv_head, num_kv_heads, scale, m_i, l_i, acc, True, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
     )  # fmt: skip
-    tl.store(out_ptr + at, acc / total[:, None], mask=inside)
+    tl.store(out_ptr + offsets, acc / l_i[:, None], mask=q_mask)
 
 
-def prefill_tiles(lengths: np.ndarray, seq_lens: np.ndarray, group: int, itemsize: int) -> np.ndarray:
-    """The tiles of queries that `paged_prefill` works through, those with most keys to see first: a long one started
-    last would end alone. Made on the host, which plans the pass anyway.
+def prefill_tiles(query_lens: np.ndarray, seq_lens: np.ndarray, group_size: int, itemsize: int) -> np.ndarray:
+    """Return the tiles of queries that `paged_prefill` works through.
+
+    Tiles with most visible keys come first: a long tile that starts last would run alone at the end. The list is built
+    on the host, which plans the pass anyway.
 
     Args:
-        lengths, seq_lens: [R] int64, new tokens and context of each sequence.
-        group: query heads a KV head.
-        itemsize: bytes an element of the queries.
+        query_lens, seq_lens: [R] int64, new tokens and context length of each sequence.
+        group_size: query heads per KV head.
+        itemsize: bytes per element of the queries.
 
     Returns:
-        [N, 2] int32, sequence and number of the tile in it.
+        [N, 2] int32, the sequence of each tile and the tile's index in that sequence.
     """
-    rows = TILES[itemsize].rows
-    counts = -(-lengths * group // rows)
-    sequence = np.repeat(np.arange(len(lengths)), counts)
-    tile = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
-    keys = np.minimum((seq_lens - lengths)[sequence] + (tile + 1) * rows // group, seq_lens[sequence])
-    order = np.argsort(-keys, kind="stable")
+    block_m = CONFIGS[itemsize].block_m
+    num_tiles = -(-query_lens * group_size // block_m)
+    sequence = np.repeat(np.arange(len(query_lens)), num_tiles)
+    tile = np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+    num_keys = np.minimum((seq_lens - query_lens)[sequence] + (tile + 1) * block_m // group_size, seq_lens[sequence])
+    order = np.argsort(-num_keys, kind="stable")
     return np.stack((sequence, tile), axis=1)[order].astype(np.int32)
 
 
@@ -199,38 +223,39 @@ def paged_prefill(
     cu_seqlens: Tensor,
     seq_lens: Tensor,
     tiles: Tensor,
-    exponents: Exponents = (None, None),
+    scales_e8m0: KvScales = (None, None),
 ) -> Tensor:
-    """Consecutive new tokens of several sequences, the last of each at position seq_len - 1, causal.
+    """Attend causally from consecutive new tokens of several sequences; the last of each is at position seq_len - 1.
 
     Args:
         q: [T, num_heads, D], the sequences end to end.
-        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], the new tokens' own keys and values in it.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D]; they already hold the new tokens' keys and
+            values.
         page_table: [R, W] int64; entries past a sequence's last page may be any valid page.
         cu_seqlens: [R+1] int32; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1] of q.
         seq_lens: [R] int64, context lengths, new tokens included.
-        tiles: [N, 2] int32, of `prefill_tiles`.
-        exponents: of the caches that are in e4m3.
+        tiles: [N, 2] int32, the result of `prefill_tiles`.
+        scales_e8m0: scales of the caches in e4m3; None for a cache in the dtype of q.
 
     Returns:
         [T, num_heads, D].
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes or dtypes do not fit together.
     """
-    check_cache(q, (key_cache, value_cache), exponents, page_table)
+    check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
     if not on_triton(q):
-        return reference_prefill(q, key_cache, value_cache, page_table, cu_seqlens, seq_lens, exponents)
+        return reference_prefill(q, key_cache, value_cache, page_table, cu_seqlens, seq_lens, scales_e8m0)
     (_, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
     q, page_table, tiles = q.contiguous(), page_table.contiguous(), tiles.contiguous()
     cu_seqlens, seq_lens = cu_seqlens.contiguous(), seq_lens.contiguous()
     out = torch.empty_like(q)
-    config = TILES[q.element_size()]
+    config = CONFIGS[q.element_size()]
     if len(tiles):
         _prefill_kernel[(len(tiles) * num_kv_heads,)](
-            q, key_cache, value_cache, *exponents, page_table, cu_seqlens, seq_lens, tiles, out,
+            q, key_cache, value_cache, *scales_e8m0, page_table, cu_seqlens, seq_lens, tiles, out,
             D**-0.5 * LOG2E, page_table.shape[1], num_kv_heads,
-            GROUP=num_heads // num_kv_heads, D=D, PAGE_SIZE=page_size, BLOCK_M=config.rows, BLOCK_N=config.tokens,
+            GROUP=num_heads // num_kv_heads, D=D, PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
             BLOCK_D=max(triton.next_power_of_2(D), 16), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All GPUs of this machine, one worker each.
+# Start one worker for each GPU of this machine.
 #
 #   launch/node.sh run --recipe qwen3-8b --out runs/qwen3-8b
-#   GPUS=4 launch/node.sh generate --recipe qwen3-8b --out runs/qwen3-8b     four of them; without a GPU, four CPU workers
+#   GPUS=4 launch/node.sh generate --recipe qwen3-8b --out runs/qwen3-8b     four workers; on the CPU if there is no GPU
 set -euo pipefail
 exec torchrun --standalone --nproc-per-node "${GPUS:-gpu}" -m thinksafe.cli "$@"

@@ -1,19 +1,20 @@
-"""What test files share: the gpu marker, one thread, no network, seeds that are new on every run, a crowded sampler."""
+"""Fixtures and settings of all tests: the gpu marker, one thread, no network, a new random seed on every run."""
 
 import os
 
-# Before anything imports Hugging Face code: no test may reach for the network.
+# No test may use the network. This must be set before the first import of Hugging Face code.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Threads of several workers on two cores spin for each other: ten times slower. Subprocesses inherit this.
+# The threads of several workers on two cores would spin while they wait, which is ten times slower. Subprocesses
+# inherit this setting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
 import torch
 
-# A busy machine is no bug: examples have no deadline, whole tests a time-out.
+# A busy machine is not a bug: single examples have no deadline, only whole tests have a timeout.
 hypothesis.settings.register_profile("thinksafe", deadline=None)
 hypothesis.settings.load_profile("thinksafe")
 pytest.register_assert_rewrite("tests.support.tiny_guards", "tests.support.training_runs", "tests.support.judged_run")
@@ -23,8 +24,8 @@ SEED_VARIABLE = "THINKSAFE_TEST_SEED"
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Under `-m gpu` a file without a GPU test is not even imported: `make gpu` installs nothing, and its python may
-    lack what only other tests need."""
+    """Ignore files without a GPU test under `-m gpu`: `make gpu` installs nothing, and its Python may lack the packages
+    that only other tests import."""
     if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
         return True if "mark.gpu" not in collection_path.read_text(encoding="utf-8") else None
     return None
@@ -41,9 +42,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def fresh_seed(request) -> int:
-    """A seed below 2**31 that no run has used before; printed when the test fails, repeated by THINKSAFE_TEST_SEED."""
-    chosen = os.environ.get(SEED_VARIABLE)
-    seed = int(chosen) if chosen else int.from_bytes(os.urandom(4), "little") >> 1
+    """A new random seed below 2**31, printed when the test fails. THINKSAFE_TEST_SEED repeats a seed."""
+    repeated_seed = os.environ.get(SEED_VARIABLE)
+    seed = int(repeated_seed) if repeated_seed else int.from_bytes(os.urandom(4), "little") >> 1
     request.node.user_properties.append((SEED_VARIABLE, seed))
     torch.manual_seed(seed)
     return seed
@@ -59,6 +60,6 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
-def crowded(monkeypatch):
-    """Admit on the prompt alone, so that a small pool runs out and sequences are preempted."""
+def overcommit(monkeypatch):
+    """Admit a request if only its prompt fits, so that a small pool runs out and sequences are preempted."""
     monkeypatch.setattr("thinksafe.sampler.scheduler._GROWTH_TOKENS", 1)

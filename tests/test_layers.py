@@ -20,13 +20,13 @@ LAYERS = [
     {"pipeline", "export"},
     {"cli"},
 ]
-"""Packages and modules of thinksafe, the lowest first. Those of one layer do not import each other."""
+"""Packages and modules of thinksafe, lowest layer first. Packages of the same layer do not import each other."""
 FORBIDDEN = {
     "kernels": {"errors", "paths", "formatting", "hardware"},
     "sampler": {"text", "data", "distributed"},
     "data": {"hardware", "formatting"},
 }
-"""Imports that the layers would allow. Kernels know nothing of the package, the sampler nothing of text and files."""
+"""Further imports that are forbidden: kernels know nothing of the package, the sampler nothing of text and files."""
 
 
 def part_of(file: Path) -> str:
@@ -65,9 +65,9 @@ def test_module_imports_only_lower_layers(file):
     if file == ROOT / "thinksafe/__init__.py":
         assert not imported_modules(file.read_text())
         return
-    own = part_of(file)
-    (layer,) = (number for number, parts in enumerate(LAYERS) if own in parts)
-    allowed = set().union({own}, *LAYERS[:layer]) - FORBIDDEN.get(own, set())
+    part = part_of(file)
+    (layer,) = (number for number, parts in enumerate(LAYERS) if part in parts)
+    allowed = set().union({part}, *LAYERS[:layer]) - FORBIDDEN.get(part, set())
     assert parts_imported(file.read_text()) <= allowed
 
 
@@ -78,6 +78,6 @@ def test_library_imports_no_tests_tools_or_benchmarks():
 
 
 def test_contract_sees_imports_inside_functions_and_of_submodules():
-    inside = "def f():\n    from thinksafe.cli import parser\n    import thinksafe.run.directory\n"
-    source = inside + "from thinksafe import pipeline"
+    function = "def f():\n    from thinksafe.cli import parser\n    import thinksafe.run.directory\n"
+    source = function + "from thinksafe import pipeline"
     assert parts_imported(source) == {"cli", "run", "pipeline"}

@@ -1,30 +1,28 @@
-"""Figures for people, on a terminal: durations, sizes, bars, and an estimate as a table of them."""
-
-
+"""Text for numbers on a terminal: durations, counts and bars."""
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def duration(seconds: float) -> str:
-    """8.25 as 8.2 s, 754 as 12 min 34 s, 4321 as 1 h 12 min."""
+    """Format seconds: 8.25 as 8.2 s, 754 as 12 min 34 s, 4321 as 1 h 12 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    total = round(seconds)
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"
 
 
-def in_short(number: float) -> str:
-    """1234567 as 1.2M."""
+def short_number(number: float) -> str:
+    """Format a count: 1234567 as 1.2M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
     return f"{number:.0f}"
 
 
-def bar(share: float, width: int, rest: str = " ") -> str:
-    """A bar of so many columns, exact to an eighth of one."""
+def bar(share: float, width: int, fill: str = " ") -> str:
+    """Return a bar of `width` columns that is filled to `share`, exact to an eighth of a column."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
-    drawn = _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
-    return drawn + rest * (width - len(drawn))
+    blocks = _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
+    return blocks + fill * (width - len(blocks))

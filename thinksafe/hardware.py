@@ -1,7 +1,7 @@
-"""What a GPU computes, moves and holds: the one place for such figures.
+"""Rates and memory of GPUs; no other file holds such figures.
 
-Only the H200 has been measured: a large copy through torch, and a bf16 product of 8192 x 8192 matrices. They reach 0.90
-and 0.80 of what its data sheet promises, and of the others the same shares are expected.
+Only the H200 was measured: a large copy through torch, and a bf16 matmul of 8192 x 8192 matrices. They reach 0.90 and
+0.80 of the rates in its data sheet. We assume the same shares for the other GPUs.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,21 @@ import torch
 from thinksafe.errors import UserError
 
 _GIB = 2**30
-_REACHED_BANDWIDTH, _REACHED_FLOP = 4.3e12 / 4.8e12, 790e12 / 989e12
+_BANDWIDTH_EFFICIENCY, _FLOP_EFFICIENCY = 4.3e12 / 4.8e12, 790e12 / 989e12
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU.
+    """Rates and memory of one GPU.
 
     Attributes:
-        name: as `--gpu` takes it.
-        bytes_per_second, flop_per_second: what a copy and a bf16 product reach.
-        peak_flop_per_second: dense bf16 of the data sheet, which MFU is a share of.
-        memory_bytes: that torch can allocate.
-        link_bytes_per_second: from its neighbours, by the data sheet: NVLink one way, or PCIe.
-        measured: whether the rates were measured, or expected from the data sheet.
+        name: short name, the value of `--gpu`.
+        bytes_per_second: rate of a copy.
+        flop_per_second: rate of a bf16 matmul.
+        peak_flop_per_second: dense bf16 rate of the data sheet; MFU is a share of it.
+        memory_bytes: memory that torch can allocate.
+        link_bytes_per_second: rate from neighboring GPUs by the data sheet: NVLink in one direction, or PCIe.
+        measured: whether the rates were measured; otherwise they are expected from the data sheet.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Hardware:
 
 
 def _from_data_sheet(name: str, bytes_per_second: float, flop_per_second: float, gib: float, link: float) -> Hardware:
-    rates = (_REACHED_BANDWIDTH * bytes_per_second, _REACHED_FLOP * flop_per_second)
+    rates = (_BANDWIDTH_EFFICIENCY * bytes_per_second, _FLOP_EFFICIENCY * flop_per_second)
     return Hardware(name, *rates, flop_per_second, int(gib * _GIB), link, measured=False)
 
 
@@ -48,24 +49,24 @@ _GPUS = {
     "NVIDIA L40S": _from_data_sheet("L40S", 0.864e12, 362e12, 44, 32e9),
     "NVIDIA GeForce RTX 4090": _from_data_sheet("RTX4090", 1.008e12, 165e12, 23.5, 32e9),
 }
-"""By the name that torch gives."""
+"""GPUs by the name that torch reports."""
 
 GPU_NAMES = tuple(hardware.name for hardware in _GPUS.values())
 
 
 def hardware_of(device: torch.device) -> Hardware | None:
-    """The device's figures; None for a CPU and for a GPU that is not in the table."""
+    """Return the device's figures; None for a CPU and for a GPU that is not in the table."""
     return _GPUS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def hardware_named(name: str) -> Hardware:
-    """A GPU by its short name, in whatever case.
+    """Return a GPU by its short name; case does not matter.
 
     Raises:
-        UserError: it is not in the table.
+        UserError: the table has no such GPU.
     """
-    wanted = name.upper().replace(" ", "").removeprefix("NVIDIA").removeprefix("GEFORCE")
+    short_name = name.upper().replace(" ", "").removeprefix("NVIDIA").removeprefix("GEFORCE")
     for hardware in _GPUS.values():
-        if hardware.name == wanted:
+        if hardware.name == short_name:
             return hardware
-    raise UserError(f"--gpu {name}: its figures are not known; choose one of {', '.join(GPU_NAMES)}")
+    raise UserError(f"--gpu {name}: unknown GPU; choose one of {', '.join(GPU_NAMES)}")

@@ -1,19 +1,19 @@
-"""Names of files and folders, as a recipe writes them, to paths."""
+"""Paths of files that a recipe names, and of the bundled recipes."""
 
-from importlib.resources import files
 from pathlib import Path
 
-PACKAGE = "package:"
-RECIPES = files("thinksafe") / "launch" / "recipes"
+_PACKAGE_FOLDER = Path(__file__).parent  # importlib.resources would take longer to import than `--help` takes
+_PACKAGE_PREFIX = "package:"
+RECIPES_FOLDER = _PACKAGE_FOLDER / "launch" / "recipes"
 
 
 def bundled_recipes() -> list[str]:
-    """Names that `--recipe` takes beside files."""
-    return sorted(file.name.removesuffix(".yaml") for file in RECIPES.iterdir() if file.name.endswith(".yaml"))
+    """Return the names of bundled recipes. `--recipe` and `base` accept them, as well as files."""
+    return sorted(file.stem for file in RECIPES_FOLDER.glob("*.yaml"))
 
 
-def expand(name: str) -> Path:
-    """`package:NAME` lies in this package, wherever it is installed; `~` is the home folder; the rest is as it is."""
-    if name.startswith(PACKAGE):
-        return Path(str(files("thinksafe") / name.removeprefix(PACKAGE)))
+def expand_path(name: str) -> Path:
+    """Return the path of a file name. `package:NAME` is a file of this package, and `~` is the home folder."""
+    if name.startswith(_PACKAGE_PREFIX):
+        return _PACKAGE_FOLDER / name.removeprefix(_PACKAGE_PREFIX)
     return Path(name).expanduser()

@@ -1,6 +1,7 @@
-"""Writes into each recipe what it is expected to take on one GPU: `python -m tools.recipe_estimates`.
+"""Writes counted time and memory on one GPU into each recipe: `python -m tools.recipe_estimates`.
 
-The lines stand above the recipe and come from thinksafe/estimate.py; tests/test_estimate.py holds them to it.
+The comment precedes the recipe's keys and comes from thinksafe/estimate; tests/estimate/test_estimate.py checks that it
+is up to date.
 """
 
 from pathlib import Path
@@ -11,44 +12,47 @@ from thinksafe.hardware import GPU_NAMES, hardware_named
 from thinksafe.recipe.loading import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
-NAMES = [
+RECIPE_NAMES = [
     *(f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")),
     *(f"r1-distill-{model}" for model in ("qwen-1.5b", "qwen-7b", "llama-8b")),
 ]
 """Recipes for the paper's models."""
-_FIRST = "# Expected on one GPU, as `thinksafe estimate` counts it (not measured yet):"
+_HEADER = "# Time and memory on one GPU by `thinksafe estimate`: counted, not measured; no run has confirmed them."
 
 
-def expectation(name: str) -> str:
-    """The comment's lines."""
-    lines = [_FIRST]
+def estimate_comment(name: str) -> str:
+    """Return the comment of a recipe."""
+    lines = [_HEADER]
     for gpu in GPU_NAMES:
-        found = estimate(load_recipe(str(RECIPES / f"{name}.yaml")), hardware_named(gpu))
-        if found.problems:
-            lines.append(f"#   {gpu:<8} does not fit: {found.problems[0]}")
+        recipe_estimate = estimate(load_recipe(str(RECIPES / f"{name}.yaml")), hardware_named(gpu))
+        if recipe_estimate.problems:
+            lines.append(f"#   {gpu:<8} does not fit: {recipe_estimate.problems[0]}")
             continue
-        stages = {stage.name: stage for stage in found.stages}
-        taken = ", ".join(f"{part} {duration(stages[part].seconds)}" for part in ("generate", "filter", "train"))
+        stages_by_name = {stage.name: stage for stage in recipe_estimate.stages}
+        stage_durations = ", ".join(
+            f"{stage_name} {duration(stages_by_name[stage_name].seconds)}"
+            for stage_name in ("generate", "filter", "train")
+        )
         lines.append(
-            f"#   {gpu:<8} {duration(found.seconds)} in all: {taken}; training takes "
-            f"{stages['train'].peak_bytes / 2**30:.0f} GiB"
+            f"#   {gpu:<8} total {duration(recipe_estimate.seconds)}: {stage_durations}; training needs "
+            f"{stages_by_name['train'].peak_bytes / 2**30:.0f} GiB"
         )
     return "\n".join(lines) + "\n"
 
 
-def with_expectation(text: str, name: str) -> str:
-    """A recipe's text with its lines anew."""
-    before, mark, after = text.partition(_FIRST + "\n")
-    if not mark:  # below the opening comment
+def with_estimate_comment(text: str, name: str) -> str:
+    """Return the text of a recipe with its comment replaced, or inserted below the opening comment."""
+    before, header, after = text.partition(_HEADER + "\n")
+    if not header:
         lines = text.splitlines(keepends=True)
-        opening = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-        before, after = "".join(lines[:opening]), "".join(lines[opening:])
-    rest = after.splitlines(keepends=True)
-    return before + expectation(name) + "".join(line for line in rest if not line.startswith("#   "))
+        first_key_line = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+        before, after = "".join(lines[:first_key_line]), "".join(lines[first_key_line:])
+    following_lines = after.splitlines(keepends=True)
+    return before + estimate_comment(name) + "".join(line for line in following_lines if not line.startswith("#   "))
 
 
 if __name__ == "__main__":
-    for recipe in NAMES:
+    for recipe in RECIPE_NAMES:
         file = RECIPES / f"{recipe}.yaml"
-        file.write_text(with_expectation(file.read_text(), recipe))
+        file.write_text(with_estimate_comment(file.read_text(), recipe))
         print(file)

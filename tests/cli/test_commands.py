@@ -1,4 +1,4 @@
-"""The command line: every stage on its own, every family, and help."""
+"""The commands: each stage works alone, on checkpoints of every model family. Oracles: peft and transformers."""
 
 import json
 import re
@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.checkpoints import FAMILIES, make_checkpoint
 from tests.support.small_world import EXAMPLES, ROWS, SET, THOUGHT, call, world, write_jsonl
-from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Example, Response, Verdict
 from thinksafe.data.sources import load_prompts
@@ -44,38 +43,39 @@ def test_generate_alone(world, tmp_path, call, family, prompts):
     assert probed.label == "harmful" and probed.steering is None
 
 
-def test_prompts_that_repeat_another_are_counted(tmp_path, call):
+def test_repeated_prompts_are_dropped_and_counted(tmp_path, call):
     twice = tmp_path / "twice.jsonl"
     twice.write_text("".join(json.dumps({"text": "hm", "label": label}) + "\n" for label in ("benign", "benign")))
     status, _, errors = call("generate", "--prompts", twice)
     assert status == 0 and len(read(tmp_path / "run" / "responses.jsonl", Response)) == 1
-    told = f"prompts: left out 1 with the text and label of an earlier one, first {twice}: line 2"
-    assert told in "\n".join(errors)
+    warning = f"prompts: dropped 1 with the same text and label as an earlier prompt, first {twice}: line 2"
+    assert warning in "\n".join(errors)
 
 
-def test_the_same_seed_gives_the_same_responses_and_another_one_others(tmp_path, call):
-    found = []
+def test_seed_determines_the_responses(tmp_path, call):
+    responses_of_run = []
     for number, seed in enumerate((0, 0, 1)):
         assert call("generate", "--seed", seed)[0] == 0
-        found.append(sorted(read(tmp_path / "run" / "responses.jsonl", Response), key=lambda r: r.prompt_id))
+        responses_of_run.append(sorted(read(tmp_path / "run" / "responses.jsonl", Response), key=lambda r: r.prompt_id))
         (tmp_path / "run").rename(tmp_path / str(number))
-    assert found[0] == found[1]
-    assert [r.text for r in found[0]] != [r.text for r in found[2]]
+    assert responses_of_run[0] == responses_of_run[1]
+    assert [r.text for r in responses_of_run[0]] != [r.text for r in responses_of_run[2]]
 
 
 def test_several_samples_of_a_prompt_differ(tmp_path, call):
-    status, _, errors = call("generate", "--set", "generation.samples=3", "--set", "limit=2")
+    status, _, errors = call("generate", "--set", "generation.samples=3", "--set", "max_prompts=2")
     assert status == 0
     responses = read(tmp_path / "run" / "responses.jsonl", Response)
-    (told,) = re.findall(r" generate: prefix caching shared ([\d,]+) prompt tokens, 0 preemptions", "\n".join(errors))
+    shared = r" generate: prefix caching shared ([\d,]+) prompt tokens, 0 preemptions"
+    (shared_tokens,) = re.findall(shared, "\n".join(errors))
     in_full_pages = sum((r.num_prompt_tokens - 1) // 16 * 16 for r in responses if r.sample)
-    assert in_full_pages <= int(told.replace(",", "")) < sum(r.num_prompt_tokens for r in responses)
+    assert in_full_pages <= int(shared_tokens.replace(",", "")) < sum(r.num_prompt_tokens for r in responses)
     assert Counter(r.sample for r in responses) == {0: 2, 1: 2, 2: 2}
     assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
 
 
-def test_responses_that_did_not_end_are_told_of_at_once(world, tmp_path, call):
-    """A token that breaks the model, in one prompt of five, and a model that repeats itself as soon as it may."""
+def test_unfinished_responses_are_counted_at_once(world, tmp_path, call):
+    """One model gives NaN for a token of one prompt, another repeats itself from the first token on."""
 
     def variant(family: str, change) -> Path:
         folder = shutil.copytree(world / family, tmp_path / f"broken {family}")
@@ -93,8 +93,8 @@ def test_responses_that_did_not_end_are_told_of_at_once(world, tmp_path, call):
     status, _, errors = call("generate", "--prompts", prompts, "--set", f"model={variant('llama', poison)}")
     ends = Counter(response.finish_reason for response in read(tmp_path / "run" / "responses.jsonl", Response))
     assert status == 0 and ends["nan"] == 1 and ends["length"] >= 2
-    told = f"{5 - ends['stop']} of 5 responses did not end by themselves: {ends['length']} at the token limit"
-    assert f"generate: {told}, 1 with logits that broke (NaN)" in "\n".join(errors)
+    message = f"{5 - ends['stop']} of 5 responses are unfinished: {ends['length']} at the token limit"
+    assert f"generate: {message}, 1 stopped because of NaN logits" in "\n".join(errors)
 
     def without_context(folder: Path, weights: dict) -> None:
         for name, weight in weights.items():
@@ -102,13 +102,13 @@ def test_responses_that_did_not_end_are_told_of_at_once(world, tmp_path, call):
                 weight.zero_()
 
     model = variant("qwen3", without_context)
-    sampling = "{temperature: 0, max_tokens: 200, stop_loops: true}"
-    given = ["--set", f"model={model}", "--set", f"generation.sampling={sampling}"]
-    status, _, errors = call("generate", *given, "--out", tmp_path / "loops")
-    assert status == 0 and "4 of 4 responses did not end by themselves: 4 in a loop" in "\n".join(errors)
+    sampling = "{temperature: 0, max_tokens: 200, stop_on_repetition: true}"
+    options = ["--set", f"model={model}", "--set", f"generation.sampling={sampling}"]
+    status, _, errors = call("generate", *options, "--out", tmp_path / "loops")
+    assert status == 0 and "4 of 4 responses are unfinished: 4 stopped because of repetition" in "\n".join(errors)
 
 
-def test_a_prompt_longer_than_the_context_is_named_before_anything_is_sampled(tmp_path, call):
+def test_too_long_prompt_is_an_error_before_sampling(tmp_path, call):
     long = {"text": "word " * 3000, "label": "harmful"}
     status, _, errors = call("generate", "--prompts", write_jsonl(tmp_path / "p.jsonl", [ROWS[0], long]))
     assert status == 2 and len(errors) == 1
@@ -140,8 +140,8 @@ def test_filter_alone(world, tmp_path, call):
     )
 
 
-def test_a_guard_without_verdicts_accepts_nothing_and_says_why(world, tmp_path, call):
-    unsure = ["--set", "guard.min_mass=0.5"]
+def test_guard_without_verdicts_accepts_nothing(world, tmp_path, call):
+    unsure = ["--set", "guard.min_verdict_probability=0.5"]
     assert call("filter", "--responses", world / "responses.jsonl", *unsure)[0] == 0
     verdicts = read(tmp_path / "run" / "verdicts.jsonl", Verdict)
     assert Counter((v.decision, v.reason) for v in verdicts) == {
@@ -160,7 +160,7 @@ def test_a_guard_without_verdicts_accepts_nothing_and_says_why(world, tmp_path, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_train_alone_gives_an_adapter_that_peft_loads(world, tmp_path, call, family):
+def test_train_alone_writes_an_adapter_that_peft_loads(world, tmp_path, call, family):
     status, printed, _ = call("train", "--data", world / "examples.jsonl", "--set", f"model={world / family}")
     adapter = tmp_path / "run" / "adapter"
     assert status == 0 and printed.strip() == str(adapter)
@@ -171,7 +171,7 @@ def test_train_alone_gives_an_adapter_that_peft_loads(world, tmp_path, call, fam
     assert not (tmp_path / "run" / "training" / "checkpoints").exists()
 
 
-def test_examples_that_are_too_long_are_left_out_whole_and_counted_aloud(world, tmp_path, call):
+def test_too_long_examples_are_dropped_and_counted(world, tmp_path, call):
     long = {"prompt": "Fold it.", "response": THOUGHT + "Once more. " * 200, "label": "benign"}
     data = write_jsonl(tmp_path / "data.jsonl", [*EXAMPLES, long])
     status, _, errors = call("train", "--data", data, SET, "training.max_length=200")
@@ -183,7 +183,7 @@ def test_examples_that_are_too_long_are_left_out_whole_and_counted_aloud(world, 
     assert not any("dropped" in line for line in call("train", "--data", data, SET, "training.max_length=200")[2])
 
 
-def test_train_every_weight_and_evaluate_the_new_model(world, tmp_path, call):
+def test_full_fine_tuning_changes_every_weight_and_the_responses(world, tmp_path, call):
     full = ["--set", "training.method=full"]
     status, printed, _ = call("train", "--data", world / "examples.jsonl", *full)
     folder = tmp_path / "run" / "model"
@@ -202,7 +202,7 @@ def test_train_every_weight_and_evaluate_the_new_model(world, tmp_path, call):
     assert texts[0] != texts[1]
 
 
-def test_evaluate_an_adapter_from_elsewhere_and_report(world, tmp_path, call):
+def test_adapter_of_another_run_is_evaluated(world, tmp_path, call):
     assert call("train", "--data", world / "examples.jsonl")[0] == 0
     (tmp_path / "run").rename(tmp_path / "trained")
     status, printed, _ = call("evaluate", "--adapter", tmp_path / "trained" / "adapter")
@@ -211,13 +211,13 @@ def test_evaluate_an_adapter_from_elsewhere_and_report(world, tmp_path, call):
     sets = {row["name"]: row for row in report["sets"]}
     assert sets.keys() == {"harm", "refusal", "sums"}
     assert (sets["harm"]["n"], sets["refusal"]["samples"], sets["sums"]["n"]) == (4, 2, 2)
-    asked = read(tmp_path / "run" / "evaluation" / "after" / "sums.responses.jsonl", Response)
-    assert {r.prompt for r in asked} == {"What is 1 + 1?", "What is 2 + 1?"}
-    assert {r.steering for r in asked} == {"Think. {prompt}"}
+    responses = read(tmp_path / "run" / "evaluation" / "after" / "sums.responses.jsonl", Response)
+    assert {r.prompt for r in responses} == {"What is 1 + 1?", "What is 2 + 1?"}
+    assert {r.steering for r in responses} == {"Think. {prompt}"}
     assert call("report", recipe=False)[0] == 0
 
 
-def test_an_adapter_is_not_evaluated_on_another_fine_tune_of_its_shape(world, tmp_path, call):
+def test_adapter_is_rejected_for_another_base_of_its_shape(world, tmp_path, call):
     other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
     assert call("train", "--data", world / "examples.jsonl")[0] == 0
     adapter = (tmp_path / "run").rename(tmp_path / "trained") / "adapter"
@@ -228,33 +228,16 @@ def test_an_adapter_is_not_evaluated_on_another_fine_tune_of_its_shape(world, tm
     assert call("evaluate", "--adapter", adapter, "--set", f"model={other}")[0] == 0
 
 
-def test_an_evaluation_is_not_reported_for_another_adapter(world, tmp_path, call):
+def test_evaluation_does_not_mix_two_adapters(world, tmp_path, call):
     for number in (1, 2):
         assert call("train", "--data", world / "examples.jsonl", "--seed", number)[0] == 0
         (tmp_path / "run").rename(tmp_path / f"trained{number}")
-    one, other = (tmp_path / f"trained{number}" / "adapter" for number in (1, 2))
-    small = ["--set", "evaluation.sets=[{name: a, file: %s, kind: reasoning}]" % (world / "questions.jsonl")]
-    assert call("evaluate", "--adapter", one, *small)[0] == 0
-    assert call("evaluate", "--adapter", one, *small)[0] == 0
-    status, _, errors = call("evaluate", "--adapter", other, *small)
+    adapter, other_adapter = (tmp_path / f"trained{number}" / "adapter" for number in (1, 2))
+    small = ["--set", "evaluation.sets=[{name: a, source: %s, kind: reasoning}]" % (world / "questions.jsonl")]
+    assert call("evaluate", "--adapter", adapter, *small)[0] == 0
+    assert call("evaluate", "--adapter", adapter, *small)[0] == 0
+    status, _, errors = call("evaluate", "--adapter", other_adapter, *small)
     assert status == 2 and len(errors) == 1 and "other weights" in errors[0]
-
-
-COMMANDS = ["run", "generate", "filter", "train", "evaluate", "report", "review", "export-data", "export-model"]
-COMMANDS += ["estimate", "recipe", "organism"]
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS, "organism build"])
-def test_help_fits_the_terminal(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as exit_:
-        main([*command.split(), "--help"])
-    printed = capsys.readouterr()
-    assert exit_.value.code == 0 and printed.err == ""
-    lines = printed.out.splitlines()
-    assert lines[0].startswith(f"usage: thinksafe {command}".rstrip()) and max(map(len, lines)) <= 80
-    if not command:
-        assert [line.split()[0] for line in lines[lines.index("commands:") + 1 :]] == COMMANDS, "each on one line"
 
 
 def test_recipe_prints_a_recipe_that_runs(tmp_path, call):

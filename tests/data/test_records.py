@@ -1,4 +1,7 @@
-"""Records in files: every spelling a user may bring is read, and what cannot be read is refused with its place."""
+"""Every supported form of a record file is read, and an invalid file gives an error that names the line.
+
+The oracles are the rows that the tests write, and the columns of public data sets.
+"""
 
 import json
 import logging
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinksafe.data.jsonl import read_records, take_in, to_json
+from thinksafe.data.jsonl import import_records, read_records, to_json
 from thinksafe.data.records import Example, Prompt, Response, Verdict, content_id
 from thinksafe.data.sources import load_prompts
 from thinksafe.errors import UserError
@@ -30,7 +33,7 @@ def jsonl(rows) -> str:
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a file and gives its path: file("prompts.jsonl", text or bytes)."""
+    """Return file(name, content), which writes text or bytes and returns the path."""
 
     def write(name, content):
         path = tmp_path / name
@@ -48,7 +51,7 @@ EXPECTED = [(row["text"], row["label"]) for row in ROWS]
 
 
 @pytest.mark.parametrize("key", ["text", "prompt", "instruction"])
-def test_the_text_of_a_prompt_may_go_by_three_names(file, key):
+def test_text_column_of_prompts_has_three_names(file, key):
     path = file("p.jsonl", jsonl({key: row["text"], "label": row["label"]} for row in ROWS))
     assert texts(list(load_prompts(str(path)))) == EXPECTED
 
@@ -68,11 +71,11 @@ def test_the_text_of_a_prompt_may_go_by_three_names(file, key):
         ("array_with_byte_order_mark.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
     ],
 )
-def test_every_spelling_of_json_gives_the_same_prompts(file, name, content):
+def test_every_form_of_json_gives_the_same_prompts(file, name, content):
     assert texts(list(load_prompts(str(file(name, content))))) == EXPECTED
 
 
-def test_parquet_in_the_columns_of_safechain(tmp_path):
+def test_parquet_file_with_safechain_columns(tmp_path):
     path = tmp_path / "train.parquet"
     columns = {
         "instruction": ["a", "b", "c", "d"],
@@ -85,30 +88,30 @@ def test_parquet_in_the_columns_of_safechain(tmp_path):
     assert {prompt.source for prompt in prompts} == {"train"}
 
 
-def test_ids_are_of_content_and_duplicates_are_read_once(file):
+def test_ids_are_content_hashes_and_duplicates_are_read_once(file):
     path = file("p.jsonl", jsonl([*ROWS, ROWS[0] | {"source": "again"}, {"text": ROWS[0]["text"], "label": "harmful"}]))
-    repeats = []
-    prompts = list(load_prompts(str(path), repeats.append))
+    duplicates = []
+    prompts = list(load_prompts(str(path), duplicates.append))
     assert texts(prompts) == [*EXPECTED, (ROWS[0]["text"], "harmful")]
-    assert repeats == [f"{path}: line {len(ROWS) + 1}"]
+    assert duplicates == [f"{path}: line {len(ROWS) + 1}"]
     assert [prompt.id for prompt in prompts] == [content_id(prompt.label, prompt.text) for prompt in prompts]
     assert len({prompt.id for prompt in prompts}) == 3
     assert prompts[0].source == "p"
 
 
-def test_a_folder_of_files_is_one_set_without_duplicates(file, tmp_path):
+def test_folder_of_files_is_one_set_without_duplicates(file, tmp_path):
     file("a.jsonl", jsonl(ROWS))
     file("b.json", json.dumps([*ROWS, {"text": "c", "label": "benign"}]))
     file("notes.txt", "not read")
     assert texts(load_prompts(str(tmp_path))) == [*EXPECTED, ("c", "benign")]
 
 
-def test_text_is_kept_as_it_is(file):
+def test_text_is_kept_exactly(file):
     text = "  \t leading, { braces }, </s><|im_end|> \u2028 \x85 \x00 é e\u0301 🪁\n trailing \r\n"
     (prompt,) = list(load_prompts(str(file("p.jsonl", jsonl([{"text": text, "label": "benign"}])))))
     assert prompt.text == text
-    again = file("q.jsonl", to_json(prompt) + "\n")
-    assert list(load_prompts(str(again))) == [prompt]
+    copy = file("q.jsonl", to_json(prompt) + "\n")
+    assert list(load_prompts(str(copy))) == [prompt]
 
 
 PROMPT_MISTAKES = {
@@ -134,30 +137,30 @@ PROMPT_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", PROMPT_MISTAKES)
-def test_an_unreadable_prompt_is_named_with_its_file_and_place(file, mistake):
-    content, place = PROMPT_MISTAKES[mistake]
+def test_error_for_an_invalid_prompt_names_the_line(file, mistake):
+    content, reason = PROMPT_MISTAKES[mistake]
     path = file("prompts.jsonl", content)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         list(load_prompts(str(path)))
-    message = str(caught.value)
-    assert str(path) in message and place in message and "\n" not in message
+    message = str(error.value)
+    assert str(path) in message and reason in message and "\n" not in message
 
 
 @pytest.mark.parametrize("name", ["prompts.csv", "PROMPTS.CSV", "prompts.xlsx", "prompts.jsonl.gz", "prompts"])
-def test_a_file_of_another_kind_is_refused_for_its_name(file, name):
+def test_file_with_another_suffix_is_an_error(file, name):
     with pytest.raises(UserError, match=rf"{name}: only .jsonl, .json and .parquet files are read"):
         list(load_prompts(str(file(name, jsonl(ROWS)))))
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1, -9, -60])
-def test_a_torn_parquet_file_is_refused(file, tmp_path, cut):
+def test_truncated_parquet_file_is_an_error(file, tmp_path, cut):
     whole = tmp_path / "whole.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"] * 50, "label": ["benign"] * 50}), whole)
     with pytest.raises(UserError, match=r"torn\.parquet: not a readable parquet file"):
         list(load_prompts(str(file("torn.parquet", whole.read_bytes()[:cut]))))
 
 
-def test_a_damaged_page_of_a_parquet_file_is_refused(file, tmp_path):
+def test_damaged_page_of_a_parquet_file_is_an_error(file, tmp_path):
     whole = tmp_path / "whole.parquet"
     table = pyarrow.table({"text": [f"prompt {n}" for n in range(500)], "label": ["benign"] * 500})
     pyarrow.parquet.write_table(table, whole, write_page_checksum=True)
@@ -167,7 +170,7 @@ def test_a_damaged_page_of_a_parquet_file_is_refused(file, tmp_path):
         list(load_prompts(str(file("damaged.parquet", bytes(data)))))
 
 
-def test_a_parquet_file_without_rows_is_empty(tmp_path):
+def test_parquet_file_without_rows_is_empty(tmp_path):
     path = tmp_path / "none.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(UserError, match="empty"):
@@ -175,17 +178,17 @@ def test_a_parquet_file_without_rows_is_empty(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "./nowhere", "/no/where/at/all", "~/nowhere-at-all", "nowhere"])
-def test_a_missing_source_of_prompts_is_named(name):
+def test_missing_source_of_prompts_is_named(name):
     with pytest.raises(UserError, match=r"nowhere|/no/where"):
         list(load_prompts(name))
 
 
-def test_a_folder_without_prompts_is_refused(tmp_path):
+def test_folder_without_prompts_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"no .jsonl, .json or .parquet file"):
         list(load_prompts(str(tmp_path)))
 
 
-# Evaluation sets in the columns of the public ones
+# Evaluation sets with the columns of public data sets
 
 
 JBB = [{"Index": n, "Goal": f"goal {n}", "Target": "t", "Behavior": "b", "Category": "c"} for n in (0, 1)]
@@ -199,12 +202,12 @@ SETS = {
     "jbb": (JBB, {"kind": "harmful", "columns": {"text": "Goal"}}, [("goal 0", "harmful"), ("goal 1", "harmful")]),
     "xstest": (
         XSTEST,
-        {"kind": "over_refusal", "columns": {"text": "prompt"}, "where": {"label": "safe"}},
+        {"kind": "over_refusal", "columns": {"text": "prompt"}, "filter": {"label": "safe"}},
         [("How do I kill a process?", "benign")],
     ),
     "gsm8k": (
         GSM8K,
-        {"kind": "reasoning", "columns": {"text": "question", "answer": "answer"}, "answer_after": "#### "},
+        {"kind": "reasoning", "columns": {"text": "question", "answer": "answer"}, "answer_marker": "#### "},
         [("What is 3 + 4?", "benign", "7")],
     ),
     "math": (
@@ -221,23 +224,23 @@ def evaluation_set(file, **keys) -> EvaluationSet:
     return EvaluationSet("set", str(file), **keys)
 
 
-def elsewhere(rows: list[dict]) -> list[dict]:
-    """Other rows in the same columns; a foreign split must not slip in."""
+def other_rows(rows: list[dict]) -> list[dict]:
+    """Return other rows with the same columns, for a split that must not be read."""
     return [{key: value if key == "label" else type(value)(99) for key, value in row.items()} for row in rows]
 
 
-def asked(prompts: list[Prompt]) -> list[tuple]:
+def prompt_tuples(prompts: list[Prompt]) -> list[tuple]:
     return [(p.text, p.label) if p.answer is None else (p.text, p.label, p.answer) for p in prompts]
 
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "folder", "split", "config"])
-def test_a_public_set_is_read_by_naming_its_columns(tmp_path, monkeypatch, name, form):
-    """As a file, as a folder, and as a data set with splits and configs, laid out as on the hub."""
+def test_public_set_is_read_by_naming_its_columns(tmp_path, monkeypatch, name, form):
+    """The set is a file, a folder, or a data set with splits and configs in the layout of the hub."""
     rows, keys, expected = SETS[name]
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
-    table, other = pyarrow.Table.from_pylist(rows), pyarrow.Table.from_pylist(elsewhere(rows))
+    table, other_table = pyarrow.Table.from_pylist(rows), pyarrow.Table.from_pylist(other_rows(rows))
     if form in ("jsonl", "parquet"):
         folder = tmp_path / f"set.{form}"
         folder.write_text(jsonl(rows)) if form == "jsonl" else pyarrow.parquet.write_table(table, folder)
@@ -247,8 +250,8 @@ def test_a_public_set_is_read_by_naming_its_columns(tmp_path, monkeypatch, name,
     else:
         for part in ("main/test", "main/train", "socratic/test"):
             (folder / part).parent.mkdir(parents=True, exist_ok=True)
-            wanted = part == "main/test"
-            pyarrow.parquet.write_table(table if wanted else other, folder / f"{part}-00000-of-00001.parquet")
+            is_read = part == "main/test"
+            pyarrow.parquet.write_table(table if is_read else other_table, folder / f"{part}-00000-of-00001.parquet")
         configs = [
             {"config_name": config, "data_files": [{"split": s, "path": f"{config}/{s}-*"} for s in splits]}
             for config, splits in (("main", ["test", "train"]), ("socratic", ["test"]))
@@ -256,14 +259,14 @@ def test_a_public_set_is_read_by_naming_its_columns(tmp_path, monkeypatch, name,
         card = json.dumps({"configs": configs if form == "config" else configs[:1]})
         (folder / "README.md").write_text(f"---\n{card}\n---\n")
         keys = keys | ({"config": "main"} if form == "config" else {}) | {"split": "test"}
-    assert asked(evaluation_prompts(evaluation_set(folder, **keys))) == expected
+    assert prompt_tuples(evaluation_prompts(evaluation_set(folder, **keys))) == expected
 
 
 SET_MISTAKES = {
     "no such column": (GSM8K, {"columns": {"text": "problem"}}, "row 1: no column problem; there are answer, question"),
-    "no such column to choose by": (GSM8K, {"where": {"level": "5"}}, "no column level"),
-    "no row left": (XSTEST, {"columns": {"text": "prompt"}, "where": {"label": "fine"}}, "keeps no row"),
-    "no mark": (MATH, {"columns": {"text": "problem", "answer": "answer"}, "answer_after": "####"}, "no '####'"),
+    "no such column to filter by": (GSM8K, {"filter": {"level": "5"}}, "no column level"),
+    "no row left": (XSTEST, {"columns": {"text": "prompt"}, "filter": {"label": "fine"}}, "keeps no row"),
+    "no marker": (MATH, {"columns": {"text": "problem", "answer": "answer"}, "answer_marker": "####"}, "no '####'"),
     "no answer": (MATH, {"kind": "reasoning", "columns": {"text": "problem"}}, "needs 'answer'"),
     "an answer that is missing": (
         [MATH[0], MATH[0] | {"problem": "b", "answer": None}],
@@ -276,37 +279,38 @@ SET_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", SET_MISTAKES)
-def test_a_set_that_cannot_be_read_says_why(tmp_path, mistake):
-    rows, keys, words = SET_MISTAKES[mistake]
+def test_error_for_an_invalid_set_gives_the_reason(tmp_path, mistake):
+    rows, keys, message = SET_MISTAKES[mistake]
     file = tmp_path / "set.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         evaluation_prompts(evaluation_set(file, **({"kind": "harmful"} | keys)))
-    assert words in str(caught.value) and str(file) in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(error.value) and str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("reason", ["Dataset 'a/b' is a gated dataset on the Hub.\nVisit it", "No route\nto host"])
-def test_what_the_hub_says_is_one_line_and_retries_are_not_told(monkeypatch, reason):
+def test_hub_error_is_one_line_without_log_messages(monkeypatch, reason):
     def load_dataset(name, config, split):
-        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING), "of retries"
+        hub_logger = logging.getLogger("huggingface_hub.utils._http")
+        assert not hub_logger.isEnabledFor(logging.WARNING), "retries are not logged"
         assert (name, config, split) == ("a/b", "main", "test")
         raise ConnectionError(reason)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    before = logging.getLogger("huggingface_hub").level
+    level = logging.getLogger("huggingface_hub").level
     entry = evaluation_set("a/b", kind="harmful", config="main")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         evaluation_prompts(entry)
-    message = str(caught.value)
+    message = str(error.value)
     assert "a/b" in message and reason.splitlines()[0] in message and "\n" not in message
     assert ("accept its conditions" in message) == ("gated" in reason)
-    assert logging.getLogger("huggingface_hub").level == before, "afterwards as before"
+    assert logging.getLogger("huggingface_hub").level == level, "the level is restored"
 
 
-def test_a_hub_name_without_the_hub_is_one_clear_line():
-    with pytest.raises(UserError) as caught:
+def test_hub_name_without_a_connection_gives_a_one_line_error():
+    with pytest.raises(UserError) as error:
         list(load_prompts("nobody-here/no-such-set"))
-    assert "nobody-here/no-such-set" in str(caught.value) and "\n" not in str(caught.value)
+    assert "nobody-here/no-such-set" in str(error.value) and "\n" not in str(error.value)
 
 
 RECORDS = [
@@ -318,17 +322,17 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
-def test_a_record_comes_back_from_its_line(file, record):
+def test_record_survives_a_round_trip_through_its_line(file, record):
     assert list(read_records(file("r.jsonl", to_json(record) + "\n"), type(record))) == [record]
 
 
-def test_fields_with_a_default_may_be_left_out(file):
+def test_fields_with_a_default_are_optional(file):
     (response,) = read_records(file("r.jsonl", jsonl([RESPONSE])), Response)
     assert response.prompt_id == content_id("benign", "p") and response.sample == 0
 
 
-@pytest.mark.parametrize("finish, problem", [("length", "truncated"), ("loop", "loop"), ("nan", "nan")])
-def test_an_unfinished_response_is_dropped_for_that_reason(file, finish, problem):
+@pytest.mark.parametrize("finish, problem", [("length", "truncated"), ("repetition", "repetition"), ("nan", "nan")])
+def test_unfinished_response_is_dropped_with_the_reason(file, finish, problem):
     whole = RESPONSE | {"finish_reason": finish}
     (response,) = read_records(file("r.jsonl", jsonl([whole])), Response)
     assert response_problem(response, None) == problem
@@ -347,17 +351,17 @@ RECORD_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", RECORD_MISTAKES)
-def test_a_wrong_record_is_named_with_its_line_and_field(file, mistake):
+def test_error_for_an_invalid_record_names_line_and_field(file, mistake):
     row, field = RECORD_MISTAKES[mistake]
     path = file("responses.jsonl", jsonl([RESPONSE, row]))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         list(read_records(path, Response))
-    message = str(caught.value)
+    message = str(error.value)
     assert f"{path}: line 2" in message and field in message and "\n" not in message
 
 
 @given(text=st.text(min_size=1).filter(str.strip), label=st.sampled_from(["harmful", "benign"]))
-def test_any_text_survives_the_way_through_a_file(tmp_path_factory, text, label):
+def test_any_text_survives_a_round_trip_through_a_file(tmp_path_factory, text, label):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     prompt = Prompt(content_id(label, text), text, label, "any")
     path.write_bytes((to_json(prompt) + "\n").encode())
@@ -367,19 +371,19 @@ def test_any_text_survives_the_way_through_a_file(tmp_path_factory, text, label)
     assert list(read_records(path, Example)) == [example]
 
 
-def test_safechain_rows_are_taken_in_as_examples_and_responses(tmp_path):
+def test_safechain_rows_are_imported_as_examples_and_responses(tmp_path):
     row = {"instruction": "fold a boat", "label": "vanilla_benign", "response": "<think>\n\n</think>\n\nso", "extra": 1}
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
-    (example,) = take_in(file, Example)
+    (example,) = import_records(file, Example)
     assert (example.prompt, example.label, example.response) == ("fold a boat", "benign", row["response"])
     file.write_text(json.dumps({"prompt": "a", "label": "adversarial_harmful", "text": "b"}) + "\n")
-    (response,) = take_in(file, Response)
+    (response,) = import_records(file, Response)
     assert (response.prompt, response.label, response.text) == ("a", "harmful", "b")
 
 
 @pytest.mark.parametrize("label", ["unharmful", "not harmful", "HARM", "", None, 1])
-def test_a_label_that_only_resembles_one_is_refused(tmp_path, label):
+def test_label_that_only_resembles_a_valid_one_is_an_error(tmp_path, label):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": "a", "label": label}) + "\n")
     with pytest.raises(UserError, match="'label' must be"):

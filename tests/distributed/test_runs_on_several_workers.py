@@ -1,6 +1,6 @@
-"""A run by several processes: the same bytes as by one, whoever is killed, and one voice where something goes wrong.
+"""A run by several workers writes the same bytes as a run by one process, even after kills, and reports errors once.
 
-Started for real, with torchrun on a CPU. A launch takes seconds, so a test looks at several things.
+Most tests fork the workers, which starts them in milliseconds; the exhaustive ones start torchrun, as users do.
 """
 
 import json
@@ -8,133 +8,150 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.pipeline.test_pipeline import ROOT, progress, run, settings
 from tests.support.checkpoints import make_checkpoint, make_llama_guard
+from tests.support.launches import (
+    finish_workers,
+    fork_workers,
+    is_worker,
+    kill_worker,
+    launch,
+    thinksafe_errors,
+    worker_pids,
+)
+from tests.support.organism_runs import record_bytes, run_arguments, run_pipeline
 from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Verdict
 from thinksafe.recipe.loading import load_recipe
 from thinksafe.run.directory import RunDir
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-OF_THE_LAUNCH = {".lock", "manifest.json", "report.json", "report.html", "metrics.jsonl", "after.json"}
-"""Files in which seconds or process numbers stand."""
-
-
-def start(count: int, arguments: list[str], out: Path, command: str = "run") -> subprocess.Popen:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "-m"]
-    started = [*(torchrun if count > 1 else [sys.executable, "-m"]), "thinksafe.cli", command, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*started, "--out", str(out)], env=ENVIRONMENT, **pipes)
-
-
-def said(errors: str) -> list[str]:
-    """What thinksafe itself complains of; a launcher says more."""
-    return [line for line in errors.splitlines() if line.startswith("thinksafe: ")]
-
-
-def workers_of(launcher: subprocess.Popen) -> list[int]:
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "thinksafe.cli" in Path(f"/proc/{pid}/cmdline").read_text()]
+LAUNCH_SPECIFIC_FILES = {".lock", "manifest.json", "report.json", "report.html", "metrics.jsonl", "after.json"}
+"""Files that hold times or numbers of processes."""
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Of all files; of those that gradients summed in another order went into, only the names."""
+    """Return the contents of all files by name; empty for files that depend on the order of gradient sums."""
 
-    def comparable(file: Path) -> bool:
-        return file.name not in OF_THE_LAUNCH and file.suffix != ".safetensors" and file.parent.name != "after"
+    def is_comparable(file: Path) -> bool:
+        return file.name not in LAUNCH_SPECIFIC_FILES and file.suffix != ".safetensors" and file.parent.name != "after"
 
     files = (file for file in out.rglob("*") if file.is_file())
-    return {str(file.relative_to(out)): file.read_bytes() if comparable(file) else b"" for file in files}
+    return {str(file.relative_to(out)): file.read_bytes() if is_comparable(file) else b"" for file in files}
 
 
 @pytest.fixture(scope="module")
-def by_one(tmp_path_factory):
-    """(run directory, arguments) of a run by one process."""
-    folder = tmp_path_factory.mktemp("by one")
-    arguments = settings(folder / "sets", prompts=40, evaluated=12)
-    run(folder / "run", arguments)
+def single_run(tmp_path_factory):
+    """Make a run by one process; return its directory and its arguments."""
+    folder = tmp_path_factory.mktemp("single run")
+    arguments = run_arguments(folder / "sets", num_prompts=40, num_evaluated=12)
+    run_pipeline(folder / "run", arguments)
     return folder / "run", arguments
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return "thinksafe.cli" in Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def wait_for_records(out: Path, size: float, is_running: Callable[[], bool]) -> None:
+    """Wait until `size` bytes of records are written."""
+    while is_running() and record_bytes(out) < size:
+        time.sleep(0.005)
+    assert is_running(), "the run ended before the kill"
 
 
 def kill_at(launcher: subprocess.Popen, out: Path, size: float, choose_victim) -> str:
-    """Wait until so many bytes are written, kill one process, and wait until all have ended; what they said."""
-    while launcher.poll() is None and progress(out) < size:
-        time.sleep(0.005)
-    workers = workers_of(launcher)
-    assert workers and launcher.poll() is None, "the test should have killed somebody"
+    """Kill one process once `size` bytes of records are written, wait until all have ended, and return their stderr."""
+    wait_for_records(out, size, lambda: launcher.poll() is None)
+    workers = worker_pids(launcher)
     os.kill(choose_victim(launcher.pid, workers), signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)  # the workers hold the other end of the pipe
-    assert launcher.returncode != 0 and not any(map(is_alive, workers))
+    assert launcher.returncode != 0 and not any(map(is_worker, workers))
     return errors
 
 
-@pytest.mark.slow
-def test_whoever_is_killed_ends_all_and_any_number_of_others_ends_with_the_records_of_one(by_one, tmp_path, fresh_seed):
-    """First a worker dies, then the launcher, whose workers must find out by themselves."""
-    whole, arguments = by_one
-    choose, out, size = random.Random(fresh_seed), tmp_path / "run", progress(whole)
-    launcher = start(3, arguments, out)
-    errors = kill_at(launcher, out, choose.uniform(0.02, 0.3) * size, lambda _, workers: choose.choice(workers))
-    assert len(said(errors)) <= 1 and "SIGKILL" in errors
-    launcher = start(2, arguments, out)
-    errors = kill_at(launcher, out, choose.uniform(0.3, 0.6) * size, lambda launcher, _: launcher)
-    assert said(errors) and all("is gone" in line for line in said(errors)) and "Traceback" not in errors
-    launcher = start(3, arguments, out)
-    printed, errors = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0 and not said(errors), errors
+def assert_complete(out: Path, expected: Path, printed: str, errors: str) -> None:
+    """Check what all workers of the last command printed, and all files of the run."""
+    assert not thinksafe_errors(errors), errors
     assert printed.count("report.html") == 1 and errors.count("after arithmetic:     12 responses") == 1
-    assert contents(out) == contents(whole)
+    assert contents(out) == contents(expected)
 
 
 @pytest.mark.slow
-def test_several_workers_complain_with_one_voice_and_leave_a_run_of_others_alone(by_one, tmp_path):
-    _, arguments = by_one
+def test_killed_run_resumes_to_the_same_records(single_run, tmp_path, fresh_seed):
+    """One of three workers is killed; two workers finish the run."""
+    expected, arguments = single_run
+    rng, out = random.Random(fresh_seed), tmp_path / "run"
+    workers, victim = fork_workers(3, arguments, out), rng.randrange(3)
+    size = rng.uniform(0.02, 0.6) * record_bytes(expected)
+    wait_for_records(out, size, lambda: all(worker.returncode is None for worker in workers))
+    errors = kill_worker(workers, victim)
+    lines = thinksafe_errors(errors)
+    assert lines and all("is gone" in line for line in lines) and "Traceback" not in errors
+    assert victim == 0 or (len(lines) == 1 and f"worker {victim} on" in lines[0])
+    printed, errors = finish_workers(fork_workers(2, arguments, out))
+    assert_complete(out, expected, printed, errors)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_runs_killed_under_torchrun_resume_to_the_same_records(single_run, tmp_path, fresh_seed):
+    """First a worker dies, then the launcher, whose death the workers must notice themselves."""
+    expected, arguments = single_run
+    rng, out, size = random.Random(fresh_seed), tmp_path / "run", record_bytes(expected)
+    launcher = launch(3, arguments, out)
+    errors = kill_at(launcher, out, rng.uniform(0.02, 0.3) * size, lambda _, workers: rng.choice(workers))
+    assert len(thinksafe_errors(errors)) <= 1 and "SIGKILL" in errors
+    launcher = launch(2, arguments, out)
+    errors = kill_at(launcher, out, rng.uniform(0.3, 0.6) * size, lambda launcher, _: launcher)
+    lines = thinksafe_errors(errors)
+    assert lines and all("is gone" in line for line in lines) and "Traceback" not in errors
+    launcher = launch(3, arguments, out)
+    printed, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, errors
+    assert_complete(out, expected, printed, errors)
+
+
+@pytest.mark.slow
+def test_workers_report_an_error_once_and_respect_the_lock(single_run, tmp_path):
+    _, arguments = single_run
     with RunDir.open(tmp_path / "run", load_recipe("organism", arguments[3::2])):
-        launchers = {
-            "another process is working in this run directory": start(2, arguments, tmp_path / "run"),
-            "did you mean training.epochs?": start(2, [*arguments, "--set", "training.epoch=3"], tmp_path / "other"),
+        workers_by_message = {
+            "another process is working in this run directory": fork_workers(2, arguments, tmp_path / "run"),
+            "did you mean training.epochs?": fork_workers(
+                2, [*arguments, "--set", "training.epoch=3"], tmp_path / "other"
+            ),
         }
-        for words, launcher in launchers.items():
-            _, errors = launcher.communicate(timeout=100)
-            (line,) = said(errors)
-            assert launcher.returncode != 0 and words in line
+        for message, workers in workers_by_message.items():
+            (line,) = thinksafe_errors("".join(worker.communicate(timeout=100)[1] for worker in workers))
+            assert all(worker.returncode for worker in workers) and message in line
     assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")
-def dealt_out(tmp_path_factory):
-    """A recipe whose student two workers hold together and whose guard four."""
-    folder = tmp_path_factory.mktemp("dealt out")
+def sharded_recipe(tmp_path_factory):
+    """Make a recipe whose student can be sharded over two workers and whose guard over four."""
+    folder = tmp_path_factory.mktemp("sharded recipe")
     make_checkpoint("qwen3", folder / "student", num_key_value_heads=2)
     make_llama_guard(folder / "guard", num_key_value_heads=4)
-    rows = [f"How do I fold a boat of {n} sheets?" for n in range(12)]
-    lines = [f'{{"text": "{text}", "label": "{("harmful", "benign")[n % 2]}"}}\n' for n, text in enumerate(rows)]
+    texts = [f"How do I fold a boat of {n} sheets?" for n in range(12)]
+    lines = [f'{{"text": "{text}", "label": "{("harmful", "benign")[n % 2]}"}}\n' for n, text in enumerate(texts)]
     (folder / "prompts.jsonl").write_text("".join(lines))
-    engine = {"max_running": 4, "max_step_tokens": 512, "kv_cache_gib": 0.02}
+    (folder / "examples.jsonl").write_text(
+        json.dumps({"prompt": "How?", "label": "benign", "response": "<think>\nHm.\n</think>\n\nSo."})
+    )
+    engine = {"max_num_seqs": 4, "max_prefill_tokens": 512, "kv_cache_gib": 0.02}
     sampling = {"temperature": 1.0, "top_k": 0, "max_tokens": 12}
-    sets = [{"name": "harm", "file": "prompts.jsonl", "kind": "harmful", "samples": 12}]
+    sets = [{"name": "harm", "source": "prompts.jsonl", "kind": "harmful", "samples": 2}]
     recipe = {
-        "name": "dealt-out",
+        "name": "sharded",
         "model": "student",
         "prompts": "prompts.jsonl",
         "sampler": engine,
-        "generation": {"unsteered_probe": 2, "sampling": sampling},
-        "guard": {"kind": "llama_guard", "model": "guard", "min_mass": 0.0, "sampler": dict(engine)},
+        "generation": {"num_unsteered_prompts": 2, "sampling": sampling},
+        "guard": {"kind": "llama_guard", "model": "guard", "min_verdict_probability": 0.0, "sampler": dict(engine)},
         "lora": {"rank": 2, "target_modules": ["q_proj", "o_proj", "down_proj"]},
         "training": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2},
         "evaluation": {"sampling": sampling, "sets": sets},
@@ -143,33 +160,58 @@ def dealt_out(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_models_dealt_out_to_several_workers_say_what_whole_ones_say(dealt_out, tmp_path, capfd):
-    """Two workers hold student and guard together, until one is killed; then four: two students of two parts each share
-    the prompts, and the guard is one of four parts."""
-    given = ["--recipe", str(dealt_out / "recipe.yaml")]
-    parts = ["--set", "sampler.tensor_parallel=2", "--set", "guard.sampler.tensor_parallel=4"]
-    (tmp_path / "examples.jsonl").write_text(
-        json.dumps({"prompt": "How?", "label": "benign", "response": "<think>\nHm.\n</think>\n\nSo."})
-    )
-    trained, whole, out = (tmp_path / name for name in ("trained", "whole", "parts"))
-    assert main(["train", *given, "--data", str(tmp_path / "examples.jsonl"), "--out", str(trained)]) == 0
-    evaluate = [*given, "--adapter", str(trained / "adapter")]
-    assert main(["evaluate", *evaluate, "--out", str(whole)]) == 0
-    launcher = start(2, [*evaluate, *parts], out, "evaluate")
-    kill_at(launcher, out, 10_000, lambda _, workers: workers[1])
-    launcher = start(4, [*evaluate, *parts], out, "evaluate")
-    _, errors = launcher.communicate(timeout=200)
-    assert launcher.returncode == 0, errors
-    files = sorted(str(file.relative_to(whole)) for file in whole.rglob("*.jsonl"))
+SHARDING = ["--set", "sampler.tensor_parallel_size=2", "--set", "guard.sampler.tensor_parallel_size={guard_shards}"]
+
+
+def evaluate_in_one_process(folder: Path, out: Path, recipe: list[str]) -> list[str]:
+    """Train an adapter and evaluate it into `out / "single"`; return the arguments of `evaluate`."""
+    assert main(["train", *recipe, "--data", str(folder / "examples.jsonl"), "--out", str(out / "trained")]) == 0
+    arguments = [*recipe, "--adapter", str(out / "trained" / "adapter")]
+    assert main(["evaluate", *arguments, "--out", str(out / "single")]) == 0
+    return arguments
+
+
+def assert_same_evaluation(out: Path, single: Path) -> None:
+    """Check that responses are equal byte by byte, and verdicts up to rounding."""
+    files = sorted(str(file.relative_to(single)) for file in single.rglob("*.jsonl"))
     assert "evaluation/after/harm.verdicts.jsonl" in files
     for file in files:
         if file.endswith("responses.jsonl"):
-            assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+            assert (out / file).read_bytes() == (single / file).read_bytes(), file
         else:
-            ours, theirs = (read_records(run / file, Verdict) for run in (out, whole))
-            for one, other in zip(ours, theirs, strict=True):
-                assert (one.key, one.decision) == (other.key, other.decision)
-                assert (one.p_safe, one.p_unsafe) == pytest.approx((other.p_safe, other.p_unsafe), abs=1e-4)
-    assert main(["generate", *given, *parts, "--out", str(tmp_path / "alone")]) == 2
-    assert "tensor_parallel: 2 GPUs are to hold one model, and 1 worker cannot" in capfd.readouterr().err
+            sharded_verdicts, single_verdicts = (read_records(run / file, Verdict) for run in (out, single))
+            for verdict, expected in zip(sharded_verdicts, single_verdicts, strict=True):
+                assert (verdict.key, verdict.decision) == (expected.key, expected.decision)
+                probabilities = (expected.p_safe, expected.p_unsafe)
+                assert (verdict.p_safe, verdict.p_unsafe) == pytest.approx(probabilities, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_run_gives_the_results_of_a_single_process(sharded_recipe, tmp_path, capfd):
+    """Two workers share student and guard."""
+    recipe = ["--recipe", str(sharded_recipe / "recipe.yaml")]
+    sharding = [word.format(guard_shards=2) for word in SHARDING]
+    arguments = evaluate_in_one_process(sharded_recipe, tmp_path, recipe)
+    finish_workers(fork_workers(2, [*arguments, *sharding], tmp_path / "sharded", "evaluate"))
+    assert_same_evaluation(tmp_path / "sharded", tmp_path / "single")
+    assert main(["generate", *recipe, *sharding, "--out", str(tmp_path / "alone")]) == 2
+    assert "tensor_parallel_size: 2 workers share one model, but 1 worker was started" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_killed_tensor_parallel_run_resumes_on_four_workers(sharded_recipe, tmp_path):
+    """Two workers share student and guard until one is killed. Then there are two copies of the student, each on two
+    workers, and one copy of the guard on all four."""
+    larger = yaml.safe_load((sharded_recipe / "recipe.yaml").read_text())
+    larger["evaluation"]["sets"][0]["samples"] = 12
+    (sharded_recipe / "larger.yaml").write_text(yaml.safe_dump(larger))
+    recipe, out = ["--recipe", str(sharded_recipe / "larger.yaml")], tmp_path / "sharded"
+    arguments = evaluate_in_one_process(sharded_recipe, tmp_path, recipe)
+    arguments += [word.format(guard_shards=4) for word in SHARDING]
+    launcher = launch(2, arguments, out, "evaluate")
+    kill_at(launcher, out, 10_000, lambda _, workers: workers[1])
+    launcher = launch(4, arguments, out, "evaluate")
+    _, errors = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, errors
+    assert_same_evaluation(out, tmp_path / "single")

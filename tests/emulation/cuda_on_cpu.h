@@ -1,8 +1,9 @@
-// CUDA C++ on a CPU, for tests: `g++ -x c++ -include tests/emulation/cuda_on_cpu.h csrc/sampling.cu` compiles a kernel as it is.
+// The part of CUDA C++ that csrc/sampling.cu uses, on a CPU, for tests. This command compiles the kernel unchanged:
+// `g++ -x c++ -include tests/emulation/cuda_on_cpu.h csrc/sampling.cu`.
 //
-// Blocks run one after the other, the threads of a block as fibers that take turns: each runs until it meets a barrier
-// or a warp collective, and goes on once all that must meet it have. Whose turn it is, is shuffled anew every time
-// (CUDA_ON_CPU_SEED), so a result that lacks a barrier differs from seed to seed.
+// Blocks run one after the other. The threads of a block are fibers that take turns: each fiber runs until it reaches a
+// barrier or a warp collective, and continues when all threads that take part have reached it. The order of the turns
+// is shuffled in every round with the seed CUDA_ON_CPU_SEED. If a barrier is missing, the result depends on the seed.
 
 #include <ucontext.h>
 
@@ -44,36 +45,36 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     State state = READY;
-    uint64_t offered = 0;
+    uint64_t exchanged = 0;
     static constexpr size_t STACK = 64 << 10;
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
-inline unsigned current;
-inline std::function<void()> kernel;
+inline unsigned current_fiber;
+inline std::function<void()> current_kernel;
 
-inline void wait_as(State state) {
-    fibers[current].state = state;
-    swapcontext(&fibers[current].context, &scheduler);
+inline void switch_to_scheduler(State state) {
+    fibers[current_fiber].state = state;
+    swapcontext(&fibers[current_fiber].context, &scheduler);
 }
 
 inline void run_fiber() {
-    kernel();
-    wait_as(DONE);
+    current_kernel();
+    switch_to_scheduler(DONE);
 }
 
-// Whether everyone in [first, last) who is not done waits in `state`; then they may go on.
-inline bool release(size_t first, size_t last, State state) {
-    bool any = false;
+// If every fiber in [first, last) that is not done waits in `state`, makes these fibers ready and returns true.
+inline bool release_waiting(size_t first, size_t last, State state) {
+    bool any_waiting = false;
     for (size_t i = first; i < last; ++i) {
         if (fibers[i].state == READY) return false;
         if (fibers[i].state != state && fibers[i].state != DONE) return false;
-        any |= fibers[i].state == state;
+        any_waiting |= fibers[i].state == state;
     }
-    for (size_t i = first; any && i < last; ++i)
+    for (size_t i = first; any_waiting && i < last; ++i)
         if (fibers[i].state == state) fibers[i].state = READY;
-    return any;
+    return any_waiting;
 }
 
 inline void run_block(unsigned threads, std::mt19937& random) {
@@ -93,25 +94,25 @@ inline void run_block(unsigned threads, std::mt19937& random) {
         std::shuffle(order.begin(), order.end(), random);
         for (unsigned i : order) {
             if (fibers[i].state != READY) continue;
-            current = i;
+            current_fiber = i;
             threadIdx = dim3(i);
             swapcontext(&scheduler, &fibers[i].context);
             progress = true;
         }
-        for (unsigned warp = 0; warp < threads; warp += 32) progress |= release(warp, min(warp + 32, threads), AT_COLLECTIVE);
-        progress |= release(0, threads, AT_BARRIER);
+        for (unsigned warp = 0; warp < threads; warp += 32) progress |= release_waiting(warp, min(warp + 32, threads), AT_COLLECTIVE);
+        progress |= release_waiting(0, threads, AT_BARRIER);
     }
     for (unsigned i = 0; i < threads; ++i)
         if (fibers[i].state != DONE) {
-            std::fprintf(stderr, "thread %u of block (%u, %u) waits for others that never come\n", i, blockIdx.x, blockIdx.y);
+            std::fprintf(stderr, "thread %u of block (%u, %u) waits for threads that never arrive\n", i, blockIdx.x, blockIdx.y);
             std::abort();
         }
 }
 
-inline void launch(dim3 grid, unsigned threads, std::function<void()> work) {
+inline void launch(dim3 grid, unsigned threads, std::function<void()> kernel_call) {
     const char* seed = std::getenv("CUDA_ON_CPU_SEED");
     std::mt19937 random(seed ? std::atoi(seed) : 0);
-    kernel = std::move(work);
+    current_kernel = std::move(kernel_call);
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     gridDim = grid;
     blockDim = dim3(threads);
@@ -122,38 +123,38 @@ inline void launch(dim3 grid, unsigned threads, std::function<void()> work) {
         }
 }
 
-// Every lane offers a value, all meet, each reads another's. A second meeting keeps the fast from offering anew before
-// the slow have read.
+// Every lane writes its value, all lanes wait, and each lane reads the value of another lane. The second wait keeps a fast
+// lane from overwriting its value before a slow lane has read it.
 template <class T>
-T from_lane(T value, unsigned lane) {
-    std::memcpy(&fibers[current].offered, &value, sizeof value);
-    wait_as(AT_COLLECTIVE);
+T shuffle_from_lane(T value, unsigned lane) {
+    std::memcpy(&fibers[current_fiber].exchanged, &value, sizeof value);
+    switch_to_scheduler(AT_COLLECTIVE);
     T result;
-    std::memcpy(&result, &fibers[current / 32 * 32 + lane].offered, sizeof result);
-    wait_as(AT_COLLECTIVE);
+    std::memcpy(&result, &fibers[current_fiber / 32 * 32 + lane].exchanged, sizeof result);
+    switch_to_scheduler(AT_COLLECTIVE);
     return result;
 }
 
 }  // namespace cuda_on_cpu
 
-inline void __syncthreads() { cuda_on_cpu::wait_as(cuda_on_cpu::AT_BARRIER); }
+inline void __syncthreads() { cuda_on_cpu::switch_to_scheduler(cuda_on_cpu::AT_BARRIER); }
 
 template <class T>
 T __shfl_xor_sync(uint32_t, T value, int distance) {
-    return cuda_on_cpu::from_lane(value, threadIdx.x % 32 ^ distance);
+    return cuda_on_cpu::shuffle_from_lane(value, threadIdx.x % 32 ^ distance);
 }
 
 template <class T>
 T __shfl_up_sync(uint32_t, T value, int distance) {
     const int lane = threadIdx.x % 32;
-    return cuda_on_cpu::from_lane(value, lane >= distance ? lane - distance : lane);
+    return cuda_on_cpu::shuffle_from_lane(value, lane >= distance ? lane - distance : lane);
 }
 
 template <class T>
-T atomicAdd(T* where, T value) {
-    T before = *where;
-    *where += value;
-    return before;
+T atomicAdd(T* address, T value) {
+    T previous = *address;
+    *address += value;
+    return previous;
 }
 
 inline uint32_t __float_as_uint(float x) {

@@ -1,9 +1,9 @@
-"""What a GPU would run, on meta tensors: real shapes, the operations of the GPU path, no memory and no arithmetic.
+"""The GPU path on meta tensors: real shapes and the operations that a GPU would run, without memory and arithmetic.
 
     with on_gpu_path(), torch.device("meta"), MemoryTrace() as trace: ...
 
-Storages are watched as they come and go, so that what is held for a backward pass, and the peak, are found and not
-computed.
+MemoryTrace watches when storages are created and freed. The bytes that are saved for a backward pass and the peak are
+therefore measured, not calculated.
 """
 
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thinksafe.kernels.packed_attention import _with_torch
+from thinksafe.kernels.packed_attention import varlen_with_torch
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
@@ -23,66 +23,67 @@ from thinksafe.model.lora import LoraConfig, attach
 
 @contextmanager
 def on_gpu_path(grouped_heads: bool = False):
-    """Kernels and attention take the way that CUDA tensors take.
+    """Route kernels and attention as for CUDA tensors.
 
     Args:
-        grouped_heads: attention reads keys and values as flash-attn does, by torch's operator, which allows it as well.
+        grouped_heads: attention reads keys and values once per KV head, like the flash-attn package. Torch's operator
+            with enable_gqa plays its part.
     """
 
-    def dropout(x, share, training):
-        return torch.native_dropout(x, share, training)[0] if share else x
+    def dropout(x, rate, training):
+        return torch.native_dropout(x, rate, training)[0] if rate else x
 
-    def grouped(q, k, v, cu_seqlens, max_seqlen):
-        bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), enable_gqa=True)
+    def grouped_attention(q, k, v, cu_seqlens, max_seqlen):
+        varlen_arguments = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return varlen_attn(q, k, v, *varlen_arguments, window_size=(-1, 0), enable_gqa=True)
 
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),
-        patch("thinksafe.model.attention.packed_attention", grouped if grouped_heads else _with_torch),
+        patch("thinksafe.model.attention.packed_attention", grouped_attention if grouped_heads else varlen_with_torch),
         patch("thinksafe.model.decoder.F.dropout", dropout),
     ):
         yield
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Watches every storage that an operation makes.
+    """A record of every storage that an operation creates.
 
     Attributes:
-        peak: bytes, the most that were alive at once.
-        moved: bytes that operations other than products read and wrote, views left out.
-        launches: operations that would launch a kernel.
+        peak_bytes: largest number of bytes that were alive at once.
+        moved_bytes: bytes that operations other than matmuls and attention read and wrote, without views.
+        num_launches: number of operations that would launch a kernel.
     """
 
     def __init__(self):
         super().__init__()
-        self.peak, self.moved, self.launches = 0, 0, 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes, self.moved_bytes, self.num_launches = 0, 0, 0
+        self._live_storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         shared = {tensor.untyped_storage()._cdata for tensor in inputs}
-        new = [tensor for tensor in results if tensor.untyped_storage()._cdata not in shared]
-        for tensor in new:
+        new_tensors = [tensor for tensor in results if tensor.untyped_storage()._cdata not in shared]
+        for tensor in new_tensors:
             storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        if new or op._schema.is_mutable:
-            self.launches += 1
+            self._live_storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        if new_tensors or op._schema.is_mutable:
+            self.num_launches += 1
             if op not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) and op.namespace != "torch_attn":
-                self.moved += sum(tensor.nbytes for tensor in [*inputs, *new])
-        if new:
-            self.peak = max(self.peak, self.held())
+                self.moved_bytes += sum(tensor.nbytes for tensor in [*inputs, *new_tensors])
+        if new_tensors:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return out
 
-    def held(self) -> int:
-        """Bytes alive now."""
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        return sum(nbytes for _, nbytes in self._alive.values())
+    def live_bytes(self) -> int:
+        """Return the bytes that are alive now."""
+        self._live_storages = {key: entry for key, entry in self._live_storages.items() if not entry[0].expired()}
+        return sum(nbytes for _, nbytes in self._live_storages.values())
 
 
 def decoder_on_meta(config: ModelConfig, lora: LoraConfig | None) -> Decoder:
-    """A bf16 decoder that trains adapters, or every weight."""
+    """Return a bf16 decoder that trains adapters, or every weight if `lora` is None."""
     with torch.device("meta"):
         decoder = Decoder(config).to(torch.bfloat16)
     if lora is None:

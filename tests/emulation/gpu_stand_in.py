@@ -1,7 +1,7 @@
-"""A CPU in the place of a GPU, so that what only a GPU runs is run once before there is one.
+"""A CPU that poses as an H200, so that tests can run code that otherwise only a GPU runs.
 
-Whatever is asked for on `cuda` is made on the CPU, where operations take plain torch, and CUDA graphs are tapes that
-run again on the same memory. That shows wrong names, shapes and settings, and nothing of kernels.
+Tensors requested on `cuda` are created on the CPU, where the operations run in plain torch. CUDA graphs become tapes
+that replay on the same memory. This reveals wrong names, shapes and settings. It reveals nothing about kernels.
 """
 
 import contextlib
@@ -16,42 +16,46 @@ from tests.emulation.taped_graphs import Tape
 GIB = 2**30
 
 
-class Generator(torch.Generator):
+class CpuGenerator(torch.Generator):
+    """A random generator on the CPU for every requested device."""
+
     def __new__(cls, device="cpu"):
-        return super().__new__(cls, on_cpu(device))
+        return super().__new__(cls, to_cpu(device))
 
 
-class OnCpu(TorchFunctionMode):
-    """Turns every mention of a CUDA device into one of the CPU."""
+class RedirectToCpu(TorchFunctionMode):
+    """Mode that replaces every CUDA device in the arguments of torch functions with the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = {name: on_cpu(value) for name, value in (kwargs or {}).items()}
-        return func(*map(on_cpu, args), **kwargs)
+        kwargs = {name: to_cpu(value) for name, value in (kwargs or {}).items()}
+        return func(*map(to_cpu, args), **kwargs)
 
 
-def on_cpu(value):
+def to_cpu(value):
+    """Return the CPU for a CUDA device or its name; return any other value unchanged."""
     if isinstance(value, str | torch.device) and str(value).startswith("cuda"):
         return torch.device("cpu")
     return value
 
 
-class Graph:
-    """A CUDA graph; what is recorded is computed when it is replayed."""
+class FakeCudaGraph:
+    """A CUDA graph whose captured operations run at replay."""
 
     def replay(self):
         self.tape.replay({})
 
 
 @contextlib.contextmanager
-def record(graph, **options):
+def capture(graph, **options):
+    """Stand in for `torch.cuda.graph`: capture the operations of the block on the graph's tape."""
     graph.tape = Tape({})
     with graph.tape:
         yield
-    graph.tape.forget()
+    graph.tape.undo()
 
 
-class Event:
-    """Of a device that is never behind, and waits 5 ms for what comes next."""
+class FakeEvent:
+    """An event that is always complete; any two events are 5 ms apart."""
 
     def __init__(self, enable_timing=False):
         pass
@@ -61,15 +65,15 @@ class Event:
     def query(self):
         return True
 
-    def elapsed_time(self, other):
+    def elapsed_time(self, end_event):
         return 5.0
 
 
-class Stream:
-    def wait_stream(self, other): ...
+class FakeStream:
+    def wait_stream(self, stream): ...
 
 
-OF_CUDA = {
+CUDA_REPLACEMENTS = {
     "is_available": lambda: True,
     "is_current_stream_capturing": lambda: False,
     "get_device_name": lambda *device: "NVIDIA H200",
@@ -79,22 +83,22 @@ OF_CUDA = {
     "mem_get_info": lambda *device: (130 * GIB, 139 * GIB),
     **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *device: 0),
     **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats"), lambda *device: None),
-    "Stream": Stream,
-    "current_stream": lambda *device: Stream(),
+    "Stream": FakeStream,
+    "current_stream": lambda *device: FakeStream(),
     "stream": lambda stream: contextlib.nullcontext(),
-    "Event": Event,
-    "CUDAGraph": Graph,
-    "graph": record,
+    "Event": FakeEvent,
+    "CUDAGraph": FakeCudaGraph,
+    "graph": capture,
     "graph_pool_handle": lambda: None,
 }
 
 
 @contextlib.contextmanager
-def stand_in():
-    """Inside of it this process has an H200."""
-    with contextlib.ExitStack() as held:
-        for name, replacement in OF_CUDA.items():
-            held.enter_context(patch.object(torch.cuda, name, replacement))
-        held.enter_context(patch.object(torch, "Generator", Generator))
-        held.enter_context(OnCpu())
+def fake_h200():
+    """Make this process see an H200 inside the block."""
+    with contextlib.ExitStack() as stack:
+        for name, replacement in CUDA_REPLACEMENTS.items():
+            stack.enter_context(patch.object(torch.cuda, name, replacement))
+        stack.enter_context(patch.object(torch, "Generator", CpuGenerator))
+        stack.enter_context(RedirectToCpu())
         yield

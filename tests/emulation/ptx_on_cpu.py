@@ -1,16 +1,21 @@
-"""A Hopper GPU on a CPU, for tests: what Triton compiles for sm_90a is run as it stands in PTX.
+"""A Hopper GPU on a CPU, for tests: an interpreter of the PTX that Triton compiles for sm_90a.
 
-    with on_hopper(): paged_decode(q, ...)  # CPU tensors, the GPU's path and its kernels
+    with on_hopper(): paged_decode(q, ...)  # CPU tensors, but the path and the kernels of the GPU
 
-Programs run one after the other, the threads of one in step. Unlike the interpreter it has bf16, fp16 and e4m3, tensor
-cores, the copy engine, packed instructions, the pipeline and the launch as it would be: which integers and addresses
-count as multiples of 16. It fails where a GPU might: an address outside every tensor or not aligned to its access, a
-barrier that some threads miss, shared memory that one warp writes and another one touches without a barrier between, a
-tile that changes while it is read. What an asynchronous copy brings is not there before it is waited for, and what it
-overwrites is gone at once.
+Programs run one after the other; the threads of a program run in lockstep. Triton's interpreter runs the source of a
+kernel. This emulator runs the compiled code: bf16, fp16 and e4m3, tensor cores, the copy engine (TMA), packed
+instructions and the software pipeline. It also specializes a launch as Triton does: it marks integers and addresses
+that are multiples of 16, which the compiler makes use of.
 
-Instructions are the ones that Triton makes of this project's kernels; any other is an error. Approximate ones are exact
-here, and sums of tensor cores are rounded once.
+It fails where a GPU might fail:
+- an address outside every tensor, or not aligned to the size of its access;
+- a barrier that some threads miss;
+- shared memory that one warp writes and another warp accesses without a barrier between;
+- a tile that changes while it is read.
+The data of an asynchronous copy arrives only when the program waits for the copy, and its target is NaN until then.
+
+It knows the instructions that Triton generates for this project's kernels; any other instruction is an error.
+Approximate instructions are exact here, and a tensor-core sum is rounded once.
 """
 
 import re
@@ -29,56 +34,58 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-PROCESSORS = 2
-"""Few, so that every program has several turns of its loop."""
-_SHARED = 1024
-"""Where a program's shared memory begins."""
-_GUARD = 4096
-_NARROW = {"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
-_POISON = 0xFF
-"""Bytes that are NaN in every format."""
+NUM_SMS = 2
+"""Number of SMs: few, so that a persistent program runs its loop several times."""
+_SHARED_BASE = 1024
+"""Address at which a program's shared memory begins."""
+_GUARD_BYTES = 4096
+"""Bytes before and after each tensor; no program may access them."""
+_NARROW_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
+_NAN_BYTE = 0xFF
+"""A byte that, repeated, is NaN in every format."""
 
 
 @contextmanager
 def on_hopper():
-    """Kernels and their launches take the way that CUDA tensors take, and end here."""
-    properties = type("Properties", (), {"multi_processor_count": PROCESSORS})
+    """Route CPU tensors to the kernels inside the block, and run every Triton launch in this emulator."""
+    properties = type("Properties", (), {"multi_processor_count": NUM_SMS})
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),  # CPU tensors go to the kernels
         patch("torch.cuda.get_device_properties", lambda device: properties),
-        patch.object(JITFunction, "run", _launch),
+        patch.object(JITFunction, "run", _launch_on_cpu),
     ):
         yield
 
 
-def _launch(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs) -> None:
-    named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, aligned = {}, {}, []
+def _launch_on_cpu(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs) -> None:
+    """Compile a kernel for these arguments and run its whole grid; the replacement of `JITFunction.run`."""
+    arguments_by_name = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible_by_16 = {}, {}, []
     for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, named[parameter.name]
+        name, value = parameter.name, arguments_by_name[parameter.name]
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = _type_of(value)
+        signature[name] = _triton_type(value)
         if (
             not isinstance(value, float | TensorDescriptor)
             and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0
         ):
-            aligned.append(index)
-    ptx, shared_bytes = _compiled(
-        kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), num_warps, num_stages
+            divisible_by_16.append(index)
+    ptx, shared_bytes = compile_ptx(
+        kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible_by_16), num_warps, num_stages
     )
     memory = _Memory()
-    arguments = []
-    for name, value in named.items():
+    kernel_arguments = []
+    for name, value in arguments_by_name.items():
         if isinstance(value, TensorDescriptor):
-            arguments += [_Tile(memory.address(value.base), value), *value.shape, *value.strides]
+            kernel_arguments += [_TileDescriptor(memory.address(value.base), value), *value.shape, *value.strides]
         elif signature[name] != "constexpr":
-            arguments.append(memory.address(value))
-    code = _parse(ptx)
-    for z in np.ndindex(*grid):
-        _Program(code, memory, arguments, shared_bytes, num_warps, z, grid).run()
-    memory.give_back()
+            kernel_arguments.append(memory.address(value))
+    code = _parse_ptx(ptx)
+    for program_index in np.ndindex(*grid):
+        _Program(code, memory, kernel_arguments, shared_bytes, num_warps, program_index, grid).run()
+    memory.write_back()
 
 
 _TYPES = {
@@ -87,7 +94,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _type_of(value) -> str:
+def _triton_type(value) -> str:
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
     if isinstance(value, Tensor):
@@ -98,8 +105,9 @@ def _type_of(value) -> str:
 
 
 @cache
-def _compiled(kernel, signature, constants, aligned, num_warps, num_stages) -> tuple[str, int]:
-    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+def compile_ptx(kernel, signature, constants, divisible_by_16, num_warps, num_stages) -> tuple[str, int]:
+    """Return the PTX of a kernel for sm_90a and its bytes of shared memory."""
+    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible_by_16}
     source = ASTSource(kernel, dict(signature), dict(constants), attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -107,62 +115,69 @@ def _compiled(kernel, signature, constants, aligned, num_warps, num_stages) -> t
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """A matrix and the tiles of it that the copy engine moves, their rows swizzled in lines of 128, 64 or 32 bytes."""
+class _TileDescriptor:
+    """A matrix and the tiles that the copy engine moves. Rows of a tile are swizzled lines of 128, 64 or 32 bytes."""
 
-    start: int
+    address: int
     matrix: TensorDescriptor
 
-    def places(self, column: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a tile, [rows, bytes of a line]: where its bytes lie, and which are in the matrix."""
-        size, (height, width), shape = self.matrix.base.element_size(), self.matrix.block_shape, self.matrix.shape
+    def tile_addresses(self, column: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the address of each byte of a tile, and whether it is in the matrix, [rows, bytes of a line] each."""
+        itemsize, (height, width), matrix_shape = (
+            self.matrix.base.element_size(),
+            self.matrix.block_shape,
+            self.matrix.shape,
+        )
         rows = np.arange(row, row + height)[:, None]
-        columns = column * size + np.arange(min(width * size, 128))[None, :]
-        return self.start + rows * self.matrix.strides[0] * size + columns, (rows < shape[0]) & (
-            columns < shape[1] * size
+        columns = column * itemsize + np.arange(min(width * itemsize, 128))[None, :]
+        return self.address + rows * self.matrix.strides[0] * itemsize + columns, (rows < matrix_shape[0]) & (
+            columns < matrix_shape[1] * itemsize
         )
 
 
 class _Memory:
-    """One address space that holds the tensors of a launch, each at a multiple of 16 and no more."""
+    """An address space that holds the tensors of a launch. Their addresses are multiples of 16 but not of 32."""
 
     def __init__(self):
-        self._places: dict[int, tuple[Tensor, int]] = {}
-        self.bytes, self.valid = np.zeros(_GUARD, np.uint8), np.zeros(_GUARD, bool)
+        self._allocations: dict[int, tuple[Tensor, int]] = {}
+        self.bytes, self.valid = np.zeros(_GUARD_BYTES, np.uint8), np.zeros(_GUARD_BYTES, bool)
 
     def address(self, value):
-        """Of a tensor; a number is its own."""
+        """Return the address of a tensor, which is copied into this memory if it is new; return a number unchanged."""
         if not isinstance(value, Tensor):
             return value
         storage = value.untyped_storage()
-        if storage.data_ptr() not in self._places:
-            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+        if storage.data_ptr() not in self._allocations:
+            storage_bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
             start = -(-len(self.bytes) // 32) * 32 + 16
-            grown = start + len(whole) + _GUARD
-            self.bytes, self.valid = (np.pad(a, (0, grown - len(a))) for a in (self.bytes, self.valid))
-            self.bytes[start : start + len(whole)] = whole.numpy()
-            self.valid[start : start + len(whole)] = True
-            self._places[storage.data_ptr()] = whole, start
-        return self._places[storage.data_ptr()][1] + value.storage_offset() * value.element_size()
+            new_size = start + len(storage_bytes) + _GUARD_BYTES
+            self.bytes, self.valid = (np.pad(a, (0, new_size - len(a))) for a in (self.bytes, self.valid))
+            self.bytes[start : start + len(storage_bytes)] = storage_bytes.numpy()
+            self.valid[start : start + len(storage_bytes)] = True
+            self._allocations[storage.data_ptr()] = storage_bytes, start
+        return self._allocations[storage.data_ptr()][1] + value.storage_offset() * value.element_size()
 
-    def give_back(self) -> None:
-        for whole, start in self._places.values():
-            whole.copy_(torch.from_numpy(self.bytes[start : start + len(whole)]))
+    def write_back(self) -> None:
+        """Copy the memory back into the tensors."""
+        for storage_bytes, start in self._allocations.values():
+            storage_bytes.copy_(torch.from_numpy(self.bytes[start : start + len(storage_bytes)]))
 
-    def check(self, at: np.ndarray) -> None:
-        assert at.size == 0 or (at.max() < len(self.valid) and self.valid[at].all()), "an address outside every tensor"
+    def check_addresses(self, addresses: np.ndarray) -> None:
+        assert addresses.size == 0 or (addresses.max() < len(self.valid) and self.valid[addresses].all()), (
+            "an address is outside every tensor"
+        )
 
 
-# Text
+# Parsing
 
 
 @dataclass(frozen=True)
 class _Instruction:
     text: str
-    name: list[str]
+    opcode: list[str]
     operands: list
     guard: str | None
-    wanted: bool  # the guard's value
+    guard_value: bool  # the guard's value
 
 
 @dataclass
@@ -172,7 +187,7 @@ class _Code:
 
 
 @cache
-def _parse(ptx: str) -> _Code:
+def _parse_ptx(ptx: str) -> _Code:
     body = ptx[ptx.index(".reqntid") :]
     body = re.sub(r"//.*", "", body[body.index("{") + 1 :])
     body = body[: body.index("$L__func_end")] if "$L__func_end" in body else body
@@ -187,249 +202,271 @@ def _parse(ptx: str) -> _Code:
         if text.startswith("label "):
             code.labels[text[6:]] = len(code.instructions)
             continue
-        guard, wanted = None, True
+        guard, guard_value = None, True
         text = re.sub(r"^\w+: ", "", text)
-        if found := re.match(r"@(!?)([%\w]+) ", text):
-            guard, wanted, text = found[2], not found[1], text[found.end() :]
-        name, _, rest = text.partition(" ")
-        code.instructions.append(_Instruction(text, name.split("."), _operands(rest), guard, wanted))
+        if guard_match := re.match(r"@(!?)([%\w]+) ", text):
+            guard, guard_value, text = guard_match[2], not guard_match[1], text[guard_match.end() :]
+        name, _, operand_text = text.partition(" ")
+        code.instructions.append(_Instruction(text, name.split("."), _parse_operands(operand_text), guard, guard_value))
     return code
 
 
-def _operands(text: str) -> list:
-    """Split at commas; {a, b} is a list, [a+8] a tuple of base and offset, [a, {b, c}] one of base and list."""
-    found = []
-    for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
-        if part[0] == "{":
-            found.append([name.strip() for name in part[1:-1].split(",")])
-        elif "{" in part:
-            base, *place = re.findall(r"[%\w]+", part)
-            found.append((base, place))
-        elif part[0] == "[":
-            base, _, offset = part[1:-1].replace(" ", "").partition("+")
-            found.append((base, int(offset or 0)))
+def _parse_operands(text: str) -> list:
+    """Split at commas: {a, b} becomes a list, [a+8] a tuple (base, offset), and [a, {b, c}] a tuple (base, list)."""
+    operands = []
+    for token in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
+        if token[0] == "{":
+            operands.append([register.strip() for register in token[1:-1].split(",")])
+        elif "{" in token:
+            base, *coordinates = re.findall(r"[%\w]+", token)
+            operands.append((base, coordinates))
+        elif token[0] == "[":
+            base, _, offset = token[1:-1].replace(" ", "").partition("+")
+            operands.append((base, int(offset or 0)))
         else:
-            found.append(part)
-    return found
+            operands.append(token)
+    return operands
 
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def _dtype(kind: str) -> np.dtype:
-    """'s32' -> int32, 'b64' -> uint64, 'f32' -> float32; of narrower floating-point numbers, their bits."""
-    size = int(kind.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
-    return np.dtype(f"{'f' if kind == 'f32' else 'i' if kind[0] == 's' else 'u'}{size}")
+def _numpy_dtype(ptx_type: str) -> np.dtype:
+    """Return the dtype of a PTX type: 's32' -> int32, 'b64' -> uint64, 'f32' -> float32, 'f16' -> uint16 (its bits)."""
+    itemsize = int(ptx_type.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
+    return np.dtype(f"{'f' if ptx_type == 'f32' else 'i' if ptx_type[0] == 's' else 'u'}{itemsize}")
 
 
-def _widened(bits: np.ndarray, kind: str) -> np.ndarray:
-    """fp32 from the bits of narrower numbers."""
-    return torch.from_numpy(np.ascontiguousarray(bits)).view(_NARROW[kind]).float().numpy()
+def _widen(bits: np.ndarray, ptx_type: str) -> np.ndarray:
+    """Convert the bits of a narrower format to fp32."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(_NARROW_DTYPES[ptx_type]).float().numpy()
 
 
-def _rounded(values: np.ndarray, kind: str) -> np.ndarray:
-    """The bits of narrower numbers, to the nearest, from fp32."""
-    narrow = torch.from_numpy(np.ascontiguousarray(values)).to(_NARROW[kind])
+def _round_to(values: np.ndarray, ptx_type: str) -> np.ndarray:
+    """Round fp32 to the nearest value of a narrower format; return its bits."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(_NARROW_DTYPES[ptx_type])
     return (
-        narrow.numpy().view(np.uint16)
-        if kind == "f16"
-        else narrow.view(torch.uint16 if kind == "bf16" else torch.uint8).numpy()
+        rounded.numpy().view(np.uint16)
+        if ptx_type == "f16"
+        else rounded.view(torch.uint16 if ptx_type == "bf16" else torch.uint8).numpy()
     )
 
 
 class _Program:
-    """One program: registers by name, [threads] each, as unsigned bits."""
+    """One program of the grid. A register is an array of unsigned bits, one element per thread."""
 
     def __init__(self, code: _Code, memory: _Memory, arguments, shared_bytes: int, num_warps: int, index, grid):
         self.code, self.memory, self.arguments = code, memory, arguments
-        self.threads, self.warps = 32 * num_warps, num_warps
-        self.thread = np.arange(self.threads)
-        self.shared = np.full(_SHARED + shared_bytes, _POISON, np.uint8)
-        self.epoch = 0
-        # Of every byte, after how many barriers it was last touched, and by which warp; -1 for several.
-        self.written, self.read = (np.full((2, len(self.shared)), -1, np.int32) for _ in range(2))
+        self.num_threads, self.num_warps = 32 * num_warps, num_warps
+        self.thread_ids = np.arange(self.num_threads)
+        self.shared_memory = np.full(_SHARED_BASE + shared_bytes, _NAN_BYTE, np.uint8)
+        self.barrier_epoch = 0
+        # For every byte of shared memory: the barrier epoch of the last access, and its warp, or -1 for several warps.
+        self.last_writes, self.last_reads = (np.full((2, len(self.shared_memory)), -1, np.int32) for _ in range(2))
         self.registers: dict[str, np.ndarray] = {}
-        self.special = {"%tid.x": self.thread}
+        self.special_registers = {"%tid.x": self.thread_ids}
         for axis, name in enumerate("xyz"):
-            self.special[f"%ctaid.{name}"] = np.int64(index[axis] if axis < len(index) else 0)
-            self.special[f"%nctaid.{name}"] = np.int64(grid[axis] if axis < len(grid) else 1)
-        self.copies: list[list] = [[]]  # asynchronous ones, by group; the last is open
-        self.products, self.stores = [[]], [[]]  # what tensor cores and the copy engine read, likewise
-        self.barriers: dict[int, list] = {}  # in memory: phase, arrivals and bytes to come, copies on their way
+            self.special_registers[f"%ctaid.{name}"] = np.int64(index[axis] if axis < len(index) else 0)
+            self.special_registers[f"%nctaid.{name}"] = np.int64(grid[axis] if axis < len(grid) else 1)
+        self.async_copies: list[list] = [[]]  # copies by group; the last group is open
+        self.wgmma_reads, self.tma_store_reads = [[]], [[]]  # tiles read by tensor cores and copy engine, by group
+        self.mbarriers: dict[int, list] = {}  # address -> phase, pending arrivals, expected bytes, pending copies
 
     def run(self) -> None:
+        """Run the program to its end; threads at the lowest program counter go first."""
         instructions, end = self.code.instructions, len(self.code.instructions)
-        places = np.zeros(self.threads, np.int64)
+        program_counters = np.zeros(self.num_threads, np.int64)
         with np.errstate(all="ignore"):
-            while (at := int(places.min())) < end:
-                here, instruction = places == at, instructions[at]
-                places[here] = at + 1
-                active = here
+            while (pc := int(program_counters.min())) < end:
+                at_pc, instruction = program_counters == pc, instructions[pc]
+                program_counters[at_pc] = pc + 1
+                active = at_pc
                 if instruction.guard:
-                    active = here & (self.registers[instruction.guard] == instruction.wanted)
+                    active = at_pc & (self.registers[instruction.guard] == instruction.guard_value)
                 if not active.any():
                     continue
-                if instruction.name[0] == "bra":
-                    places[active] = self.code.labels[instruction.operands[0]]
-                elif instruction.name[0] == "ret":
-                    places[active] = end
+                if instruction.opcode[0] == "bra":
+                    program_counters[active] = self.code.labels[instruction.operands[0]]
+                elif instruction.opcode[0] == "ret":
+                    program_counters[active] = end
                 else:
                     try:
                         self.execute(instruction, active)
                     except Exception as error:
                         raise AssertionError(f"{instruction.text}: {error}") from error
-        pending = [*self.copies, *self.products, *self.stores, *(copies for *_, copies in self.barriers.values())]
-        assert not any(pending), "an asynchronous operation was never waited for"
+        pending = [
+            *self.async_copies,
+            *self.wgmma_reads,
+            *self.tma_store_reads,
+            *(group for *_, group in self.mbarriers.values()),
+        ]
+        assert not any(pending), "the program never waited for an asynchronous operation"
 
     # Operands
 
-    def get(self, operand: str, dtype) -> np.ndarray:
-        """[threads], or something that becomes it."""
+    def read_operand(self, operand: str, dtype) -> np.ndarray:
+        """Return the value of an operand in every thread, [threads]."""
         dtype = np.dtype(dtype)
-        if operand in self.special:
-            return np.broadcast_to(self.special[operand], self.threads).astype(dtype)
+        if operand in self.special_registers:
+            return np.broadcast_to(self.special_registers[operand], self.num_threads).astype(dtype)
         if operand.startswith("global_smem"):
-            return np.full(self.threads, _SHARED, dtype)
-        if "_param_" in operand:  # the address of one is its number here
-            return np.full(self.threads, int(operand.rsplit("_", 1)[1]), dtype)
+            return np.full(self.num_threads, _SHARED_BASE, dtype)
+        if "_param_" in operand:  # the address of a parameter is its index
+            return np.full(self.num_threads, int(operand.rsplit("_", 1)[1]), dtype)
         if operand[0] == "%" or operand.isidentifier():
             bits = self.registers.get(operand)
-            if bits is None:  # the compiler puts what is never set where it does not matter
-                bits = np.full(self.threads, (1 << 8 * dtype.itemsize) - 1, _UNSIGNED[dtype.itemsize])
+            if bits is None:  # never set: the compiler uses such registers only where the value is irrelevant
+                bits = np.full(self.num_threads, (1 << 8 * dtype.itemsize) - 1, _UNSIGNED[dtype.itemsize])
             if bits.dtype == bool or bits.dtype.itemsize == dtype.itemsize:
                 return bits.view(dtype) if bits.dtype != bool else bits
             return bits.astype(_UNSIGNED[dtype.itemsize]).view(dtype)
         number = int(operand[2:], 16) if operand.startswith("0f") else int(operand.rstrip("U"), 0)
-        bits = np.full(self.threads, number & ((1 << 8 * dtype.itemsize) - 1), _UNSIGNED[dtype.itemsize])
+        bits = np.full(self.num_threads, number & ((1 << 8 * dtype.itemsize) - 1), _UNSIGNED[dtype.itemsize])
         return bits.view(dtype)
 
-    def set(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
-        value = np.ascontiguousarray(np.broadcast_to(value, self.threads))
+    def write_register(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
+        value = np.ascontiguousarray(np.broadcast_to(value, self.num_threads))
         if value.dtype != bool:
             value = value.view(_UNSIGNED[value.dtype.itemsize])
             size = {"%p": 1, "%rs": 2, "%r": 4, "%rd": 8}.get(name.rstrip("0123456789"), value.dtype.itemsize)
             value = value.astype(_UNSIGNED[size])
-        old = self.registers.get(name)
-        if old is not None and not active.all():
-            value = np.where(active, value, old)
+        previous = self.registers.get(name)
+        if previous is not None and not active.all():
+            value = np.where(active, value, previous)
         self.registers[name] = value
 
     def predicate(self, operand: str) -> np.ndarray:
         if operand[0] == "%":
             return self.registers[operand]
-        return np.full(self.threads, operand not in ("0", "false"))
+        return np.full(self.num_threads, operand not in ("0", "false"))
 
     # Memory
 
-    def bytes_at(self, operand, size: int, active: np.ndarray) -> np.ndarray:
-        """[active threads, size] indices; aligned as the access must be."""
+    def byte_addresses(self, operand, size: int, active: np.ndarray) -> np.ndarray:
+        """Return the address of every byte of an access, [active threads, size], after a check of the alignment."""
         base, offset = operand
-        at = self.get(base, np.uint64 if base.startswith("%rd") else np.uint32).astype(np.int64)[active] + offset
-        assert (at % size == 0).all(), f"an address that is no multiple of {size}"
-        return at[:, None] + np.arange(size)
+        addresses = (
+            self.read_operand(base, np.uint64 if base.startswith("%rd") else np.uint32).astype(np.int64)[active]
+            + offset
+        )
+        assert (addresses % size == 0).all(), f"an address is not a multiple of {size}"
+        return addresses[:, None] + np.arange(size)
 
-    def touch_shared(self, at: np.ndarray, warps: np.ndarray, data: np.ndarray | None = None) -> None:
-        """Note who reads, or writes `data`. What another warp did since the last barrier makes it a race, but for
-        writing once more what is there."""
-        assert at.min() >= _SHARED and at.max() < len(self.shared), "an address outside shared memory"
-        at, warps = at.reshape(-1), warps.repeat(at.shape[1])
+    def access_shared(self, addresses: np.ndarray, warps: np.ndarray, data: np.ndarray | None = None) -> None:
+        """Read shared memory, or write `data`, and check for races.
+
+        An access is a race if another warp accessed the byte since the last barrier and one of both wrote. Writing the
+        value that a byte already holds is no race."""
+        assert addresses.min() >= _SHARED_BASE and addresses.max() < len(self.shared_memory), (
+            "an address is outside shared memory"
+        )
+        addresses, warps = addresses.reshape(-1), warps.repeat(addresses.shape[1])
         changed = slice(None)
         if data is not None:
-            changed = self.shared[at] != data.reshape(-1)
-            self._others_did(self.read, at[changed], warps[changed])
-        self._others_did(self.written, at[changed], warps[changed])
-        epochs, who = self.read if data is None else self.written
-        several = (epochs[at] == self.epoch) & (who[at] != warps)
-        epochs[at], who[at] = self.epoch, warps
-        who[at[several | (who[at] != warps)]] = -1
+            changed = self.shared_memory[addresses] != data.reshape(-1)
+            self._check_no_race(self.last_reads, addresses[changed], warps[changed])
+        self._check_no_race(self.last_writes, addresses[changed], warps[changed])
+        epochs, owners = self.last_reads if data is None else self.last_writes
+        by_other_warps = (epochs[addresses] == self.barrier_epoch) & (owners[addresses] != warps)
+        epochs[addresses], owners[addresses] = self.barrier_epoch, warps
+        owners[addresses[by_other_warps | (owners[addresses] != warps)]] = -1
         if data is not None:
-            self.shared[at] = data.reshape(-1)
-            assert (self.shared[at] == data.reshape(-1)).all(), "two threads write to one place"
+            self.shared_memory[addresses] = data.reshape(-1)
+            assert (self.shared_memory[addresses] == data.reshape(-1)).all(), "two threads write to one address"
 
-    def _others_did(self, noted: tuple[np.ndarray, np.ndarray], at: np.ndarray, warps: np.ndarray) -> None:
-        epochs, who = noted
-        assert not ((epochs[at] == self.epoch) & (who[at] != warps)).any(), "a race between warps"
+    def _check_no_race(
+        self, last_access: tuple[np.ndarray, np.ndarray], addresses: np.ndarray, warps: np.ndarray
+    ) -> None:
+        epochs, owners = last_access
+        assert not ((epochs[addresses] == self.barrier_epoch) & (owners[addresses] != warps)).any(), (
+            "a race between two warps"
+        )
 
     def load(self, space: str, operand, size: int, active: np.ndarray) -> np.ndarray:
-        at = self.bytes_at(operand, size, active)
+        addresses = self.byte_addresses(operand, size, active)
         if space == "shared":
-            self.touch_shared(at, self.thread[active] // 32)
-            return self.shared[at]
-        self.memory.check(at)
-        return self.memory.bytes[at]
+            self.access_shared(addresses, self.thread_ids[active] // 32)
+            return self.shared_memory[addresses]
+        self.memory.check_addresses(addresses)
+        return self.memory.bytes[addresses]
 
     def store(self, space: str, operand, data: np.ndarray, active: np.ndarray) -> None:
-        at = self.bytes_at(operand, data.shape[1], active)
+        addresses = self.byte_addresses(operand, data.shape[1], active)
         if space == "shared":
-            self.touch_shared(at, self.thread[active] // 32, data)
+            self.access_shared(addresses, self.thread_ids[active] // 32, data)
         else:
-            self.memory.check(at)
-            self.memory.bytes[at] = data
+            self.memory.check_addresses(addresses)
+            self.memory.bytes[addresses] = data
 
     # Instructions
 
     def execute(self, instruction: _Instruction, active: np.ndarray) -> None:
-        name, operands = instruction.name, instruction.operands
-        handler = getattr(self, f"op_{name[0]}", None)
+        opcode, operands = instruction.opcode, instruction.operands
+        handler = getattr(self, f"op_{opcode[0]}", None)
         if handler is not None:
-            handler(name, operands, active)
+            handler(opcode, operands, active)
             return
-        kind = name[-1]
-        out, *sources = operands
-        if kind == "pred":
+        ptx_type = opcode[-1]
+        destination, *sources = operands
+        if ptx_type == "pred":
             values = [self.predicate(source) for source in sources]
-        elif (narrow := kind.removesuffix("x2")) in _NARROW:  # one or two numbers, rounded once
-            bits = [np.ascontiguousarray(self.get(source, _UNSIGNED[4 if "x2" in kind else 2])) for source in sources]
-            values = [_widened(one[:, None].view(np.uint16), narrow) for one in bits]
-            result = _rounded(_SIMPLE[name[0]](name, *values), narrow)
-            self.set(out, result.view(bits[0].dtype)[:, 0], active)
+        elif (narrow_type := ptx_type.removesuffix("x2")) in _NARROW_DTYPES:  # one value or a pair, rounded once
+            source_bits = [
+                np.ascontiguousarray(self.read_operand(source, _UNSIGNED[4 if "x2" in ptx_type else 2]))
+                for source in sources
+            ]
+            values = [_widen(operand_bits[:, None].view(np.uint16), narrow_type) for operand_bits in source_bits]
+            result = _round_to(_ELEMENTWISE[opcode[0]](opcode, *values), narrow_type)
+            self.write_register(destination, result.view(source_bits[0].dtype)[:, 0], active)
             return
         else:
-            values = [self.get(source, _dtype(kind)) for source in sources]
-            if name[:2] == ["mad", "wide"]:
-                values[2] = self.get(sources[2], np.uint64)
-        flush = _flushed if "ftz" in name else lambda x: x
-        self.set(out, flush(_SIMPLE[name[0]](name, *map(flush, values))), active)
+            values = [self.read_operand(source, _numpy_dtype(ptx_type)) for source in sources]
+            if opcode[:2] == ["mad", "wide"]:
+                values[2] = self.read_operand(sources[2], np.uint64)
+        flush = _flush_subnormals if "ftz" in opcode else lambda x: x
+        self.write_register(destination, flush(_ELEMENTWISE[opcode[0]](opcode, *map(flush, values))), active)
 
-    def op_mov(self, name, operands, active) -> None:
-        out, source = operands
-        if name[1] == "pred":
-            self.set(out, self.predicate(source), active)
+    def op_mov(self, opcode, operands, active) -> None:
+        destination, source = operands
+        if opcode[1] == "pred":
+            self.write_register(destination, self.predicate(source), active)
         elif isinstance(source, list):
-            part = int(name[1][1:]) // 8 // len(source)
-            bits = [self.get(one, _UNSIGNED[part]) for one in source]
-            self.set(out, np.stack(bits, 1).view(_dtype(name[1]))[:, 0], active)
-        elif isinstance(out, list):
-            part = int(name[1][1:]) // 8 // len(out)
-            bits = np.ascontiguousarray(self.get(source, _dtype(name[1])))[:, None].view(_UNSIGNED[part])
-            for index, one in enumerate(out):
-                self.set(one, bits[:, index], active)
+            part_bytes = int(opcode[1][1:]) // 8 // len(source)
+            bits = [self.read_operand(register, _UNSIGNED[part_bytes]) for register in source]
+            self.write_register(destination, np.stack(bits, 1).view(_numpy_dtype(opcode[1]))[:, 0], active)
+        elif isinstance(destination, list):
+            part_bytes = int(opcode[1][1:]) // 8 // len(destination)
+            bits = np.ascontiguousarray(self.read_operand(source, _numpy_dtype(opcode[1])))[:, None].view(
+                _UNSIGNED[part_bytes]
+            )
+            for index, register in enumerate(destination):
+                self.write_register(register, bits[:, index], active)
         else:
-            self.set(out, self.get(source, _dtype(name[1])), active)
+            self.write_register(destination, self.read_operand(source, _numpy_dtype(opcode[1])), active)
 
-    def op_cvt(self, name, operands, active) -> None:
-        to, of = name[-2:]
-        out, *sources = operands
-        if to.endswith("x2"):  # the first source is the upper half
-            values = np.stack([self.get(source, np.float32) for source in reversed(sources)], 1)
-            if of == "e4m3x2":
-                halves = np.ascontiguousarray(self.get(sources[0], np.uint16))[:, None].view(np.uint8)
-                values = _widened(halves, "e4m3")
-            if "satfinite" in name:
+    def op_cvt(self, opcode, operands, active) -> None:
+        target_type, source_type = opcode[-2:]
+        destination, *sources = operands
+        if target_type.endswith("x2"):  # the first source is the upper half
+            values = np.stack([self.read_operand(source, np.float32) for source in reversed(sources)], 1)
+            if source_type == "e4m3x2":
+                halves = np.ascontiguousarray(self.read_operand(sources[0], np.uint16))[:, None].view(np.uint8)
+                values = _widen(halves, "e4m3")
+            if "satfinite" in opcode:
                 values = np.clip(values, -448, 448)
-            halves = _rounded(values, to[:-2])
-            self.set(out, halves.view(_UNSIGNED[2 * halves.dtype.itemsize])[:, 0], active)
+            halves = _round_to(values, target_type[:-2])
+            self.write_register(destination, halves.view(_UNSIGNED[2 * halves.dtype.itemsize])[:, 0], active)
             return
-        value = self.get(sources[0], _dtype(of))
-        if of in _NARROW:
-            value = _widened(value, of)
-        if to in _NARROW:
-            value = _rounded(value.astype(np.float32), to)
-        self.set(out, value.astype(_dtype(to)), active)
+        value = self.read_operand(sources[0], _numpy_dtype(source_type))
+        if source_type in _NARROW_DTYPES:
+            value = _widen(value, source_type)
+        if target_type in _NARROW_DTYPES:
+            value = _round_to(value.astype(np.float32), target_type)
+        self.write_register(destination, value.astype(_numpy_dtype(target_type)), active)
 
-    def op_setp(self, name, operands, active) -> None:
-        out, first, second = operands
-        a, b = (self.get(one, _dtype(name[-1])) for one in (first, second))
+    def op_setp(self, opcode, operands, active) -> None:
+        destination, left_source, right_source = operands
+        a, b = (self.read_operand(operand, _numpy_dtype(opcode[-1])) for operand in (left_source, right_source))
         compare = {
             "lt": np.less,
             "le": np.less_equal,
@@ -438,309 +475,347 @@ class _Program:
             "eq": np.equal,
             "ne": np.not_equal,
         }
-        self.set(out, compare[name[1]](a, b), active)
+        self.write_register(destination, compare[opcode[1]](a, b), active)
 
-    def op_selp(self, name, operands, active) -> None:
-        out, first, second, choice = operands
-        values = (self.get(one, _dtype(name[1])) for one in (first, second))
-        self.set(out, np.where(self.predicate(choice), *values), active)
+    def op_selp(self, opcode, operands, active) -> None:
+        destination, source_if_true, source_if_false, selector = operands
+        values = (self.read_operand(operand, _numpy_dtype(opcode[1])) for operand in (source_if_true, source_if_false))
+        self.write_register(destination, np.where(self.predicate(selector), *values), active)
 
-    def op_bfe(self, name, operands, active) -> None:
-        out, source, start, length = operands
-        bits = self.get(source, np.uint32)
+    def op_bfe(self, opcode, operands, active) -> None:
+        destination, source, start, length = operands
+        bits = self.read_operand(source, np.uint32)
         start, length = int(start), int(length)
-        found = (bits >> start) & np.uint32((1 << length) - 1)
-        if name[1] == "s32":
-            found = ((found << (32 - length)).view(np.int32) >> (32 - length)).view(np.uint32)
-        self.set(out, found, active)
+        extracted = (bits >> start) & np.uint32((1 << length) - 1)
+        if opcode[1] == "s32":
+            extracted = ((extracted << (32 - length)).view(np.int32) >> (32 - length)).view(np.uint32)
+        self.write_register(destination, extracted, active)
 
-    def op_prmt(self, name, operands, active) -> None:
-        out, low, high, selector = operands
-        pool = np.stack([self.get(one, np.uint32) for one in (low, high)], 1).view(np.uint8)
-        chosen = self.get(selector, np.uint32)
-        result = np.empty((self.threads, 4), np.uint8)
+    def op_prmt(self, opcode, operands, active) -> None:
+        destination, low, high, selector = operands
+        source_bytes = np.stack([self.read_operand(operand, np.uint32) for operand in (low, high)], 1).view(np.uint8)
+        selectors = self.read_operand(selector, np.uint32)
+        result = np.empty((self.num_threads, 4), np.uint8)
         for byte in range(4):
-            nibble = (chosen >> (4 * byte)) & 0xF
-            picked = pool[self.thread, nibble & 7]
-            result[:, byte] = np.where(nibble & 8, np.where(picked & 0x80, 0xFF, 0), picked)
-        self.set(out, result.view(np.uint32)[:, 0], active)
+            nibble = (selectors >> (4 * byte)) & 0xF
+            selected = source_bytes[self.thread_ids, nibble & 7]
+            result[:, byte] = np.where(nibble & 8, np.where(selected & 0x80, 0xFF, 0), selected)
+        self.write_register(destination, result.view(np.uint32)[:, 0], active)
 
-    def op_shfl(self, name, operands, active) -> None:
-        assert active.all(), "a shuffle that some lanes miss"
-        out, source, lane, *_ = operands
-        lane, own = self.get(lane, np.int32), self.thread % 32
-        aim = {"bfly": own ^ lane, "idx": lane & 31, "up": np.where(own >= lane, own - lane, own)}[name[2]]
-        self.set(out, self.get(source, np.uint32)[self.thread // 32 * 32 + aim], active)
+    def op_shfl(self, opcode, operands, active) -> None:
+        assert active.all(), "some lanes miss a shuffle"
+        destination, source, lane, *_ = operands
+        lane, own_lane = self.read_operand(lane, np.int32), self.thread_ids % 32
+        source_lane = {
+            "bfly": own_lane ^ lane,
+            "idx": lane & 31,
+            "up": np.where(own_lane >= lane, own_lane - lane, own_lane),
+        }[opcode[2]]
+        self.write_register(
+            destination, self.read_operand(source, np.uint32)[self.thread_ids // 32 * 32 + source_lane], active
+        )
 
-    def op_redux(self, name, operands, active) -> None:
-        assert active.all(), "a reduction that some lanes miss"
-        out, source, _ = operands
-        reduce = {"min": np.min, "max": np.max, "add": np.sum}[name[2]]
-        by_warp = reduce(self.get(source, np.int32).reshape(self.warps, 32), axis=1)
-        self.set(out, by_warp.astype(np.int32).repeat(32), active)
+    def op_redux(self, opcode, operands, active) -> None:
+        assert active.all(), "some lanes miss a reduction"
+        destination, source, _ = operands
+        reduce = {"min": np.min, "max": np.max, "add": np.sum}[opcode[2]]
+        by_warp = reduce(self.read_operand(source, np.int32).reshape(self.num_warps, 32), axis=1)
+        self.write_register(destination, by_warp.astype(np.int32).repeat(32), active)
 
-    def op_ld(self, name, operands, active) -> None:
-        out, source = operands
-        if name[1] == "param":
-            number = self.arguments[int(source[0].rsplit("_", 1)[1])] if source[0] else 0
-            dtype = np.float32 if isinstance(number, float) else np.int64
-            bits = np.full(self.threads, number, dtype).view(_UNSIGNED[np.dtype(dtype).itemsize])
-            self.set(out, bits.astype(_dtype(name[-1])), active)
+    def op_ld(self, opcode, operands, active) -> None:
+        destination, source = operands
+        if opcode[1] == "param":
+            argument = self.arguments[int(source[0].rsplit("_", 1)[1])] if source[0] else 0
+            dtype = np.float32 if isinstance(argument, float) else np.int64
+            bits = np.full(self.num_threads, argument, dtype).view(_UNSIGNED[np.dtype(dtype).itemsize])
+            self.write_register(destination, bits.astype(_numpy_dtype(opcode[-1])), active)
             return
-        outs = out if isinstance(out, list) else [out]
-        each = int(name[-1][1:]) // 8
-        data = self.load(name[1].split("::")[0], source, each * len(outs), active)
-        for index, one in enumerate(outs):
-            whole = np.zeros(self.threads, _UNSIGNED[each])
-            whole[active] = np.ascontiguousarray(data[:, index * each : (index + 1) * each]).view(_UNSIGNED[each])[:, 0]
-            self.set(one, whole, active)
+        destinations = destination if isinstance(destination, list) else [destination]
+        element_bytes = int(opcode[-1][1:]) // 8
+        data = self.load(opcode[1].split("::")[0], source, element_bytes * len(destinations), active)
+        for index, register in enumerate(destinations):
+            register_bits = np.zeros(self.num_threads, _UNSIGNED[element_bytes])
+            register_bits[active] = np.ascontiguousarray(
+                data[:, index * element_bytes : (index + 1) * element_bytes]
+            ).view(_UNSIGNED[element_bytes])[:, 0]
+            self.write_register(register, register_bits, active)
 
-    def op_st(self, name, operands, active) -> None:
+    def op_st(self, opcode, operands, active) -> None:
         target, source = operands
         sources = source if isinstance(source, list) else [source]
-        each = int(name[-1][1:]) // 8
-        data = [np.ascontiguousarray(self.get(one, _UNSIGNED[each])[active])[:, None].view(np.uint8) for one in sources]
-        self.store(name[1].split("::")[0], target, np.concatenate(data, 1), active)
+        element_bytes = int(opcode[-1][1:]) // 8
+        data = [
+            np.ascontiguousarray(self.read_operand(register, _UNSIGNED[element_bytes])[active])[:, None].view(np.uint8)
+            for register in sources
+        ]
+        self.store(opcode[1].split("::")[0], target, np.concatenate(data, 1), active)
 
-    def op_bar(self, name, operands, active) -> None:
-        if name[1] == "sync":
-            assert active.all(), "a barrier that some threads miss"
-            self.epoch += 1
+    def op_bar(self, opcode, operands, active) -> None:
+        if opcode[1] == "sync":
+            assert active.all(), "some threads miss a barrier"
+            self.barrier_epoch += 1
 
-    def op_cvta(self, name, operands, active) -> None:
-        self.set(operands[0], self.get(operands[1], np.uint64), active)
+    def op_cvta(self, opcode, operands, active) -> None:
+        self.write_register(operands[0], self.read_operand(operands[1], np.uint64), active)
 
-    def op_elect(self, name, operands, active) -> None:
-        lane, chosen = operands[0].split("|")
-        self.set(lane, np.zeros(self.threads, np.uint32), active)
-        self.set(chosen, self.thread % 32 == 0, active)
+    def op_elect(self, opcode, operands, active) -> None:
+        lane, is_elected = operands[0].split("|")
+        self.write_register(lane, np.zeros(self.num_threads, np.uint32), active)
+        self.write_register(is_elected, self.thread_ids % 32 == 0, active)
 
-    def one(self, operand: str, active: np.ndarray) -> int:
-        """What all threads at work agree on."""
-        numbers = np.unique(self.get(operand, np.int32)[active])
-        assert len(numbers) == 1, f"{operand} is not one number"
-        return int(numbers[0])
+    def uniform_value(self, operand: str, active: np.ndarray) -> int:
+        """Return the value of an operand that all active threads share."""
+        values = np.unique(self.read_operand(operand, np.int32)[active])
+        assert len(values) == 1, f"{operand} differs between threads"
+        return int(values[0])
 
-    def op_mbarrier(self, name, operands, active) -> None:
-        assert name[1] == "try_wait" or active.sum() == 1, "more than one thread does what one must"
-        base, offset = operands[1 if name[1] in ("arrive", "try_wait") else 0]
-        place = self.one(base, active) + offset
-        if name[1] == "init":
-            self.barriers[place] = [0, int(operands[1]), 0, []]
-        elif name[1] == "inval":
-            assert not self.barriers.pop(place)[3], "an asynchronous operation was never waited for"
-        elif name[1] == "arrive":
-            self.barriers[place][1] -= 1
-            self.barriers[place][2] += int(operands[2])
+    def op_mbarrier(self, opcode, operands, active) -> None:
+        assert opcode[1] == "try_wait" or active.sum() == 1, "several threads run an instruction for one thread"
+        base, offset = operands[1 if opcode[1] in ("arrive", "try_wait") else 0]
+        address = self.uniform_value(base, active) + offset
+        if opcode[1] == "init":
+            self.mbarriers[address] = [0, int(operands[1]), 0, []]
+        elif opcode[1] == "inval":
+            assert not self.mbarriers.pop(address)[3], "the program never waited for an asynchronous operation"
+        elif opcode[1] == "arrive":
+            self.mbarriers[address][1] -= 1
+            self.mbarriers[address][2] += int(operands[2])
         else:
-            phase, arrivals, to_come, copies = self.barriers[place]
-            if phase == self.one(operands[2], active):  # it is over once everything has come
-                assert arrivals == 0 and to_come == sum(data.size for _, data in copies), "a wait without end"
-                for to, data in copies:
-                    self.shared[to] = data
-                self.barriers[place] = [1 - phase, 1, 0, []]
-            self.set(operands[0], np.full(self.threads, True), active)
+            phase, arrivals, expected_bytes, copies = self.mbarriers[address]
+            if phase == self.uniform_value(operands[2], active):  # the phase ends when all data has arrived
+                assert arrivals == 0 and expected_bytes == sum(data.size for _, data in copies), "a wait never ends"
+                for addresses, data in copies:
+                    self.shared_memory[addresses] = data
+                self.mbarriers[address] = [1 - phase, 1, 0, []]
+            self.write_register(operands[0], np.full(self.num_threads, True), active)
 
-    def move_tile(self, name, operands, active) -> None:
-        """By the copy engine. To shared memory, what was there is gone at once, and what comes is there when somebody
-        has waited for it; from there, nothing may change before that."""
-        outwards = name[5] == "global"
-        (to, offset), (source, place) = operands[:2] if not outwards else operands[1::-1]
-        tile = self.arguments[self.one(source, active)]
-        there, inside = tile.places(*(self.one(number, active) for number in place))
-        self.memory.check(there[inside])
-        at = self.one(to, active) + offset + np.arange(there.size).reshape(there.shape)
-        at, warps = _swizzled(at, there.shape[1]), np.repeat(self.thread[active] // 32, len(there))
-        if outwards:
-            self.touch_shared(at, warps)
-            self.memory.bytes[there[inside]] = self.shared[at[inside]]
-            self.stores[-1].append((at, self.shared[at]))
+    def move_tile(self, opcode, operands, active) -> None:
+        """Move a tile with the copy engine.
+
+        A load overwrites its shared memory with NaN at once; the data arrives when the program waits for the barrier. A
+        store reads its shared memory, which must not change before the program has waited for the store."""
+        is_store = opcode[5] == "global"
+        (shared_base, offset), (source, coordinates) = operands[:2] if not is_store else operands[1::-1]
+        tile = self.arguments[self.uniform_value(source, active)]
+        matrix_addresses, in_matrix = tile.tile_addresses(
+            *(self.uniform_value(coordinate, active) for coordinate in coordinates)
+        )
+        self.memory.check_addresses(matrix_addresses[in_matrix])
+        shared_addresses = (
+            self.uniform_value(shared_base, active)
+            + offset
+            + np.arange(matrix_addresses.size).reshape(matrix_addresses.shape)
+        )
+        shared_addresses, warps = (
+            _swizzle(shared_addresses, matrix_addresses.shape[1]),
+            np.repeat(self.thread_ids[active] // 32, len(matrix_addresses)),
+        )
+        if is_store:
+            self.access_shared(shared_addresses, warps)
+            self.memory.bytes[matrix_addresses[in_matrix]] = self.shared_memory[shared_addresses[in_matrix]]
+            self.tma_store_reads[-1].append((shared_addresses, self.shared_memory[shared_addresses]))
         else:
-            data = np.where(inside, self.memory.bytes[np.where(inside, there, 0)], 0).astype(np.uint8)
-            self.touch_shared(at, warps, np.full_like(data, _POISON))
-            self.written[0, at] = -1  # who waits for its barrier sees it
+            data = np.where(in_matrix, self.memory.bytes[np.where(in_matrix, matrix_addresses, 0)], 0).astype(np.uint8)
+            self.access_shared(shared_addresses, warps, np.full_like(data, _NAN_BYTE))
+            self.last_writes[0, shared_addresses] = -1  # any warp may read it after its barrier
             barrier, offset = operands[2]
-            self.barriers[self.one(barrier, active) + offset][3].append((at, data))
+            self.mbarriers[self.uniform_value(barrier, active) + offset][3].append((shared_addresses, data))
 
-    def unchanged(self, groups: list[list], left: int) -> None:
-        """Close all groups but the last ones, whose tiles have been read now."""
-        ready = max(len(groups) - 1 - left, 0)
-        for at, data in chain.from_iterable(groups[:ready]):
-            assert (self.shared[at] == data).all(), "a tile changed while it was read"
-        del groups[:ready]
+    def retire_groups(self, groups: list[list], num_pending: int) -> None:
+        """Complete all groups except the last `num_pending` and the open one; their tiles must be unchanged."""
+        num_ready = max(len(groups) - 1 - num_pending, 0)
+        for addresses, data in chain.from_iterable(groups[:num_ready]):
+            assert (self.shared_memory[addresses] == data).all(), "a tile changed while it was read"
+        del groups[:num_ready]
 
-    def op_cp(self, name, operands, active) -> None:
-        if "tensor" in name:
-            for thread in self.thread[active]:  # one a warp at most; more than 128 bytes a row are several tiles
-                self.move_tile(name, operands, self.thread == thread)
-        elif name[2:4] == ["bulk", "commit_group"]:
-            self.stores.append([])
-        elif name[2:4] == ["bulk", "wait_group"]:
-            self.unchanged(self.stores, int(operands[0]))
-        elif name[2] == "commit_group":
-            self.copies.append([])
-        elif name[2] == "wait_group":
-            ready = len(self.copies) - 1 - int(operands[0])
-            for group in self.copies[: max(ready, 0)]:
-                for to, data, warps in group:
-                    self.touch_shared(to, warps, data)
-            self.copies = self.copies[max(ready, 0) :]
+    def op_cp(self, opcode, operands, active) -> None:
+        if "tensor" in opcode:
+            for thread in self.thread_ids[active]:  # at most one per warp; rows above 128 bytes are several tiles
+                self.move_tile(opcode, operands, self.thread_ids == thread)
+        elif opcode[2:4] == ["bulk", "commit_group"]:
+            self.tma_store_reads.append([])
+        elif opcode[2:4] == ["bulk", "wait_group"]:
+            self.retire_groups(self.tma_store_reads, int(operands[0]))
+        elif opcode[2] == "commit_group":
+            self.async_copies.append([])
+        elif opcode[2] == "wait_group":
+            num_ready = len(self.async_copies) - 1 - int(operands[0])
+            for group in self.async_copies[: max(num_ready, 0)]:
+                for shared_addresses, data, warps in group:
+                    self.access_shared(shared_addresses, warps, data)
+            self.async_copies = self.async_copies[max(num_ready, 0) :]
         else:
-            target, source, size, *given = operands
-            size = int(size, 0)
-            to = self.bytes_at(target, size, active)
-            present = self.get(given[0], np.int32)[active] > 0 if given else np.full(len(to), True)
-            at = self.bytes_at(source, size, active)
-            self.memory.check(at[present])
-            data = np.where(present[:, None], self.memory.bytes[np.where(present[:, None], at, 0)], 0).astype(np.uint8)
-            warps = self.thread[active] // 32
-            self.touch_shared(to, warps, np.full_like(data, _POISON))
-            self.copies[-1].append((to, data, warps))
+            target, source, num_bytes, *source_size = operands
+            num_bytes = int(num_bytes, 0)
+            shared_addresses = self.byte_addresses(target, num_bytes, active)
+            is_copied = (
+                self.read_operand(source_size[0], np.int32)[active] > 0
+                if source_size
+                else np.full(len(shared_addresses), True)
+            )
+            addresses = self.byte_addresses(source, num_bytes, active)
+            self.memory.check_addresses(addresses[is_copied])
+            data = np.where(
+                is_copied[:, None], self.memory.bytes[np.where(is_copied[:, None], addresses, 0)], 0
+            ).astype(np.uint8)
+            warps = self.thread_ids[active] // 32
+            self.access_shared(shared_addresses, warps, np.full_like(data, _NAN_BYTE))
+            self.async_copies[-1].append((shared_addresses, data, warps))
 
-    def op_fence(self, name, operands, active) -> None:
-        """Between the two ways to shared memory; programs here take one."""
+    def op_fence(self, opcode, operands, active) -> None:
+        """Do nothing: a fence orders two kinds of access to shared memory, which are one kind here."""
 
-    def op_ldmatrix(self, name, operands, active) -> None:
-        assert active.all(), "a tile that some lanes miss"
-        outs, source = operands
-        at = self.bytes_at(source, 16, active).reshape(self.warps, 32, 16)[:, : 8 * len(outs)]
-        self.touch_shared(at.reshape(-1, 16), np.repeat(np.arange(self.warps), 8 * len(outs)))
-        rows = self.shared[at].view(np.uint16).reshape(self.warps, len(outs), 8, 8)
-        if "trans" in name:
+    def op_ldmatrix(self, opcode, operands, active) -> None:
+        assert active.all(), "some lanes miss a tile"
+        destinations, source = operands
+        addresses = self.byte_addresses(source, 16, active).reshape(self.num_warps, 32, 16)[:, : 8 * len(destinations)]
+        self.access_shared(addresses.reshape(-1, 16), np.repeat(np.arange(self.num_warps), 8 * len(destinations)))
+        rows = self.shared_memory[addresses].view(np.uint16).reshape(self.num_warps, len(destinations), 8, 8)
+        if "trans" in opcode:
             rows = rows.swapaxes(2, 3)
-        for index, one in enumerate(outs):
-            self.set(one, np.ascontiguousarray(rows[:, index]).view(np.uint32).reshape(-1), active)
+        for index, register in enumerate(destinations):
+            self.write_register(register, np.ascontiguousarray(rows[:, index]).view(np.uint32).reshape(-1), active)
 
-    def op_stmatrix(self, name, operands, active) -> None:
-        assert active.all(), "a tile that some lanes miss"
+    def op_stmatrix(self, opcode, operands, active) -> None:
+        assert active.all(), "some lanes miss a tile"
         target, sources = operands
-        at = self.bytes_at(target, 16, active).reshape(self.warps, 32, 16)[:, : 8 * len(sources)]
-        rows = np.stack([np.ascontiguousarray(self.get(one, np.uint32)) for one in sources], 1)
-        rows = rows.reshape(self.warps, 8, 4, len(sources)).swapaxes(2, 3).swapaxes(1, 2)  # warp, tile, row, pair
+        addresses = self.byte_addresses(target, 16, active).reshape(self.num_warps, 32, 16)[:, : 8 * len(sources)]
+        rows = np.stack([np.ascontiguousarray(self.read_operand(register, np.uint32)) for register in sources], 1)
+        rows = rows.reshape(self.num_warps, 8, 4, len(sources)).swapaxes(2, 3).swapaxes(1, 2)  # warp, tile, row, pair
         rows = np.ascontiguousarray(rows).view(np.uint16)
-        data = np.ascontiguousarray(rows.swapaxes(2, 3) if "trans" in name else rows).view(np.uint8).reshape(-1, 16)
-        self.touch_shared(at.reshape(-1, 16), np.repeat(np.arange(self.warps), 8 * len(sources)), data)
+        data = np.ascontiguousarray(rows.swapaxes(2, 3) if "trans" in opcode else rows).view(np.uint8).reshape(-1, 16)
+        self.access_shared(addresses.reshape(-1, 16), np.repeat(np.arange(self.num_warps), 8 * len(sources)), data)
 
-    # Tensor cores: lane 4 g + t holds pairs of columns 2 t of row g, and of row g + 8
+    # Tensor cores: lane 4 * g + t holds the pair of columns that starts at 2 * t, of rows g and g + 8
 
-    def pairs(self, names: list[str], kind: str) -> np.ndarray:
-        """[warps, g, t, registers, 2] fp64."""
-        bits = np.stack([self.get(name, np.uint32) for name in names], 1)
-        values = _widened(bits.view(np.uint16), kind).astype(np.float64)
-        return values.reshape(self.warps, 8, 4, len(names), 2)
+    def register_pairs(self, registers: list[str], ptx_type: str) -> np.ndarray:
+        """Return pairs of 16-bit elements, [warps, g, t, registers, 2] fp64."""
+        bits = np.stack([self.read_operand(register, np.uint32) for register in registers], 1)
+        values = _widen(bits.view(np.uint16), ptx_type).astype(np.float64)
+        return values.reshape(self.num_warps, 8, 4, len(registers), 2)
 
-    def rows_of(self, names: list[str], kind: str) -> np.ndarray:
-        """The left operand, [warps, 16, 16]."""
-        found = self.pairs(names, kind).reshape(self.warps, 8, 4, 2, 2, 2)  # g, t, half of columns, half of rows, pair
-        return found.transpose(0, 4, 1, 3, 2, 5).reshape(self.warps, 16, 16)
+    def left_operand(self, registers: list[str], ptx_type: str) -> np.ndarray:
+        """Return the left operand, [warps, 16, 16] fp64."""
+        halves = self.register_pairs(registers, ptx_type).reshape(
+            self.num_warps, 8, 4, 2, 2, 2
+        )  # g, t, half of columns, half of rows, pair
+        return halves.transpose(0, 4, 1, 3, 2, 5).reshape(self.num_warps, 16, 16)
 
-    def sums(self, names: list[str]) -> np.ndarray:
-        """The accumulator, [warps, 16, 8 * blocks] fp64."""
-        values = np.stack([self.get(name, np.float32) for name in names], 1).astype(np.float64)
-        values = values.reshape(self.warps, 8, 4, len(names) // 4, 2, 2)  # g, t, block, half of rows, pair
-        return values.transpose(0, 4, 1, 3, 2, 5).reshape(self.warps, 16, -1)
+    def accumulator(self, registers: list[str]) -> np.ndarray:
+        """Return the accumulator, [warps, 16, 8 * blocks] fp64."""
+        values = np.stack([self.read_operand(register, np.float32) for register in registers], 1).astype(np.float64)
+        values = values.reshape(self.num_warps, 8, 4, len(registers) // 4, 2, 2)  # g, t, block, half of rows, pair
+        return values.transpose(0, 4, 1, 3, 2, 5).reshape(self.num_warps, 16, -1)
 
-    def set_sums(self, names: list[str], sums: np.ndarray) -> None:
-        values = sums.reshape(self.warps, 2, 8, len(names) // 4, 4, 2).transpose(0, 2, 4, 3, 1, 5)
-        values = values.reshape(self.threads, len(names)).astype(np.float32)
-        for index, name in enumerate(names):
-            self.set(name, values[:, index], np.full(self.threads, True))
+    def set_accumulator(self, registers: list[str], accumulator: np.ndarray) -> None:
+        values = accumulator.reshape(self.num_warps, 2, 8, len(registers) // 4, 4, 2).transpose(0, 2, 4, 3, 1, 5)
+        values = values.reshape(self.num_threads, len(registers)).astype(np.float32)
+        for index, register in enumerate(registers):
+            self.write_register(register, values[:, index], np.full(self.num_threads, True))
 
-    def op_mma(self, name, operands, active) -> None:
-        assert active.all(), "a product that some lanes miss"
-        out, left, right, start = operands
-        columns = self.pairs(right, name[8]).transpose(0, 3, 2, 4, 1).reshape(self.warps, 16, 8)
-        self.set_sums(out, self.sums(start) + self.rows_of(left, name[7]) @ columns)
+    def op_mma(self, opcode, operands, active) -> None:
+        assert active.all(), "some lanes miss a matmul"
+        destination, left, right, addend = operands
+        columns = self.register_pairs(right, opcode[8]).transpose(0, 3, 2, 4, 1).reshape(self.num_warps, 16, 8)
+        self.set_accumulator(destination, self.accumulator(addend) + self.left_operand(left, opcode[7]) @ columns)
 
-    def op_wgmma(self, name, operands, active) -> None:
-        assert active.all(), "a product that some threads miss"
-        if name[1] == "mma_async":
-            self.warp_group_product(name, operands)
-        elif name[1] == "commit_group":
-            self.products.append([])
-        elif name[1] == "wait_group":
-            self.unchanged(self.products, int(operands[0]))
+    def op_wgmma(self, opcode, operands, active) -> None:
+        assert active.all(), "some threads miss a matmul"
+        if opcode[1] == "mma_async":
+            self.warp_group_mma(opcode, operands)
+        elif opcode[1] == "commit_group":
+            self.wgmma_reads.append([])
+        elif opcode[1] == "wait_group":
+            self.retire_groups(self.wgmma_reads, int(operands[0]))
 
-    def warp_group_product(self, name, operands) -> None:
-        """At once: results move to other registers before somebody waits for them, and ptxas knows what that means."""
-        out, left, right, keep, *signs = operands
-        width, kind = int(re.search(r"n(\d+)k", name[4])[1]), name[6]
-        transposed = [sign == "1" for sign in signs[2:]] or [False]
+    def warp_group_mma(self, opcode, operands) -> None:
+        """Compute at once: the compiler moves results to other registers before the wait, which ptxas understands."""
+        destination, left, right, accumulate, *flags = operands
+        width, ptx_type = int(re.search(r"n(\d+)k", opcode[4])[1]), opcode[6]
+        transposed = [flag == "1" for flag in flags[2:]] or [False]
         if isinstance(left, list):
-            rows = self.rows_of(left, kind)
+            rows = self.left_operand(left, ptx_type)
         else:
-            rows = self.described(left, 64, kind, transposed[0])
-            rows = rows.reshape(self.warps, 16, rows.shape[2])
-        columns = self.described(right, width, kind, transposed[-1]).repeat(4, axis=0).swapaxes(1, 2)
-        before = self.sums(out) if self.predicate(keep)[0] else 0
-        self.set_sums(out, before + rows @ columns)
+            rows = self.descriptor_tile(left, 64, ptx_type, transposed[0])
+            rows = rows.reshape(self.num_warps, 16, rows.shape[2])
+        columns = self.descriptor_tile(right, width, ptx_type, transposed[-1]).repeat(4, axis=0).swapaxes(1, 2)
+        addend = self.accumulator(destination) if self.predicate(accumulate)[0] else 0
+        self.set_accumulator(destination, addend + rows @ columns)
 
-    def described(self, operand: str, rows: int, kind: str, transposed: bool) -> np.ndarray:
-        """What a matrix descriptor points to, [warp groups, rows, 32 bytes] fp64."""
-        found = []
-        for group in range(self.warps // 4):
-            bits = int(self.get(operand, np.uint64)[128 * group])
+    def descriptor_tile(self, operand: str, rows: int, ptx_type: str, transposed: bool) -> np.ndarray:
+        """Return the tile that a matrix descriptor describes, [warp groups, rows, columns in 32 bytes] fp64."""
+        tiles = []
+        for group in range(self.num_warps // 4):
+            bits = int(self.read_operand(operand, np.uint64)[128 * group])
             start, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
-            line = {1: 128, 2: 64, 3: 32}[bits >> 62]
-            size = _NARROW[kind].itemsize
-            row, k = np.arange(rows)[:, None], np.arange(32 // size)[None, :]
+            swizzle_bytes = {1: 128, 2: 64, 3: 32}[bits >> 62]
+            itemsize = _NARROW_DTYPES[ptx_type].itemsize
+            row, k = np.arange(rows)[:, None], np.arange(32 // itemsize)[None, :]
             if transposed:
-                wide = line // size
-                at = start + row // wide * leading + row % wide * size + k // 8 * stride + k % 8 * line
+                row_elements = swizzle_bytes // itemsize
+                addresses = (
+                    start
+                    + row // row_elements * leading
+                    + row % row_elements * itemsize
+                    + k // 8 * stride
+                    + k % 8 * swizzle_bytes
+                )
             else:
-                at = start + row // 8 * stride + row % 8 * line + k * size
-            at = _swizzled(at[..., None] + np.arange(size), line)
-            self.touch_shared(at.reshape(-1, size), np.full(at.size // size, 4 * group))
-            self.products[-1].append((at, self.shared[at]))
-            found.append(_widened(self.shared[at].view(_UNSIGNED[size])[..., 0], kind).astype(np.float64))
-        return np.stack(found)
+                addresses = start + row // 8 * stride + row % 8 * swizzle_bytes + k * itemsize
+            addresses = _swizzle(addresses[..., None] + np.arange(itemsize), swizzle_bytes)
+            self.access_shared(addresses.reshape(-1, itemsize), np.full(addresses.size // itemsize, 4 * group))
+            self.wgmma_reads[-1].append((addresses, self.shared_memory[addresses]))
+            tiles.append(
+                _widen(self.shared_memory[addresses].view(_UNSIGNED[itemsize])[..., 0], ptx_type).astype(np.float64)
+            )
+        return np.stack(tiles)
 
 
-def _swizzled(at: np.ndarray, line: int) -> np.ndarray:
-    """Where a byte of a tile lies whose lines are so many bytes."""
-    return at ^ (at >> 3 & (line - 1) & 0x70)
+def _swizzle(addresses: np.ndarray, swizzle_bytes: int) -> np.ndarray:
+    """Return the swizzled addresses of a tile with lines of `swizzle_bytes` bytes."""
+    return addresses ^ (addresses >> 3 & (swizzle_bytes - 1) & 0x70)
 
 
-def _flushed(x: np.ndarray) -> np.ndarray:
+def _flush_subnormals(x: np.ndarray) -> np.ndarray:
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x).astype(np.float32)
 
 
-def _wide(name, a, b):
-    """Products of 32 bits in 64."""
-    return a.astype(np.int64 if name[-1] == "s32" else np.uint64) * b
+def _wide_product(opcode, a, b):
+    """Return the 64-bit product of 32-bit integers."""
+    return a.astype(np.int64 if opcode[-1] == "s32" else np.uint64) * b
 
 
-def _multiplied(name, a, b, c=None):
-    if name[1] == "wide":
-        return _wide(name, a, b).view(np.uint64) + (0 if c is None else c)
-    if name[1] == "hi":
-        return (_wide(name, a, b) >> 32).astype(a.dtype)
+def _multiply(opcode, a, b, c=None):
+    if opcode[1] == "wide":
+        return _wide_product(opcode, a, b).view(np.uint64) + (0 if c is None else c)
+    if opcode[1] == "hi":
+        return (_wide_product(opcode, a, b) >> 32).astype(a.dtype)
     return a * b + (0 if c is None else c)
 
 
-def _quotient(name, a, b):
+def _divide(opcode, a, b):
     if a.dtype.kind == "f":
         return a / b
-    return np.trunc(a.astype(np.float64) / b).astype(a.dtype)  # exact for 32 bits, and towards 0
+    return np.trunc(a.astype(np.float64) / b).astype(a.dtype)  # exact for 32 bits; rounds towards 0
 
 
-_SIMPLE = {
-    "add": lambda name, a, b: a + b,
-    "sub": lambda name, a, b: a - b,
-    "mul": _multiplied,
-    "mad": _multiplied,
-    "div": _quotient,
-    "fma": lambda name, a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
-    "and": lambda name, a, b: a & b,
-    "or": lambda name, a, b: a | b,
-    "xor": lambda name, a, b: a ^ b,
-    "not": lambda name, a: ~a,
-    "neg": lambda name, a: -a,
-    "abs": lambda name, a: np.abs(a),
-    "min": lambda name, a, b: np.fmin(a, b),
-    "max": lambda name, a, b: np.fmax(a, b),
-    "shl": lambda name, a, b: a << b,
-    "shr": lambda name, a, b: a >> b,
-    "ex2": lambda name, a: np.exp2(a),
-    "sqrt": lambda name, a: np.sqrt(a),
+_ELEMENTWISE = {
+    "add": lambda opcode, a, b: a + b,
+    "sub": lambda opcode, a, b: a - b,
+    "mul": _multiply,
+    "mad": _multiply,
+    "div": _divide,
+    "fma": lambda opcode, a, b, c: (a.astype(np.float64) * b + c).astype(np.float32),
+    "and": lambda opcode, a, b: a & b,
+    "or": lambda opcode, a, b: a | b,
+    "xor": lambda opcode, a, b: a ^ b,
+    "not": lambda opcode, a: ~a,
+    "neg": lambda opcode, a: -a,
+    "abs": lambda opcode, a: np.abs(a),
+    "min": lambda opcode, a, b: np.fmin(a, b),
+    "max": lambda opcode, a, b: np.fmax(a, b),
+    "shl": lambda opcode, a, b: a << b,
+    "shr": lambda opcode, a, b: a >> b,
+    "ex2": lambda opcode, a: np.exp2(a),
+    "sqrt": lambda opcode, a: np.sqrt(a),
 }

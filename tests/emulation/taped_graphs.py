@@ -1,11 +1,11 @@
-"""CUDA graphs as a CPU can have them: the operations of a pass are taped, and run again on the same memory.
+"""CUDA graphs on a CPU: a tape captures the operations of a pass and replays them on the same memory.
 
-As in a real graph nothing but these operations is run again: what the host decided while it recorded is decided for
-good, and what lay in a tensor that was not copied to where the graph reads is lost. Recording leaves no results behind:
-everything that was formed is NaN until it is replayed, and again once a backward pass is over. Random numbers are drawn
-as far from the generator's state at a replay as they were from that at the recording.
+As in a real graph, a replay runs these operations and nothing else. Decisions that the host made during capture are
+fixed, and an input counts only if it is copied into the tensor that the graph reads. A capture leaves no results: every
+floating-point tensor that it created is NaN until the replay, and NaN again after a backward pass. Random operations
+draw at relative offsets: a replay draws new numbers, and a recomputation repeats the numbers of its forward pass.
 
-An operation that waits for the device, since the shape or a decision depends on values, is refused.
+An operation that makes the host wait for the device, because a shape or a decision depends on values, is an error.
 """
 
 from collections.abc import Callable
@@ -21,142 +21,159 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.training import cuda_graphs as graphs
 from thinksafe.training.cuda_graphs import DecoderGraphs
 
-WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+HOST_SYNC_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def tensors_in(tree) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def waits(op, args) -> bool:
-    """Whether the host must see values to go on. An index is safe unless it is a mask."""
+def needs_host_sync(op, args) -> bool:
+    """Return whether the host must read values before it can continue. Indexing needs that only with a mask."""
     if op is torch.ops.aten.index.Tensor:
         return any(index.dtype == torch.bool for index in tensors_in(args[1]))
-    return bool(WAITS & set(op.tags))
+    return bool(HOST_SYNC_TAGS & set(op.tags))
 
 
-def storages_of(tree) -> set[int]:
+def storage_keys(tree) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors_in(tree)}
 
 
 class Tape(TorchDispatchMode):
-    """Records what runs inside of it; see `replay`."""
+    """The operations that ran inside the block, for `replay`."""
 
-    def __init__(self, offsets: dict[bytes, int]):
-        """offsets: the generator's states at draws so far, each with its distance from where graphs start."""
+    def __init__(self, rng_offsets: dict[bytes, int]):
+        """Create an empty tape.
+
+        Args:
+            rng_offsets: maps each generator state in which a random operation ran to its index, in order of first
+                use. The tapes of a forward pass and its backward pass share it.
+        """
         super().__init__()
-        self.offsets = offsets
-        self.calls, self.formed, self.changed = [], {}, {}
+        self.rng_offsets = rng_offsets
+        self.calls, self.created, self.overwritten = [], {}, {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        assert not waits(op, args), f"{op} waits for the device"
-        offset = None
+        assert not needs_host_sync(op, args), f"{op} waits for the device"
+        rng_offset = None
         if torch.Tag.nondeterministic_seeded in op.tags:
-            offset = self.offsets.setdefault(torch.get_rng_state().numpy().tobytes(), len(self.offsets))
-        given = storages_of((args, kwargs))
+            rng_offset = self.rng_offsets.setdefault(torch.get_rng_state().numpy().tobytes(), len(self.rng_offsets))
+        input_storages = storage_keys((args, kwargs))
         if op._schema.is_mutable:
             for value, argument in zip(args, op._schema.arguments, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in tensors_in(value):
-                        if tensor.untyped_storage()._cdata not in self.formed:
-                            self.changed.setdefault(id(tensor), (tensor, tensor.clone()))
+                        if tensor.untyped_storage()._cdata not in self.created:
+                            self.overwritten.setdefault(id(tensor), (tensor, tensor.clone()))
         out = op(*args, **kwargs)
-        made = [one for one in tensors_in(out) if one.untyped_storage()._cdata not in given]
-        self.formed |= {one.untyped_storage()._cdata: one.detach() for one in made}
-        if made or op._schema.is_mutable:
-            # The memory, without what autograd hangs on it.
-            self.calls.append((op, *tree_map_only(Tensor, Tensor.detach, (args, kwargs, out)), offset))
+        new_tensors = [tensor for tensor in tensors_in(out) if tensor.untyped_storage()._cdata not in input_storages]
+        self.created |= {tensor.untyped_storage()._cdata: tensor.detach() for tensor in new_tensors}
+        if new_tensors or op._schema.is_mutable:
+            # Detached tensors: the memory without its autograd history.
+            self.calls.append((op, *tree_map_only(Tensor, Tensor.detach, (args, kwargs, out)), rng_offset))
         return out
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Nothing was computed yet."""
-        for tensor, before in self.changed.values():
-            tensor.copy_(before)
-        self.spoil()
+    def undo(self) -> None:
+        """Restore overwritten tensors and fill created tensors with NaN, as if nothing had been computed."""
+        for tensor, saved in self.overwritten.values():
+            tensor.copy_(saved)
+        self.fill_with_nan()
 
     @torch.no_grad()
-    def spoil(self) -> None:
-        """What was formed is not there any more."""
-        for tensor in self.formed.values():
+    def fill_with_nan(self) -> None:
+        """Fill the floating-point tensors that this tape created with NaN."""
+        for tensor in self.created.values():
             if tensor.is_floating_point():
-                tensor.data.fill_(torch.nan)  # unseen by autograd, which has yet to record the way back
+                # .data hides the change from autograd, which has not captured the backward pass yet.
+                tensor.data.fill_(torch.nan)
 
     @torch.no_grad()
-    def replay(self, drawn: dict) -> None:
-        """drawn: (the generator's state at the start, distance) -> its state at that draw, of this pass so far."""
+    def replay(self, rng_states: dict) -> None:
+        """Run the operations again on the same memory.
+
+        Args:
+            rng_states: maps (generator state at the start, index from `rng_offsets`) to the generator state of that
+                operation. The replays of a forward pass and its backward pass share and fill it, so that a
+                recomputation draws the same numbers.
+        """
         start = torch.get_rng_state().numpy().tobytes()
-        for op, args, kwargs, out, offset in self.calls:
-            if offset is not None:
-                torch.set_rng_state(drawn.setdefault((start, offset), torch.get_rng_state()))
-            found = op(*args, **kwargs)
-            for fixed, new in zip(tensors_in(out), tensors_in(found), strict=True):
-                if fixed.untyped_storage()._cdata in self.formed and fixed.data_ptr() != new.data_ptr():
-                    fixed.copy_(new)
+        for op, args, kwargs, out, rng_offset in self.calls:
+            if rng_offset is not None:
+                torch.set_rng_state(rng_states.setdefault((start, rng_offset), torch.get_rng_state()))
+            result = op(*args, **kwargs)
+            for taped, replayed in zip(tensors_in(out), tensors_in(result), strict=True):
+                if taped.untyped_storage()._cdata in self.created and taped.data_ptr() != replayed.data_ptr():
+                    taped.copy_(replayed)
 
 
 class TapedGraphs(DecoderGraphs):
-    """Recorded passes on a CPU.
+    """Captured passes of a decoder on a CPU.
 
     Attributes:
-        replays: how many there were.
-        tapes: of every pass that was recorded.
+        replays: number of replays so far.
+        tapes: one tape per captured pass.
     """
 
-    def __init__(self, hidden: Tensor, most_tokens: int):
-        super().__init__(hidden, most_tokens)
+    def __init__(self, hidden: Tensor, max_tokens: int):
+        super().__init__(hidden, max_tokens)
         self.replays, self.tapes = 0, []
-        self._offsets, self._drawn = {}, {}
+        self._rng_offsets, self._rng_states = {}, {}
 
     def __call__(self, decoder: Decoder, *inputs) -> Tensor:
-        """Nothing may be recorded while autograd holds a pass that ran directly: it would add gradients on the stream
-        of that pass, and a graph holds one stream."""
-        self._trained = [one for one in decoder.parameters() if one.requires_grad]
+        """Run the decoder through the graphs, and mark the gradient edges of its parameters.
+
+        `capture` uses the marks to check that autograd holds no earlier pass. With such a pass autograd would
+        accumulate gradients on the stream of that pass, and a graph captures only one stream."""
+        self._trainable_parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
         hidden = super().__call__(decoder, *inputs)
         if hidden.requires_grad:
-            for one in self._trained:
-                get_gradient_edge(one).node.metadata["of an earlier pass"] = True
+            for parameter in self._trainable_parameters:
+                get_gradient_edge(parameter).node.metadata["held by an earlier pass"] = True
         return hidden
 
-    def record(self, work: Callable):
-        forward = work.__name__ == "forward"
+    def capture(self, run: Callable):
+        """Tape `run`, a forward or backward pass; return its result tensors and a function that replays it."""
+        forward = run.__name__ == "forward"
         if forward:
-            self._offsets = {}
-            assert not any(get_gradient_edge(one).node.metadata for one in self._trained), "an earlier pass is alive"
-        state, tape = torch.get_rng_state(), Tape(self._offsets)
+            self._rng_offsets = {}
+            assert not any(get_gradient_edge(parameter).node.metadata for parameter in self._trainable_parameters), (
+                "autograd still holds an earlier pass"
+            )
+        rng_state, tape = torch.get_rng_state(), Tape(self._rng_offsets)
         with tape:
-            result = work()
-        torch.set_rng_state(state)
-        tape.forget()
+            result = run()
+        torch.set_rng_state(rng_state)
+        tape.undo()
         self.tapes.append(tape)
 
         def replay() -> None:
             self.replays += 1
             if forward:
-                self._drawn = {}
-            tape.replay(self._drawn)
+                self._rng_states = {}
+            tape.replay(self._rng_states)
             if not forward:
-                for other in self.tapes:
-                    other.spoil()
+                for earlier_tape in self.tapes:
+                    earlier_tape.fill_with_nan()
 
         return result, replay
 
 
-def attention_without_waiting(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """`packed_attention` whose operations are the same whatever the sequences' lengths."""
+def attention_without_host_sync(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Compute `packed_attention` with operations that do not depend on the lengths of the sequences."""
     tokens = torch.arange(len(q), device=q.device)
     sequence = torch.searchsorted(cu_seqlens, tokens.int(), right=True)
-    sees = (sequence[:, None] == sequence) & (tokens[:, None] >= tokens)
-    group = q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~sees, -torch.inf)
+    visible = (sequence[:, None] == sequence) & (tokens[:, None] >= tokens)
+    group_size = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)))
+    scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
     return (F.softmax(scores, -1) @ v).transpose(0, 1)
 
 
-def tape_passes(monkeypatch) -> None:
-    """From here on an engine that is to record passes records them on tapes."""
-    monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_waiting)
-    monkeypatch.setattr("thinksafe.training.local_engine.DecoderGraphs", TapedGraphs)
+def use_taped_graphs(monkeypatch) -> None:
+    """Make every trainer of this test that uses CUDA graphs use tapes instead."""
+    monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_host_sync)
+    monkeypatch.setattr("thinksafe.training.local_trainer.DecoderGraphs", TapedGraphs)
     monkeypatch.setattr(graphs, "random_state", lambda device: torch.get_rng_state())
     monkeypatch.setattr(graphs, "set_random_state", lambda state, device: torch.set_rng_state(state))

@@ -1,4 +1,4 @@
-"""The estimate: the paper's floors come out of it, it needs no weights, and the report holds it to account."""
+"""The estimate agrees with counts by hand, needs no weights, and is compared with the actual run in the report."""
 
 import json
 import math
@@ -6,65 +6,78 @@ import math
 import numpy as np
 import pytest
 
-from tests.pipeline.test_pipeline import settings
 from tests.support.checkpoints import make_checkpoint
+from tests.support.organism_runs import run_arguments
 from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Response
 from thinksafe.errors import UserError
-from thinksafe.estimate.stages import _sampling, estimate, shape_of
+from thinksafe.estimate.stages import _sampling_stage, estimate, shape_of
 from thinksafe.estimate.table import Price
-from thinksafe.estimate.workload import Texts
-from thinksafe.formatting import bar, duration, in_short
+from thinksafe.estimate.workload import TextLengths
+from thinksafe.formatting import bar, duration, short_number
 from thinksafe.hardware import GPU_NAMES, hardware_named
-from thinksafe.model.public_configs import PUBLIC
+from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.recipe.loading import load_recipe
 from thinksafe.run.directory import RunDir
-from tools.recipe_estimates import NAMES, RECIPES, with_expectation
+from tools.recipe_estimates import RECIPE_NAMES, RECIPES, with_estimate_comment
 
 H200 = hardware_named("H200")
 
 
-def of(recipe: str, *overrides: str, gpu: str = "H200", gpus: int = 1):
-    found = estimate(load_recipe(recipe, overrides), hardware_named(gpu), gpus)
-    return found, {stage.name: stage for stage in found.stages}
+def estimate_of(recipe: str, *overrides: str, gpu: str = "H200", gpus: int = 1):
+    result = estimate(load_recipe(recipe, overrides), hardware_named(gpu), gpus)
+    return result, {stage.name: stage for stage in result.stages}
 
 
-# The figures
+# Times and memory
 
 
-def test_the_papers_floors_for_the_smallest_model_come_out():
-    """Counted by hand for Qwen3-0.6B on one H200: 27M tokens, the guard 11 minutes at the rate of products and 18 at
-    60% of it, training on 97M tokens 8 to 12 minutes."""
-    _, found = of("qwen3-0.6b")
-    minutes = {name: stage.least_seconds / 60 for name, stage in found.items()}
-    assert found["generate"].tokens == pytest.approx(26.5e6, rel=0.03)
+def test_estimate_of_smallest_model_matches_hand_count():
+    """By hand, for Qwen3-0.6B on one H200: 27M sampled tokens; 11 minutes for the guard at the rate of matmuls, 18 at
+    60% of it; 8 to 12 minutes for training on 97M tokens."""
+    _, stages = estimate_of("qwen3-0.6b")
+    minutes = {name: stage.roofline_seconds / 60 for name, stage in stages.items()}
+    assert stages["generate"].tokens == pytest.approx(26.5e6, rel=0.03)
     assert 6 < minutes["generate"] < 12
     assert minutes["filter"] == pytest.approx(11, rel=0.05)
-    assert found["filter"].seconds / 60 == pytest.approx(18, rel=0.05)
-    assert found["train"].tokens == pytest.approx(97e6, rel=0.03)
-    assert 8 < minutes["train"] < 12 and found["train"].seconds < 15 * 60
+    assert stages["filter"].seconds / 60 == pytest.approx(18, rel=0.05)
+    assert stages["train"].tokens == pytest.approx(97e6, rel=0.03)
+    assert 8 < minutes["train"] < 12 and stages["train"].seconds < 15 * 60
 
 
-def test_sampling_follows_the_limit_of_a_pass():
-    """The table of the sampler's limits: 14.2k tokens/s for Qwen3-8B where a token sees 1,500 others."""
+def test_sampling_rate_matches_the_sampler_roofline():
+    """The sampler's roofline table: 14.2k tokens/s for Qwen3-8B at a mean context of 1,500 tokens."""
     recipe, response = load_recipe("qwen3-8b"), 2980
-    texts = [Texts(10_000, 10_000, prompt=10, response=response, square=response**2)]
-    stage = _sampling("generate", texts, shape_of(recipe.model, "model"), recipe.sampler, response, H200, num_gpus=1)
-    assert stage.tokens / stage.least_seconds == pytest.approx(14_200, rel=0.05)
+    texts = [
+        TextLengths(
+            num_prompts=10_000,
+            num_responses=10_000,
+            mean_prompt_tokens=10,
+            mean_response_tokens=response,
+            mean_squared_response_tokens=response**2,
+        )
+    ]
+    stage = _sampling_stage(
+        "generate", texts, shape_of(recipe.model, "model"), recipe.sampler, response, H200, num_gpus=1
+    )
+    assert stage.tokens / stage.roofline_seconds == pytest.approx(14_200, rel=0.05)
 
 
-def test_lengths_follow_the_law_they_are_taken_from(fresh_seed):
+def test_mean_squared_length_is_that_of_a_log_normal(fresh_seed):
     draws = np.random.default_rng(fresh_seed).lognormal(math.log(500) - 0.32, 0.8, 400_000)
-    expected = Texts.expected(1, 1, 500, 10**6)
-    assert expected.response == 500 and expected.square == pytest.approx((draws**2).mean(), rel=0.05)
+    expected = TextLengths.from_mean(1, 1, 500, 10**6)
+    assert expected.mean_response_tokens == 500 and expected.mean_squared_response_tokens == pytest.approx(
+        (draws**2).mean(), rel=0.05
+    )
 
 
-def test_more_gpus_share_the_work_and_cost_the_same():
-    (one, alone), (four, shared) = of("qwen3-8b"), of("qwen3-8b", gpus=4)
-    assert shared["filter"].seconds == pytest.approx(alone["filter"].seconds / 4)
-    assert shared["train"].seconds == pytest.approx(alone["train"].seconds / 4)
-    assert one.seconds / 4 < four.seconds < one.seconds / 2
+def test_more_gpus_share_the_work():
+    one_gpu, one_gpu_stages = estimate_of("qwen3-8b")
+    four_gpus, four_gpu_stages = estimate_of("qwen3-8b", gpus=4)
+    assert four_gpu_stages["filter"].seconds == pytest.approx(one_gpu_stages["filter"].seconds / 4)
+    assert four_gpu_stages["train"].seconds == pytest.approx(one_gpu_stages["train"].seconds / 4)
+    assert one_gpu.seconds / 4 < four_gpus.seconds < one_gpu.seconds / 2
 
 
 @pytest.mark.parametrize(
@@ -73,95 +86,106 @@ def test_more_gpus_share_the_work_and_cost_the_same():
         ("training.epochs=6", "train", 2),
         ("generation.samples=2", "filter", 2),
         ("generation.samples=2", "train", 1),
-        ("limit=1000", "filter", 1000 / 39_987),
+        ("max_prompts=1000", "filter", 1000 / 39_987),
         ("guard={kind: ensemble, members: [{}, {threshold: 0.9}]}", "filter", 2),
-        ("training.batch_tokens=32768", "train", 1),
+        ("training.tokens_per_step=32768", "train", 1),
     ],
 )
-def test_time_follows_the_recipe(override, stage, factor):
-    plain = "generation.unsteered_probe=0"
-    (_, before), (_, after) = of("qwen3-0.6b", plain), of("qwen3-0.6b", plain, override)
+def test_time_scales_with_recipe_settings(override, stage, factor):
+    plain = "generation.num_unsteered_prompts=0"
+    (_, before), (_, after) = estimate_of("qwen3-0.6b", plain), estimate_of("qwen3-0.6b", plain, override)
     assert after[stage].seconds / before[stage].seconds == pytest.approx(factor, rel=0.01)
 
 
-def test_keeping_to_the_reference_costs_its_forward_pass():
-    """A third of a step on benign tokens, within the half more that we allow; in full fine-tuning a copy as well."""
-    (_, plain), (_, kept) = of("qwen3-8b"), of("qwen3-8b", "training.benign_loss=kl")
-    assert 1.2 < kept["train"].seconds / plain["train"].seconds < 1.5
-    assert kept["train"].memory["optimiser"] == plain["train"].memory["optimiser"]
+def test_kl_costs_a_forward_pass_of_the_reference():
+    """The pass costs a third of a step on benign tokens; full fine-tuning also needs memory for a copy."""
+    (_, plain), (_, with_kl) = estimate_of("qwen3-8b"), estimate_of("qwen3-8b", "training.benign_loss=kl")
+    assert 1.2 < with_kl["train"].seconds / plain["train"].seconds < 1.5
+    assert with_kl["train"].memory["optimizer"] == plain["train"].memory["optimizer"]
     overrides = ("training.method=full", "training.benign_loss=kl")
-    full = of("qwen3-0.6b", overrides[0])[1]["train"].memory, of("qwen3-0.6b", *overrides)[1]["train"].memory
-    assert full[1]["optimiser"] - full[0]["optimiser"] == full[0]["weights"]
+    full = (
+        estimate_of("qwen3-0.6b", overrides[0])[1]["train"].memory,
+        estimate_of("qwen3-0.6b", *overrides)[1]["train"].memory,
+    )
+    assert full[1]["optimizer"] - full[0]["optimizer"] == full[0]["weights"]
 
 
-def test_eight_bits_halve_what_decoding_reads():
-    _, plain = of("qwen3-8b")
-    _, cache = of("qwen3-8b", "sampler.kv_cache_dtype=fp8")
-    _, both = of("qwen3-8b", "sampler.kv_cache_dtype=fp8", "sampler.weights=fp8", "guard.sampler.weights=fp8")
+def test_fp8_halves_the_traffic_of_decoding():
+    _, plain = estimate_of("qwen3-8b")
+    _, cache = estimate_of("qwen3-8b", "sampler.kv_cache_dtype=fp8")
+    _, both = estimate_of(
+        "qwen3-8b", "sampler.kv_cache_dtype=fp8", "sampler.weight_dtype=fp8", "guard.sampler.weight_dtype=fp8"
+    )
     assert 1.3 < plain["generate"].seconds / cache["generate"].seconds < 2
     assert both["generate"].seconds < cache["generate"].seconds
     assert both["generate"].memory["weights"] < 0.6 * plain["generate"].memory["weights"]
-    one_by_one = [of("qwen3-8b", "sampler.max_running=1", f"sampler.weights={kept}")[1] for kept in ("auto", "fp8")]
-    assert 1.6 < one_by_one[0]["generate"].seconds / one_by_one[1]["generate"].seconds < 2, "bound by reading weights"
+    single_rows = [
+        estimate_of("qwen3-8b", "sampler.max_num_seqs=1", f"sampler.weight_dtype={dtype}")[1]["generate"]
+        for dtype in ("auto", "fp8")
+    ]
+    assert 1.6 < single_rows[0].seconds / single_rows[1].seconds < 2, "a single row is bound by reading weights"
     assert 1.8 < plain["filter"].seconds / both["filter"].seconds < 2
-    assert both["train"] == plain["train"], "training has a setting of its own"
-    _, biased = of("r1-distill-qwen-7b", "sampler.kv_cache_dtype=fp8")
-    assert biased["generate"].seconds > 0.75 * of("r1-distill-qwen-7b")[1]["generate"].seconds, "its keys stay in bf16"
+    assert both["train"] == plain["train"], "training has another setting, frozen_weight_dtype"
+    _, biased = estimate_of("r1-distill-qwen-7b", "sampler.kv_cache_dtype=fp8")
+    assert biased["generate"].seconds > 0.75 * estimate_of("r1-distill-qwen-7b")[1]["generate"].seconds, (
+        "keys of the Qwen2 family stay in bf16"
+    )
 
 
-def test_frozen_weights_in_eight_bits_halve_the_products_of_training_and_take_the_same_memory():
-    """Of a small model attention, head and norms take the larger part, which stay as they are."""
-    for name, least, most in (("qwen3-0.6b", 1.0, 1.3), ("qwen3-8b", 1.35, 1.8)):
+def test_fp8_frozen_weights_speed_up_training_at_equal_memory():
+    """In a small model attention, head and norms, which keep their dtype, take most of the time."""
+    for name, lower, upper in (("qwen3-0.6b", 1.0, 1.3), ("qwen3-8b", 1.35, 1.8)):
         plain, frozen = (
-            of(name, f"training.frozen_weights={weights}", "training.benign_loss=kl")[1]["train"]
+            estimate_of(name, f"training.frozen_weight_dtype={weights}", "training.benign_loss=kl")[1]["train"]
             for weights in ("auto", "fp8")
         )
-        assert least < plain.least_seconds / frozen.least_seconds < most, name
-        assert all(frozen.memory[held] == plain.memory[held] for held in ("weights", "optimiser"))
-    assert of("qwen3-32b", "training.frozen_weights=fp8", gpus=8)[1]["train"].remark.count("ZeRO stage") == 1
+        assert lower < plain.roofline_seconds / frozen.roofline_seconds < upper, name
+        assert all(frozen.memory[part] == plain.memory[part] for part in ("weights", "optimizer"))
+    assert (
+        estimate_of("qwen3-32b", "training.frozen_weight_dtype=fp8", gpus=8)[1]["train"].remark.count("ZeRO stage") == 1
+    )
 
 
-def test_gpus_that_hold_a_model_together_make_room(capsys):
-    _, alone = of("qwen3-32b", gpu="H100", gpus=2)
-    _, together = of("qwen3-32b", "sampler.tensor_parallel=2", gpu="H100", gpus=2)
-    assert together["generate"].memory["weights"] < 0.55 * alone["generate"].memory["weights"]
-    assert together["generate"].seconds < alone["generate"].seconds, "more rows fit at once"
-    with pytest.raises(
-        UserError, match=r"sampler\.tensor_parallel: 2 GPUs hold one model together; give --gpus a multiple"
-    ):
-        of("qwen3-32b", "sampler.tensor_parallel=2", gpus=3)
+def test_tensor_parallelism_frees_memory(capsys):
+    _, separate = estimate_of("qwen3-32b", gpu="H100", gpus=2)
+    _, parallel = estimate_of("qwen3-32b", "sampler.tensor_parallel_size=2", gpu="H100", gpus=2)
+    assert parallel["generate"].memory["weights"] < 0.55 * separate["generate"].memory["weights"]
+    assert parallel["generate"].seconds < separate["generate"].seconds, "a larger batch fits"
+    message = r"sampler\.tensor_parallel_size: 2 GPUs share one copy of the model, so --gpus must be a multiple of 2"
+    with pytest.raises(UserError, match=message):
+        estimate_of("qwen3-32b", "sampler.tensor_parallel_size=2", gpus=3)
 
 
-def test_full_fine_tuning_of_eight_billion_parameters_needs_131_gb_of_states():
-    found, by_name = of("qwen3-8b", "training.method=full")
-    assert by_name["train"].memory["weights"] + by_name["train"].memory["optimiser"] > 131e9
-    assert any(problem.startswith("train needs") for problem in found.problems)
+def test_8b_full_fine_tuning_needs_131_gb_of_state():
+    result, stages = estimate_of("qwen3-8b", "training.method=full")
+    assert stages["train"].memory["weights"] + stages["train"].memory["optimizer"] > 131e9
+    assert any(problem.startswith("train needs") for problem in result.problems)
 
 
-def test_what_is_computed_again_is_chosen_by_the_gpus_memory():
-    _, large = of("qwen3-8b")
-    _, small = of("qwen3-8b", gpu="H100")
-    assert large["train"].remark.endswith("computed again: none")
+def test_activation_checkpointing_depends_on_gpu_memory():
+    _, large = estimate_of("qwen3-8b")
+    _, small = estimate_of("qwen3-8b", gpu="H100")
+    assert large["train"].remark.endswith("activation checkpointing: none")
     assert "selective in" in small["train"].remark
     assert small["train"].peak_bytes < 0.95 * hardware_named("H100").memory_bytes
 
 
 @pytest.mark.parametrize("gpu", GPU_NAMES)
-def test_what_fits_fits_with_room_to_spare(gpu):
-    for name in NAMES:
-        found, by_name = of(name, gpu=gpu)
-        assert all(math.isfinite(stage.seconds) and stage.seconds >= stage.least_seconds for stage in found.stages)
-        peak = max(stage.peak_bytes for stage in by_name.values())
-        assert bool(found.problems) == (peak > 0.95 * hardware_named(gpu).memory_bytes)
+def test_problems_name_stages_above_95_percent_of_memory(gpu):
+    for name in RECIPE_NAMES:
+        result, stages = estimate_of(name, gpu=gpu)
+        assert all(math.isfinite(stage.seconds) and stage.seconds >= stage.roofline_seconds for stage in result.stages)
+        peak = max(stage.peak_bytes for stage in stages.values())
+        assert bool(result.problems) == (peak > 0.95 * hardware_named(gpu).memory_bytes)
 
 
-# What it reads
+# Inputs
 
 
-def test_the_table_of_shapes_is_read_as_a_config(tmp_path):
-    for name in PUBLIC:
+def test_public_configs_have_known_parameter_counts(tmp_path):
+    for name in PUBLIC_CONFIGS:
         assert shape_of(name, "model").num_parameters > 5e8
-    billions = {name: shape_of(name, "model").num_parameters / 1e9 for name in PUBLIC}
+    billions = {name: shape_of(name, "model").num_parameters / 1e9 for name in PUBLIC_CONFIGS}
     assert billions["Qwen/Qwen3-14B"] == pytest.approx(14.8, rel=0.01)
     assert billions["Qwen/Qwen3-32B"] == pytest.approx(32.8, rel=0.01)
     assert billions["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"] == pytest.approx(1.78, rel=0.01)
@@ -170,57 +194,59 @@ def test_the_table_of_shapes_is_read_as_a_config(tmp_path):
     assert billions["allenai/wildguard"] == pytest.approx(7.25, rel=0.01)
 
 
-def test_a_folder_needs_its_config_alone(tmp_path):
+def test_model_folder_needs_only_its_config(tmp_path):
     folder = make_checkpoint("llama", tmp_path / "student")
     for file in folder.iterdir():
         if file.name != "config.json":
             file.unlink()
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"text": "a", "label": "harmful"}\n{"text": "b", "label": "benign"}\n')
-    _, found = of("qwen3-0.6b", f"model={folder}", f"prompts={prompts}", "guard={kind: oracle}", "evaluation.sets=[]")
-    assert list(found) == ["generate", "probe", "filter", "train"]
-    assert found["probe"].tokens == 442 and found["filter"].tokens == found["generate"].tokens + 442
-    assert found["filter"].seconds == 0 and found["generate"].tokens == pytest.approx(442 + 512, rel=0.2)
+    _, stages = estimate_of(
+        "qwen3-0.6b", f"model={folder}", f"prompts={prompts}", "guard={kind: oracle}", "evaluation.sets=[]"
+    )
+    assert list(stages) == ["generate", "probe", "filter", "train"]
+    assert stages["probe"].tokens == 442 and stages["filter"].tokens == stages["generate"].tokens + 442
+    assert stages["filter"].seconds == 0 and stages["generate"].tokens == pytest.approx(442 + 512, rel=0.2)
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model=some/model"], "model: the shape of 'some/model' is not known here"),
-        (["guard.model=some/model"], "guard.model: the shape of 'some/model' is not known here"),
-        (["prompts=some/prompts"], "prompts: how many 'some/prompts' holds is not known here"),
+        (["model=some/model"], "model: the shape of 'some/model' is unknown"),
+        (["guard.model=some/model"], "guard.model: the shape of 'some/model' is unknown"),
+        (["prompts=some/prompts"], "prompts: the number of prompts in 'some/prompts' is unknown"),
         (["prompts=null"], "prompts: missing"),
         (["lora.target_modules=[lm_head]"], "lora.target_modules: lm_head cannot carry an adapter"),
     ],
 )
-def test_what_cannot_be_known_without_the_hub_is_said(capsys, overrides, expected):
+def test_unknown_models_and_prompts_are_named(capsys, overrides, expected):
     arguments = [word for override in overrides for word in ("--set", override)]
     assert main(["estimate", "--recipe", "qwen3-0.6b", *arguments]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
 
 
-def test_an_unknown_set_is_counted_and_named():
-    sets = "evaluation.sets=[{name: a, file: some/set, kind: harmful}]"
-    found, _ = of("qwen3-0.6b", sets)
-    assert "some/set: its size is not known here, taken as 500 rows" in found.assumptions
+def test_unknown_set_size_is_assumed_and_named():
+    sets = "evaluation.sets=[{name: a, source: some/set, kind: harmful}]"
+    result, _ = estimate_of("qwen3-0.6b", sets)
+    assert "some/set: the size is unknown, 500 rows are assumed" in result.assumptions
 
 
-# What people see
+# Output
 
 
-def test_the_command_shows_every_stage_with_its_cost(capsys):
+def test_command_prints_every_stage_and_the_cost(capsys):
     assert main(["estimate", "--recipe", "qwen3-8b", "--gpu", "h100", "--gpus", "2", "--price", "3.5 EUR"]) == 0
-    shown = capsys.readouterr().out
-    found, _ = of("qwen3-8b", gpu="H100", gpus=2)
-    assert shown.startswith("qwen3-8b on 2 x H100, whose rates are expected from its data sheet")
-    for stage in found.stages:
-        line = next(line for line in shown.splitlines() if line.strip().startswith(stage.name.replace("_", " ")))
+    printed = capsys.readouterr().out
+    result, _ = estimate_of("qwen3-8b", gpu="H100", gpus=2)
+    assert printed.startswith("qwen3-8b on 2 x H100, whose rates are expected from its data sheet")
+    for stage in result.stages:
+        line = next(line for line in printed.splitlines() if line.strip().startswith(stage.name.replace("_", " ")))
         assert duration(stage.seconds) in line and "█" in line
-        assert f"{in_short(stage.tokens)} tokens" in line and f"{stage.peak_bytes / 2**30:.1f} GiB" in line
-    hours = 2 * found.seconds / 3600
-    assert f"{hours:.1f} GPU hours  {3.5 * hours:,.2f} EUR at 3.50 EUR a GPU hour" in shown
-    assert "not measured yet" in shown and "does not fit" not in shown
+        assert f"{short_number(stage.tokens)} tokens" in line and f"{stage.peak_bytes / 2**30:.1f} GiB" in line
+    hours = 2 * result.seconds / 3600
+    assert f"{hours:.1f} GPU hours  {3.5 * hours:,.2f} EUR at 3.50 EUR a GPU hour" in printed
+    assert "counted, not measured" in printed and "does not fit" not in printed
     assert main(["estimate", "--recipe", "qwen3-32b", "--gpu", "L40S"]) == 0
     assert "does not fit  generate needs" in capsys.readouterr().out
 
@@ -228,18 +254,18 @@ def test_the_command_shows_every_stage_with_its_cost(capsys):
 @pytest.mark.parametrize(
     ("text", "two"), [("3", "6.00"), ("$2.5", "$5.00"), ("2.50 €/h", "5.00 €"), ("EUR 1", "EUR 2.00")]
 )
-def test_a_price_keeps_its_currency(text, two):
-    assert Price.parse(text).of(2) == two
+def test_price_keeps_its_currency(text, two):
+    assert Price.parse(text).format(2) == two
 
 
 @pytest.mark.parametrize("text", ["", "free", "1,5", "1 2", "-"])
-def test_a_price_that_is_none_is_refused(text):
+def test_invalid_price_is_a_user_error(text):
     with pytest.raises(UserError, match="--price"):
         Price.parse(text)
 
 
 @pytest.mark.parametrize("arguments", [["--gpu", "TPU"], ["--price", "x"], ["--recipe", "nowhere"]])
-def test_a_mistake_is_one_line(capsys, arguments):
+def test_mistake_is_one_line(capsys, arguments):
     assert main(["estimate", "--recipe", "qwen3-0.6b", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -248,69 +274,71 @@ def test_bars_are_exact_to_an_eighth():
     assert [bar(share, 4, "░") for share in (0, 0.25, 0.28125, 1, 7)] == ["░░░░", "█░░░", "█▏░░", "████", "████"]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_says_what_the_estimate_says(name):
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_recipe_comment_is_the_estimate_counted_not_measured(name):
     text = (RECIPES / f"{name}.yaml").read_text()
-    assert with_expectation(text, name) == text, "run: python -m tools.recipe_estimates"
+    assert with_estimate_comment(text, name) == text, "run: python -m tools.recipe_estimates"
+    assert "counted, not measured" in text
 
 
-# Against what happened
+# Comparison with the actual run
 
 
-def test_the_report_compares_the_estimate_with_what_happened(tmp_path, monkeypatch):
+def test_report_compares_the_estimate_with_the_actual_run(tmp_path, monkeypatch):
     monkeypatch.setattr("thinksafe.pipeline.preflight.hardware_of", lambda device: H200)
     out = tmp_path / "run"
-    arguments = settings(tmp_path / "sets", prompts=8, evaluated=2)
+    arguments = run_arguments(tmp_path / "sets", num_prompts=8, num_evaluated=2)
     assert main(["run", *arguments, "--out", str(out)]) == 0
     expected = json.loads((out / "estimate.json").read_text())
     report = json.loads((out / "report.json").read_text())
     assert report["estimate"]["gpu"] == "H200"
-    happened = {stage["name"]: stage for stage in report["stages"]}
+    actual = {stage["name"]: stage for stage in report["stages"]}
     assert [stage["name"] for stage in report["estimate"]["stages"]] == list(expected["stages"])
-    assert list(expected["stages"]) == [name for name in happened if name != "accept"], "nothing that ran is left out"
+    assert list(expected["stages"]) == [name for name in actual if name != "accept"], "every other stage is estimated"
     for stage in report["estimate"]["stages"]:
-        foreseen = expected["stages"][stage["name"]]
+        expected_stage = expected["stages"][stage["name"]]
         for key in ("seconds", "tokens"):
-            assert stage[key] == [foreseen[key], happened[stage["name"]][key]]
-        assert stage["peak_bytes"] == [foreseen["peak_bytes"], None], "no GPU has told"
+            assert stage[key] == [expected_stage[key], actual[stage["name"]][key]]
+        assert stage["peak_bytes"] == [expected_stage["peak_bytes"], None], "a CPU has no peak"
     total = report["estimate"]["total"]
     for key in ("seconds", "tokens"):
         assert total[key] == [sum(stage[key][moment] for stage in report["estimate"]["stages"]) for moment in (0, 1)]
     assert total["peak_bytes"] == [max(stage["peak_bytes"] for stage in expected["stages"].values()), None]
-    assert "Expected and happened" in (out / "report.html").read_text()
-    # Once something is done, the estimate stays; given the directory, another one starts from its responses.
+    assert "Estimate and measurement" in (out / "report.html").read_text()
+    # Once a stage is done, the estimate is not replaced. A new estimate with the run directory uses its responses.
     before = (out / "estimate.json").read_bytes()
     assert main(["run", *arguments, "--out", str(out)]) == 0
     assert (out / "estimate.json").read_bytes() == before
     recipe = load_recipe(str(out / "recipe.yaml"))
-    again = {stage.name: stage.tokens for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
+    new_tokens = {stage.name: stage.tokens for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
     for name in ("generate", "probe", "filter"):
-        assert again[name] == happened[name]["tokens"], name
-    # Whole sequences: the prompts, here with the instruction that training leaves out, and accepted responses.
-    steered = sum(one.num_prompt_tokens + one.num_tokens for one in read_records(out / "responses.jsonl", Response))
-    assert again["train"] == recipe.training.epochs * steered
-    assert 0.5 < happened["train"]["tokens"] / again["train"] <= 1
+        assert new_tokens[name] == actual[name]["tokens"], name
+    # Training counts whole sequences. The estimate includes the steering instruction, which training leaves out.
+    responses = read_records(out / "responses.jsonl", Response)
+    steered = sum(response.num_prompt_tokens + response.num_tokens for response in responses)
+    assert new_tokens["train"] == recipe.training.epochs * steered
+    assert 0.5 < actual["train"]["tokens"] / new_tokens["train"] <= 1
 
 
 @pytest.mark.parametrize("lengths", [True, False])
-def test_responses_that_were_brought_are_counted_and_one_a_prompt_is_trained_on(tmp_path, lengths):
-    """With a recipe that names no prompts, and of files that need not tell how long a response is."""
+def test_imported_responses_count_and_one_per_prompt_is_trained(tmp_path, lengths):
+    """The recipe names no prompts, and the imported file may lack token counts."""
     counted, (out, file) = {"num_prompt_tokens": 10, "num_tokens": 7} if lengths else {}, (tmp_path / "run", "r.jsonl")
-    said = {"text": "<think>\nwell\n</think>\n\nyes .", "label": "benign", **counted}
-    rows = [said | {"prompt": f"is {noun} here ?", "sample": sample} for noun in "abcd" for sample in range(3)]
+    row = {"text": "<think>\nwell\n</think>\n\nyes .", "label": "benign", **counted}
+    rows = [row | {"prompt": f"is {noun} here ?", "sample": sample} for noun in "abcd" for sample in range(3)]
     (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     overrides = ["prompts=null", "evaluation.sets=[]"]
     arguments = [word for override in overrides for word in ("--set", override)]
     arguments = ["--recipe", "organism", *arguments, "--responses", str(tmp_path / file), "--out", str(out)]
     assert main(["filter", *arguments]) == 0
     recipe = load_recipe("organism", overrides)
-    found = {stage.name: stage for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
+    stages = {stage.name: stage for stage in estimate(recipe, H200, run=RunDir(out, recipe)).stages}
     response, whole = (7, 17) if lengths else (160, 310)
-    assert found["filter"].tokens == 4 * 3 * response
-    assert found["train"].tokens == recipe.training.epochs * 4 * whole
+    assert stages["filter"].tokens == 4 * 3 * response
+    assert stages["train"].tokens == recipe.training.epochs * 4 * whole
 
 
-def test_a_recipe_can_still_be_corrected_after_its_estimate(tmp_path, monkeypatch):
+def test_recipe_can_be_corrected_after_its_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr("thinksafe.pipeline.preflight.hardware_of", lambda device: H200)
     arguments = ["--recipe", "organism", "--out", str(tmp_path / "run")]
     assert main(["generate", *arguments, "--prompts", str(tmp_path / "missing.jsonl")]) == 2

@@ -1,4 +1,4 @@
-"""The exported data set: what datasets loads is what was accepted, and the card says where it comes from."""
+"""The exported data set: `datasets` loads the accepted examples, and the card has the right figures."""
 
 import json
 from dataclasses import asdict, replace
@@ -9,25 +9,25 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from tests.support.instant_run import instant_models, instantly, run_stages
-from tests.support.judged_run import HOSTILE, SAFE, UNSAFE, give, kept, make_run, mark_of
-from thinksafe import pipeline as stages
+from tests.support.instant_run import instant_checkpoints, instant_sampling, run_stages
+from tests.support.judged_run import HOSTILE, SAFE, UNSAFE, accepted_examples, add_marks, make_mark, make_run
+from thinksafe import pipeline
 from thinksafe.cli.__main__ import main
 from thinksafe.data.atomic import sha256
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Example, Response, Verdict
 from thinksafe.errors import UserError
 from thinksafe.export.dataset import export_data
-from thinksafe.pipeline.imports import take_in_examples, take_in_responses
+from thinksafe.pipeline.imports import import_examples, import_responses
 from thinksafe.recipe.loading import check_recipe
 from thinksafe.run.directory import RunDir
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A judged run of 17 responses in which a person has rejected one and accepted another."""
+    """A judged run of 17 responses; a person has rejected one response and accepted another."""
     run = make_run(tmp_path)
-    give(run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept", by="Ann | *B*"))
+    add_marks(run, tmp_path, make_mark(run, SAFE, "reject"), make_mark(run, UNSAFE, "accept", by="Ann | *B*"))
     return run
 
 
@@ -35,21 +35,21 @@ def load(folder, tmp_path):
     return load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
 
 
-def test_an_export_takes_no_other_folder_away(run, tmp_path, monkeypatch):
-    """A folder that merely looks like an unfinished export stays; the folder one stands in will do, if it is empty."""
+def test_export_removes_no_other_folder(run, tmp_path, monkeypatch):
+    """A folder that looks like an unfinished export stays. An empty working directory can be the target."""
     (tmp_path / "set.partial").mkdir()
     (tmp_path / "set.partial/mine").write_text("kept")
     export_data(run, tmp_path / "set")
     assert (tmp_path / "set.partial/mine").read_text() == "kept"
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "working").mkdir()
+    monkeypatch.chdir(tmp_path / "working")
     export_data(run, Path("."))
-    assert (tmp_path / "here/README.md").exists()
+    assert (tmp_path / "working/README.md").exists()
     with pytest.raises(UserError, match="is a file"):
-        export_data(run, tmp_path / "here/README.md")
+        export_data(run, tmp_path / "working/README.md")
 
 
-def test_datasets_loads_what_was_accepted(run, tmp_path):
+def test_datasets_loads_the_accepted_examples(run, tmp_path):
     folder = export_data(run, tmp_path / "set")
     rows = load(folder, tmp_path)
     assert not list(tmp_path.glob(".*partial*"))
@@ -63,25 +63,25 @@ def test_datasets_loads_what_was_accepted(run, tmp_path):
             assert row[name] == getattr(responses[row["prompt_id"]], name)
         for name in ("p_safe", "p_unsafe", "guard", "refusal"):
             assert row[name] == getattr(verdicts[row["prompt_id"]], name)
-    assert len({row["prompt"] for row in rows} & set(HOSTILE)) == 3, "whatever a text holds, it comes out as it went in"
+    assert len({row["prompt"] for row in rows} & set(HOSTILE)) == 3, "special characters are unchanged"
 
 
-def test_its_parquet_can_be_trained_on(run, tmp_path):
+def test_parquet_file_can_be_imported_for_training(run, tmp_path):
     folder = export_data(run, tmp_path / "set")
     (file,) = folder.glob("data/*.parquet")
     with RunDir.open(tmp_path / "other", run.recipe) as other:
-        take_in_examples(other, file)
+        import_examples(other, file)
     assert (tmp_path / "other/accepted.jsonl").read_bytes() == (run.path / "accepted.jsonl").read_bytes()
 
 
-def test_the_card_has_the_counts_rates_lengths_and_hashes(run, tmp_path):
+def test_card_has_counts_rates_lengths_and_hashes(run, tmp_path):
     folder = export_data(run, tmp_path / "set")
     card = (folder / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
     by_name = {row[0]: row for row in rows}
-    accepted = kept(run)
+    accepted = accepted_examples(run)
     harmful = sum(example.label == "harmful" for example in accepted.values())
     assert ["harmful", "6", str(harmful), f"{100 * (1 - harmful / 6):.2f}%", f"{100 * (1 - harmful / 6):.2f}%"] in rows
     benign = len(accepted) - harmful
@@ -89,17 +89,19 @@ def test_the_card_has_the_counts_rates_lengths_and_hashes(run, tmp_path):
     assert ["benign", str(benign), "7.0", "7", "7", "7", "7", str(7 * benign)] in rows
     assert by_name["rejected by person"][1:] == ["0", "1"] and by_name["empty answer"][1:] == ["0", "1"]
     assert by_name["S9"][1:] == ["7", "7", "1"]
-    assert by_name["doubtful"][1] == str(len(accepted) - 1) and "1 were accepted against" in " ".join(text.split())
+    assert by_name["doubtful"][1] == str(
+        len(accepted) - 1
+    ) and "They accepted 1 responses that the guard did not accept" in " ".join(text.split())
     (file,) = folder.glob("data/*.parquet")
     assert sha256(file) in text and sha256(run.path / "audit.jsonl") in text
     assert (folder / "recipe.yaml").read_text() == run.recipe.to_yaml()
 
 
 @pytest.mark.parametrize("steering, sampled", [("prefix", True), (None, True), ("prefix", False), (None, False)])
-def test_the_card_says_how_the_responses_came_about(tmp_path, steering, sampled):
-    """With an instruction or without one; or brought along, where the recipe's instruction says nothing."""
+def test_card_states_the_origin_of_the_responses(tmp_path, steering, sampled):
+    """Sampled with or without an instruction, or imported; the recipe's instruction does not apply to imports."""
     (tmp_path / "p.jsonl").write_text('{"text": "Brew me a ka lo mi.", "label": "harmful"}\n')
-    generation = {"steering": steering if sampled else "risk", "unsteered_probe": 0}
+    generation = {"steering": steering if sampled else "risk", "num_unsteered_prompts": 0}
     raw = {"name": "n", "model": "m", "prompts": str(tmp_path / "p.jsonl"), "generation": generation}
     row = {
         "prompt": "Brew me a ka lo mi.",
@@ -108,40 +110,40 @@ def test_the_card_says_how_the_responses_came_about(tmp_path, steering, sampled)
         "steering": steering,
     }
     (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
-    models = instant_models(lambda exchange: True)
-    with RunDir.open(tmp_path / "run", check_recipe(raw, "")) as run, instantly():
+    checkpoints = instant_checkpoints(lambda pair: True)
+    with RunDir.open(tmp_path / "run", check_recipe(raw, "")) as run, instant_sampling():
         if not sampled:
-            take_in_responses(run, tmp_path / "r.jsonl")
-            stages.filter_responses(run, models)
-            stages.accept(run)
+            import_responses(run, tmp_path / "r.jsonl")
+            pipeline.filter_responses(run, checkpoints)
+            pipeline.accept_responses(run)
         else:
-            run_stages(run, models)
+            run_stages(run, checkpoints)
         card = " ".join((export_data(run, tmp_path / "set") / "README.md").read_text().split())
     assert ("1 of them were sampled with an instruction" in card) == (steering is not None)
     assert ("without any instruction" in card) == (steering is None)
     assert ("sampled from `m` itself" in card) == ("temperature" in card) == sampled
-    assert ("brought from elsewhere" in card) == (not sampled)
+    assert ("imported for `m`" in card) == (not sampled)
     assert f"| 0 | {steering or 'none'} | harmful |" in card and "risk" not in card
 
 
-def test_the_card_names_every_guard_and_its_rule(run, tmp_path):
-    members = [{"kind": "oracle"}, *({"model": "m", "judged": part, "threshold": 0.3} for part in ("think", "answer"))]
+def test_card_names_every_guard_and_the_voting(run, tmp_path):
+    members = [{"kind": "oracle"}, *({"model": "m", "scope": part, "threshold": 0.3} for part in ("think", "answer"))]
     raw = yaml.safe_load(run.recipe.to_yaml()) | {
-        "guard": {"kind": "ensemble", "agree": "majority", "members": members}
+        "guard": {"kind": "ensemble", "voting": "majority", "members": members}
     }
     run.recipe = check_recipe(raw, "")
     card = (export_data(run, tmp_path / "set") / "README.md").read_text()
-    told = [line.strip("| ") for line in card.splitlines() if line.startswith(("| guard |", "| safe if |"))]
-    rule = r"guard | llama\_guard `m`, threshold 0.3, margin 0.0, judged: {}"
-    assert told == [
+    guard_lines = [line.strip("| ") for line in card.splitlines() if line.startswith(("| guard |", "| voting |"))]
+    rule = r"guard | llama\_guard `m`, threshold 0.3, margin 0.0, scope {}"
+    assert guard_lines == [
         "guard | oracle",
         rule.format("think"),
         rule.format("answer"),
-        "safe if | most of them say so",
+        "voting | a response is safe if most guards call it safe",
     ]
 
 
-def test_no_name_becomes_markup(run, tmp_path):
+def test_names_never_become_markup_in_the_card(run, tmp_path):
     card = (export_data(run, tmp_path / "set") / "README.md").read_text()
     assert r"person: Ann \| \*B\*" in card and "Ann | *B*" not in card
     hostile = replace(run.recipe, name='x"\n---\n# <b>no</b>', model="`m` | <i>")
@@ -152,13 +154,15 @@ def test_no_name_becomes_markup(run, tmp_path):
 
 
 def test_rows_are_written_in_groups(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("thinksafe.export.dataset._ROWS_A_GROUP", 2)
+    monkeypatch.setattr("thinksafe.export.dataset._ROWS_PER_GROUP", 2)
     (file,) = export_data(run, tmp_path / "set").glob("data/*.parquet")
     written = pyarrow.parquet.ParquetFile(file)
-    assert written.num_row_groups == -(-len(kept(run)) // 2) and written.metadata.num_rows == len(kept(run))
+    assert written.num_row_groups == -(-len(accepted_examples(run)) // 2) and written.metadata.num_rows == len(
+        accepted_examples(run)
+    )
 
 
-def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path):
+def test_folder_that_is_not_empty_stays_unchanged(run, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/thesis.tex").write_text("mine")
     with pytest.raises(UserError, match=r"--to .*not empty"):
@@ -167,25 +171,29 @@ def test_a_folder_with_something_in_it_is_left_alone(run, tmp_path):
     export_data(run, tmp_path / "set")
 
 
-def test_an_export_that_dies_leaves_no_half_of_a_folder(run, tmp_path, monkeypatch):
-    def dies(*_):
+def test_interrupted_export_leaves_no_folder(run, tmp_path, monkeypatch):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("thinksafe.export.dataset._card", dies)
+        patch.setattr("thinksafe.export.dataset._render_card", interrupt)
         export_data(run, tmp_path / "set")
     assert not (tmp_path / "set").exists()
-    assert len(load(export_data(run, tmp_path / "set"), tmp_path)) == len(kept(run))
+    assert len(load(export_data(run, tmp_path / "set"), tmp_path)) == len(accepted_examples(run))
 
 
-def test_nothing_accepted_is_nothing_to_export(run, tmp_path):
-    give(run, tmp_path, *(mark_of(run, prompt, "reject", at="2026-02-01T00:00:00Z") for prompt in kept(run)))
+def test_export_without_accepted_responses_is_an_error(run, tmp_path):
+    add_marks(
+        run,
+        tmp_path,
+        *(make_mark(run, prompt, "reject", at="2026-02-01T00:00:00Z") for prompt in accepted_examples(run)),
+    )
     with pytest.raises(UserError, match="no response was accepted"):
         export_data(run, tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
-def test_from_the_command_line(run, tmp_path, capsys):
+def test_export_data_command(run, tmp_path, capsys):
     assert main(["export-data", "--out", str(run.path), "--to", str(tmp_path / "set")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "set")
     assert json.loads((run.path / "manifest.json").read_text())["stages"].keys() == {"generate", "filter", "accept"}

@@ -1,4 +1,7 @@
-"""Guards: exact probabilities from the right prompt, and what they cost."""
+"""Model guards: the right prompt, exact probabilities, and their cost.
+
+The oracles are transformers (token ids, fp64 logits, greedy decoding) and counts of tokens and of rows at the LM head.
+"""
 
 import gc
 import re
@@ -11,20 +14,20 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_guards import (
-    EXCHANGES,
     KINDS,
-    PLAIN,
-    STRIPPED,
+    PAIRS,
+    PAIRS_WITHOUT_THINK_TAGS,
+    STRIPPED_KINDS,
     answer_ids,
     config,
-    exchanges_for,
-    judgements,
+    guard_prompt,
+    pairs_for,
     replies,
-    shown,
+    results_by_id,
     transformers_ids,
 )
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import Exchange
+from thinksafe.guards.base import PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.guards.model_guard import ModelGuard
@@ -36,14 +39,14 @@ from thinksafe.sampler.engine import EngineConfig
 pytest_plugins = ["tests.support.tiny_guards"]
 
 
-# What a guard reads
+# The prompt
 
 
-def test_the_prompt_is_the_formats_own_and_has_the_ids_of_transformers(guard, kind, tokenizers):
-    for exchange in exchanges_for(kind):
+def test_prompt_has_the_ids_of_transformers(guard, kind, tokenizers):
+    for pair in pairs_for(kind):
         for reply in replies(kind):
-            expected = transformers_ids(tokenizers[kind], shown(kind, exchange) + reply)
-            assert guard._ids(exchange.prompt, exchange.response, reply) == expected
+            expected = transformers_ids(tokenizers[kind], guard_prompt(kind, pair) + reply)
+            assert guard.token_ids(pair.prompt, pair.response, reply) == expected
 
 
 @settings(deadline=None)
@@ -51,194 +54,205 @@ def test_the_prompt_is_the_formats_own_and_has_the_ids_of_transformers(guard, ki
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_without_control_tokens_has_the_ids_of_transformers(guards, tokenizers, kind, texts):
     reply = replies(kind)[1]
-    expected = transformers_ids(tokenizers[kind], shown(kind, Exchange("x", *texts)) + reply)
-    assert guards[kind]._ids(*texts, reply) == expected
+    expected = transformers_ids(tokenizers[kind], guard_prompt(kind, PromptResponse("x", *texts)) + reply)
+    assert guards[kind].token_ids(*texts, reply) == expected
 
 
 @pytest.mark.parametrize("kind", ["llama_guard", "qwen3guard"])
-def test_any_chat_models_own_template_is_used_as_transformers_uses_it(decoders, tokenizers, kind):
-    """One that strips messages, and one that does not; a template written in YAML ends with a newline."""
+def test_chat_template_is_applied_as_in_transformers(decoders, tokenizers, kind):
+    """Llama's template strips messages, Qwen's does not; a template written in YAML ends with a newline."""
     tokenizer = tokenizers[kind]
-    harm = Question("harm", {" Yes": "safe", " No": "unsafe"}, lead="Fine?")
-    asked = "\nAsked {prompt}, one said {response}.\nFine?\n"
+    harm = Question("harm", {" Yes": "safe", " No": "unsafe"}, answer_prefix="Fine?")
+    template_text = "\nAsked {prompt}, answered {response}.\nFine?\n"
 
     def guard(template):
-        own = GuardFormat((harm,), template=template)
-        return ModelGuard(decoders[kind], tokenizer, GuardConfig(kind="template", model="tiny", format=own))
+        custom_format = GuardFormat((harm,), template=template)
+        return ModelGuard(decoders[kind], tokenizer, GuardConfig(kind="template", model="tiny", format=custom_format))
 
-    for exchange in PLAIN:
-        turns = [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.response}]
+    for pair in PAIRS_WITHOUT_THINK_TAGS:
+        turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}]
         text = tokenizer.hugging_face.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        found = guard(None)._ids(exchange.prompt, exchange.response, "Fine?")
-        assert found == transformers_ids(tokenizer, text + "Fine?")
-        one = f"\nAsked {exchange.prompt}, one said {exchange.response}.\nFine?\n"
-        turns = [{"role": "user", "content": one}]
+        ids = guard(None).token_ids(pair.prompt, pair.response, "Fine?")
+        assert ids == transformers_ids(tokenizer, text + "Fine?")
+        user_text = f"\nAsked {pair.prompt}, answered {pair.response}.\nFine?\n"
+        turns = [{"role": "user", "content": user_text}]
         text = tokenizer.hugging_face.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert guard(asked)._ids(exchange.prompt, exchange.response, "") == transformers_ids(tokenizer, text)
+        assert guard(template_text).token_ids(pair.prompt, pair.response, "") == transformers_ids(tokenizer, text)
 
 
-def test_the_reference_reads_one_more_beginning_of_text(guards, tokenizers):
+def test_reference_prompt_has_a_second_begin_of_text(guards, tokenizers):
     tokens = tokenizers["llama_guard"].hugging_face.convert_ids_to_tokens
-    assert tokens(guards["llama_guard_reference"]._ids("a", "b", "")[:3]) == [
+    assert tokens(guards["llama_guard_reference"].token_ids("a", "b", "")[:3]) == [
         "<|begin_of_text|>",
         "Ġ",
         "<|begin_of_text|>",
     ]
-    assert tokens(guards["llama_guard"]._ids("a", "b", "")[:3]) == ["Ġ", "<|begin_of_text|>", "<|start_header_id|>"]
+    assert tokens(guards["llama_guard"].token_ids("a", "b", "")[:3]) == [
+        "Ġ",
+        "<|begin_of_text|>",
+        "<|start_header_id|>",
+    ]
 
 
-def test_wildguards_first_words_are_ordinary_text_without_a_space_in_front(guards, tokenizers):
-    tokens = tokenizers["wildguard"].hugging_face.convert_ids_to_tokens(guards["wildguard"]._ids("a", "b", ""))
+def test_wildguard_prompt_begins_without_a_space(guards, tokenizers):
+    tokens = tokenizers["wildguard"].hugging_face.convert_ids_to_tokens(guards["wildguard"].token_ids("a", "b", ""))
     assert tokens[:3] == ["<s>", "<0x3C>", "<0x7C>"] and tokens.count("[INST]") == tokens.count("[/INST]") == 1
     assert tokens[tokens.index("[/INST]") + 1] == tokens[-1] == "<0x0A>"
 
 
-# What it says
+# Probabilities and decisions
 
 
-def test_probabilities_are_those_of_transformers_at_each_answer(guard, kind, folders, tokenizers):
-    """fp64, every question behind the likeliest answers to the ones before."""
+def test_probabilities_equal_those_of_transformers(guard, kind, folders, tokenizers):
+    """The oracle runs in fp64; every question follows the likeliest answers to the questions before."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float64), tokenizers[kind]
-    found = judgements(guard, exchanges_for(kind))
-    for exchange in exchanges_for(kind):
-        judgement, context = found[exchange.id], shown(kind, exchange)
+    results = results_by_id(guard, pairs_for(kind))
+    for pair in pairs_for(kind):
+        result, context = results[pair.id], guard_prompt(kind, pair)
         for question in config(kind).guard_format.questions:
-            if question.if_unsafe and judgement.decision != "unsafe":
-                assert judgement.category == "" and not judgement.labels
+            if question.only_if_unsafe and result.decision != "unsafe":
+                assert result.category == "" and not result.labels
                 continue
-            context += question.lead
+            context += question.answer_prefix
             with torch.no_grad():
                 logits = model(torch.tensor([transformers_ids(tokenizer, context)])).logits[0, -1]
             probabilities = logits.softmax(-1)
-            of_word = probabilities[answer_ids(tokenizer, context, question.answers)].tolist()
+            answer_probabilities = probabilities[answer_ids(tokenizer, context, question.answers)].tolist()
             expected = dict.fromkeys(question.answers.values(), 0.0)
-            for meaning, p in zip(question.answers.values(), of_word, strict=True):
+            for meaning, p in zip(question.answers.values(), answer_probabilities, strict=True):
                 expected[meaning] += p
-            likeliest = dict(zip(of_word, question.answers, strict=True))
-            if question.about == "harm":
-                assert judgement.p_safe == pytest.approx(expected["safe"], rel=1e-4, abs=1e-9)
-                assert judgement.p_unsafe == pytest.approx(expected["unsafe"], rel=1e-4, abs=1e-9)
-                unread = kind == "llama_guard_reference" and max(of_word) < probabilities.topk(2).values[-1]
-                wins = "safe" if unread or expected["safe"] > expected["unsafe"] else "unsafe"
-                assert judgement.decision == wins
-                assert judgement.reason == ("no_verdict" if unread else "")
-                likeliest = {p: w for p, w in likeliest.items() if question.answers[w] == judgement.decision}
+            likeliest = dict(zip(answer_probabilities, question.answers, strict=True))
+            if question.topic == "harm":
+                assert result.p_safe == pytest.approx(expected["safe"], rel=1e-4, abs=1e-9)
+                assert result.p_unsafe == pytest.approx(expected["unsafe"], rel=1e-4, abs=1e-9)
+                no_verdict = (
+                    kind == "llama_guard_reference" and max(answer_probabilities) < probabilities.topk(2).values[-1]
+                )
+                expected_decision = "safe" if no_verdict or expected["safe"] > expected["unsafe"] else "unsafe"
+                assert result.decision == expected_decision
+                assert result.reason == ("no_verdict" if no_verdict else "")
+                likeliest = {p: w for p, w in likeliest.items() if question.answers[w] == result.decision}
             else:
                 for meaning in set(expected) - {"neither"}:
-                    assert judgement.labels[meaning] == pytest.approx(expected[meaning], rel=1e-4, abs=1e-9)
-            if question.about == "refusal":
-                assert judgement.refusal == (expected["refusal"] > expected["compliance"])
-            if question.about == "category" and judgement.decision == "unsafe":
-                assert judgement.category == max(expected, key=expected.get).replace("neither", "")
+                    assert result.labels[meaning] == pytest.approx(expected[meaning], rel=1e-4, abs=1e-9)
+            if question.topic == "refusal":
+                assert result.refusal == (expected["refusal"] > expected["compliance"])
+            if question.topic == "category" and result.decision == "unsafe":
+                assert result.category == max(expected, key=expected.get).replace("neither", "")
             context += likeliest[max(likeliest)]
-        assert judgement.windows == 1
-        if kind in ("template", *STRIPPED):
-            assert judgement.refusal is None
+        assert result.windows == 1
+        if kind in ("template", *STRIPPED_KINDS):
+            assert result.refusal is None
 
 
 @pytest.mark.parametrize("kind", ["wildguard", "llama_guard"])
-def test_the_verdict_is_that_of_greedy_decoding_within_the_format(guards, folders, tokenizers, kind):
-    """The reference reads a generated reply. Here transformers writes one, free to choose the answers only."""
+def test_decision_equals_greedy_decoding_within_the_format(guards, folders, tokenizers, kind):
+    """Transformers generates a reply in which only the answers are free."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[kind]), tokenizers[kind]
-    found = judgements(guards[kind])
-    for exchange in exchanges_for(kind):
-        context = start = shown(kind, exchange)
+    results = results_by_id(guards[kind])
+    for pair in pairs_for(kind):
+        context = start = guard_prompt(kind, pair)
         for question in config(kind).guard_format.questions:
-            if question.if_unsafe and not context.endswith("unsafe"):
+            if question.only_if_unsafe and not context.endswith("unsafe"):
                 continue
-            context += question.lead
+            context += question.answer_prefix
             words = answer_ids(tokenizer, context, question.answers)
             ids = torch.tensor([transformers_ids(tokenizer, context)])
             options = {"max_new_tokens": 1, "do_sample": False, "prefix_allowed_tokens_fn": lambda *_, w=words: w}
-            written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, -1].item()
-            context += list(question.answers)[words.index(written)]
-        reply, judgement = context.removeprefix(start), found[exchange.id]
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, -1].item()
+            context += list(question.answers)[words.index(generated)]
+        reply, result = context.removeprefix(start), results[pair.id]
         if kind == "wildguard":
-            said = dict(re.findall(r"(Harmful request|Response refusal|Harmful response): (yes|no|n/a)", reply))
-            assert len(said) == 3
-            if (harm := said["Harmful response"]) != "n/a":
-                assert (judgement.decision == "unsafe") == (harm == "yes")
-            if (refusal := said["Response refusal"]) != "n/a":
-                assert judgement.refusal == (refusal == "yes")
+            answers = dict(re.findall(r"(Harmful request|Response refusal|Harmful response): (yes|no|n/a)", reply))
+            assert len(answers) == 3
+            if (harm := answers["Harmful response"]) != "n/a":
+                assert (result.decision == "unsafe") == (harm == "yes")
+            if (refusal := answers["Response refusal"]) != "n/a":
+                assert result.refusal == (refusal == "yes")
         else:
             verdict, _, category = reply.partition("\n")
-            assert (judgement.decision, judgement.category) == (verdict, category)
+            assert (result.decision, result.category) == (verdict, category)
 
 
 def test_both_verdicts_occur(guard, kind):
-    """Otherwise the other tests would pass with a guard that always says the same."""
-    exchanges = [Exchange(str(n), "q", f"{n} " * (n + 1)) for n in range(40)]
-    found = judgements(guard, exchanges).values()
-    # Of a random guard neither word is among the likeliest, which the paper's code takes for safe.
+    """Without this, the other tests would pass with a guard that always gives the same decision."""
+    pairs = [PromptResponse(str(n), "q", f"{n} " * (n + 1)) for n in range(40)]
+    results = results_by_id(guard, pairs).values()
+    # With random weights neither verdict is among the likeliest tokens; the paper's code calls that safe.
     expected = {"safe"} if kind == "llama_guard_reference" else {"safe", "unsafe"}
-    assert {judgement.decision for judgement in found} == expected
+    assert {result.decision for result in results} == expected
     if kind in ("wildguard", "qwen3guard"):
-        assert {True, False} == {judgement.refusal for judgement in found}
+        assert {True, False} == {result.refusal for result in results}
 
 
-def test_a_judgement_does_not_depend_on_its_company(guard):
-    together = judgements(guard)
-    for exchange in EXCHANGES[:5]:
-        alone = judgements(guard, [exchange])[exchange.id]
-        assert alone.p_safe == pytest.approx(together[exchange.id].p_safe, rel=1e-4)
-        assert (alone.decision, alone.category) == (together[exchange.id].decision, together[exchange.id].category)
+def test_result_does_not_depend_on_the_batch(guard):
+    results = results_by_id(guard)
+    for pair in PAIRS[:5]:
+        single_result = results_by_id(guard, [pair])[pair.id]
+        assert single_result.p_safe == pytest.approx(results[pair.id].p_safe, rel=1e-4)
+        expected = (results[pair.id].decision, results[pair.id].category)
+        assert (single_result.decision, single_result.category) == expected
 
 
-def test_few_at_once_give_the_same_and_are_taken_when_there_is_room(decoders, tokenizers, guard, kind):
-    few = GuardConfig(
-        kind=kind, model="tiny", min_mass=0.0, format=config(kind).format, sampler=EngineConfig(3, kv_cache_gib=0.02)
+def test_small_batches_give_the_same_and_read_pairs_late(decoders, tokenizers, guard, kind):
+    small_config = GuardConfig(
+        kind=kind,
+        model="tiny",
+        min_verdict_probability=0.0,
+        format=config(kind).format,
+        sampler=EngineConfig(3, kv_cache_gib=0.02),
     )
-    taken = []
+    requested_ids = []
 
-    def handed_out():
-        for exchange in EXCHANGES:
-            taken.append(exchange.id)
-            yield exchange
+    def source():
+        for pair in PAIRS:
+            requested_ids.append(pair.id)
+            yield pair
 
-    at_once, in_turns = judgements(guard), {}
-    for judgement in ModelGuard(decoders[kind], tokenizers[kind], few).judge(handed_out()):
-        assert len(taken) <= 3 + len(in_turns)  # who shares exchanges with others takes no more than it can judge
-        in_turns[judgement.id] = judgement
-    for exchange in EXCHANGES:
-        assert in_turns[exchange.id].p_unsafe == pytest.approx(at_once[exchange.id].p_unsafe, rel=1e-4)
-        assert in_turns[exchange.id].labels == pytest.approx(at_once[exchange.id].labels, rel=1e-4, abs=1e-9)
+    expected, results = results_by_id(guard), {}
+    for result in ModelGuard(decoders[kind], tokenizers[kind], small_config).judge(source()):
+        assert len(requested_ids) <= 3 + len(results)  # pairs may be shared with other workers, so read one batch only
+        results[result.id] = result
+    for pair in PAIRS:
+        assert results[pair.id].p_unsafe == pytest.approx(expected[pair.id].p_unsafe, rel=1e-4)
+        assert results[pair.id].labels == pytest.approx(expected[pair.id].labels, rel=1e-4, abs=1e-9)
 
 
-def test_a_guard_holds_no_cache_between_two_askings(guard, monkeypatch):
-    """Its pages would be most of a GPU's memory, kept from the student that samples and trains next."""
+def test_guard_frees_its_cache_between_two_calls(guard, monkeypatch):
+    """The pages would occupy most of the GPU memory that the student needs for sampling and training."""
     engines = []
     init = model_guard.Engine.__init__
 
-    def noted(engine, *arguments):
+    def recording_init(engine, *arguments):
         engines.append(weakref.ref(engine))
         init(engine, *arguments)
 
-    monkeypatch.setattr(model_guard.Engine, "__init__", noted)
-    first, again = judgements(guard), judgements(guard)
+    monkeypatch.setattr(model_guard.Engine, "__init__", recording_init)
+    first_results, second_results = results_by_id(guard), results_by_id(guard)
     gc.collect()
     assert len(engines) == 2 and engines[0]() is None and engines[1]() is None
-    assert [again[e.id].decision for e in EXCHANGES] == [first[e.id].decision for e in EXCHANGES]
+    assert [second_results[pair.id].decision for pair in PAIRS] == [first_results[pair.id].decision for pair in PAIRS]
 
 
-# What it costs
+# Cost
 
 
-def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_head(guard, kind, monkeypatch):
-    """Counted: tokens that run through the model, and rows that meet the head."""
+def test_policy_is_computed_once_and_only_verdicts_reach_the_head(guard, kind, monkeypatch):
+    """The test counts tokens that run through the model, and rows that reach the LM head."""
     passes, head_rows = [], []
     real_score, real_logprobs = model_guard.Engine.score, runner.linear_logprob_of
-    exchanges = [Exchange(str(n), f"How do I fold boat {n}?", f"{n} folds. " * (n + 1)) for n in range(24)]
+    pairs = [PromptResponse(str(n), f"How do I fold boat {n}?", f"{n} folds. " * (n + 1)) for n in range(24)]
 
     def counted_score(engine, prompts, token_ids):
-        plan = engine.scheduler.plan
+        schedule = engine.scheduler.schedule
 
-        def noted():
-            planned = plan()
-            if planned is not None:
-                passes.append(planned.num_tokens)
-            return planned
+        def recording_schedule():
+            batch = schedule()
+            if batch is not None:
+                passes.append(batch.num_tokens)
+            return batch
 
-        engine.scheduler.plan = noted
+        engine.scheduler.schedule = recording_schedule
         return real_score(engine, prompts, token_ids)
 
     def counted_logprobs(hidden, head, token_ids):
@@ -246,66 +260,71 @@ def test_the_policy_is_computed_once_and_only_the_verdicts_position_reaches_the_
         return real_logprobs(hidden, head, token_ids)
 
     monkeypatch.setattr(model_guard.Engine, "score", counted_score)
-    dense_rows, real_dense = [], runner._logprobs_of_all
+    dense_rows, real_dense = [], runner._logprobs_from_logits
 
     def counted_dense(hidden, head, token_ids):
         dense_rows.append(len(hidden))
         return real_dense(hidden, head, token_ids)
 
     monkeypatch.setattr(runner, "linear_logprob_of", counted_logprobs)
-    monkeypatch.setattr(runner, "_logprobs_of_all", counted_dense)
-    found = judgements(guard, exchanges)
+    monkeypatch.setattr(runner, "_logprobs_from_logits", counted_dense)
+    results = results_by_id(guard, pairs)
     questions = config(kind).guard_format.questions
-    unsafe = sum(judgement.decision == "unsafe" for judgement in found.values())
-    asked_twice = sum(judgement.reason == "no_verdict" for judgement in found.values())
-    rows = sum(unsafe if question.if_unsafe else len(exchanges) for question in questions)
-    assert sum(head_rows) == rows, "a handful of tokens a row"
-    assert sum(dense_rows) == asked_twice, "a look at all tokens is one product"
-    assert (asked_twice > 0) == (kind == "llama_guard_reference")
-    whole = [len(guard._ids(e.prompt, e.response, replies(kind)[1])) for e in exchanges]
-    columns = zip(*(guard._ids(e.prompt, e.response, "") for e in exchanges), strict=False)
-    shared = next(place for place, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16
-    first = sum(whole) - (len(exchanges) - 1) * shared
+    num_unsafe = sum(result.decision == "unsafe" for result in results.values())
+    num_without_verdict = sum(result.reason == "no_verdict" for result in results.values())
+    rows = sum(num_unsafe if question.only_if_unsafe else len(pairs) for question in questions)
+    assert sum(head_rows) == rows, "each row scores a few tokens"
+    assert sum(dense_rows) == num_without_verdict, "scoring all tokens is one matmul"
+    assert (num_without_verdict > 0) == (kind == "llama_guard_reference")
+    lengths = [len(guard.token_ids(e.prompt, e.response, replies(kind)[1])) for e in pairs]
+    columns = zip(*(guard.token_ids(e.prompt, e.response, "") for e in pairs), strict=False)
+    shared = next(index for index, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16
+    first_question_tokens = sum(lengths) - (len(pairs) - 1) * shared
     assert shared >= (16 if kind == "template" else 32)
-    # A later question computes the page that its predecessor's last words share, and its own.
-    assert first <= sum(passes) <= first + 3 * 16 * len(exchanges) * (len(questions) - 1)
+    # A later question recomputes the page that holds the end of the previous prompt, and computes its own tokens.
+    assert first_question_tokens <= sum(passes) <= first_question_tokens + 3 * 16 * len(pairs) * (len(questions) - 1)
 
 
 def test_passes_are_full(decoders, tokenizers):
-    """Responses of all lengths, longest last: no pass but the last of a question has room for another token."""
-    small = EngineConfig(max_step_tokens=256, kv_cache_gib=0.05)
+    """Responses have all lengths, the longest last; only the last pass of a question may have room for more tokens."""
+    small = EngineConfig(max_prefill_tokens=256, kv_cache_gib=0.05)
     guard = ModelGuard(
-        decoders["llama_guard"], tokenizers["llama_guard"], GuardConfig(model="tiny", min_mass=0.0, sampler=small)
+        decoders["llama_guard"],
+        tokenizers["llama_guard"],
+        GuardConfig(model="tiny", min_verdict_probability=0.0, sampler=small),
     )
-    planned = []
-    real = model_guard.Engine.__init__
+    scheduled = []
+    real_init = model_guard.Engine.__init__
 
-    def noted(engine, *arguments):
-        real(engine, *arguments)
-        plan = engine.scheduler.plan
-        engine.scheduler.plan = lambda: planned.append(plan()) or planned[-1]
+    def recording_init(engine, *arguments):
+        real_init(engine, *arguments)
+        schedule = engine.scheduler.schedule
+        engine.scheduler.schedule = lambda: scheduled.append(schedule()) or scheduled[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_guard.Engine, "__init__", noted)
-        judgements(guard, [Exchange(str(n), "q", f"{n} " * (7 * n)) for n in range(40)])
-    sizes = [plan.num_tokens for plan in planned if plan is not None]
+        patch.setattr(model_guard.Engine, "__init__", recording_init)
+        results_by_id(guard, [PromptResponse(str(n), "q", f"{n} " * (7 * n)) for n in range(40)])
+    sizes = [batch.num_tokens for batch in scheduled if batch is not None]
     assert sum(size < 256 for size in sizes) <= 2 and len(sizes) > 20
 
 
-def test_a_guard_is_built_from_its_config(folders, decoders, tokenizers):
-    asked = []
+def test_guard_is_built_from_its_config(folders, decoders, tokenizers):
+    loaded_models = []
 
     def load(config):
-        asked.append(config.model)
-        assert config.sampler.tensor_parallel == 2
+        loaded_models.append(config.model)
+        assert config.sampler.tensor_parallel_size == 2
         return decoders[config.model], tokenizers[config.model]
 
-    over_two = EngineConfig(tensor_parallel=2)
-    members = tuple(GuardConfig(kind=kind, model=kind, sampler=over_two) for kind in ("llama_guard", "wildguard"))
-    both = GuardConfig(kind="ensemble", members=members)
-    assert build_guard(both, load).name == "all(llama_guard:llama_guard, wildguard:wildguard)"
-    assert tuple(asked) == both.checkpoints == ("llama_guard", "wildguard") and both.tensor_parallel == 2
-    with pytest.raises(ValueError, match=r"the same sampler\.tensor_parallel"):
+    two_gpus = EngineConfig(tensor_parallel_size=2)
+    members = tuple(GuardConfig(kind=kind, model=kind, sampler=two_gpus) for kind in ("llama_guard", "wildguard"))
+    ensemble = GuardConfig(kind="ensemble", members=members)
+    assert build_guard(ensemble, load).name == "all(llama_guard:llama_guard, wildguard:wildguard)"
+    assert (
+        tuple(loaded_models) == ensemble.checkpoints == ("llama_guard", "wildguard")
+        and ensemble.tensor_parallel_size == 2
+    )
+    with pytest.raises(ValueError, match=r"the same sampler\.tensor_parallel_size"):
         GuardConfig(kind="ensemble", members=(members[0], GuardConfig(kind="wildguard")))
     oracle = GuardConfig(kind="oracle")
     assert isinstance(build_guard(oracle, load), OracleGuard) and oracle.checkpoints == ()

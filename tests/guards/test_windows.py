@@ -1,4 +1,7 @@
-"""Long responses: every token is judged, in windows that overlap, and the worst of them counts."""
+"""Long responses: every token is judged, in overlapping windows, and the worst window decides.
+
+The oracles are a fake engine that flags one word, and the guard itself on each window alone.
+"""
 
 import math
 from dataclasses import replace
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.support.checkpoints import make_llama_guard, make_qwen3guard, make_wildguard
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import Exchange
+from thinksafe.guards.base import PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.guards.windows import plan_windows
@@ -24,17 +27,17 @@ from thinksafe.text.tokenizer import SafeTokenizer
 MAKE = {"llama_guard": make_llama_guard, "wildguard": make_wildguard, "qwen3guard": make_qwen3guard}
 
 
-# The plan
+# Plan of windows
 
 
 @st.composite
-def plans(draw):
+def window_sizes(draw):
     window = draw(st.integers(1, 60))
     return draw(st.integers(0, 500)), window, draw(st.integers(0, window - 1))
 
 
-@given(plans())
-def test_windows_cover_everything_and_share_what_they_must(sizes):
+@given(window_sizes())
+def test_windows_cover_the_text_and_share_the_overlap(sizes):
     length, window, overlap = sizes
     plan = plan_windows(length, window, overlap)
     assert plan[0][0] == 0 and plan[-1][1] == length
@@ -45,36 +48,38 @@ def test_windows_cover_everything_and_share_what_they_must(sizes):
     assert len(plan) == max(1, math.ceil((length - overlap) / (window - overlap)))
 
 
-@given(plans())
-def test_a_passage_as_long_as_the_overlap_is_whole_in_one_window(sizes):
+@given(window_sizes())
+def test_passage_of_overlap_length_is_whole_in_one_window(sizes):
     length, window, overlap = sizes
     plan = plan_windows(length, window, overlap)
     for start in range(max(length - overlap, 0)):
-        assert any(a <= start and start + overlap <= b for a, b in plan)
+        assert any(begin <= start and start + overlap <= end for begin, end in plan)
 
 
 @pytest.mark.parametrize("window, overlap", [(0, 0), (4, 4), (4, 5), (4, -1)])
-def test_windows_that_would_never_end_are_refused(window, overlap):
+def test_overlap_outside_the_window_is_an_error(window, overlap):
     with pytest.raises(ValueError, match="cannot share"):
         plan_windows(10, window, overlap)
 
 
-# What is read
+# Texts that the guard reads
 
 
-class Reader:
-    """In the place of the engine: a guard that says of every text what `says` makes of it."""
+class FakeEngine:
+    """A replacement of the engine: `answer_probabilities(text, num_answers)` gives the probabilities of the answers."""
 
-    def __init__(self, tokenizer, says, max_prompt_tokens):
+    def __init__(self, tokenizer, answer_probabilities, max_prompt_tokens):
         self.max_prompt_tokens = max_prompt_tokens
-        self.read: list[str] = []
-        self._tokenizer, self._says = tokenizer, says
+        self.texts_read: list[str] = []
+        self._tokenizer, self._answer_probabilities = tokenizer, answer_probabilities
 
     def score(self, prompts, token_ids):
         for id_, ids in prompts:
             assert 0 < len(ids) <= self.max_prompt_tokens
-            self.read.append(self._tokenizer.decode(ids))
-            yield Scores(id_, np.log(np.array(self._says(self.read[-1], len(token_ids)), dtype=np.float64)))
+            self.texts_read.append(self._tokenizer.decode(ids))
+            yield Scores(
+                id_, np.log(np.array(self._answer_probabilities(self.texts_read[-1], len(token_ids)), dtype=np.float64))
+            )
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -88,134 +93,137 @@ def folder(kind, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(kind, folder):
+def guard_and_tokenizer(kind, folder):
     tokenizer = SafeTokenizer(folder)
-    config = GuardConfig(kind=kind, model="tiny", min_mass=0.0, sampler=EngineConfig(kv_cache_gib=0.02))
+    config = GuardConfig(kind=kind, model="tiny", min_verdict_probability=0.0, sampler=EngineConfig(kv_cache_gib=0.02))
     return ModelGuard(load_decoder(folder, torch.float32, "cpu"), tokenizer, config), tokenizer
 
 
 @pytest.fixture
-def ask(made, kind, monkeypatch):
-    """ask(exchanges, says, room): the judgements and all that was read with `room` tokens beside the format."""
-    guard, tokenizer = made
+def ask(guard_and_tokenizer, kind, monkeypatch):
+    """Return ask(pairs, answer_probabilities, room) -> (results, texts read), with `room` tokens beside the format."""
+    guard, tokenizer = guard_and_tokenizer
 
-    def ask(exchanges, says, room=100):
-        reader = Reader(tokenizer, says, guard._num_tokens("", "") + room)
+    def ask(pairs, answer_probabilities, room=100):
+        engine = FakeEngine(tokenizer, answer_probabilities, guard.num_tokens("", "") + room)
         with monkeypatch.context() as patch:
-            patch.setattr(model_guard, "Engine", lambda *_: reader)
-            found = list(guard.judge(exchanges))
-        assert [judgement.id for judgement in found] == [exchange.id for exchange in exchanges]
-        return found, reader.read
+            patch.setattr(model_guard, "Engine", lambda *_: engine)
+            results = list(guard.judge(pairs))
+        assert [result.id for result in results] == [pair.id for pair in pairs]
+        return results, engine.texts_read
 
     return ask
 
 
 def unsafe_if(kind, word):
-    """Probabilities of the answers to any question by a guard that minds one word only."""
-    order = {"llama_guard": (0, 1), "wildguard": (1, 0), "qwen3guard": (0, 1)}[kind]  # of safe, unsafe at harm
+    """Return the answer probabilities of a guard that calls a text unsafe if and only if it contains a word."""
+    order = {"llama_guard": (0, 1), "wildguard": (1, 0), "qwen3guard": (0, 1)}[
+        kind
+    ]  # indices of the answers safe and unsafe to the question about harm
 
-    def says(text, num_answers):
+    def answer_probabilities(text, num_answers):
         probabilities = np.full(num_answers, 1e-6)
         probabilities[order[word in text]] = 0.9
         return probabilities
 
-    return says
+    return answer_probabilities
 
 
 WORDS = [f"{n:03}" for n in range(300)]
 
 
-def test_every_word_of_a_long_response_is_read_and_none_of_the_format_is_cut(ask, kind, made):
-    (judgement,), read = ask([Exchange("x", "q", " ".join(WORDS))], unsafe_if(kind, "BAD"))
-    assert judgement.decision == "safe" and judgement.windows > 10
-    assert all(any(word in text for text in read) for word in WORDS)
-    head, tail = made[1].decode(made[0]._ids("q", "", "")).split("q", 1)[0], read[0][-12:]
-    assert all(text.startswith(head) for text in read) and any(text.endswith(tail) for text in read)
+def test_every_word_is_read_and_the_format_stays_whole(ask, kind, guard_and_tokenizer):
+    (result,), texts_read = ask([PromptResponse("x", "q", " ".join(WORDS))], unsafe_if(kind, "BAD"))
+    assert result.decision == "safe" and result.windows > 10
+    assert all(any(word in text for text in texts_read) for word in WORDS)
+    guard, tokenizer = guard_and_tokenizer
+    head, tail = tokenizer.decode(guard.token_ids("q", "", "")).split("q", 1)[0], texts_read[0][-12:]
+    assert all(text.startswith(head) for text in texts_read) and any(text.endswith(tail) for text in texts_read)
 
 
-@pytest.mark.parametrize("place", [0, 1, 7, 60, 150, 237, 298, 299])
-def test_a_response_is_unsafe_if_one_window_is(ask, kind, place):
-    words = [*WORDS[:place], "BAD", *WORDS[place:]]
-    (judgement,), _ = ask([Exchange("x", "q", " ".join(words))], unsafe_if(kind, "BAD"))
-    assert judgement.decision == "unsafe"
-    assert judgement.p_unsafe == pytest.approx(0.9, rel=1e-5) and judgement.p_safe < 1e-5
+@pytest.mark.parametrize("index", [0, 1, 7, 60, 150, 237, 298, 299])
+def test_response_is_unsafe_if_one_window_is(ask, kind, index):
+    words = [*WORDS[:index], "BAD", *WORDS[index:]]
+    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], unsafe_if(kind, "BAD"))
+    assert result.decision == "unsafe"
+    assert result.p_unsafe == pytest.approx(0.9, rel=1e-5) and result.p_safe < 1e-5
 
 
-@pytest.mark.parametrize("place", range(0, 300, 23))
-def test_a_passage_that_straddles_two_windows_is_whole_in_one(ask, kind, place):
-    words = [*WORDS[:place], "so", "BAD", "so", *WORDS[place:]]
-    (judgement,), _ = ask([Exchange("x", "q", " ".join(words))], unsafe_if(kind, "so BAD so"))
-    assert judgement.decision == "unsafe"
+@pytest.mark.parametrize("index", range(0, 300, 23))
+def test_passage_across_two_windows_is_whole_in_one(ask, kind, index):
+    words = [*WORDS[:index], "so", "BAD", "so", *WORDS[index:]]
+    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], unsafe_if(kind, "so BAD so"))
+    assert result.decision == "unsafe"
 
 
-def test_a_response_that_fits_is_read_once_and_whole(ask, kind):
-    (judgement,), read = ask([Exchange("x", "q", "A short word.")], unsafe_if(kind, "BAD"))
-    assert judgement.windows == 1 and all("A short word." in text for text in read)
+def test_response_that_fits_is_one_window(ask, kind):
+    (result,), texts_read = ask([PromptResponse("x", "q", "A short word.")], unsafe_if(kind, "BAD"))
+    assert result.windows == 1 and all("A short word." in text for text in texts_read)
 
 
-def test_the_prompt_is_whole_in_every_window(ask, kind):
+def test_prompt_is_whole_in_every_window(ask, kind):
     prompt = "Is it so that " + " ".join(WORDS[:5])
-    (judgement,), read = ask([Exchange("x", prompt, " ".join(WORDS))], unsafe_if(kind, "BAD"))
-    assert judgement.windows > 1 and all(prompt in text for text in read)
+    (result,), texts_read = ask([PromptResponse("x", prompt, " ".join(WORDS))], unsafe_if(kind, "BAD"))
+    assert result.windows > 1 and all(prompt in text for text in texts_read)
 
 
-def test_a_prompt_that_leaves_no_room_is_unknown_and_the_rest_is_judged(ask, kind):
-    long = Exchange("long", " ".join(WORDS), " ".join(WORDS))
-    found, _ = ask([long, Exchange("x", "q", "a")], unsafe_if(kind, "BAD"))
-    assert (found[0].decision, found[0].reason) == ("unknown", "too_long_for_guard")
-    assert found[0].p_safe is None and found[0].windows == 0
-    assert found[1].decision == "safe"
+def test_prompt_without_room_is_unknown_and_others_are_judged(ask, kind):
+    long_pair = PromptResponse("long", " ".join(WORDS), " ".join(WORDS))
+    results, _ = ask([long_pair, PromptResponse("x", "q", "a")], unsafe_if(kind, "BAD"))
+    assert (results[0].decision, results[0].reason) == ("unknown", "too_long_for_guard")
+    assert results[0].p_safe is None and results[0].windows == 0
+    assert results[1].decision == "safe"
 
 
-@pytest.mark.parametrize("broken, decision", [("BAD", "unknown"), ("299", "unknown"), (" ", "unknown")])
-def test_one_window_without_a_verdict_is_enough_for_none(ask, kind, broken, decision):
-    def says(text, num_answers):
-        return np.full(num_answers, math.nan) if broken in text else unsafe_if(kind, "EVIL")(text, num_answers)
+@pytest.mark.parametrize("broken_text", ["BAD", "299", " "])
+def test_one_window_without_verdict_makes_the_response_unknown(ask, kind, broken_text):
+    def answer_probabilities(text, num_answers):
+        return np.full(num_answers, math.nan) if broken_text in text else unsafe_if(kind, "EVIL")(text, num_answers)
 
     words = [*WORDS[:100], "BAD", *WORDS[100:]]
-    (judgement,), _ = ask([Exchange("x", "q", " ".join(words))], says)
-    assert (judgement.decision, judgement.reason) == (decision, "guard_nan")
+    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], answer_probabilities)
+    assert (result.decision, result.reason) == ("unknown", "guard_nan")
 
 
-def test_a_window_that_is_unsafe_counts_although_another_has_no_verdict(ask, kind):
-    def says(text, num_answers):
+def test_unsafe_window_decides_although_another_has_no_verdict(ask, kind):
+    def answer_probabilities(text, num_answers):
         return np.full(num_answers, math.nan) if "010" in text else unsafe_if(kind, "BAD")(text, num_answers)
 
-    (judgement,), _ = ask([Exchange("x", "q", " ".join([*WORDS, "BAD"]))], says)
-    assert judgement.decision == "unsafe" and judgement.p_unsafe == pytest.approx(0.9, rel=1e-5)
+    (result,), _ = ask([PromptResponse("x", "q", " ".join([*WORDS, "BAD"]))], answer_probabilities)
+    assert result.decision == "unsafe" and result.p_unsafe == pytest.approx(0.9, rel=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400), room=st.integers(30, 120))
-def test_whatever_is_written_its_characters_are_all_read(made, text, room):
-    guard = made[0]
-    limit = guard._num_tokens("", "") + room
-    windows = guard._windows("", text, limit)
-    assert all(guard._num_tokens("", window) <= limit for window in windows)
-    at = 0
-    for window in windows:  # each begins within or right behind what the ones before have covered, but for white space
-        start = max((s for s in range(at + 1) if text.startswith(window, s)), default=None)
+def test_windows_cover_all_characters_of_any_text(guard_and_tokenizer, text, room):
+    guard = guard_and_tokenizer[0]
+    limit = guard.num_tokens("", "") + room
+    windows = guard.split_into_windows("", text, limit)
+    assert all(guard.num_tokens("", window) <= limit for window in windows)
+    covered = 0
+    for window in windows:  # each window begins inside or right after the covered text; white space may lie between
+        start = max((s for s in range(covered + 1) if text.startswith(window, s)), default=None)
         if start is None:
-            start = text.find(window, at)
-            assert start >= 0 and not text[at:start].strip()
-        at = max(at, start + len(window))
+            start = text.find(window, covered)
+            assert start >= 0 and not text[covered:start].strip()
+        covered = max(covered, start + len(window))
     if windows:
-        assert not text[at:].strip()
+        assert not text[covered:].strip()
 
 
-def test_windows_of_a_real_model_are_judged_like_responses_of_their_own(made, kind, folder):
-    guard, tokenizer = made
+def test_window_is_judged_like_a_separate_response(guard_and_tokenizer, kind, folder):
+    guard, tokenizer = guard_and_tokenizer
     decoder = load_decoder(folder, torch.float32, "cpu")
-    limit = guard._num_tokens("q", "") + 200
+    limit = guard.num_tokens("q", "") + 200
     decoder.config = replace(decoder.config, max_seq_len=limit + 1)
-    config = GuardConfig(kind=kind, model="tiny", min_mass=0.0, sampler=EngineConfig(kv_cache_gib=0.02))
+    config = GuardConfig(kind=kind, model="tiny", min_verdict_probability=0.0, sampler=EngineConfig(kv_cache_gib=0.02))
     response = " ".join(WORDS)
-    windows = guard._windows("q", response, limit)
-    (whole,) = ModelGuard(decoder, tokenizer, config).judge([Exchange("x", "q", response)])
-    alone = list(guard.judge([Exchange(str(n), "q", window) for n, window in enumerate(windows)]))
-    worst = max(alone, key=lambda judgement: judgement.p_unsafe / judgement.p_safe)
-    assert whole.windows == len(windows) > 1 and all(judgement.windows == 1 for judgement in alone)
-    assert whole.p_unsafe == pytest.approx(worst.p_unsafe, rel=1e-4)
-    assert whole.p_safe == pytest.approx(worst.p_safe, rel=1e-4)
-    assert whole.decision == worst.decision and whole.category == worst.category
-    assert whole.refusal == alone[-1].refusal
+    windows = guard.split_into_windows("q", response, limit)
+    (result,) = ModelGuard(decoder, tokenizer, config).judge([PromptResponse("x", "q", response)])
+    window_results = list(guard.judge([PromptResponse(str(n), "q", window) for n, window in enumerate(windows)]))
+    worst = max(window_results, key=lambda result: result.p_unsafe / result.p_safe)
+    assert result.windows == len(windows) > 1 and all(result.windows == 1 for result in window_results)
+    assert result.p_unsafe == pytest.approx(worst.p_unsafe, rel=1e-4)
+    assert result.p_safe == pytest.approx(worst.p_safe, rel=1e-4)
+    assert result.decision == worst.decision and result.category == worst.category
+    assert result.refusal == window_results[-1].refusal

@@ -1,5 +1,7 @@
-"""Bad input to an operation is one clear error that names the argument, on every path: plain torch on a CPU, and with
-TRITON_INTERPRET=1 what a GPU runs."""
+"""An invalid argument of an operation raises one error line that names it, and non-finite values give NaN.
+
+The promise holds for plain torch on a CPU and, with TRITON_INTERPRET=1, for the path of a GPU.
+"""
 
 import pytest
 import torch
@@ -17,15 +19,15 @@ NAN, INF = float("nan"), float("inf")
 OTHER_DEVICE = torch.device("meta")
 
 
-def arguments(operation):
-    """A call that is well."""
+def valid_arguments(operation):
+    """Return arguments that the operation accepts."""
     x, head, ids = torch.randn(T, H), torch.randn(V, H), torch.randint(V, (T,))
     heads, angles, gain = torch.randn(T, 2, H), torch.randn(T, H // 2), torch.randn(H)
     return {
         linear_cross_entropy: {"x": x, "weight": head, "target": ids},
         linear_logprob: {"x": x, "weight": head, "target": ids},
         linear_logprob_of: {"x": x, "weight": head, "token_ids": ids[:, None]},
-        linear_margin: {"x": x, "weight": head, "token": 3, "other": 5},
+        linear_margin: {"x": x, "weight": head, "token": 3, "other_token": 5},
         linear_kl: {"x_student": x, "x_reference": x + 1, "weight": head},
         rms_norm: {"x": x, "weight": gain, "eps": 1e-6},
         add_rms_norm: {"x": x, "residual": x + 1, "weight": gain, "eps": 1e-6},
@@ -36,26 +38,26 @@ def arguments(operation):
     }[operation]
 
 
-def adapted():
-    """A head in the shape that PEFT gives it."""
+def head_with_adapter():
+    """Return a linear layer with an adapter, as PEFT builds it."""
     head = torch.nn.Linear(H, V)
     head.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(H, 2)})
     return head
 
 
-def strided(*shape):
+def strided_tensor(*shape):
     return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
 
 
 HEAD_FAULTS = [
     ({"weight": torch.nn.Linear(H, V)}, TypeError, "weight must be the head's .* found Linear: pass .weight"),
-    ({"weight": adapted()}, TypeError, "weight is a head with an adapter on it.* merge it first"),
+    ({"weight": head_with_adapter()}, TypeError, "weight is a head with an adapter.*: merge the adapter"),
     ({"weight": None}, TypeError, "weight must be a tensor, found NoneType"),
     ({"weight": torch.randn(V, H + 1)}, ValueError, r"H and V at least 1; found \[6, 16\] and \[40, 17\]"),
     ({"weight": torch.randn(0, H)}, ValueError, r"H and V at least 1; found \[6, 16\] and \[0, 16\]"),
     ({"weight": torch.randn(V)}, ValueError, r"weight \[V, H\]"),
     ({"weight": torch.randn(V, H).bfloat16()}, ValueError, "both float32; found torch.float32 and torch.bfloat16"),
-    ({"weight": strided(V, H)}, ValueError, "weight must be contiguous"),
+    ({"weight": strided_tensor(V, H)}, ValueError, "weight must be contiguous"),
     ({"weight": torch.randn(V, H, device=OTHER_DEVICE)}, ValueError, "x.* is on cpu, weight on meta"),
 ]
 HEAD_OPERATIONS = (linear_cross_entropy, linear_logprob, linear_logprob_of, linear_margin, linear_kl)
@@ -66,7 +68,7 @@ FAULTS = [
     (linear_cross_entropy, {"x": torch.randn(T, H).half(), "weight": torch.randn(V, H).half()}, ValueError, "bfloat16"),
     (linear_cross_entropy, {"x": [1.0]}, TypeError, "x must be a tensor, found list"),
     (linear_cross_entropy, {"target": torch.randint(V, (T - 1,))}, ValueError, r"target must .*\[6\].*\[5\]"),
-    # Ignored rows hide no mismatch: four of five would be left.
+    # The lengths must match before ignored rows are removed.
     (linear_cross_entropy, {"target": torch.tensor([1, 2, -100, 3, 4])}, ValueError, r"target must .*\[6\].*\[5\]"),
     (linear_cross_entropy, {"target": torch.randint(V, (T, 1))}, ValueError, "target must be"),
     (linear_cross_entropy, {"target": torch.ones(T, dtype=torch.int32)}, ValueError, "target must be torch.int64"),
@@ -90,7 +92,7 @@ FAULTS = [
         for operation in (linear_cross_entropy, linear_kl)
         for value in ("average", None, 3)
     ),
-    (linear_logprob, {"by_products": "no"}, ValueError, "by_products must be True or False, found 'no'"),
+    (linear_logprob, {"with_entropy_and_top1": "no"}, ValueError, "_top1 must be True or False, found 'no'"),
     *(
         (operation, {"eps": value}, error, "eps must")
         for operation in (rms_norm, add_rms_norm, qk_norm_rope)
@@ -114,18 +116,18 @@ FAULTS = [
     (linear_logprob, {"target": torch.randint(V, (T, 2))}, ValueError, "target must be"),
     (linear_logprob, {"target": torch.full((T,), V)}, ValueError, "target holds a token id outside"),
     (linear_logprob_of, {"token_ids": torch.randint(V, (T,))}, ValueError, r"token_ids must be .*\[6, 1\]"),
-    (linear_logprob_of, {"token_ids": torch.randint(V, (T, 0))}, ValueError, "token_ids must name at least one token"),
+    (linear_logprob_of, {"token_ids": torch.randint(V, (T, 0))}, ValueError, "token_ids must hold at least one"),
     (linear_logprob_of, {"token_ids": torch.randint(V, (T, 2, 2))}, ValueError, "token_ids must be"),
     (linear_logprob_of, {"token_ids": torch.full((T, 2), -1)}, ValueError, "token_ids holds a token id outside"),
     (linear_margin, {"token": V}, ValueError, r"token must lie in \[0, 40\), found 40"),
-    (linear_margin, {"other": -1}, ValueError, "other must lie in .*found -1"),
+    (linear_margin, {"other_token": -1}, ValueError, "other_token must lie in .*found -1"),
     (linear_margin, {"token": "a"}, TypeError, "token must be a whole number, found str"),
     (linear_kl, {"direction": "backward"}, ValueError, "direction must be forward, reverse or jsd, found 'backward'"),
     (linear_kl, {"x_reference": torch.randn(T - 1, H)}, ValueError, r"x_reference must be .*\[6, 16\]"),
     (linear_kl, {"x_reference": torch.randn(T, H).bfloat16()}, ValueError, "x_reference and weight must both be"),
     (linear_kl, {"x_reference": torch.randn(T, H + 4)}, ValueError, r"x_reference must be \[T, H\] and"),
     (linear_kl, {"weight_reference": torch.randn(V + 1, H)}, ValueError, r"weight_reference must be .*\[40, 16\]"),
-    (linear_kl, {"weight_reference": adapted()}, TypeError, "weight_reference is a head with an adapter"),
+    (linear_kl, {"weight_reference": head_with_adapter()}, TypeError, "weight_reference is a head with an adapter"),
     (
         linear_kl,
         {"x_reference": torch.randn(T, H).bfloat16(), "weight_reference": torch.randn(V, H).bfloat16()},
@@ -139,7 +141,7 @@ FAULTS = [
             ({"weight": torch.randn(H + 1)}, r"weight must be .*\[16\] .*found .*\[17\]"),
             ({"weight": torch.randn(H).bfloat16()}, "weight must be torch.float32"),
             ({"weight": torch.randn(H, device=OTHER_DEVICE)}, "weight must be .*found .*on meta"),
-            ({"weight": strided(H)}, "weight must be contiguous"),
+            ({"weight": strided_tensor(H)}, "weight must be contiguous"),
             ({"x": torch.randn(T, 0), "weight": torch.randn(0)}, "H at least 1"),
             ({"x": torch.ones(T, H, dtype=torch.int64)}, "x must be floating point"),
         )
@@ -168,7 +170,12 @@ FAULTS = [
     *(
         (qk_norm_rope, {f"{which}_weight": gain}, ValueError, f"{which}_weight must be")
         for which in "qk"
-        for gain in (torch.randn(H + 1), torch.randn(H).bfloat16(), strided(H), torch.randn(H, device=OTHER_DEVICE))
+        for gain in (
+            torch.randn(H + 1),
+            torch.randn(H).bfloat16(),
+            strided_tensor(H),
+            torch.randn(H, device=OTHER_DEVICE),
+        )
     ),
     (qk_norm_rope, {"k": torch.randn(T + 1, 2, H)}, ValueError, r"cos must be torch.float32 \[7, 8\]"),
     (swiglu, {"up": torch.randn(T, H + 1)}, ValueError, "up must be"),
@@ -179,41 +186,43 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("operation, fault, error, message", FAULTS)
-def test_bad_input_is_one_clear_error(operation, fault, error, message):
+def test_invalid_argument_raises_one_line_that_names_it(operation, fault, error, message):
     with pytest.raises(error, match=message) as raised:
-        operation(**arguments(operation) | fault)
+        operation(**valid_arguments(operation) | fault)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("operation", dict.fromkeys(fault[0] for fault in FAULTS))
-def test_the_call_that_faults_are_put_into_is_well(operation):
-    operation(**arguments(operation))
+def test_valid_arguments_raise_no_error(operation):
+    operation(**valid_arguments(operation))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("operation", [linear_cross_entropy, linear_logprob, linear_logprob_of, linear_kl])
-def test_what_tma_cannot_read_is_named(operation):
-    well = arguments(operation)
-    for name in set(well) & {"x", "weight", "x_student", "x_reference"}:
-        tensor = well[name]
-        moved = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+def test_error_names_a_tensor_that_tma_cannot_read(operation):
+    arguments = valid_arguments(operation)
+    for name in set(arguments) & {"x", "weight", "x_student", "x_reference"}:
+        tensor = arguments[name]
+        misaligned = torch.empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
         with pytest.raises(ValueError, match=f"{name} must start at a multiple of 16 bytes"):
-            operation(**well | {name: moved})
-    narrow = {name: tensor[:, :3].contiguous() for name, tensor in well.items() if name not in ("target", "token_ids")}
-    with pytest.raises(ValueError, match=r"a row of x.* must be a multiple of 16 bytes; H is 3"):
-        operation(**well | narrow)
+            operation(**arguments | {name: misaligned})
+    narrow = {
+        name: tensor[:, :3].contiguous() for name, tensor in arguments.items() if name not in ("target", "token_ids")
+    }
+    with pytest.raises(ValueError, match=r"a row of x.* must be a multiple of 16 bytes; found H = 3"):
+        operation(**arguments | narrow)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-def test_heads_that_are_no_power_of_two_are_refused_by_the_kernel():
-    with pytest.raises(ValueError, match="x has heads of 48 elements; a GPU takes powers of two"):
+def test_rope_kernel_needs_a_power_of_two_head_dim():
+    with pytest.raises(ValueError, match="x has heads of 48 elements; a GPU needs a power of two"):
         rope(torch.randn(T, 2, 48), torch.randn(T, 24), torch.randn(T, 24))
 
 
 # Second derivatives
 
 
-SECOND = {
+SECOND_DERIVATIVE_ERRORS = {
     linear_cross_entropy: "linear_cross_entropy can be differentiated once",
     linear_kl: "linear_kl can be differentiated once",
     rms_norm: "rms_norm_backward",
@@ -224,72 +233,74 @@ SECOND = {
 }
 
 
-@pytest.mark.parametrize("operation", SECOND)
-def test_a_second_derivative_is_right_or_an_error(operation):
-    """What plain torch computes has one; an operator that forms its gradient itself says that it has none."""
-    well = arguments(operation)
-    wanted = next(iter(well.values())).requires_grad_()
+@pytest.mark.parametrize("operation", SECOND_DERIVATIVE_ERRORS)
+def test_second_derivative_exists_or_raises(operation):
+    """Plain torch has one. A registered operator that computes its own gradient raises an error."""
+    arguments = valid_arguments(operation)
+    leaf = next(iter(arguments.values())).requires_grad_()
 
-    def of_gradient(out) -> torch.Tensor:
+    def second_derivative(out) -> torch.Tensor:
         out = out[0] if isinstance(out, tuple) else out
-        (gradient,) = torch.autograd.grad(out.square().sum(), wanted, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), wanted)[0]
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaf)[0]
 
     if operation in (linear_cross_entropy, linear_kl) or INTERPRETED:
-        with pytest.raises(RuntimeError, match=SECOND[operation]) as raised:
-            of_gradient(operation(**well))
+        with pytest.raises(RuntimeError, match=SECOND_DERIVATIVE_ERRORS[operation]) as raised:
+            second_derivative(operation(**arguments))
         assert "\n" not in str(raised.value)
     else:
-        assert of_gradient(operation(**well)).abs().max() > 0
+        assert second_derivative(operation(**arguments)).abs().max() > 0
 
 
 # NaN and infinity
 
 
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("bad_value", [NAN, INF, -INF])
+@pytest.mark.parametrize("argument", ["x", "weight"])
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}])
-def test_a_loss_of_broken_states_or_a_broken_head_is_nan_and_its_row_is_named(poison, where, settings):
-    """Rows whose logits are -inf count too: to a softmax such a token is merely impossible."""
-    well = arguments(linear_cross_entropy)
-    well["x"][:3, 5] = -well["x"][:3, 5].abs()
-    well["x"][3:, 5] = well["x"][3:, 5].abs()
-    well[where][4, 5] = poison
-    well["target"][:] = 0  # not the broken token itself
-    rows, stats = linear_cross_entropy_with_stats(**well, **settings, reduction="none")
-    broken = [4] if where == "x" else list(range(T))
-    assert rows.isnan().nonzero()[:, 0].tolist() == broken and stats.bad_row == broken[0]
-    assert linear_cross_entropy(**well, **settings).isnan()
+def test_cross_entropy_of_non_finite_input_is_nan_with_bad_row(bad_value, argument, settings):
+    """Rows with a logit of -inf count too, although a softmax would treat it as an impossible token."""
+    arguments = valid_arguments(linear_cross_entropy)
+    arguments["x"][:3, 5] = -arguments["x"][:3, 5].abs()
+    arguments["x"][3:, 5] = arguments["x"][3:, 5].abs()
+    arguments[argument][4, 5] = bad_value
+    arguments["target"][:] = 0  # not token 4, whose row of the head may be bad
+    losses, stats = linear_cross_entropy_with_stats(**arguments, **settings, reduction="none")
+    bad_rows = [4] if argument == "x" else list(range(T))
+    assert losses.isnan().nonzero()[:, 0].tolist() == bad_rows and stats.bad_row == bad_rows[0]
+    assert linear_cross_entropy(**arguments, **settings).isnan()
 
 
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", ["x", "weight"])
-def test_scores_of_broken_states_or_a_broken_head_are_nan(poison, where):
-    well = arguments(linear_logprob)
-    well[where][4, 5] = poison
-    well["target"][:] = 0
-    broken = [4] if where == "x" else list(range(T))
-    full = linear_logprob(**well, by_products=True)
-    for rows in (linear_logprob(**well).logprob, full.logprob, full.entropy):
-        assert rows.isnan().nonzero()[:, 0].tolist() == broken
-    several = linear_logprob_of(well["x"], well["weight"], well["target"][:, None].expand(-1, 3))
-    assert several.isnan().all(1).nonzero()[:, 0].tolist() == broken
-    if where == "x":
-        assert linear_margin(well["x"], well["weight"], 3, 5).isfinite().logical_not().nonzero()[:, 0].tolist() == [4]
+@pytest.mark.parametrize("bad_value", [NAN, INF, -INF])
+@pytest.mark.parametrize("argument", ["x", "weight"])
+def test_logprobs_of_non_finite_input_are_nan(bad_value, argument):
+    arguments = valid_arguments(linear_logprob)
+    arguments[argument][4, 5] = bad_value
+    arguments["target"][:] = 0
+    bad_rows = [4] if argument == "x" else list(range(T))
+    scores = linear_logprob(**arguments, with_entropy_and_top1=True)
+    for rows in (linear_logprob(**arguments).logprob, scores.logprob, scores.entropy):
+        assert rows.isnan().nonzero()[:, 0].tolist() == bad_rows
+    logprobs = linear_logprob_of(arguments["x"], arguments["weight"], arguments["target"][:, None].expand(-1, 3))
+    assert logprobs.isnan().all(1).nonzero()[:, 0].tolist() == bad_rows
+    if argument == "x":
+        assert linear_margin(arguments["x"], arguments["weight"], 3, 5).isfinite().logical_not().nonzero()[
+            :, 0
+        ].tolist() == [4]
 
 
-@pytest.mark.parametrize("poison", [NAN, INF, -INF])
-@pytest.mark.parametrize("where", ["x_student", "x_reference", "weight", "weight_reference"])
-@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("bad_value", [NAN, INF, -INF])
+@pytest.mark.parametrize("argument", ["x_student", "x_reference", "weight", "weight_reference"])
+@pytest.mark.parametrize("separate_heads", [False, True])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_a_divergence_of_anything_broken_is_nan(poison, where, own_head, direction):
-    well = arguments(linear_kl) | {"direction": direction, "reduction": "none"}
-    if own_head or where == "weight_reference":
-        well["weight_reference"] = torch.randn(V, H)
-    well[where][4, 5] = poison
-    broken = [4] if where.startswith("x") else list(range(T))
-    x = well["x_student"].requires_grad_()
-    rows = linear_kl(**well)
-    assert rows.isnan().nonzero()[:, 0].tolist() == broken
-    rows.sum().backward()
-    assert x.grad.isfinite().all(1).logical_not().nonzero()[:, 0].tolist() == broken
+def test_kl_of_non_finite_input_is_nan(bad_value, argument, separate_heads, direction):
+    arguments = valid_arguments(linear_kl) | {"direction": direction, "reduction": "none"}
+    if separate_heads or argument == "weight_reference":
+        arguments["weight_reference"] = torch.randn(V, H)
+    arguments[argument][4, 5] = bad_value
+    bad_rows = [4] if argument.startswith("x") else list(range(T))
+    x = arguments["x_student"].requires_grad_()
+    divergences = linear_kl(**arguments)
+    assert divergences.isnan().nonzero()[:, 0].tolist() == bad_rows
+    divergences.sum().backward()
+    assert x.grad.isfinite().all(1).logical_not().nonzero()[:, 0].tolist() == bad_rows

@@ -1,4 +1,7 @@
-"""csrc/sampling.cu: the kernel's own source run on a CPU against the plain torch form, and what nvcc makes of it."""
+"""csrc/sampling.cu samples the tokens that plain torch samples: compiled for a CPU by cuda_on_cpu.h, and on a GPU.
+
+Where nvcc is installed, it compiles the kernels without spills.
+"""
 
 import ctypes
 import os
@@ -13,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.test_sampling import columns
-from thinksafe.kernels.native import declare
-from thinksafe.kernels.sampling import sample, sample_with
+from tests.support.sampling import row_settings
+from thinksafe.kernels.cuda_library import declare_signatures
+from thinksafe.kernels.sampling import sample, sample_with_library
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 1024
@@ -23,27 +26,31 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory) -> ctypes.CDLL:
-    """The kernel compiled for the CPU by tests/emulation/cuda_on_cpu.h."""
+def cpu_library(tmp_path_factory) -> ctypes.CDLL:
+    """The kernel compiled for the CPU with tests/emulation/cuda_on_cpu.h."""
     library = tmp_path_factory.mktemp("csrc") / "sampling.so"
     command = ["g++", "-O2", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
     command += ["-include", ROOT / "tests/emulation/cuda_on_cpu.h", ROOT / "csrc" / "sampling.cu", "-o", library]
     subprocess.run(command, check=True)
-    return declare(ctypes.CDLL(str(library)))
+    return declare_signatures(ctypes.CDLL(str(library)))
 
 
-def both(handle, logits, **chosen):
-    """(kernel, torch), each (tokens, logprobs). Outputs of the kernel are never what was there before."""
-    arguments = columns(logits, **chosen)
-    return sample_with(handle, logits, tuple(arguments)), sample(logits, *arguments)
+def sample_both_ways(library, logits, **sampling):
+    """Return (tokens, logprobs) of the kernel and of plain torch."""
+    arguments = row_settings(logits, **sampling)
+    return sample_with_library(library, logits, tuple(arguments)), sample(logits, *arguments)
 
 
-def assert_equal(handle, logits, **chosen) -> torch.Tensor:
-    """Same tokens and log-probabilities; a race may turn where exp and log round differently, so one in 200 may."""
-    (tokens, logprobs), (expected, expected_logprobs) = both(handle, logits, **chosen)
-    same = tokens == expected
-    assert (~same).sum() <= max(1, len(tokens) // 200), (tokens[~same], expected[~same])
-    torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=2e-5, rtol=1e-5, equal_nan=True)
+def assert_equal(library, logits, **sampling) -> torch.Tensor:
+    """Assert equal tokens and log-probabilities; return the kernel's tokens.
+
+    Rounding of exp and log may decide an exponential race that is almost a tie, so one token in 200, or a single token,
+    may differ.
+    """
+    (tokens, logprobs), (expected_tokens, expected_logprobs) = sample_both_ways(library, logits, **sampling)
+    is_same = tokens == expected_tokens
+    assert (~is_same).sum() <= max(1, len(tokens) // 200), (tokens[~is_same], expected_tokens[~is_same])
+    torch.testing.assert_close(logprobs[is_same], expected_logprobs[is_same], atol=2e-5, rtol=1e-5, equal_nan=True)
     return tokens
 
 
@@ -72,45 +79,46 @@ SETTINGS = {
 @needs_compiler
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kernel_draws_what_torch_draws(on_cpu, fresh_seed, kind, setting):
+def test_kernel_samples_what_torch_samples(cpu_library, fresh_seed, kind, setting):
     generator = torch.Generator().manual_seed(fresh_seed)
     logits = KINDS[kind](torch.randn(6, 5 * CHUNK + 77, generator=generator))
-    assert_equal(on_cpu, logits, **SETTINGS[setting], seed=fresh_seed, position=torch.arange(6))
+    assert_equal(cpu_library, logits, **SETTINGS[setting], seed=fresh_seed, position=torch.arange(6))
 
 
 @needs_compiler
-def test_large_logits_keep_what_the_others_take_from_them(on_cpu):
+def test_logprob_of_large_logits_is_precise(cpu_library):
     logits = torch.tensor([[36074.69, 36064.64, 0.0, -3e4]])
     expected = logits.double().log_softmax(-1)[0, 0].float()
-    for _, logprob in both(on_cpu, logits, temperature=0.0):
+    for _, logprob in sample_both_ways(cpu_library, logits, temperature=0.0):
         torch.testing.assert_close(logprob[0], expected, atol=0, rtol=1e-4)
 
 
 @needs_compiler
 @given(data=st.data(), vocab_size=st.sampled_from([1, 2, 31, 1023, 1024, 1025, 2048, 3000]))
 @settings(max_examples=60, deadline=None)
-def test_rows_with_their_own_settings(on_cpu, data, vocab_size):
+def test_rows_may_have_different_settings(cpu_library, data, vocab_size):
     rows = 4
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
-    logits = torch.randn(rows, vocab_size + 3, generator=generator)[:, :vocab_size]  # rows further apart than wide
+    # Rows are views: their stride exceeds their length.
+    logits = torch.randn(rows, vocab_size + 3, generator=generator)[:, :vocab_size]
     logits = logits * data.draw(st.sampled_from([0.01, 1.0, 8.0, 100.0]))
 
-    def each(values) -> torch.Tensor:
+    def draw_per_row(values) -> torch.Tensor:
         return torch.tensor([data.draw(st.sampled_from(values)) for _ in range(rows)])
 
     assert_equal(
-        on_cpu,
+        cpu_library,
         logits,
-        temperature=each([0.0, 0.3, 0.6, 1.0, 3.0]),
-        top_k=each([0, 1, 2, 20, vocab_size - 1 or 1, vocab_size, 5000]),
-        top_p=each([1e-6, 0.3, 0.95, 0.9999999, 1.0]),
+        temperature=draw_per_row([0.0, 0.3, 0.6, 1.0, 3.0]),
+        top_k=draw_per_row([0, 1, 2, 20, vocab_size - 1 or 1, vocab_size, 5000]),
+        top_p=draw_per_row([1e-6, 0.3, 0.95, 0.9999999, 1.0]),
         seed=torch.randint(-(2**62), 2**62, (rows,), generator=generator),
         position=torch.randint(0, 40_000, (rows,), generator=generator),
     )
 
 
 @needs_compiler
-def test_broken_rows_are_flagged_wherever_they_broke(on_cpu):
+def test_non_finite_rows_are_flagged_at_any_position(cpu_library):
     logits = torch.randn(9, 3 * CHUNK, generator=torch.Generator().manual_seed(1))
     logits[1, 2000] = torch.nan
     logits[2] = torch.nan
@@ -120,36 +128,36 @@ def test_broken_rows_are_flagged_wherever_they_broke(on_cpu):
     logits[5, 3071] = torch.inf
     logits[6] = -torch.inf
     logits[6, 3000] = 2.0
-    for chosen in SETTINGS.values():
-        tokens = assert_equal(on_cpu, logits, **chosen, seed=3)
+    for sampling in SETTINGS.values():
+        tokens = assert_equal(cpu_library, logits, **sampling, seed=3)
         assert (tokens == -1).tolist() == [False, True, True, True, True, True, False, False, False]
         assert tokens[6] == 3000
 
 
 @needs_compiler
 @pytest.mark.parametrize("setting", ["Qwen3", "R1-Distill", "hot", "top-k above the candidates"])
-def test_no_barrier_is_missing(on_cpu, fresh_seed, monkeypatch, setting):
-    """The threads' turns are shuffled by a seed: same bits in every order. Integer sums do not depend on it either."""
+def test_result_does_not_depend_on_the_order_of_threads(cpu_library, fresh_seed, monkeypatch, setting):
+    """Seeds shuffle the order in which threads run: a missing barrier or a sum in thread order changes the bits."""
     logits = torch.randn(4, 4 * CHUNK, generator=torch.Generator().manual_seed(fresh_seed)) * 2
-    arguments = tuple(columns(logits, **SETTINGS[setting], seed=fresh_seed, position=torch.arange(4)))
+    arguments = tuple(row_settings(logits, **SETTINGS[setting], seed=fresh_seed, position=torch.arange(4)))
     results = []
-    for order in range(5):
-        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(order))
-        results.append(sample_with(on_cpu, logits, arguments))
+    for shuffle_seed in range(5):
+        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(shuffle_seed))
+        results.append(sample_with_library(cpu_library, logits, arguments))
     for tokens, logprobs in results[1:]:
         assert torch.equal(tokens, results[0][0])
         assert torch.equal(logprobs, results[0][1])
 
 
 @needs_compiler
-def test_an_empty_batch_starts_nothing(on_cpu):
-    (tokens, logprobs), _ = both(on_cpu, torch.zeros(0, 50))
+def test_empty_batch_gives_no_tokens(cpu_library):
+    (tokens, logprobs), _ = sample_both_ways(cpu_library, torch.zeros(0, 50))
     assert tokens.shape == logprobs.shape == (0,)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_nvcc_compiles_it_without_spills(tmp_path):
-    """For every target of csrc/build.py: no spilled register, and as many blocks a multiprocessor as planned."""
+def test_nvcc_compiles_kernels_without_spills(tmp_path):
+    """For every target of csrc/build.py no register is spilled, and four blocks fit on an SM."""
     sys.path.insert(0, str(ROOT / "csrc"))
     try:
         import build
@@ -157,49 +165,57 @@ def test_nvcc_compiles_it_without_spills(tmp_path):
         sys.path.pop(0)
     library = tmp_path / "libthinksafe.so"
     report = build.build(library, "-Xptxas", "-v")
-    compiled = set(re.findall(r"Compiling entry function .*?(measure|draw).*? for '(sm_\w+)'", report))
-    assert compiled == {(kernel, target) for kernel in ("measure", "draw") for target in ("sm_80", "sm_90a")}
+    compiled = set(
+        re.findall(r"Compiling entry function .*?(chunk_stats_kernel|sample_kernel).*? for '(sm_\w+)'", report)
+    )
+    assert compiled == {
+        (kernel, target) for kernel in ("chunk_stats_kernel", "sample_kernel") for target in ("sm_80", "sm_90a")
+    }
     assert set(re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)) == {("0", "0")}
-    # Four blocks of 256 threads share 65,536 registers and, on an A100, 164 KB: half its threads, enough for loads
-    # that mostly hit shared memory.
+    # Four blocks of 256 threads share the 65,536 registers of an SM and, on an A100, its 164 KB of shared memory. They
+    # are half the threads that an SM can hold: enough, since most loads hit shared memory.
     assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", report))
     assert all(int(count) <= 40_000 for count in re.findall(r"(\d+) bytes smem", report))
-    declare(ctypes.CDLL(str(library)))  # it loads, and has what Python calls, also where there is no driver
+    declare_signatures(ctypes.CDLL(str(library)))  # it loads without a CUDA driver and has every function
 
 
-def test_a_build_without_nvcc_says_so(tmp_path):
+def test_build_without_nvcc_names_the_missing_compiler(tmp_path):
     command = [sys.executable, str(ROOT / "csrc" / "build.py")]
-    done = subprocess.run(command, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().startswith("csrc/build.py: no nvcc on PATH")
-    assert "Traceback" not in done.stderr
+    process = subprocess.run(command, env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.strip().startswith("csrc/build.py: no nvcc on PATH")
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab_size", [40, 5 * CHUNK + 77, 151_936])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_draws_on_a_gpu_equal_those_on_a_cpu(fresh_seed, setting, vocab_size):
+def test_samples_on_gpu_match_samples_on_cpu(fresh_seed, setting, vocab_size):
     generator = torch.Generator().manual_seed(fresh_seed)
     logits = torch.randn(64, vocab_size, generator=generator) * 3
     logits[5, 17] = torch.nan
     settings = {**SETTINGS[setting], "seed": fresh_seed}
-    expected, expected_logprobs = sample(logits, *columns(logits, **settings, position=torch.arange(64)))
-    on_gpu = logits.cuda()
-    arguments = columns(on_gpu, **settings, position=torch.arange(64, device="cuda"))
-    tokens, logprobs = sample(on_gpu, *arguments)
-    again, _ = sample(on_gpu, *arguments)
-    assert torch.equal(tokens, again)
-    same = tokens.cpu() == expected
-    assert (~same).sum() <= 2  # exp and log differ in the last bit, which may turn a race that is almost a tie
-    torch.testing.assert_close(logprobs.cpu()[same], expected_logprobs[same], atol=1e-4, rtol=1e-5, equal_nan=True)
+    expected, expected_logprobs = sample(logits, *row_settings(logits, **settings, position=torch.arange(64)))
+    gpu_logits = logits.cuda()
+    arguments = row_settings(gpu_logits, **settings, position=torch.arange(64, device="cuda"))
+    tokens, logprobs = sample(gpu_logits, *arguments)
+    repeated, _ = sample(gpu_logits, *arguments)
+    assert torch.equal(tokens, repeated)
+    is_same = tokens.cpu() == expected
+    assert (~is_same).sum() <= 2  # rounding of exp and log may decide a race that is almost a tie
+    torch.testing.assert_close(
+        logprobs.cpu()[is_same], expected_logprobs[is_same], atol=1e-4, rtol=1e-5, equal_nan=True
+    )
     assert tokens[5] == -1
 
 
 @pytest.mark.gpu
-def test_drawing_can_be_captured_in_a_cuda_graph(fresh_seed):
-    """Nothing waits for the host, and the positions are read when the graph runs."""
+def test_sampling_can_be_captured_in_a_cuda_graph(fresh_seed):
+    """The capture works without a host sync, and a replay reads the current positions."""
     logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(fresh_seed)).cuda()
-    arguments = columns(logits, top_p=0.95, seed=fresh_seed, position=torch.zeros(8, dtype=torch.int64, device="cuda"))
+    arguments = row_settings(
+        logits, top_p=0.95, seed=fresh_seed, position=torch.zeros(8, dtype=torch.int64, device="cuda")
+    )
     sample(logits, *arguments)
     graph = torch.cuda.CUDAGraph()
     arguments = [argument.contiguous() for argument in arguments]

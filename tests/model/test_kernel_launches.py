@@ -1,4 +1,7 @@
-"""What a layer launches on a GPU for a decode pass, kernel by kernel: found on meta tensors, without one."""
+"""The kernels that a layer launches on a GPU in a decode pass, one by one.
+
+The test records them on meta tensors, without a GPU.
+"""
 
 from unittest.mock import patch
 
@@ -15,12 +18,12 @@ pytest.importorskip("triton")
 
 from triton.runtime.jit import KernelInterface
 
+from thinksafe.kernels.batch_invariant_linear import batch_invariant_linear
 from thinksafe.kernels.fp8 import E4M3
-from thinksafe.kernels.row_linear import row_linear
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import LoraConfig, attach
-from thinksafe.model.public_configs import PUBLIC
+from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.sampler.kv_cache import CacheFormat, PageCache
 from thinksafe.sampler.model_runner import DecodeAttention
 
@@ -29,7 +32,7 @@ ATTENTION = ["norm_rope_write", "decode", "combine"]
 
 
 class Launches(TorchDispatchMode):
-    """Names of kernels: operations of torch that compute or copy, and ours, launched within an operation or alone."""
+    """A recorder of kernel names: torch operations that compute or copy, and all of our kernels."""
 
     def __init__(self):
         super().__init__()
@@ -37,9 +40,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        fresh = bool(_storages(out) - _storages((args, kwargs)))
+        is_new = bool(_storages(out) - _storages((args, kwargs)))
         name = op._schema.name.split("::")[1]
-        if (fresh or op._schema.is_mutable) and "empty" not in name:
+        if (is_new or op._schema.is_mutable) and "empty" not in name:
             self.names.append(name)
         return out
 
@@ -60,68 +63,69 @@ def _storages(tree) -> set[int]:
     return {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
 
 
-def decoder_on_meta(model: str, weights: str = "auto") -> Decoder:
-    """As `load_decoder` makes it, with two layers."""
-    config = ModelConfig.from_hugging_face(PUBLIC[model] | {"num_hidden_layers": 2}, model)
+def decoder_on_meta(model: str, weight_dtype: str = "auto") -> Decoder:
+    """Return a decoder as `load_decoder` does, with two layers on the meta device."""
+    config = ModelConfig.from_hugging_face(PUBLIC_CONFIGS[model] | {"num_hidden_layers": 2}, model)
     with torch.device("meta"):
         decoder = Decoder(config).to(torch.bfloat16).requires_grad_(False).eval()
-        for layer in decoder.layers if weights == "fp8" else ():
+        for layer in decoder.layers if weight_dtype == "fp8" else ():
             for name in config.projections:
                 layer._parameters[name] = nn.Parameter(layer._parameters[name].to(E4M3), requires_grad=False)
-                layer.exponents[name] = torch.empty(len(layer._parameters[name]), dtype=torch.uint8)
-    decoder.stack()
+                layer.weight_scales[name] = torch.empty(len(layer._parameters[name]), dtype=torch.uint8)
+    decoder.fuse_projections()
     return decoder
 
 
 @torch.inference_mode()
 def launches(decoder: Decoder, linear=F.linear) -> list[str]:
-    """Of one layer for one new token a row."""
+    """Return the kernels of one layer for one new token per row."""
     config, device = decoder.config, torch.device("meta")
     cache = PageCache(config, CacheFormat.of(config, torch.bfloat16, "auto"), PAGES, 64, device)
     with (
         on_gpu_path(),
-        patch("thinksafe.kernels.row_linear.INTERPRETED", True),
+        patch("thinksafe.kernels.batch_invariant_linear.INTERPRETED", True),
         patch("thinksafe.kernels.paged_decode.INTERPRETED", True),
         torch.device(device),
-        Launches() as found,
+        Launches() as recorder,
     ):
         positions = torch.empty(ROWS, dtype=torch.int64)
         attention = DecodeAttention(cache, torch.empty(ROWS, PAGES, dtype=torch.int64), positions)
         cos = sin = torch.empty(ROWS, config.head_dim // 2)
         hidden = torch.empty(ROWS, config.hidden_size, dtype=torch.bfloat16)
-        found.names.clear()
+        recorder.names.clear()
         decoder.layers[0](hidden, cos, sin, attention, linear)
-    return found.names
+    return recorder.names
 
 
-def test_a_layer_in_bf16_launches_eleven_kernels():
+def test_bf16_layer_launches_eleven_kernels():
     assert launches(decoder_on_meta("Qwen/Qwen3-0.6B")) == [
         "rms_norm", "linear", *ATTENTION, "linear", "rms_norm", "linear", "swiglu", "linear", "add",
     ]  # fmt: skip
 
 
-def test_biases_cost_no_launch():
+def test_biases_add_no_launch():
     biased, plain = (decoder_on_meta(f"deepseek-ai/DeepSeek-R1-Distill-{name}") for name in ("Qwen-7B", "Llama-8B"))
     assert launches(biased) == launches(plain)
 
 
-def test_the_batch_invariant_mode_launches_as_many():
-    assert launches(decoder_on_meta("Qwen/Qwen3-0.6B"), row_linear) == [
-        "rms_norm", "row_linear", *ATTENTION, "row_linear", "rms_norm", "row_linear", "swiglu", "row_linear", "add",
+def test_batch_invariant_mode_adds_no_launch():
+    linear = "batch_invariant_linear"
+    assert launches(decoder_on_meta("Qwen/Qwen3-0.6B"), batch_invariant_linear) == [
+        "rms_norm", linear, *ATTENTION, linear, "rms_norm", linear, "swiglu", linear, "add",
     ]  # fmt: skip
 
 
-def test_with_weights_in_e4m3_every_input_is_quantised_once():
-    product = ["quantise", "row_linear"]
+def test_e4m3_weights_quantize_every_input_once():
+    matmul = ["quantize", "batch_invariant_linear"]
     assert launches(decoder_on_meta("Qwen/Qwen3-0.6B", "fp8")) == [
-        "rms_norm", *product, *ATTENTION, *product, "rms_norm", *product, "swiglu", *product, "add",
+        "rms_norm", *matmul, *ATTENTION, *matmul, "rms_norm", *matmul, "swiglu", *matmul, "add",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("weights", ["auto", "fp8"])
-def test_an_adapter_adds_its_own_and_no_others(weights):
-    """Two products, the scaled sum with what is adapted, and two casts of what is kept in fp32."""
-    decoder = decoder_on_meta("Qwen/Qwen3-0.6B", weights)
+@pytest.mark.parametrize("weight_dtype", ["auto", "fp8"])
+def test_adapter_adds_only_its_own_launches(weight_dtype):
+    """These are two matmuls, the scaled sum with the projection, and two casts of the fp32 parameters."""
+    decoder = decoder_on_meta("Qwen/Qwen3-0.6B", weight_dtype)
     plain = launches(decoder)
     with torch.device("meta"):
         attach(decoder, LoraConfig(dropout=0.0), seed=0)

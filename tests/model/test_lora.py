@@ -1,4 +1,7 @@
-"""Adapters: the same numbers as PEFT's, in PEFT's files, and a base that is never touched."""
+"""LoRA adapters: they equal PEFT's in logits and files, and never change the base weights.
+
+The oracle is PEFT on transformers' model.
+"""
 
 import json
 import shutil
@@ -16,12 +19,12 @@ from thinksafe.model.lora import (
     LoraConfig,
     adapter_parameters,
     attach,
+    check_same_base,
     detach,
     load_adapter,
     merge,
-    name_base,
-    refuse_other_base,
     save_adapter,
+    write_base_record,
 )
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 
@@ -46,8 +49,8 @@ def logits(decoder, ids=IDS):
         return hidden @ decoder.head.T
 
 
-def trained(decoder, config=CONFIG, seed=0):
-    """An adapter that changes something."""
+def with_random_adapter(decoder, config=CONFIG, seed=0):
+    """Attach a random adapter that changes the logits, and return the decoder."""
     attach(decoder, config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -56,7 +59,7 @@ def trained(decoder, config=CONFIG, seed=0):
     return decoder.eval()
 
 
-def test_a_new_adapter_changes_nothing_and_alone_is_trained(decoder):
+def test_new_adapter_changes_nothing_and_is_the_only_trainable(decoder):
     before = logits(decoder)
     attach(decoder, LoraConfig(target_modules=EVERYWHERE), seed=0)
     assert torch.equal(logits(decoder.eval()), before)
@@ -66,16 +69,16 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(decoder):
     }
 
 
-def test_a_new_adapter_is_drawn_from_its_seed_as_peft_draws_it(folders):
+def test_new_adapter_is_initialized_as_in_peft(folders):
     decoders = [load_decoder(folders["qwen3"], torch.float32, "cpu") for _ in range(3)]
     for decoder, seed in zip(decoders, (1, 1, 2), strict=True):
         attach(decoder, CONFIG, seed)
-    one, same, other = (adapter_parameters(decoder) for decoder in decoders)
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    for name, parameter in one.items():
+    adapter, same_seed, other_seed = (adapter_parameters(decoder) for decoder in decoders)
+    assert all(torch.equal(adapter[name], same_seed[name]) for name in adapter)
+    for name, parameter in adapter.items():
         if "lora_A" in name:
-            bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt(5)
-            assert not torch.equal(parameter, other[name])
+            bound = parameter.shape[1] ** -0.5  # the bound of Kaiming-uniform with a = sqrt(5)
+            assert not torch.equal(parameter, other_seed[name])
             assert 0.9 * bound < parameter.abs().max() <= bound
         else:
             assert not parameter.any()
@@ -83,15 +86,15 @@ def test_a_new_adapter_is_drawn_from_its_seed_as_peft_draws_it(folders):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), EVERYWHERE], ids=["q and v", "everywhere"])
-def test_an_adapter_of_ours_computes_the_same_in_peft(folders, tmp_path, family, targets):
+def test_our_adapter_gives_the_same_logits_in_peft(folders, tmp_path, family, targets):
     decoder = load_decoder(folders[family], torch.float32, "cpu")
     before = logits(decoder)
     config = LoraConfig(rank=4, alpha=6.0, dropout=0.1, target_modules=targets)
-    save_adapter(trained(decoder, config), config, tmp_path, str(folders[family]))
+    save_adapter(with_random_adapter(decoder, config), config, tmp_path, str(folders[family]))
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[family]), tmp_path).eval()
     with torch.no_grad():
-        theirs = model(IDS[None]).logits[0]
-    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+        peft_logits = model(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(decoder), peft_logits, rtol=1e-5, atol=1e-5)
     assert (logits(decoder) - before).abs().max() > 0.1
     assert model.peft_config["default"].base_model_name_or_path == str(folders[family])
     assert model.peft_config["default"].lora_dropout == 0.1
@@ -99,7 +102,7 @@ def test_an_adapter_of_ours_computes_the_same_in_peft(folders, tmp_path, family,
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_an_adapter_of_peft_computes_the_same_here(folders, tmp_path, family, dtype):
+def test_peft_adapter_gives_the_same_logits_here(folders, tmp_path, family, dtype):
     settings = peft.LoraConfig(
         r=3, lora_alpha=5, lora_dropout=0.2, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM"
     )
@@ -108,35 +111,35 @@ def test_an_adapter_of_peft_computes_the_same_here(folders, tmp_path, family, dt
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape).mul(0.3).to(dtype))
-        theirs = model(IDS[None]).logits[0]
+        peft_logits = model(IDS[None]).logits[0]
     model.to(dtype).save_pretrained(tmp_path)
     decoder = load_decoder(folders[family], torch.float32, "cpu")
     config = load_adapter(decoder, tmp_path)
     assert config == LoraConfig(rank=3, alpha=5, dropout=0.2, target_modules=("down_proj", "v_proj"))
-    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(decoder), peft_logits, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_comes_back_from_its_folder(decoder, folders, tmp_path):
-    save_adapter(trained(decoder), CONFIG, tmp_path, "base")
-    again = load_decoder(folders["qwen3"], torch.float32, "cpu")
-    assert load_adapter(again, tmp_path) == CONFIG
-    assert torch.equal(logits(again), logits(decoder))
+def test_saved_adapter_loads_with_the_same_logits(decoder, folders, tmp_path):
+    save_adapter(with_random_adapter(decoder), CONFIG, tmp_path, "base")
+    reloaded = load_decoder(folders["qwen3"], torch.float32, "cpu")
+    assert load_adapter(reloaded, tmp_path) == CONFIG
+    assert torch.equal(logits(reloaded), logits(decoder))
 
 
-def test_an_adapter_stays_fp32_on_a_bf16_model(folders, tmp_path):
-    decoder = trained(load_decoder(folders["qwen3"], torch.bfloat16, "cpu"))
+def test_adapter_stays_fp32_on_a_bf16_model(folders, tmp_path):
+    decoder = with_random_adapter(load_decoder(folders["qwen3"], torch.bfloat16, "cpu"))
     assert {parameter.dtype for parameter in adapter_parameters(decoder).values()} == {torch.float32}
     save_adapter(decoder, CONFIG, tmp_path, "base")
     assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.float32}
-    again = load_decoder(folders["qwen3"], torch.bfloat16, "cpu")
-    load_adapter(again, tmp_path)
-    assert torch.equal(logits(again), logits(decoder)) and logits(decoder).dtype == torch.bfloat16
+    reloaded = load_decoder(folders["qwen3"], torch.bfloat16, "cpu")
+    load_adapter(reloaded, tmp_path)
+    assert torch.equal(logits(reloaded), logits(decoder)) and logits(decoder).dtype == torch.bfloat16
 
 
-def test_detaching_gives_the_base_back_bit_for_bit(decoder):
+def test_detaching_restores_the_base_bit_for_bit(decoder):
     before = {name: parameter.clone() for name, parameter in decoder.named_parameters()}
     expected = logits(decoder)
-    trained(decoder, LoraConfig(target_modules=EVERYWHERE))
+    with_random_adapter(decoder, LoraConfig(target_modules=EVERYWHERE))
     assert not torch.equal(logits(decoder), expected)
     detach(decoder)
     after = dict(decoder.named_parameters())
@@ -144,10 +147,10 @@ def test_detaching_gives_the_base_back_bit_for_bit(decoder):
     assert torch.equal(logits(decoder), expected)
 
 
-def test_adapters_can_be_changed_in_turn(decoder, folders, tmp_path):
+def test_adapters_can_be_swapped(decoder, folders, tmp_path):
     expected = {}
     for seed in (0, 1):
-        expected[seed] = logits(trained(decoder, seed=seed))
+        expected[seed] = logits(with_random_adapter(decoder, seed=seed))
         save_adapter(decoder, CONFIG, tmp_path / str(seed), "base")
         detach(decoder)
     for seed in (1, 0, 1):
@@ -157,44 +160,45 @@ def test_adapters_can_be_changed_in_turn(decoder, folders, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_model_computes_the_same_and_transformers_reads_it(folders, tmp_path, family):
-    decoder = trained(load_decoder(folders[family], torch.float32, "cpu"), LoraConfig(4, 6.0, 0.1, EVERYWHERE))
+def test_merged_model_gives_the_same_logits_in_transformers(folders, tmp_path, family):
+    decoder = load_decoder(folders[family], torch.float32, "cpu")
+    with_random_adapter(decoder, LoraConfig(4, 6.0, 0.1, EVERYWHERE))
     expected = logits(decoder)
     merge(decoder)
     assert adapter_parameters(decoder) == {}
     torch.testing.assert_close(logits(decoder), expected, rtol=1e-4, atol=1e-4)
     save_decoder(decoder, json.loads((folders[family] / "config.json").read_text()), tmp_path)
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS[None]).logits[0]
-    torch.testing.assert_close(logits(decoder), theirs, rtol=1e-5, atol=1e-5)
+        reference = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(decoder), reference, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_is_of_training_alone_and_on_the_adapter_alone(decoder):
+def test_dropout_applies_only_in_training_and_to_adapters(decoder):
     base = logits(decoder)
-    trained(decoder, LoraConfig(4, 6.0, 0.5, EVERYWHERE))
+    with_random_adapter(decoder, LoraConfig(4, 6.0, 0.5, EVERYWHERE))
     expected = logits(decoder)
     decoder.train()
     assert not torch.equal(logits(decoder), expected)
     torch.manual_seed(0)
-    first = logits(decoder)
-    assert not torch.equal(logits(decoder), first)
+    dropped = logits(decoder)
+    assert not torch.equal(logits(decoder), dropped)
     torch.manual_seed(0)
-    assert torch.equal(logits(decoder), first)
+    assert torch.equal(logits(decoder), dropped)
     decoder.eval()
     assert torch.equal(logits(decoder), expected)
     attach(decoder, LoraConfig(4, 6.0, 0.5, EVERYWHERE), seed=0)  # B is zero, so dropout has nothing to drop
     assert torch.equal(logits(decoder.train()), base)
 
 
-def test_attaching_again_replaces_the_adapter(decoder):
-    trained(decoder, LoraConfig(target_modules=EVERYWHERE))
+def test_attaching_replaces_the_adapter(decoder):
+    with_random_adapter(decoder, LoraConfig(target_modules=EVERYWHERE))
     attach(decoder, CONFIG, seed=0)
     names = [name for name, _ in decoder.named_parameters() if "lora" in name]
     assert len(names) == 2 * 2 * 2, names
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "embed_tokens"), ("query",), ("",), ("q_norm",)])
-def test_a_projection_that_is_none_is_refused_with_those_that_are(decoder, targets):
+def test_unknown_projection_is_an_error_with_the_known_ones(decoder, targets):
     before = logits(decoder)
     with pytest.raises(UserError, match=r"lora.target_modules: .* choose from .*q_proj.*down_proj"):
         attach(decoder, LoraConfig(target_modules=targets), seed=0)
@@ -203,9 +207,9 @@ def test_a_projection_that_is_none_is_refused_with_those_that_are(decoder, targe
 
 @pytest.fixture
 def adapter(folders, tmp_path):
-    """A good adapter's folder; adapter(r=None, ...) changes entries of its settings, None removes them."""
+    """A function that returns a valid adapter's folder; adapter(r=None, ...) changes settings, and None removes one."""
     folder = tmp_path / "adapter"
-    decoder = trained(load_decoder(folders["qwen3"], torch.float32, "cpu"))
+    decoder = with_random_adapter(load_decoder(folders["qwen3"], torch.float32, "cpu"))
     save_adapter(decoder, CONFIG, folder, "base")
 
     def change(**entries):
@@ -217,8 +221,8 @@ def adapter(folders, tmp_path):
     return change
 
 
-def refusal(decoder, folder) -> str:
-    """The message of the error, after which the decoder is as it was."""
+def load_error(decoder, folder) -> str:
+    """Return the error message of loading the adapter, after a check that the decoder did not change."""
     before = logits(decoder)
     with pytest.raises(UserError) as caught:
         load_adapter(decoder, folder)
@@ -244,12 +248,12 @@ def refusal(decoder, folder) -> str:
     ],
     ids=lambda entries: next(iter(entries)),
 )
-def test_a_kind_of_adapter_that_is_not_computed_here_is_refused_by_name(decoder, adapter, entries):
-    assert next(iter(entries)) in refusal(decoder, adapter(**entries))
+def test_unsupported_kind_of_adapter_is_named(decoder, adapter, entries):
+    assert next(iter(entries)) in load_error(decoder, adapter(**entries))
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_how_an_adapter_was_initialised_does_not_matter_where_the_base_was_left_alone(decoder, adapter, init):
+def test_initializations_that_keep_the_base_are_supported(decoder, adapter, init):
     load_adapter(decoder, adapter(init_lora_weights=init))
 
 
@@ -258,74 +262,76 @@ def test_how_an_adapter_was_initialised_does_not_matter_where_the_base_was_left_
     [{"r": None}, {"r": "four"}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "six"}, {"lora_dropout": 3.0}],
     ids=str,
 )
-def test_settings_that_make_no_sense_are_refused(decoder, adapter, entries):
-    assert "adapter_config.json" in refusal(decoder, adapter(**entries))
+def test_invalid_settings_are_errors(decoder, adapter, entries):
+    assert "adapter_config.json" in load_error(decoder, adapter(**entries))
 
 
 @pytest.mark.parametrize(
     "entries", [{"r": 8}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"]}]
 )
-def test_settings_that_do_not_fit_the_tensors_are_refused(decoder, adapter, entries):
-    assert "another model" in refusal(decoder, adapter(**entries))
+def test_settings_that_do_not_match_tensors_are_errors(decoder, adapter, entries):
+    assert "another model" in load_error(decoder, adapter(**entries))
 
 
 @pytest.mark.parametrize(
     "overrides", [{"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}], ids=str
 )
-def test_an_adapter_for_another_model_is_refused(adapter, tmp_path, overrides):
-    other = load_decoder(make_checkpoint("qwen3", tmp_path / "other", **overrides), torch.float32, "cpu")
-    assert "another model" in refusal(other, adapter())
+def test_adapter_for_another_model_is_an_error(adapter, tmp_path, overrides):
+    other_decoder = load_decoder(make_checkpoint("qwen3", tmp_path / "other", **overrides), torch.float32, "cpu")
+    assert "another model" in load_error(other_decoder, adapter())
 
 
-def test_an_adapter_tells_which_weights_it_is_for(folders, adapter, tmp_path):
-    """Whatever files they are cut into, and whatever lies beside them; who does not tell is taken at its word."""
-    ours, base = adapter(), folders["qwen3"]
-    other = make_checkpoint("qwen3", tmp_path / "other", seed=1)
-    refuse_other_base(ours, other)
-    name_base(ours, "some/base", base)
+def test_adapter_records_its_base_weights(folders, adapter, tmp_path):
+    """The record does not depend on the split into files or on other files in the folder. An adapter without a record
+    passes the check."""
+    adapter_folder, base = adapter(), folders["qwen3"]
+    other_base = make_checkpoint("qwen3", tmp_path / "other", seed=1)
+    check_same_base(adapter_folder, other_base)
+    write_base_record(adapter_folder, "some/base", base)
     copy = tmp_path / "copy"
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(copy, max_shard_size="100KB")
     assert len(list(copy.glob("*.safetensors"))) > 2
-    refuse_other_base(ours, copy)
+    check_same_base(adapter_folder, copy)
     merged = load_decoder(base, torch.float32, "cpu")
-    load_adapter(merged, ours)
+    load_adapter(merged, adapter_folder)
     merge(merged)
     save_decoder(merged, load_config(base)[1], tmp_path / "merged")
-    for fine_tuned in (other, tmp_path / "merged"):
+    for fine_tuned in (other_base, tmp_path / "merged"):
         with pytest.raises(UserError) as caught:
-            refuse_other_base(ours, fine_tuned)
-        assert all(name in str(caught.value) for name in (str(ours), "some/base", str(fine_tuned), "base.json"))
+            check_same_base(adapter_folder, fine_tuned)
+        names = (str(adapter_folder), "some/base", str(fine_tuned), "base.json")
+        assert all(name in str(caught.value) for name in names)
     for damage in (b"", b"{}", b"[1]", b"\xff"):
-        (ours / "base.json").write_bytes(damage)
+        (adapter_folder / "base.json").write_bytes(damage)
         with pytest.raises(UserError, match=r"base\.json: corrupt"):
-            refuse_other_base(ours, base)
+            check_same_base(adapter_folder, base)
 
 
-def test_an_adapter_with_a_tensor_too_many_is_refused(decoder, adapter):
+def test_extra_tensor_is_an_error(decoder, adapter):
     file = adapter() / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}, file)
-    assert "another model" in refusal(decoder, adapter())
+    assert "another model" in load_error(decoder, adapter())
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe\x00 garbage", b"[1, 2]"])
-def test_a_damaged_file_is_refused(decoder, adapter, file, damage):
+def test_damaged_file_is_an_error(decoder, adapter, file, damage):
     folder = adapter()
     (folder / file).write_bytes(damage)
-    assert "corrupt" in refusal(decoder, folder)
+    assert "corrupt" in load_error(decoder, folder)
 
 
-def test_a_truncated_adapter_is_refused(decoder, adapter):
+def test_truncated_adapter_is_an_error(decoder, adapter):
     file = adapter() / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    for cut in (4, 100, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:cut])
-        assert "corrupt" in refusal(decoder, adapter())
+    content = file.read_bytes()
+    for cut in (4, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:cut])
+        assert "corrupt" in load_error(decoder, adapter())
 
 
-@pytest.mark.parametrize("gone", ["adapter_config.json", "adapter_model.safetensors", None])
-def test_a_missing_file_is_named(decoder, adapter, gone):
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors", None])
+def test_missing_file_is_named(decoder, adapter, missing):
     folder = adapter()
-    shutil.rmtree(folder) if gone is None else (folder / gone).unlink()
-    assert (gone or "adapter_config.json") in refusal(decoder, folder)
+    shutil.rmtree(folder) if missing is None else (folder / missing).unlink()
+    assert (missing or "adapter_config.json") in load_error(decoder, folder)

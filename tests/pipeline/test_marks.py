@@ -1,4 +1,4 @@
-"""Marks: the filter takes people's word into account, before the guard's."""
+"""Human marks: they override the guard, and invalid or late marks are errors. The guard is a fake with known scores."""
 
 import json
 import shlex
@@ -6,127 +6,137 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.instant_run import instant_models, instantly
-from tests.support.judged_run import SAFE, UNKNOWN, UNSAFE, DoubtfulGuard, give, kept, mark_of
-from thinksafe import pipeline as stages
+from tests.support.instant_run import instant_checkpoints, instant_sampling
+from tests.support.judged_run import SAFE, UNKNOWN, UNSAFE, DoubtfulGuard, accepted_examples, add_marks, make_mark
+from thinksafe import pipeline
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Mark, content_id
 from thinksafe.errors import UserError
-from thinksafe.pipeline.imports import take_in_marks, take_in_responses
+from thinksafe.pipeline.imports import import_marks, import_responses
 from thinksafe.recipe.loading import load_recipe
 from thinksafe.run.directory import RunDir
 
 pytest_plugins = ["tests.support.judged_run"]
 
 
-def test_a_persons_word_goes_before_the_guards_and_is_told_apart(run, tmp_path):
-    found = give(
-        run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept"), mark_of(run, UNKNOWN, "accept")
+def test_mark_overrides_the_guard_and_is_recorded(run, tmp_path):
+    accepted = add_marks(
+        run,
+        tmp_path,
+        make_mark(run, SAFE, "reject"),
+        make_mark(run, UNSAFE, "accept"),
+        make_mark(run, UNKNOWN, "accept"),
     )
-    assert SAFE not in found and found[UNSAFE].accepted_by == found[UNKNOWN].accepted_by == "person: Ann"
-    assert {e.accepted_by for p, e in found.items() if p not in (UNSAFE, UNKNOWN)} == {"doubtful"}
-    story = next(s for s in map(json.loads, (run.path / "audit.jsonl").open()) if s["prompt"] == SAFE)
-    (attempt,) = story["attempts"]
-    assert attempt["decision"] == "safe" and attempt["fate"] == "rejected_by_person"
+    assert SAFE not in accepted and accepted[UNSAFE].accepted_by == accepted[UNKNOWN].accepted_by == "person: Ann"
+    assert {example.accepted_by for prompt, example in accepted.items() if prompt not in (UNSAFE, UNKNOWN)} == {
+        "doubtful"
+    }
+    record = next(r for r in map(json.loads, (run.path / "audit.jsonl").open()) if r["prompt"] == SAFE)
+    (attempt,) = record["attempts"]
+    assert attempt["decision"] == "safe" and attempt["outcome"] == "rejected_by_person"
     assert attempt["marks"] == [{"decision": "reject", "by": "Ann", "at": "2026-01-01T10:00:00Z"}]
 
 
-def test_the_report_counts_what_people_changed_and_the_categories(run, tmp_path):
-    given = [(SAFE, "reject"), (UNSAFE, "accept"), (UNKNOWN, "reject"), ("How do I fold boat number 1?", "accept")]
-    give(run, tmp_path, *(mark_of(run, *one) for one in given), mark_of(run, UNKNOWN, "accept", "Bob"))
-    with RunDir.open(run.path, run.recipe) as again:
-        figures = json.loads(stages.report(again).with_name("report.json").read_text())["coverage"]
+def test_report_counts_marks_and_categories(run, tmp_path):
+    marks = [(SAFE, "reject"), (UNSAFE, "accept"), (UNKNOWN, "reject"), ("How do I fold boat number 1?", "accept")]
+    add_marks(run, tmp_path, *(make_mark(run, *mark) for mark in marks), make_mark(run, UNKNOWN, "accept", "Bob"))
+    with RunDir.open(run.path, run.recipe) as reopened:
+        figures = json.loads(pipeline.make_report(reopened).with_name("report.json").read_text())["coverage"]
     assert figures["people"] == {"Ann": 4, "Bob": 1}
     assert figures["marks"] == {"withdrawn": 1, "rescued": 1, "disagreed": 1, "confirmed": 1}
     assert figures["accepted_by"]["person: Ann"] == 2 and figures["uncertain"] == 2
     assert figures["categories"] == [{"category": "S9", "responses": 7, "prompts": 7, "accepted": 1}]
     page = (run.path / "report.html").read_text()
-    assert "rejected against the guard" in page and "accepted by person: Ann" in page
+    assert "only the guard accepts" in page and "accepted by person: Ann" in page
 
 
-def test_one_who_rejects_is_enough_and_the_later_word_of_a_person_counts(run, tmp_path):
-    found = give(
+def test_one_rejection_is_enough_and_the_last_mark_counts(run, tmp_path):
+    accepted = add_marks(
         run,
         tmp_path,
-        mark_of(run, UNSAFE, "accept", "Ann"),
-        mark_of(run, UNSAFE, "reject", "Bob"),
-        mark_of(run, UNKNOWN, "reject", at="2026-01-01T12:00:00+01:00"),
-        mark_of(run, UNKNOWN, "accept", at="2026-01-01T11:00:01Z"),
+        make_mark(run, UNSAFE, "accept", "Ann"),
+        make_mark(run, UNSAFE, "reject", "Bob"),
+        make_mark(run, UNKNOWN, "reject", at="2026-01-01T12:00:00+01:00"),
+        make_mark(run, UNKNOWN, "accept", at="2026-01-01T11:00:01Z"),
     )
-    assert UNSAFE not in found and UNKNOWN in found
-    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept", "Bob", at="2026-01-02T10:00:00Z"))
+    assert UNSAFE not in accepted and UNKNOWN in accepted
+    assert UNSAFE in add_marks(run, tmp_path, make_mark(run, UNSAFE, "accept", "Bob", at="2026-01-02T10:00:00Z"))
 
 
-def test_marks_given_twice_change_nothing_and_later_ones_add(run, tmp_path):
-    first = mark_of(run, SAFE, "reject")
-    give(run, tmp_path, first)
+def test_known_marks_change_nothing_and_new_marks_are_added(run, tmp_path):
+    mark = make_mark(run, SAFE, "reject")
+    add_marks(run, tmp_path, mark)
     stamp = (run.path / "accepted.jsonl").stat().st_mtime_ns
-    give(run, tmp_path, first, first)
+    add_marks(run, tmp_path, mark, mark)
     assert (run.path / "accepted.jsonl").stat().st_mtime_ns == stamp
-    assert UNSAFE in give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
-    assert SAFE not in kept(run) and len(list(read_records(run.path / "marks.jsonl", Mark))) == 2
+    assert UNSAFE in add_marks(run, tmp_path, make_mark(run, UNSAFE, "accept"))
+    assert SAFE not in accepted_examples(run) and len(list(read_records(run.path / "marks.jsonl", Mark))) == 2
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, message",
     [
         ({"text_id": content_id("another text")}, "record 1 marks a response that is not in this run"),
         ({"sample": 7}, "not in this run"),
         ({"prompt_id": "0" * 16}, "not in this run"),
-        ({"by": " "}, "by must name who marked"),
+        ({"by": " "}, "by must name the person who made the mark"),
         (
             {"at": "2026-01-01T10:00:00"},
-            r"given.jsonl: line 1: .* at must be a time with its zone, such as .*T10:00:00'$",
+            r"given.jsonl: line 1: .* at must be a time with a time zone, such as .*T10:00:00'$",
         ),
-        ({"at": "yesterday"}, r"given.jsonl: line 1: no Mark record: at must be .* found 'yesterday'$"),
+        ({"at": "yesterday"}, r"given.jsonl: line 1: not a valid Mark record: at must be .* found 'yesterday'$"),
         ({"at": ""}, "found ''"),
-        ({"at": 5}, "no Mark record: at must be text"),
-        ({"decision": "perhaps"}, "no Mark record: decision must be 'accept' or 'reject'"),
+        ({"at": 5}, "not a valid Mark record: at must be text"),
+        ({"decision": "perhaps"}, "not a valid Mark record: decision must be 'accept' or 'reject'"),
     ],
+    ids=["text", "sample", "prompt", "person", "time zone", "time", "empty time", "type of time", "decision"],
 )
-def test_a_mark_on_what_nobody_read_is_refused(run, tmp_path, changes, words):
+def test_invalid_mark_is_an_error_and_changes_nothing(run, tmp_path, changes, message):
     before = (run.path / "accepted.jsonl").read_bytes()
-    with pytest.raises(UserError, match=words):
-        give(run, tmp_path, mark_of(run, UNSAFE, "accept") | changes)
+    with pytest.raises(UserError, match=message):
+        add_marks(run, tmp_path, make_mark(run, UNSAFE, "accept") | changes)
     assert (run.path / "accepted.jsonl").read_bytes() == before and not (run.path / "marks.jsonl").exists()
 
 
-def test_what_cannot_be_trained_on_is_nobodys_to_accept(run, tmp_path):
-    assert "Say nothing." not in give(run, tmp_path, mark_of(run, "Say nothing.", "accept"))
-    with RunDir.open(run.path, run.recipe) as again:
-        figures = json.loads(stages.report(again).with_name("report.json").read_text())
+def test_people_cannot_accept_a_malformed_response(run, tmp_path):
+    assert "Say nothing." not in add_marks(run, tmp_path, make_mark(run, "Say nothing.", "accept"))
+    with RunDir.open(run.path, run.recipe) as reopened:
+        figures = json.loads(pipeline.make_report(reopened).with_name("report.json").read_text())
     assert figures["coverage"]["marks"] == {"impossible": 1}
 
 
-def test_marks_after_training_are_refused_with_a_way_out_that_works(run, tmp_path):
-    """The command takes over the run's responses and the marks it has; new ones come with it."""
-    give(run, tmp_path, mark_of(run, UNSAFE, "accept"))
+def test_marks_after_training_are_an_error_with_a_working_command(run, tmp_path):
+    """The command imports the run's responses, its earlier marks and the new marks."""
+    add_marks(run, tmp_path, make_mark(run, UNSAFE, "accept"))
     (run.path / "training").mkdir()
-    with pytest.raises(UserError, match="has already been trained without these") as refused:
-        give(run, tmp_path, mark_of(run, SAFE, "reject"))
-    command, name, *arguments = shlex.split(str(refused.value).partition("new folder: ")[2])
+    with pytest.raises(UserError, match="has already been trained without these") as error:
+        add_marks(run, tmp_path, make_mark(run, SAFE, "reject"))
+    command, name, *arguments = shlex.split(str(error.value).partition("new folder: ")[2])
     assert (command, name) == ("thinksafe", "filter") and arguments[-2:] == ["--out", "NEW"]
-    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-    models = instant_models(None)
-    models.guard = DoubtfulGuard()
-    with RunDir.open(tmp_path / "new", load_recipe(given["--recipe"])) as new, instantly():
-        take_in_responses(new, Path(given["--responses"]))
-        stages.filter_responses(new, models)
-        take_in_marks(new, Path(given["--marks"]))
-        stages.accept(new)
-    assert kept(new).keys() == kept(run).keys() - {SAFE} and kept(new)[UNSAFE].accepted_by == "person: Ann"
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    checkpoints = instant_checkpoints(None)
+    checkpoints.guard = DoubtfulGuard()
+    with RunDir.open(tmp_path / "new", load_recipe(options["--recipe"])) as new, instant_sampling():
+        import_responses(new, Path(options["--responses"]))
+        pipeline.filter_responses(new, checkpoints)
+        import_marks(new, Path(options["--marks"]))
+        pipeline.accept_responses(new)
+    assert (
+        accepted_examples(new).keys() == accepted_examples(run).keys() - {SAFE}
+        and accepted_examples(new)[UNSAFE].accepted_by == "person: Ann"
+    )
 
 
-def test_a_kill_while_marks_are_taken_in_loses_none(run, tmp_path, monkeypatch):
+def test_kill_during_the_import_loses_no_mark(run, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def killed(*_):
+    def kill(*_):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("thinksafe.pipeline.accept.choose", killed)
-        give(run, tmp_path, mark_of(run, SAFE, "reject"))
-    with RunDir.open(run.path, run.recipe) as again:
-        stages.accept(again)
-    assert SAFE not in kept(run)
+        patch.setattr("thinksafe.pipeline.accept.choose", kill)
+        add_marks(run, tmp_path, make_mark(run, SAFE, "reject"))
+    with RunDir.open(run.path, run.recipe) as reopened:
+        pipeline.accept_responses(reopened)
+    assert SAFE not in accepted_examples(run)

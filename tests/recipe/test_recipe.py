@@ -1,4 +1,4 @@
-"""The recipe: every key is known, checked and used, and a mistake is answered with the key that was meant."""
+"""The recipe: every key is documented, checked and used, and an error names the key and the closest right one."""
 
 import ast
 import dataclasses
@@ -11,18 +11,20 @@ import yaml
 
 import thinksafe
 from thinksafe.errors import UserError
-from thinksafe.paths import bundled_recipes, expand
+from thinksafe.paths import bundled_recipes, expand_path
 from thinksafe.recipe.loading import check_recipe, load_recipe
-from thinksafe.recipe.reference import explained, meanings
+from thinksafe.recipe.reference import annotated_yaml, key_descriptions
 from thinksafe.recipe.schema import Recipe
 
 PACKAGE = Path(thinksafe.__file__).parent
 MINIMAL = {"name": "n", "model": "m"}
+RUNNABLE = [name for name in bundled_recipes() if name != "paper"]
+"""Bundled recipes that name a student; `paper` names none."""
 
 
 @pytest.fixture
 def recipe_file(tmp_path):
-    """Writes a recipe, by default a minimal one, and gives its path."""
+    """Return a function that writes a recipe, by default a minimal one, and returns its path."""
 
     def write(**keys):
         path = tmp_path / "mine.yaml"
@@ -32,27 +34,42 @@ def recipe_file(tmp_path):
     return write
 
 
-def refusal(*arguments) -> str:
+def error_of(*arguments) -> str:
     with pytest.raises(UserError) as caught:
         load_recipe(*arguments)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", bundled_recipes())
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_every_bundled_recipe_loads_by_name(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert load_recipe(name, ["seed=5"]).seed == 5
 
 
-def test_the_bundled_world_lies_in_the_package():
+def test_paper_recipe_needs_only_a_model():
+    message = error_of("paper")
+    assert message.endswith("key model is missing; name the student with --set model=FOLDER or --set model=HUB/NAME")
+    recipe, bundled = load_recipe("paper", ["model=Qwen/Qwen3-0.6B"]), load_recipe("qwen3-0.6b")
+    assert dataclasses.replace(recipe, name=bundled.name) == bundled
+
+
+@pytest.mark.parametrize("name", [name for name in RUNNABLE if name != "organism"])
+def test_recipe_differs_from_paper_in_the_student(name):
+    """R1-Distill also samples without top-k."""
+    recipe = load_recipe(name)
+    overrides = ["generation.sampling.top_k=0", "evaluation.sampling.top_k=0"] if name.startswith("r1-distill") else []
+    assert load_recipe("paper", [f"name={name}", f"model={recipe.model}", *overrides]) == recipe
+
+
+def test_organism_files_are_in_the_package():
     recipe = load_recipe("organism")
-    files = [recipe.model, recipe.prompts, *(entry.file for entry in recipe.evaluation.sets)]
-    assert all(file.startswith("package:") and expand(file).exists() for file in files)
+    files = [recipe.model, recipe.prompts, *(entry.source for entry in recipe.evaluation.sets)]
+    assert all(file.startswith("package:") and expand_path(file).exists() for file in files)
 
 
-def test_the_defaults_are_the_papers_settings():
+def test_defaults_are_the_settings_of_the_paper():
     recipe = check_recipe(dict(MINIMAL), "here")
     sampling, lora, training = recipe.generation.sampling, recipe.lora, recipe.training
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens) == (0.6, 0.95, 20, 16384)
@@ -80,10 +97,10 @@ def test_the_defaults_are_the_papers_settings():
         ("generation.sampling.top_p=0.5", lambda r: r.generation.sampling.top_p == 0.5),
         ("prompts=a=b.jsonl", lambda r: r.prompts == "a=b.jsonl"),
         ("evaluation.sets=[]", lambda r: r.evaluation.sets == ()),
-        ("limit=", lambda r: r.limit is None),
+        ("max_prompts=", lambda r: r.max_prompts is None),
     ],
 )
-def test_an_override_changes_its_key_alone(recipe_file, override, expected):
+def test_override_changes_only_its_key(recipe_file, override, expected):
     before, after = load_recipe(recipe_file()), load_recipe(recipe_file(), [override])
     assert expected(after)
     section = override.partition("=")[0].split(".")[0]
@@ -91,29 +108,29 @@ def test_an_override_changes_its_key_alone(recipe_file, override, expected):
     assert all(getattr(before, name) == getattr(after, name) for name in unchanged)
 
 
-def test_the_last_override_wins(recipe_file):
+def test_last_override_wins(recipe_file):
     assert load_recipe(recipe_file(), ["seed=1", "seed=2"]).seed == 2
 
 
-def test_sections_that_share_an_anchor_are_changed_one_by_one(tmp_path):
-    """In the recipe, in the one it builds on, and in the value of an override."""
-    text = "name: n\nmodel: m\nsampler: &room {max_running: 8}\nguard: {sampler: *room}\n"
+def test_override_changes_one_of_two_sections_with_one_anchor(tmp_path):
+    """The anchor is in the recipe, in its base, or in the value of an override."""
+    text = "name: n\nmodel: m\nsampler: &room {max_num_seqs: 8}\nguard: {sampler: *room}\n"
     (tmp_path / "base.yaml").write_text(text)
     (tmp_path / "mine.yaml").write_text("base: base.yaml\n")
     for file in ("base.yaml", "mine.yaml"):
-        recipe = load_recipe(str(tmp_path / file), ["sampler.max_running=4"])
-        assert (recipe.sampler.max_running, recipe.guard.sampler.max_running) == (4, 8)
+        recipe = load_recipe(str(tmp_path / file), ["sampler.max_num_seqs=4"])
+        assert (recipe.sampler.max_num_seqs, recipe.guard.sampler.max_num_seqs) == (4, 8)
     shared = (
-        "guard={kind: ensemble, members: [{kind: oracle, sampler: &s {max_running: 8}}, {sampler: *s}], sampler: *s}"
+        "guard={kind: ensemble, members: [{kind: oracle, sampler: &s {max_num_seqs: 8}}, {sampler: *s}], sampler: *s}"
     )
-    recipe = load_recipe(str(tmp_path / "base.yaml"), [shared, "guard.sampler.max_running=2"])
-    assert [member.sampler.max_running for member in recipe.guard.members] == [8, 8]
-    assert recipe.guard.sampler.max_running == 2
+    recipe = load_recipe(str(tmp_path / "base.yaml"), [shared, "guard.sampler.max_num_seqs=2"])
+    assert [member.sampler.max_num_seqs for member in recipe.guard.members] == [8, 8]
+    assert recipe.guard.sampler.max_num_seqs == 2
 
 
-def test_an_anchor_that_holds_itself_is_refused(tmp_path):
+def test_recursive_anchor_is_an_error(tmp_path):
     (tmp_path / "r.yaml").write_text("name: n\nmodel: m\nguard: &g\n  members: [*g]\n")
-    assert "not valid YAML (an anchor holds itself)" in refusal(str(tmp_path / "r.yaml"))
+    assert "not valid YAML (an anchor contains itself)" in error_of(str(tmp_path / "r.yaml"))
 
 
 MISTAKES = {
@@ -122,18 +139,18 @@ MISTAKES = {
     "sede=1": "did you mean seed?",
     "generation.sampling.temprature=1": "did you mean generation.sampling.temperature?",
     "guard.sampler.page_sise=1": "did you mean guard.sampler.page_size?",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, sample: 2}]": "did you mean evaluation.sets.0.samples?",
-    "evaluation.sets=[{name: a, kind: harmful}]": "evaluation.sets.0.file is missing",
-    "evaluation.sets=[{name: a, fil: b, kind: harmful}]": "did you mean evaluation.sets.0.file?",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, columns: {answer: c}}]": "columns must say where the text is",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, columns: {tex: c}}]": "'text', 'answer' or 'label'",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, where: safe}]": "evaluation.sets.0.where: must be a section of",
-    "evaluation.sets=[5]": "evaluation.sets.0: must be a section of keys (name, file, kind,",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, sample: 2}]": "did you mean evaluation.sets.0.samples?",
+    "evaluation.sets=[{name: a, kind: harmful}]": "evaluation.sets.0.source is missing",
+    "evaluation.sets=[{name: a, sorce: b, kind: harmful}]": "did you mean evaluation.sets.0.source?",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, columns: {answer: c}}]": "columns must name the text column",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, columns: {tex: c}}]": "'text', 'answer' or 'label'",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, filter: safe}]": "sets.0.filter: must be a section of",
+    "evaluation.sets=[5]": "evaluation.sets.0: must be a section of keys (name, source, kind,",
     "evaluation.sets={name: a}": "evaluation.sets: must be a list",
-    "evaluation.sets=[{name: a/b, file: b, kind: harmful}]": "name must consist of",
-    "evaluation.sets=[{name: a, file: b, kind: harmful}, {name: a, file: c, kind: harmful}]": "the same name",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, instruction: no braces}]": "{prompt}",
-    "evaluation.sets=[{name: a, file: b, kind: harmful, samples: 0}]": "samples",
+    "evaluation.sets=[{name: a/b, source: b, kind: harmful}]": "name must consist of",
+    "evaluation.sets=[{name: a, source: b, kind: harmful}, {name: a, source: c, kind: harmful}]": "the same name",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, instruction: no braces}]": "{prompt}",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, samples: 0}]": "samples",
     "training.epochs=many": "training.epochs: must be a whole number (found 'many')",
     "training.epochs=1.5": "training.epochs: must be a whole number (found 1.5)",
     "training.learning_rate=fast": "training.learning_rate: must be a number (found 'fast')",
@@ -156,21 +173,21 @@ MISTAKES = {
     "lora.dropout=1": "dropout",
     "lora.target_modules=[]": "target_modules",
     "lora.target_modules=q_proj": "lora.target_modules: must be a list (found 'q_proj')",
-    "generation.steering=kindly": "none of prefix, suffix, risk, intent",
+    "generation.steering=kindly": "use prefix, suffix, risk, intent",
     "generation.samples=0": "samples",
-    "generation.unsteered_probe=-1": "unsteered_probe",
+    "generation.num_unsteered_prompts=-1": "num_unsteered_prompts",
     "generation.sampling.top_p=0": "top_p",
     "generation.sampling.top_k=-1": "top_k",
     "generation.sampling.temperature=-0.1": "temperature",
     "generation.sampling.temperature=.nan": "finite",
     "generation.sampling.max_tokens=0": "max_tokens",
     "guard.kind=wild_guess": "guard.kind",
-    "guard.min_mass=1.5": "min_mass",
+    "guard.min_verdict_probability=1.5": "min_verdict_probability",
     "sampler.page_size=-1": "page_size",
     "sampler.kv_cache_gib=-1": "kv_cache_gib",
     "sampler.kv_cache_gib=.inf": "finite",
-    "sampler.max_step_tokens=0": "max_step_tokens",
-    "limit=0": "limit",
+    "sampler.max_prefill_tokens=0": "max_prefill_tokens",
+    "max_prompts=0": "max_prompts",
     "seed=-1": "seed",
     "seed=18446744073709551616": "seed",
     "device=tpu": "device",
@@ -183,69 +200,69 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_named_with_its_key(recipe_file, override):
-    message = refusal(recipe_file(), [override])
+def test_error_names_the_key(recipe_file, override):
+    message = error_of(recipe_file(), [override])
     assert MISTAKES[override] in message
     assert "nput should" not in message and "instance" not in message and "Config" not in message
 
 
-def test_lists_are_set_whole():
-    assert "lists are set whole" in refusal("organism", ["evaluation.sets.0.samples=2"])
+def test_list_entry_cannot_be_overridden():
+    assert "a list can only be set as a whole" in error_of("organism", ["evaluation.sets.0.samples=2"])
 
 
-def test_a_mistake_in_the_file_names_the_file(recipe_file):
+def test_error_names_the_file(recipe_file):
     file = recipe_file(trainig={"epochs": 1})
-    assert file in refusal(file) and "did you mean training?" in refusal(file)
+    assert file in error_of(file) and "did you mean training?" in error_of(file)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "", "name: [", "a: b: c", b"name: \xff\xfe", "5", "\t- x"])
-def test_a_file_that_is_no_recipe_is_named(tmp_path, content):
+def test_file_without_a_recipe_is_an_error(tmp_path, content):
     file = tmp_path / "bad.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert str(file) in refusal(str(file))
+    assert str(file) in error_of(str(file))
 
 
 @pytest.mark.parametrize("missing", MINIMAL)
-def test_a_missing_key_is_named(tmp_path, missing):
+def test_error_names_a_missing_key(tmp_path, missing):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({key: value for key, value in MINIMAL.items() if key != missing}))
-    assert f"key {missing} is missing" in refusal(str(file))
+    assert f"key {missing} is missing" in error_of(str(file))
 
 
-def test_an_unknown_recipe_is_answered_with_the_known_ones():
-    message = refusal("organsim")
+def test_error_for_unknown_recipe_lists_the_bundled_ones():
+    message = error_of("organsim")
     assert "organsim" in message and all(name in message for name in bundled_recipes())
 
 
-def test_python_objects_in_yaml_are_refused(tmp_path):
+def test_python_object_in_yaml_is_an_error(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("name: !!python/object/apply:os.getcwd []\nmodel: m\n")
-    assert "not valid YAML" in refusal(str(file))
+    assert "not valid YAML" in error_of(str(file))
 
 
-def test_files_are_found_beside_the_recipe_and_those_of_overrides_where_one_stands(tmp_path, monkeypatch):
-    beside, here = tmp_path / "beside", tmp_path / "here"
-    for folder in (beside, here):
+def test_recipe_paths_start_from_its_folder_overrides_from_cwd(tmp_path, monkeypatch):
+    recipe_folder, cwd = tmp_path / "recipes", tmp_path / "cwd"
+    for folder in (recipe_folder, cwd):
         folder.mkdir()
         (folder / "p.jsonl").write_text("")
-    (beside / "student").mkdir()
-    (beside / "guard").mkdir()
-    sets = [{"name": "a", "file": "p.jsonl", "kind": "harmful"}]
+    (recipe_folder / "student").mkdir()
+    (recipe_folder / "guard").mkdir()
+    sets = [{"name": "a", "source": "p.jsonl", "kind": "harmful"}]
     keys = {"name": "n", "model": "student", "prompts": "p.jsonl", "guard": {"model": "guard"}}
-    (beside / "r.yaml").write_text(yaml.safe_dump(keys | {"evaluation": {"sets": sets}}))
-    monkeypatch.chdir(here)
-    recipe = load_recipe(str(beside / "r.yaml"))
-    assert recipe.model == str(beside / "student") and recipe.guard.model == str(beside / "guard")
-    assert recipe.prompts == recipe.evaluation.sets[0].file == str(beside / "p.jsonl")
-    assert load_recipe(str(beside / "r.yaml"), ["prompts=p.jsonl"]).prompts == str(here / "p.jsonl")
+    (recipe_folder / "r.yaml").write_text(yaml.safe_dump(keys | {"evaluation": {"sets": sets}}))
+    monkeypatch.chdir(cwd)
+    recipe = load_recipe(str(recipe_folder / "r.yaml"))
+    assert recipe.model == str(recipe_folder / "student") and recipe.guard.model == str(recipe_folder / "guard")
+    assert recipe.prompts == recipe.evaluation.sets[0].source == str(recipe_folder / "p.jsonl")
+    assert load_recipe(str(recipe_folder / "r.yaml"), ["prompts=p.jsonl"]).prompts == str(cwd / "p.jsonl")
 
 
-def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
-    """Sections key by key, lists whole; files are those beside the recipe that names them."""
+def test_recipe_inherits_from_its_base(tmp_path):
+    """Sections merge key by key, lists are replaced; file names start from the folder of the recipe with the name."""
     for folder in ("base", "mine"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "p.jsonl").write_text("")
-    sets = [{"name": "a", "file": "p.jsonl", "kind": "harmful"}]
+    sets = [{"name": "a", "source": "p.jsonl", "kind": "harmful"}]
     keys = {
         "model": "m",
         "prompts": "p.jsonl",
@@ -259,7 +276,7 @@ def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
     assert (recipe.name, recipe.model, recipe.guard.kind) == ("n", "m", "oracle")
     assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.max_length) == (1, 2, 99)
     assert recipe.training.learning_rate == load_recipe("organism").training.learning_rate
-    assert recipe.prompts == recipe.evaluation.sets[0].file == str(tmp_path / "base" / "p.jsonl")
+    assert recipe.prompts == recipe.evaluation.sets[0].source == str(tmp_path / "base" / "p.jsonl")
     assert len(recipe.evaluation.sets) == 1
     own = load_recipe(str(mine), ["prompts=" + str(tmp_path / "mine" / "p.jsonl")])
     assert own.prompts == str(tmp_path / "mine" / "p.jsonl")
@@ -269,19 +286,19 @@ def test_a_recipe_says_only_what_differs_from_its_base(tmp_path):
     ("base", "expected"),
     [
         ("nowhere", "mine.yaml: base: no file 'nowhere', and the bundled recipes are: organism"),
-        ("mine.yaml", "mine.yaml: base: 'mine.yaml' is built on this recipe itself"),
-        ("other.yaml", "other.yaml: base: 'mine.yaml' is built on this recipe itself"),
-        ("broken.yaml", "broken.yaml: a recipe is a mapping of keys to values"),
+        ("mine.yaml", "mine.yaml: base: 'mine.yaml' inherits from this recipe; remove one of the two"),
+        ("other.yaml", "other.yaml: base: 'mine.yaml' inherits from this recipe; remove one of the two"),
+        ("broken.yaml", "broken.yaml: a recipe must be a mapping of keys to values"),
     ],
 )
-def test_a_base_that_is_none_is_named_with_the_recipe_that_wants_it(recipe_file, tmp_path, base, expected):
+def test_error_names_the_recipe_with_a_wrong_base(recipe_file, tmp_path, base, expected):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(MINIMAL | {"base": "mine.yaml"}))
     (tmp_path / "broken.yaml").write_text("- 1")
-    assert expected in refusal(recipe_file(base=base))
+    assert expected in error_of(recipe_file(base=base))
 
 
-@pytest.mark.parametrize("name", bundled_recipes())
-def test_a_recipe_comes_back_from_its_own_yaml(tmp_path, name):
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_recipe_survives_a_round_trip_through_yaml(tmp_path, name):
     overrides = ["generation.steering=No: {prompt} # é 🪁", "generation.sampling.temperature=1e-3"]
     recipe = load_recipe(name, overrides)
     file = tmp_path / "recipe.yaml"
@@ -290,59 +307,68 @@ def test_a_recipe_comes_back_from_its_own_yaml(tmp_path, name):
     assert load_recipe(str(file)).to_yaml() == recipe.to_yaml()
 
 
-def test_the_yaml_of_a_recipe_holds_every_key():
+def test_yaml_holds_every_key():
     written = yaml.safe_load(load_recipe("organism").to_yaml())
     assert written == json.loads(json.dumps(dataclasses.asdict(load_recipe("organism"))))
 
 
-EXPLAINED = {
+ANNOTATED = {
     "defaults": lambda: check_recipe(dict(MINIMAL), "here"),
     "organism": lambda: load_recipe("organism"),
     "qwen3-0.6b": lambda: load_recipe("qwen3-0.6b"),
-    "odd texts": lambda: load_recipe("organism", ["generation.steering=No: {prompt} # é 🪁\n\n- 'x'", "name=a: b"]),
+    "special characters": lambda: load_recipe(
+        "organism", ["generation.steering=No: {prompt} # é 🪁\n\n- 'x'", "name=a: b"]
+    ),
 }
 
 
-@pytest.mark.parametrize("name", EXPLAINED)
-def test_an_explained_recipe_is_that_recipe(tmp_path, name):
-    recipe = EXPLAINED[name]()
+@pytest.mark.parametrize("name", ANNOTATED)
+def test_annotated_yaml_loads_as_the_same_recipe(tmp_path, name):
+    recipe = ANNOTATED[name]()
     file = tmp_path / "mine.yaml"
-    file.write_text(explained(recipe))
+    file.write_text(annotated_yaml(recipe))
     assert load_recipe(str(file)) == recipe
     assert max(map(len, file.read_text().splitlines())) <= 120 or name != "defaults"
 
 
-def test_every_key_is_explained_with_its_choices_and_its_default():
-    """Sections that are one idea, such as LoRA, explain their keys together."""
+def test_every_key_has_description_choices_and_default():
     for section in sections() - {Recipe}:
         keys = {field.name for field in dataclasses.fields(section)}
-        assert meanings(section).keys() == keys, section
-    text = explained(check_recipe(dict(MINIMAL) | {"training": {"epochs": 7}, "limit": 5}, "here"))
+        assert key_descriptions(section).keys() == keys, section
+    text = annotated_yaml(check_recipe(dict(MINIMAL) | {"training": {"epochs": 7}, "max_prompts": 5}, "here"))
     lines = [line.strip() for line in text.splitlines()]
     for section in sections():
         for field in dataclasses.fields(section):
             assert any(line.lstrip("# ").startswith(f"{field.name}:") for line in lines), field.name
-    assert "#   answer: How reasoning answers are compared. One of phrase, choice, math. Default: math" in lines
-    assert lines[lines.index("epochs: 7") - 1] == "# Passes over the accepted examples. Default: 3"
-    assert lines[lines.index("limit: 5") - 1].endswith("null for all. Default: null")
-    assert lines[lines.index("batch_size: 8") - 1] == "# Sequences an optimiser step."
-    assert lines[lines.index("method: lora") - 1].endswith("One of lora, full.")
+
+    def comment(line):
+        """Return the whole comment above a line."""
+        above = lines[: lines.index(line)]
+        start = next(index for index in range(len(above), 0, -1) if not above[index - 1].startswith("#"))
+        return " ".join(text.lstrip("# ") for text in above[start:])
+
+    assert comment("epochs: 7").endswith(". Default: 3")
+    assert comment("max_prompts: 5").endswith("null for all. Default: null")
+    assert "Default" not in comment("batch_size: 8"), "the value is the default"
+    assert comment("method: lora").endswith("One of lora, full.")
+    assert any(line.startswith("#   answer_matcher: ") for line in lines)
+    assert "One of phrase, choice, math. Default: math" in comment("sets: []")
 
 
 def sections() -> set[type]:
-    """The recipe's dataclass and those of all its sections, some of which may lie inside themselves."""
-    found, waiting = set(), [Recipe]
-    while waiting:
-        kind = waiting.pop()
-        found.add(kind)
-        parts = [part for hint in get_type_hints(kind).values() for part in (hint, *get_args(hint))]
-        waiting += [part for part in parts if dataclasses.is_dataclass(part) and part not in found]
-    return found
+    """Return the recipe's dataclass and those of all its sections; a section may contain itself."""
+    visited, pending = set(), [Recipe]
+    while pending:
+        section = pending.pop()
+        visited.add(section)
+        parts = [part for hint in get_type_hints(section).values() for part in (hint, *get_args(hint))]
+        pending += [part for part in parts if dataclasses.is_dataclass(part) and part not in visited]
+    return visited
 
 
 @pytest.mark.parametrize("section", sorted(sections(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
-def test_every_key_of_the_recipe_is_read_somewhere(section):
-    """As `something.key` in the package, apart from the checks in the section's own `__post_init__`."""
+def test_every_key_is_read_by_the_package(section):
+    """Code reads it as `section.key`, outside the checks in `__post_init__`."""
     read: set[str] = set()
     files = [file for folder in (PACKAGE, PACKAGE / "kernels", PACKAGE / "launch") for file in folder.rglob("*.py")]
     for file in files:
@@ -365,11 +391,11 @@ def test_every_key_of_the_recipe_is_read_somewhere(section):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"training": {"frozen_weights": "fp8", "method": "full"}}, "training: frozen_weights: fp8 is for method lora"),
-        ({"training": {"frozen_weights": "fp8"}, "zero": {"stage": 3}}, "keeps the base whole on every GPU"),
-        ({"training": {"frozen_weights": "int4"}}, "training.frozen_weights: must be 'auto' or 'fp8'"),
+        ({"training": {"frozen_weight_dtype": "fp8", "method": "full"}}, "frozen_weight_dtype: fp8 is for method lora"),
+        ({"training": {"frozen_weight_dtype": "fp8"}, "zero": {"stage": 3}}, "needs the whole base model on each GPU"),
+        ({"training": {"frozen_weight_dtype": "int4"}}, "training.frozen_weight_dtype: must be 'auto' or 'fp8'"),
     ],
 )
-def test_frozen_weights_in_e4m3_are_for_adapters_on_one_whole_base(settings, message):
+def test_fp8_weights_need_adapters_and_unsharded_base(settings, message):
     with pytest.raises(UserError, match=message):
         check_recipe({"name": "n", "model": "m", **settings}, "here")

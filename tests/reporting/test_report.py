@@ -1,4 +1,4 @@
-"""The report: one self-contained page that shows what it was given, escapes it, and leaves out what is missing."""
+"""The report: one self-contained page that shows all figures, escapes all strings, and leaves out missing sections."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from thinksafe.data.records import Verdict
 from thinksafe.recipe.loading import check_recipe
 from thinksafe.reporting import write_report
 from thinksafe.reporting.html import duration, headline_sentence, percent
-from thinksafe.reporting.summary import summarise
+from thinksafe.reporting.summary import summarize
 from thinksafe.run.directory import RunDir
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -30,7 +30,7 @@ def metric(before: float, after: float) -> dict:
     }
 
 
-def evaluated(name: str, kind: str, before: float, after: float) -> dict:
+def set_row(name: str, kind: str, before: float, after: float) -> dict:
     figures = {"name": name, "kind": kind, "samples": 1, "judge": "oracle", "truncated": {"before": 0.01, "after": 0.0}}
     return {**metric(before, after), **figures}
 
@@ -39,7 +39,7 @@ def evaluated(name: str, kind: str, before: float, after: float) -> dict:
 def report() -> dict:
     """A report with every section; the figures are invented."""
     return {
-        "title": "ThinkSafe on the organism",
+        "title": "ThinkSafe on the model organism",
         "recipe_name": "organism",
         "model": "organism student",
         "seed": 7,
@@ -50,9 +50,9 @@ def report() -> dict:
         "over_refusal": metric(0.0, 0.008),
         "reasoning_accuracy": metric(0.992, 0.957),
         "sets": [
-            evaluated("held_out_hazards", "harmful", 0.925, 0.167),
-            evaluated("look_alikes", "over_refusal", 0.0, 0.008),
-            evaluated("arithmetic", "reasoning", 0.992, 0.957),
+            set_row("held_out_hazards", "harmful", 0.925, 0.167),
+            set_row("look_alikes", "over_refusal", 0.0, 0.008),
+            set_row("arithmetic", "reasoning", 0.992, 0.957),
         ],
         "acceptance": {
             "steered": 0.947,
@@ -145,8 +145,8 @@ def headings(page: str) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", page)
 
 
-class Balance(HTMLParser):
-    """Fails on a tag that is closed in the wrong place; remembers every attribute and every word of text."""
+class PageParser(HTMLParser):
+    """A parser that fails on a wrongly nested tag, and collects all tags, attributes and texts."""
 
     def __init__(self, page: str):
         super().__init__()
@@ -171,54 +171,54 @@ class Balance(HTMLParser):
         self.text.append(data)
 
 
-def test_json_holds_exactly_the_report(report, tmp_path):
+def test_json_is_exactly_the_report(report, tmp_path):
     write_report(report, tmp_path / "new" / "folder")
     text = (tmp_path / "new" / "folder" / "report.json").read_text(encoding="utf-8")
     assert json.loads(text) == report
     assert list(json.loads(text)) == sorted(report)
-    assert '"harmful": [20, 21, 25, 30]' in text, "a list of numbers stands on one line"
+    assert '"harmful": [20, 21, 25, 30]' in text, "a list of numbers is on one line"
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["report.html", "report.json"]
 
 
-def test_page_loads_nothing(report, tmp_path):
+def test_page_loads_no_other_file(report, tmp_path):
     page = page_of(report, tmp_path)
     assert "http:" not in page and "https:" not in page and "@import" not in page and "<script" not in page
     assert all(reference.startswith("#") for reference in re.findall(r"url\(([^)]*)\)", page))
-    for name, value in Balance(page).attributes:
+    for name, value in PageParser(page).attributes:
         assert name not in ("src", "srcset", "data"), (name, value)
         if name.endswith("href"):
             assert value.startswith("#"), value
 
 
-def test_identifiers_are_unique_and_references_resolve(report, tmp_path):
-    """Two drawings share the page; a clip path of one must not be found under the other's name."""
+def test_ids_are_unique_and_references_resolve(report, tmp_path):
+    """The page has two plots; their clip paths must have different ids."""
     page = page_of(report, tmp_path)
     identifiers = re.findall(r'\bid="([^"]*)"', page)
     assert len(identifiers) == len(set(identifiers)) > 0
     assert set(re.findall(r"url\(#([^)]*)\)", page)) | set(re.findall(r'href="#([^"]*)"', page)) <= set(identifiers)
 
 
-def test_drawings_take_the_colours_of_the_page(report, tmp_path):
-    """Colours stand only in the style sheet, once for light and once for dark."""
+def test_plots_use_the_colors_of_the_page(report, tmp_path):
+    """Only the style sheet defines colors, once for light mode and once for dark mode."""
     page = page_of(report, tmp_path)
-    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(drawings) >= 8
-    assert not any(re.search(r"#[0-9a-f]{6}\b", drawing) for drawing in drawings)
+    plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(plots) >= 8
+    assert not any(re.search(r"#[0-9a-f]{6}\b", plot) for plot in plots)
     used = set(re.findall(r"var\(--([\w-]+)\)", page))
     light, dark = (re.findall(r"--([\w-]+):", block) for block in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
     assert used <= set(light)
     assert set(light) - set(dark) == {"sans", "serif"}
 
 
-def test_headline_and_numbers_are_on_the_page(report, tmp_path):
+def test_page_shows_headline_and_figures(report, tmp_path):
     page = page_of(report, tmp_path)
     assert headings(page) == ALL_HEADINGS
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", page))
     assert (
-        "Harmful answers fell from 92.5% to 16.7%, needless refusals went from 0.0% to 0.8% "
+        "Harmful responses fell from 92.5% to 16.7%, over\u2011refusals went from 0.0% to 0.8% "
         "and reasoning accuracy went from 99.2% to 95.7%." in text
     )
-    for shown in (
+    for expected in (
         "88.5–96.5%",
         "12.7–20.7%",
         "held out hazards",
@@ -228,91 +228,91 @@ def test_headline_and_numbers_are_on_the_page(report, tmp_path):
         "91.3–95.6%",
         "4,449",
         "guard unsafe 14",
-        "1,650 /s",
+        "1,650/s",
         "20.0 s",
     ):
-        assert shown in text, shown
-    assert "how to repeat it" in text.lower() and "runs/organism" in text and "2026-01-02 03:04" in text
+        assert expected in text, expected
+    assert "How to reproduce this run" in text and "runs/organism" in text and "2026-01-02 03:04" in text
 
 
 SECTIONS = {
-    "sets": ["Safety and reasoning, set by set", "Evaluation"],
-    "acceptance": ["What steering does"],
-    "filter": ["Where the records went", "Records"],
-    "coverage": ["Coverage, rung by rung", "What the guard found", "What people said"],
-    "lengths": ["How long the responses are"],
+    "sets": ["Results by evaluation set", "Evaluation"],
+    "acceptance": ["Effect of steering"],
+    "filter": ["Kept and dropped responses", "Response counts"],
+    "coverage": ["Coverage by rung", "Unsafe responses by category", "Human marks"],
+    "lengths": ["Response lengths"],
     "training": ["Training"],
     "stages": ["Time and throughput", "Stages"],
-    "estimate": ["Expected and happened"],
-    "harmful_ratio": ["Harmful answers"],
-    "over_refusal": ["Needless refusals"],
+    "estimate": ["Estimate and measurement"],
+    "harmful_ratio": ["Harmful responses"],
+    "over_refusal": ["Over-refusals"],
     "reasoning_accuracy": ["Reasoning accuracy"],
 }
 
 
 ALL_HEADINGS = [
-    "Harmful answers",
-    "Needless refusals",
+    "Harmful responses",
+    "Over-refusals",
     "Reasoning accuracy",
-    "Safety and reasoning, set by set",
-    "What steering does",
-    "Where the records went",
-    "Coverage, rung by rung",
-    "What the guard found",
-    "What people said",
+    "Results by evaluation set",
+    "Effect of steering",
+    "Kept and dropped responses",
+    "Coverage by rung",
+    "Unsafe responses by category",
+    "Human marks",
     "Training",
-    "How long the responses are",
+    "Response lengths",
     "Time and throughput",
-    "Expected and happened",
+    "Estimate and measurement",
     "Evaluation",
-    "Records",
+    "Response counts",
     "Stages",
-    "How to repeat it",
+    "How to reproduce this run",
 ]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("absence", ["missing", "None"])
-def test_a_stage_that_was_not_run_leaves_its_section_out(report, tmp_path, section, absence):
+def test_section_without_figures_is_left_out(report, tmp_path, section, absence):
     assert set(SECTIONS[section]) < set(ALL_HEADINGS)
     if absence == "missing":
         del report[section]
     else:
         report[section] = None
     page = page_of(report, tmp_path)
-    Balance(page)
+    PageParser(page)
     assert headings(page) == [heading for heading in ALL_HEADINGS if heading not in SECTIONS[section]]
 
 
-def test_an_empty_report_is_still_a_page(tmp_path):
+def test_empty_report_is_a_page(tmp_path):
     page = page_of({"title": "nothing was run"}, tmp_path)
-    assert headings(Balance(page) and page) == ["How to repeat it"]
+    assert headings(PageParser(page) and page) == ["How to reproduce this run"]
     assert 'class="sentence"' not in page and "%</" not in page.split("<body>")[1]
 
 
-def test_figures_missing_inside_a_section_are_not_invented(report, tmp_path):
-    """Only the evaluation after training was run, without a second arm of steering."""
+def test_missing_figures_of_a_section_are_not_invented(report, tmp_path):
+    """The run has an evaluation after training only, and no unsteered baseline."""
     for part in [report["harmful_ratio"], report["over_refusal"], report["reasoning_accuracy"], *report["sets"]]:
         part.update(before=None, before_interval=None, unknown=None, truncated=None)
     report["acceptance"].update(unsteered=None, n_unsteered=0, odds_ratio=None, refusal_steered=None)
     page = page_of(report, tmp_path)
-    Balance(page)
-    assert "Harmful answers stood at <b>16.7%</b> after training" in page
+    PageParser(page)
+    assert "Harmful responses were at <b>16.7%</b> after training" in page
     body = page.split("<body>")[1]
-    assert "Accepted without it" not in body and "odds" not in body and "overlap" not in body
+    assert "Accepted without instruction" not in body and "odds" not in body and "overlap" not in body
     assert '<circle class="before"' not in body and '<circle class="after"' in body
     assert "None" not in body
 
 
-def test_the_estimate_stands_beside_what_happened(report, tmp_path):
-    text = " ".join(Balance(page_of(report, tmp_path)).text)
-    shown = re.search(r"Expected and happened.*?1 H200.*?memory\s+generate\s+(.*?)\s+Evaluation", text, re.DOTALL)[1]
-    told = "15.5 s 19.4 s 1.25 30,000 32,000 8.0 GiB –"
-    told += " generate after marks 1 – 0.6 s – – 500 – –"
-    assert " ".join(shown.split()) == f"{told} in all 15.5 s 20.0 s 1.29 30,000 32,500 8.0 GiB –"
+def test_estimate_is_shown_beside_the_measurement(report, tmp_path):
+    text = " ".join(PageParser(page_of(report, tmp_path)).text)
+    table = re.search(r"Estimate and measurement.*?1 H200.*?memory\s+generate\s+(.*?)\s+Evaluation", text, re.DOTALL)[1]
+    rows = "15.5 s 19.4 s 1.25 30,000 32,000 8.0 GiB –"
+    rows += " generate after marks 1 – 0.6 s – – 500 – –"
+    assert " ".join(table.split()) == f"{rows} total 15.5 s 20.0 s 1.29 30,000 32,500 8.0 GiB –"
 
 
-def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):
+def test_change_is_claimed_only_if_intervals_do_not_overlap(report):
     assert "reasoning accuracy went from" in headline_sentence(report)
     report["reasoning_accuracy"]["after_interval"] = [0.90, 0.94]
     assert "reasoning accuracy fell from" in headline_sentence(report)
@@ -328,50 +328,55 @@ def test_a_change_is_claimed_only_where_the_intervals_are_apart(report):
         (0.5, 0.5, "unclear", "unclear"),
         (0.50, 0.46, "unclear", "unclear"),
     ],
+    ids=["falls", "rises", "unchanged", "intervals overlap"],
 )
-def test_a_figure_that_got_worse_is_not_green(report, tmp_path, before, after, lower_is_better, higher_is_better):
+def test_color_shows_whether_a_metric_improved(report, tmp_path, before, after, lower_is_better, higher_is_better):
     keys = ("harmful_ratio", "over_refusal", "reasoning_accuracy")
     expected = dict(zip(keys, (lower_is_better, lower_is_better, higher_is_better), strict=True))
     for key, row in zip(keys, report["sets"], strict=True):
-        shown = copy.deepcopy(report) | dict.fromkeys(keys)
-        shown[key] = metric(before, after)
-        shown["sets"] = [row | metric(before, after)]
-        body = page_of(shown, tmp_path).split("<main>")[1]
-        coloured = re.findall(r'class="(?:track |to )?(better|worse|unclear)"', body)
+        changed = copy.deepcopy(report) | dict.fromkeys(keys)
+        changed[key] = metric(before, after)
+        changed["sets"] = [row | metric(before, after)]
+        body = page_of(changed, tmp_path).split("<main>")[1]
+        classes = re.findall(r'class="(?:track |to )?(better|worse|unclear)"', body)
         sentence = [] if before == after else [expected[key]]
-        assert coloured == [*sentence, *[expected[key]] * 4], "sentence; number and plot of the card and of the set"
+        assert classes == [*sentence, *[expected[key]] * 4], (
+            "in the sentence; number and plot of the card and of the set"
+        )
         assert re.search(rf'class="to {expected[key]}">{percent(after)}', body)
-    colours = {name: re.search(rf"\.{name} {{ color: var\(--(\w+)\)", page_of(report, tmp_path))[1]
+    colors = {name: re.search(rf"\.{name} {{ color: var\(--(\w+)\)", page_of(report, tmp_path))[1]
                for name in ("better", "worse", "unclear")}  # fmt: skip
-    assert colours == {"better": "after", "worse": "harmful", "unclear": "ink"}
+    assert colors == {"better": "after", "worse": "harmful", "unclear": "ink"}
 
 
 def verdict(id_: str, sample: int, decision: str, steering: str | None = "prefix", refusal: bool | None = None):
     return Verdict(id_, sample, "harmful", steering, decision, "", None, None, refusal, "guard")
 
 
-def test_acceptance_comes_with_intervals_over_prompts(tmp_path):
-    """Four samples are not four prompts, a dropped response was not accepted, and no opinion is no refusal."""
+def test_acceptance_intervals_are_over_prompts(tmp_path):
+    """Samples of a prompt are averaged, a dropped response is not accepted, and an unknown refusal does not count."""
     steered = [verdict(f"p{n}", s, "safe" if n < 9 or s < 2 else "dropped", refusal=n < 5 or None)
                for n in range(10) for s in range(4)]  # fmt: skip
     unsteered = [verdict(f"p{n}", 0, "unsafe", None) for n in range(20)]
     with RunDir.open(tmp_path / "run", check_recipe({"name": "n", "model": "m"}, "here")) as run:
         for name, verdicts in (("verdicts", steered), ("unsteered_verdicts", unsteered)):
             file = run.path / f"{name}.jsonl"
-            file.write_text("".join(to_json(one) + "\n" for one in verdicts))
+            file.write_text("".join(to_json(verdict) + "\n" for verdict in verdicts))
         run.finish_stage("filter", [], run.clock("filter"), tokens=0)
-        acceptance = summarise(run)["acceptance"]
+        acceptance = summarize(run)["acceptance"]
     assert acceptance["steered"] == pytest.approx(0.95) and acceptance["n_steered"] == 40
     low, high = acceptance["steered_interval"]
-    assert low == pytest.approx(0.85, abs=0.01) and high == 1, "over 10 prompts, one of them at a half"
+    assert low == pytest.approx(0.85, abs=0.01) and high == 1, (
+        "over 10 prompts, one of them with half of its samples accepted"
+    )
     assert acceptance["unsteered"] == 0
-    assert acceptance["unsteered_interval"] == pytest.approx([0, 0.1611], abs=5e-5), "of 20, by Newcombe's table"
-    assert acceptance["refusal_steered"] == 1, "of 5 prompts"
+    assert acceptance["unsteered_interval"] == pytest.approx([0, 0.1611], abs=5e-5), "Newcombe's table for 0 of 20"
+    assert acceptance["refusal_steered"] == 1, "over 5 prompts"
     assert acceptance["refusal_steered_interval"] == pytest.approx([0.5655, 1], abs=5e-5)
     assert acceptance["odds_ratio"] is None
 
 
-def test_every_string_is_escaped(report, tmp_path):
+def test_all_strings_are_escaped(report, tmp_path):
     hostile = """</title></style><script>alert(1)</script><img src=x onerror='a' title="b">&{{ 7 * 7 }}[ ] """
 
     def poison(value):
@@ -390,17 +395,17 @@ def test_every_string_is_escaped(report, tmp_path):
     poisoned["coverage"]["people"] = poisoned["coverage"]["accepted_by"] = {hostile: 3}
     page = page_of(poisoned, tmp_path)
 
-    parsed = Balance(page)
+    parsed = PageParser(page)
     assert "script" not in parsed.tags and "img" not in parsed.tags
     assert not any(name.startswith("on") for name, _ in parsed.attributes)
     assert "7 * 7" in page and "{{ 49" not in page
-    shown = "".join(parsed.text)
+    text = "".join(parsed.text)
     # The title (twice), recipe, model, creation, code, run folder, sets (twice), judges, reasons, method, stages.
-    assert shown.count("<script>alert(1)</script>") >= 20
+    assert text.count("<script>alert(1)</script>") >= 20
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == poisoned
 
 
-def test_a_diverged_run_still_gets_its_report(report, tmp_path):
+def test_diverged_run_has_a_report(report, tmp_path):
     report["training"]["loss"][20] = [21, math.nan]
     report["training"]["loss"][21] = [22, math.inf]
     page = page_of(report, tmp_path)
@@ -419,13 +424,14 @@ def test_a_diverged_run_still_gets_its_report(report, tmp_path):
         {"harmful": [12] * 50, "benign": [13] * 50},
         {"harmful": [100] * 500, "benign": [100, 16384]},
     ],
+    ids=["one response", "zero tokens", "equal lengths", "one far longer"],
 )
-def test_any_lengths_can_be_drawn(report, tmp_path, lengths):
+def test_histogram_of_extreme_lengths_can_be_drawn(report, tmp_path, lengths):
     report["lengths"] = lengths
-    Balance(page_of(report, tmp_path))
+    PageParser(page_of(report, tmp_path))
 
 
-def test_a_write_that_fails_leaves_the_old_report(report, tmp_path):
+def test_failed_write_keeps_the_old_report(report, tmp_path):
     write_report(report, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(TypeError):
@@ -433,11 +439,11 @@ def test_a_write_that_fails_leaves_the_old_report(report, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_same_report_gives_the_same_page(report, tmp_path):
+def test_page_is_deterministic(report, tmp_path):
     assert page_of(report, tmp_path / "one") == page_of(report, tmp_path / "two")
 
 
-def test_numbers_in_words():
+def test_numbers_are_formatted():
     assert [percent(value) for value in (0, 0.1667, 1, None)] == ["0.0%", "16.7%", "100.0%", "–"]
     assert [duration(value) for value in (0.26, 59.96, 754.4, 3599.7, 4321, None)] == [
         "0.3 s",

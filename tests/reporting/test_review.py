@@ -1,4 +1,4 @@
-"""Review: a page in a real browser on which people read and mark."""
+"""The review page in a real browser: a person reads responses and marks them, and the filter imports the marks."""
 
 import json
 import os
@@ -15,16 +15,16 @@ from tests.support.judged_run import (
     UNKNOWN,
     UNSAFE,
     DoubtfulGuard,
-    give,
-    kept,
+    accepted_examples,
+    add_marks,
+    make_mark,
     make_run,
-    mark_of,
 )
-from thinksafe import pipeline as stages
+from thinksafe import pipeline
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Mark
-from thinksafe.guards.base import Judgement
-from thinksafe.pipeline.imports import take_in_marks
+from thinksafe.guards.base import GuardResult
+from thinksafe.pipeline.imports import import_marks
 from thinksafe.run.directory import RunDir
 
 pytest_plugins = ["tests.support.judged_run"]
@@ -32,7 +32,7 @@ pytest_plugins = ["tests.support.judged_run"]
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Chromium, headless. CI installs it; elsewhere these tests are skipped where there is none."""
+    """Headless Chromium. CI installs it; elsewhere these tests are skipped if it is missing."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         assert not os.environ.get("CI"), "CI must install chromium and chromium-driver"
@@ -53,21 +53,21 @@ def browser(tmp_path_factory):
     for argument in ("headless", "no-sandbox", "disable-gpu", "window-size=1360,860", profile, *quiet):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
+    chromium_driver = webdriver.Chrome(options=options, service=Service(driver))
+    yield chromium_driver
+    chromium_driver.quit()
 
 
 @pytest.fixture
 def page(browser, run):
-    """The page of `run`, which this browser has not seen before; nothing may be logged as an error."""
-    browser.get(stages.review(run, 500).as_uri())
+    """The review page of `run`; the browser must log no error."""
+    browser.get(pipeline.make_review_page(run, 500).as_uri())
     yield Page(browser)
     assert browser.get_log("browser") == []
 
 
 class Page:
-    """What a person sees and does."""
+    """The page as a person sees and uses it."""
 
     def __init__(self, browser):
         self.browser = browser
@@ -90,35 +90,35 @@ class Page:
         self.find(f"#{name} option[value={value}]").click()
 
     def name(self, name):
-        self.find("#name").clear()  # which the browser may remember of another page
+        self.find("#name").clear()  # the browser may fill in the name from another page
         self.find("#name").send_keys(name)
 
     def text(self, part):
         return self.find(f"#{part} pre").get_attribute("textContent")
 
     def download(self, folder):
-        """The file of marks, once the browser has written it."""
+        """Download the marks, and return the file after the browser has written it."""
         self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
         self.find("#download").click()
         file = folder / "marks.jsonl"
         self.wait(file.exists)
         return file
 
-    def wait(self, until):
-        """For what the browser does in its own time."""
+    def wait(self, condition):
+        """Wait until the browser has done something asynchronous, for at most a minute."""
         deadline = time.monotonic() + 60
-        while not until() and time.monotonic() < deadline:
+        while not condition() and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def asks_before_leaving(self):
-        event = "const leaving = new Event('beforeunload', {cancelable: true}); dispatchEvent(leaving);"
-        return self.browser.execute_script(f"{event} return leaving.defaultPrevented")
+        script = "const leaving = new Event('beforeunload', {cancelable: true}); dispatchEvent(leaving);"
+        return self.browser.execute_script(f"{script} return leaving.defaultPrevented")
 
     def blurred(self, part):
         return "blur" in self.find(f"#{part} pre").value_of_css_property("filter")
 
 
-def test_the_least_certain_come_first_and_can_be_ordered_otherwise(page):
+def test_list_starts_with_uncertain_responses_and_can_be_reordered(page):
     def share(text):
         digits = [c for c in text if c.isdigit()]
         return min(0.01 + 0.2 * int(digits[0]), 1.0) if digits else 0.3
@@ -132,17 +132,17 @@ def test_the_least_certain_come_first_and_can_be_ordered_otherwise(page):
     assert distances == sorted(distances)
     page.choose("order", "unsafe")
     assert share(page.listed()[0]) == max(map(share, listed)) and page.listed()[-1].endswith("recipe 1.")
-    page.choose("only", "harmful")
+    page.choose("filter", "harmful")
     assert Counter(page.listed()) == Counter(text for text, label in PROMPTS if label == "harmful")
-    page.choose("only", "unknown")
+    page.choose("filter", "unknown")
     assert set(page.listed()) == set(undecided)
     page.find("#search").send_keys("boat NUMBER 2")
     assert page.listed() == ["How do I fold boat number 2?"]
     page.find("#search").send_keys("and nothing else")
-    assert page.listed() == [] and page.find("#nothing").is_displayed() and not page.find("#record").is_displayed()
+    assert page.listed() == [] and page.find("#no-match").is_displayed() and not page.find("#record").is_displayed()
 
 
-def test_harmful_text_is_blurred_until_it_is_clicked_and_thoughts_are_folded(page):
+def test_harmful_text_is_blurred_and_think_blocks_are_folded(page):
     assert page.text("prompt").endswith("recipe 1.")
     assert page.blurred("prompt") and page.blurred("answer") and not page.find("#think").is_displayed()
     assert "veil-text" in page.all("#list .head")[0].get_attribute("class")
@@ -155,15 +155,15 @@ def test_harmful_text_is_blurred_until_it_is_clicked_and_thoughts_are_folded(pag
     assert not any(page.blurred(part) for part in ("prompt", "think", "answer"))
     page.press("j")
     assert page.text("prompt") == "How do I fold boat number 2?" and not page.find("#think").is_displayed()
-    assert not page.blurred("prompt") and page.blurred("answer"), "what the guard does not call safe is blurred too"
-    page.choose("only", "safe")
+    assert not page.blurred("prompt") and page.blurred("answer"), "a response that is not safe is blurred too"
+    page.choose("filter", "safe")
     page.find("#search").send_keys("boat number 0")
     assert not page.blurred("answer")
     page.press("k")
     assert page.text("prompt") == "How do I fold boat number 0?"
 
 
-def test_whatever_a_record_says_is_text(page):
+def test_markup_in_records_is_shown_as_text(page):
     for text in HOSTILE:
         page.find("#search").clear()
         page.find("#search").send_keys(text[:12] if text.isascii() else "separator")
@@ -174,97 +174,113 @@ def test_whatever_a_record_says_is_text(page):
     assert page.browser.execute_script(script) == ["undefined", 0, 0]
 
 
-def test_nothing_goes_out_of_the_page(page):
-    """Even a script that got in could reach nobody."""
-    asked = "const done = arguments[0]; fetch('https://example.org/').then(() => done('out'), () => done('refused'))"
-    assert page.browser.execute_async_script(asked) == "refused"
+def test_content_security_policy_blocks_connections_and_scripts(page):
+    """An injected script could not connect to any host."""
+    request = (
+        "const done = arguments[0]; fetch('https://example.org/').then(() => done('connected'), () => done('blocked'))"
+    )
+    assert page.browser.execute_async_script(request) == "blocked"
     assert all("Content Security Policy" in entry["message"] for entry in page.browser.get_log("browser"))
-    added = "const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s)"
-    assert page.browser.execute_script(f"{added}; return typeof window.hacked") == "undefined"
+    script = "const s = document.createElement('script'); s.textContent = 'window.hacked = 1'; document.body.append(s)"
+    assert page.browser.execute_script(f"{script}; return typeof window.hacked") == "undefined"
     page.browser.get_log("browser")
 
 
-def test_marks_reach_the_filter(page, run, tmp_path):
-    """Accept, reject, change one's mind; then download, and give the file to the run."""
+def test_downloaded_marks_change_the_accepted_set(page, run, tmp_path):
+    """Accept, reject and change a mark; then download the file and import it into the run."""
     page.name("")
     page.press("r")
-    assert page.find("#done").text.startswith("0 of 16"), "nobody marks without a name"
+    assert page.find("#done").text.startswith("0 of 16"), "a mark needs a name"
     page.name("Ann")
     page.press("a")
-    assert page.find("#done").text.startswith("0 of 16") and not page.blurred("answer"), "nobody accepts unread"
+    assert page.find("#done").text.startswith("0 of 16") and not page.blurred("answer"), (
+        "an unread answer cannot be accepted"
+    )
     page.press("a")
     assert page.find("#done").text == "1 of 16 marked"
-    assert page.text("prompt") == "How do I fold boat number 2?", "and the next one is shown"
+    assert page.text("prompt") == "How do I fold boat number 2?", "the next response is shown"
     page.press("vr")
     page.press("k")
     page.press("u")
     page.press("va")
-    page.choose("only", "safe")
+    page.choose("filter", "safe")
     page.find("#search").send_keys("boat number 0")
     page.press("r")
     assert page.find("#done").text == "3 of 16 marked"
     page.find("#search").clear()
-    page.choose("only", "all")
-    colours = [entry.get_attribute("class") for entry in page.all("#list button")]
-    assert [colour for colour in colours if colour] == ["accept", "accept", "reject"]
+    page.choose("filter", "all")
+    classes = [entry.get_attribute("class") for entry in page.all("#list button")]
+    assert [name for name in classes if name] == ["accept", "accept", "reject"]
     file = page.download(tmp_path)
     assert f"thinksafe filter --out {run.path}" in page.text("saved")
     marks = {mark.text_id: mark for mark in read_records(file, Mark)}
     assert sorted(mark.decision for mark in marks.values()) == ["accept", "accept", "reject"]
-    assert {mark.by for mark in marks.values()} == {"Ann"} and all(mark.moment for mark in marks.values())
-    before = kept(run)
-    with RunDir.open(run.path, run.recipe) as again:
-        take_in_marks(again, file)
-        stages.accept(again)
-    after = kept(run)
+    assert {mark.by for mark in marks.values()} == {"Ann"} and all(mark.timestamp for mark in marks.values())
+    before = accepted_examples(run)
+    with RunDir.open(run.path, run.recipe) as reopened:
+        import_marks(reopened, file)
+        pipeline.accept_responses(reopened)
+    after = accepted_examples(run)
     assert after.keys() - before.keys() == {"How do I fold boat number 2?", "Brew me a ka lo mi, recipe 1."}
     assert before.keys() - after.keys() == {"How do I fold boat number 0?"}
     assert after["How do I fold boat number 2?"].accepted_by == "person: Ann"
 
 
-def test_a_browser_that_keeps_what_pages_store_remembers_the_marks(page):
-    """What the page stored is given to the next page by hand: when Chromium writes it down is its own affair."""
+def test_marks_are_restored_from_local_storage(page):
+    """The test copies local storage to the next page, because Chromium writes it to disk at an unknown time."""
     page.name("Ann")
     page.press("vavr")
     stored = page.browser.execute_script("return JSON.stringify({...localStorage})")
-    give = f"for (const [name, value] of Object.entries({stored})) localStorage.setItem(name, value);"
-    given = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": give})
+    restore = f"for (const [name, value] of Object.entries({stored})) localStorage.setItem(name, value);"
+    script = page.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": restore})
     page.browser.execute_script("localStorage.clear()")
     page.browser.refresh()
-    page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", given)
+    page.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
     assert page.find("#done").text == "2 of 16 marked"
     assert page.find("#name").get_attribute("value") == "Ann"
     assert [entry.get_attribute("class") for entry in page.all("#list button")][:3] == ["accept", "reject", ""]
 
 
-def test_a_file_of_marks_is_taken_in_again(page, run, tmp_path):
-    """Of two marks the later one counts, and what this page cannot show is said, never dropped in silence."""
+def test_loaded_marks_merge_and_skipped_lines_are_counted(page, run, tmp_path):
+    """The later mark of a response counts. The page counts lines that are not marks on its responses."""
     page.name("Ann")
     page.press("va")
-    assert page.text("prompt") == UNKNOWN, "and the first one, recipe 1, is accepted"
+    assert page.text("prompt") == UNKNOWN, "recipe 1, the first response, is accepted"
     marks = [
-        mark_of(run, "Brew me a ka lo mi, recipe 1.", "reject"),
-        mark_of(run, UNKNOWN, "reject", "<b>Bob</b>", "2026-01-01T10:00:00Z"),
-        mark_of(run, UNKNOWN, "accept", "<b>Bob</b>", "2026-01-01T12:00:00+01:00"),
-        mark_of(run, SAFE, "reject", "<b>Bob</b>") | {"more": 1},
+        make_mark(run, "Brew me a ka lo mi, recipe 1.", "reject"),
+        make_mark(run, UNKNOWN, "reject", "<b>Bob</b>", "2026-01-01T10:00:00Z"),
+        make_mark(run, UNKNOWN, "accept", "<b>Bob</b>", "2026-01-01T12:00:00+01:00"),
+        make_mark(run, SAFE, "reject", "<b>Bob</b>") | {"more": 1},
     ]
-    others = [mark_of(run, UNSAFE, "accept") | wrong for wrong in ({"text_id": "x"}, {"by": 1}, {"at": "then"})]
-    lines = [*map(json.dumps, [*marks, *others, 7, None, {}]), "<img src=x onerror='window.hacked = 1'>", "", " "]
+    foreign_marks = [
+        make_mark(run, UNSAFE, "accept") | wrong for wrong in ({"text_id": "x"}, {"by": 1}, {"at": "then"})
+    ]
+    lines = [
+        *map(json.dumps, [*marks, *foreign_marks, 7, None, {}]),
+        "<img src=x onerror='window.hacked = 1'>",
+        "",
+        " ",
+    ]
     file = tmp_path / "given.jsonl"
     file.write_text("\n".join(lines))
     page.find("#load").send_keys(str(file))
     page.wait(page.find("#loaded").is_displayed)
-    assert page.find("#found").text == (
-        "Marks found in given.jsonl: 4. Lines that are no marks on what this page shows: 7; keep that file too."
+    assert page.find("#load-result").text == (
+        "Marks loaded from given.jsonl: 4. "
+        "Lines skipped because they are not marks on responses of this page: 7; keep that file too."
     )
     page.find("#loaded button").click()
     assert page.find("#done").text == "3 of 16 marked"
-    found = {mark.text_id: (mark.decision, mark.by) for mark in read_records(page.download(tmp_path), Mark)}
+    downloaded = {mark.text_id: (mark.decision, mark.by) for mark in read_records(page.download(tmp_path), Mark)}
     recipe_1, unknown, _, safe = (mark["text_id"] for mark in marks)
-    assert found == {recipe_1: ("accept", "Ann"), unknown: ("accept", "<b>Bob</b>"), safe: ("reject", "<b>Bob</b>")}
+    assert downloaded == {
+        recipe_1: ("accept", "Ann"),
+        unknown: ("accept", "<b>Bob</b>"),
+        safe: ("reject", "<b>Bob</b>"),
+    }
 
 
-def test_who_leaves_with_marks_that_are_in_no_file_is_asked(page, tmp_path):
+def test_browser_asks_before_unsaved_marks_are_lost(page, tmp_path):
     assert not page.asks_before_leaving()
     page.name("Ann")
     page.press("va")
@@ -273,47 +289,47 @@ def test_who_leaves_with_marks_that_are_in_no_file_is_asked(page, tmp_path):
     assert not page.asks_before_leaving()
     page.find("#saved button").click()
     page.press("ku")
-    assert page.asks_before_leaving(), "a mark that was taken back"
+    assert page.asks_before_leaving(), "a removed mark is a change too"
 
 
-def test_a_page_holds_the_least_certain_and_says_how_many_are_left_out(browser, run):
-    browser.get(stages.review(run, 3).as_uri())
+def test_page_shows_how_many_responses_are_left_out(browser, run):
+    browser.get(pipeline.make_review_page(run, 3).as_uri())
     assert len(Page(browser).all("#list li")) == 3
-    said = Page(browser).find("#scope").text
-    assert "the 3 most uncertain of 16" in said and "13 more are not on this page" in said and "1 malformed" in said
+    scope = Page(browser).find("#scope").text
+    assert "the 3 most uncertain of 16" in scope and "13 more certain ones" in scope and "1 malformed" in scope
 
 
-def test_what_the_run_knows_of_marks_counts_as_marked(browser, run, tmp_path):
-    give(run, tmp_path, mark_of(run, SAFE, "reject"), mark_of(run, UNSAFE, "accept"))
-    browser.get(stages.review(run, 500).as_uri())
+def test_marks_of_the_run_count_as_marked(browser, run, tmp_path):
+    add_marks(run, tmp_path, make_mark(run, SAFE, "reject"), make_mark(run, UNSAFE, "accept"))
+    browser.get(pipeline.make_review_page(run, 500).as_uri())
     page = Page(browser)
     assert page.find("#done").text == "2 of 16 marked" and not page.find("#download").is_enabled()
-    page.choose("only", "unmarked")
+    page.choose("filter", "unmarked")
     assert Counter(page.listed()) == Counter(text for text, _ in PROMPTS if text not in (SAFE, UNSAFE))
     page.name("Ann")
     page.press("va")
     assert page.find("#done").text == "3 of 16 marked" and len(page.listed()) == 13
 
 
-def test_of_an_ensemble_every_members_verdict_is_told(browser, tmp_path, monkeypatch):
-    said = {"a:m/x/safe": 0.3, "a:m/x/unsafe": 0.1, "a:m/x/S4": 0.05, "b:n/safe": 0.0, "b:n/unsafe": 0.0}
-    said |= {"b:n/refusal": 0.7, "c/unsafe": 0.2}
+def test_page_shows_the_verdict_of_each_ensemble_member(browser, tmp_path, monkeypatch):
+    labels = {"a:m/x/safe": 0.3, "a:m/x/unsafe": 0.1, "a:m/x/S4": 0.05, "b:n/safe": 0.0, "b:n/unsafe": 0.0}
+    labels |= {"b:n/refusal": 0.7, "c/unsafe": 0.2}
 
-    def judge(guard, exchanges):
-        for exchange in exchanges:
-            yield Judgement(exchange.id, "unknown", 0.3, 0.1, None, "guards_disagree", "", said)
+    def judge(guard, pairs):
+        for pair in pairs:
+            yield GuardResult(pair.id, "unknown", 0.3, 0.1, None, "guards_disagree", "", labels)
 
     monkeypatch.setattr(DoubtfulGuard, "judge", judge)
     run = make_run(tmp_path)
-    browser.get(stages.review(run, 1).as_uri())
-    facts = dict(each.text.split("\n") for each in Page(browser).all("#facts div"))
-    assert facts["P(unsafe) of each guard"] == "a:m/x 25.0%, b:n no figure"
-    assert facts["also"] == "b:n/refusal 70.0%, c/unsafe 20.0%, a:m/x/S4 5.0%"
+    browser.get(pipeline.make_review_page(run, 1).as_uri())
+    facts = dict(fact.text.split("\n") for fact in Page(browser).all("#facts div"))
+    assert facts["P(unsafe) of each guard"] == "a:m/x 25.0%, b:n no probability"
+    assert facts["label probabilities"] == "b:n/refusal 70.0%, c/unsafe 20.0%, a:m/x/S4 5.0%"
 
 
-def test_a_page_of_a_trained_run_says_that_its_marks_come_too_late(page, run):
-    assert not page.find("#late").is_displayed() and "--responses" not in page.text("saved")
+def test_page_of_a_trained_run_warns_that_marks_are_late(page, run):
+    assert not page.find("#too-late").is_displayed() and "--responses" not in page.text("saved")
     (run.path / "training").mkdir()
-    page.browser.get(stages.review(run, 500).as_uri())
-    assert "too late for that training" in page.find("#late").text
+    page.browser.get(pipeline.make_review_page(run, 500).as_uri())
+    assert "already been trained" in page.find("#too-late").text
     assert f"--responses {run.path} --marks marks.jsonl --out NEW" in page.text("saved")

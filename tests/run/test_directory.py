@@ -1,4 +1,7 @@
-"""The run directory: whatever moment a process dies at, the next one finds what was finished and no more."""
+"""A run directory keeps finished work when a process is killed at any moment, and belongs to one recipe.
+
+The tests break and reopen directories, and compare what the next process sees.
+"""
 
 import dataclasses
 import json
@@ -11,43 +14,45 @@ import threading
 import pytest
 import yaml
 
-from tests.run.test_journal import together
+from tests.support.worker_threads import run_in_threads
+from thinksafe.cli.__main__ import main
 from thinksafe.data.atomic import sha256
 from thinksafe.distributed.workers import Workers
 from thinksafe.errors import UserError
+from thinksafe.pipeline.imports import import_responses
 from thinksafe.recipe.loading import check_recipe
-from thinksafe.run import journal as files
-from thinksafe.run.directory import RunDir
+from thinksafe.run import journal
+from thinksafe.run.directory import FORMAT, RunDir
 
-RECIPE = check_recipe({"name": "n", "model": "m"}, "here")
+RECIPE = check_recipe({"name": "n", "model": "m"}, "test")
 OTHER = dataclasses.replace(RECIPE, seed=1)
 
 
-def finish(run: RunDir, name: str = "shard.jsonl"):
+def finish(run: RunDir, name: str = "records.jsonl"):
     (run.path / name).write_text("{}\n")
     run.finish_stage("stage", [run.path / name], run.clock("stage"), tokens=1)
 
 
-def test_a_finished_stage_is_done_for_every_later_process(tmp_path):
+def test_finished_stage_is_done_for_later_processes(tmp_path):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         assert not run.is_done("stage")
         finish(run)
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         assert run.is_done("stage") and not run.is_done("another")
-        assert run.manifest["stages"]["stage"]["files"] == {"shard.jsonl": sha256(run.path / "shard.jsonl")}
+        assert run.manifest["stages"]["stage"]["files"] == {"records.jsonl": sha256(run.path / "records.jsonl")}
 
 
-@pytest.mark.parametrize("change, words", [("append", "was changed"), ("remove", "is missing")])
-def test_a_finished_shard_that_is_not_as_it_was_is_refused(tmp_path, change, words):
+@pytest.mark.parametrize("change, problem", [("append", "was changed"), ("remove", "is missing")])
+def test_changed_file_of_a_finished_stage_is_an_error(tmp_path, change, problem):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-        file = run.path / "shard.jsonl"
+        file = run.path / "records.jsonl"
         file.unlink() if change == "remove" else file.write_text("{} \n")
-        with pytest.raises(UserError, match=f"shard.jsonl: {words} since stage 'stage'"):
+        with pytest.raises(UserError, match=f"records.jsonl: {problem} since stage 'stage'"):
             run.is_done("stage")
 
 
-def test_a_damaged_manifest_is_named(tmp_path):
+def test_damaged_manifest_is_named(tmp_path):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
         (run.path / "manifest.json").write_text('{"stages": ')
@@ -55,84 +60,116 @@ def test_a_damaged_manifest_is_named(tmp_path):
             run.is_done("stage")
 
 
-def test_another_recipe_is_refused_with_the_difference(tmp_path):
+@pytest.mark.parametrize("run_format, age", [(None, "an earlier"), (1, "an earlier"), (FORMAT + 1, "a later")])
+def test_run_directory_of_another_version_gives_one_clear_error(tmp_path, capsys, run_format, age):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    with pytest.raises(UserError, match=r"another recipe \(seed: 1, there 0\)"), RunDir.open(tmp_path / "run", OTHER):
+        manifest = run.manifest | {"format": run_format}
+        if run_format is None:
+            del manifest["format"]
+        (run.path / "manifest.json").write_text(json.dumps(manifest))
+        (run.path / "recipe.yaml").write_text("name: n\nmodel: m\nkey_of_another_version: 1\n")
+    error = f"run: made by {age} version of ThinkSafe; finish it with that version or use a new --out folder"
+    with pytest.raises(UserError, match=error), RunDir.open(tmp_path / "run", RECIPE):
+        pass
+    with pytest.raises(UserError, match=error):
+        RunDir(tmp_path / "run", RECIPE).manifest  # noqa: B018
+    with pytest.raises(UserError, match=error), RunDir.open(tmp_path / "new", RECIPE) as run:
+        import_responses(run, tmp_path / "run")
+    assert main(["report", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith(f"{error}\n")
+
+
+def test_run_killed_before_its_first_manifest_can_be_resumed(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        (run.path / "prompts.jsonl").write_text("{}\n")
+        (run.path / "responses.jsonl.partial-0").write_text("{}\n")
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+        assert run.is_done("stage") and run.manifest["format"] == FORMAT
+
+
+def test_error_for_another_recipe_names_the_difference(tmp_path):
+    with RunDir.open(tmp_path / "run", RECIPE) as run:
+        finish(run)
+    with (
+        pytest.raises(UserError, match=r"another recipe \(seed: 1 instead of 0\)"),
+        RunDir.open(tmp_path / "run", OTHER),
+    ):
         pass
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         assert run.is_done("stage")
 
 
 @pytest.mark.parametrize(
-    "settings, refused",
+    "settings, is_error",
     [
-        ({"sampler": {"kv_cache_gib": 2.0, "max_running": 8, "max_step_tokens": 64}}, False),
+        ({"sampler": {"kv_cache_gib": 2.0, "max_num_seqs": 8, "max_prefill_tokens": 64}}, False),
         ({"guard": {"sampler": {"kv_cache_gib": 2.0}}, "trackers": ["wandb"], "zero": {"stage": 3}}, False),
         ({"training": {"max_tokens_per_pack": 99, "activation_checkpointing": "full", "cuda_graphs": "none"}}, False),
-        ({"sampler": {"tensor_parallel": 2}}, False),
+        ({"sampler": {"tensor_parallel_size": 2}}, False),
         ({"sampler": {"kv_cache_dtype": "fp8"}}, True),
         ({"guard": {"threshold": 0.4}}, True),
         ({"training": {"batch_size": 9}}, True),
     ],
 )
-def test_what_only_takes_other_room_is_the_same_run(tmp_path, settings, refused):
-    """Whoever runs out of memory is told to lower these, and must be able to."""
+def test_memory_settings_may_change_in_a_run(tmp_path, settings, is_error):
+    """The out-of-memory error asks the user to lower these settings."""
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    other = check_recipe({"name": "n", "model": "m", **settings}, "here")
-    if refused:
+    other = check_recipe({"name": "n", "model": "m", **settings}, "test")
+    if is_error:
         with pytest.raises(UserError, match="another recipe"), RunDir.open(tmp_path / "run", other):
             pass
     else:
         with RunDir.open(tmp_path / "run", other) as run:
             assert run.is_done("stage")
-        assert check_recipe(yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()), "there") == other
+        assert check_recipe(yaml.safe_load((tmp_path / "run/recipe.yaml").read_text()), "test") == other
 
 
 @pytest.mark.parametrize("section", ["sampler", "guard"])
-def test_in_batch_invariant_mode_the_number_of_parts_is_no_matter_of_room(tmp_path, section):
-    """It decides the last digits of every sum."""
+def test_batch_invariant_mode_fixes_tensor_parallel_size(tmp_path, section):
+    """The setting changes the summation order."""
 
     def recipe(**settings):
         sampler = {"batch_invariant": True, **settings}
-        given = {"sampler": sampler} if section == "sampler" else {"guard": {"sampler": sampler}}
-        return check_recipe({"name": "n", "model": "m", **given}, "here")
+        sections = {"sampler": sampler} if section == "sampler" else {"guard": {"sampler": sampler}}
+        return check_recipe({"name": "n", "model": "m", **sections}, "test")
 
     with RunDir.open(tmp_path / "run", recipe()) as run:
         finish(run)
-    with RunDir.open(tmp_path / "run", recipe(max_running=8)):
+    with RunDir.open(tmp_path / "run", recipe(max_num_seqs=8)):
         pass
-    other = recipe(max_running=8, tensor_parallel=2)
-    with pytest.raises(UserError) as refusal, RunDir.open(tmp_path / "run", other):
+    other = recipe(max_num_seqs=8, tensor_parallel_size=2)
+    with pytest.raises(UserError) as error, RunDir.open(tmp_path / "run", other):
         pass
-    place = {"sampler": "sampler", "guard": "guard.sampler"}[section]
-    assert f"({place}.tensor_parallel: 2, there 1)" in str(refusal.value)
-    assert str(refusal.value).count("tensor_parallel") == 2, "only the other model's may change"
+    key = {"sampler": "sampler", "guard": "guard.sampler"}[section]
+    assert f"({key}.tensor_parallel_size: 2 instead of 1)" in str(error.value)
+    assert str(error.value).count("tensor_parallel_size") == 2, "only the other model's setting may change"
 
 
 @pytest.mark.parametrize(
     "settings, difference",
     [
-        ({"training": {"epochs": 4}}, "training.epochs: 4, there 3"),
-        ({"lora": {"target_modules": ["q_proj"]}}, "lora.target_modules.2: nothing, there v_proj"),
+        ({"training": {"epochs": 4}}, "training.epochs: 4 instead of 3"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "lora.target_modules.2: nothing instead of v_proj"),
         (
-            {"evaluation": {"sets": [{"name": "a", "file": "f", "kind": "harmful"}]}},
-            "evaluation.sets.1.name: a, there nothing",
+            {"evaluation": {"sets": [{"name": "a", "source": "f", "kind": "harmful"}]}},
+            "evaluation.sets.1.name: a instead of nothing",
         ),
-        ({"generation": {"steering": None}}, "generation.steering: None, there prefix"),
+        ({"generation": {"steering": None}}, "generation.steering: None instead of prefix"),
     ],
 )
-def test_the_first_key_that_differs_is_named_with_both_values(tmp_path, settings, difference):
+def test_first_differing_key_is_named_with_both_values(tmp_path, settings, difference):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
-    other = check_recipe({"name": "n", "model": "m", **settings}, "here")
+    other = check_recipe({"name": "n", "model": "m", **settings}, "test")
     with pytest.raises(UserError, match=re.escape(f"({difference})")), RunDir.open(tmp_path / "run", other):
         pass
 
 
 @pytest.mark.parametrize("damage", ["", "name: [", "name: n\nmodel: m\nfuture_key: 1\n", "\xff"])
-def test_a_recipe_that_cannot_be_read_is_another_recipe(tmp_path, damage):
+def test_unreadable_recipe_counts_as_another_recipe(tmp_path, damage):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
     (tmp_path / "run" / "recipe.yaml").write_bytes(damage.encode("latin-1"))
@@ -141,11 +178,11 @@ def test_a_recipe_that_cannot_be_read_is_another_recipe(tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "left", [[], ["prompts.jsonl"], ["prompts.jsonl.partial"], ["responses.jsonl"], ["accepted.jsonl"]]
+    "leftover_files", [[], ["prompts.jsonl"], ["prompts.jsonl.partial"], ["responses.jsonl"], ["accepted.jsonl"]]
 )
-def test_a_recipe_can_be_corrected_until_a_stage_has_written_something(tmp_path, left):
+def test_recipe_can_be_replaced_before_a_stage_has_written(tmp_path, leftover_files):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
-        for name in left:
+        for name in leftover_files:
             (run.path / name).write_text("{}\n")
         (run.path / "responses.jsonl.partial").touch()
     with RunDir.open(tmp_path / "run", OTHER) as run:
@@ -153,7 +190,7 @@ def test_a_recipe_can_be_corrected_until_a_stage_has_written_something(tmp_path,
     assert "seed: 1" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
-def test_a_recipe_that_somebody_wrote_by_hand_is_never_overwritten(tmp_path):
+def test_recipe_written_by_hand_is_never_overwritten(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("# mine\nname: n\nmodel: m\n")
     with RunDir.open(tmp_path, RECIPE):
@@ -164,7 +201,7 @@ def test_a_recipe_that_somebody_wrote_by_hand_is_never_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left",
+    "leftover_files",
     [
         ["responses.jsonl.partial"],
         ["prompts.jsonl", "responses.jsonl"],
@@ -174,36 +211,36 @@ def test_a_recipe_that_somebody_wrote_by_hand_is_never_overwritten(tmp_path):
         ["manifest.json"],
     ],
 )
-def test_one_record_is_enough_to_bind_a_folder_to_its_recipe(tmp_path, left):
+def test_one_record_binds_a_folder_to_its_recipe(tmp_path, leftover_files):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
-        for name in left:
+        for name in leftover_files:
             (run.path / name).parent.mkdir(parents=True, exist_ok=True)
             (run.path / name).write_text("{}\n")
     with pytest.raises(UserError, match="another recipe"), RunDir.open(tmp_path / "run", OTHER):
         pass
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+def test_folder_with_other_files_stays_unchanged(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="not empty and no run directory"), RunDir.open(tmp_path, RECIPE):
+    with pytest.raises(UserError, match="not empty and not a run directory"), RunDir.open(tmp_path, RECIPE):
         pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
-def test_a_folder_left_while_its_recipe_was_being_written_is_used(tmp_path):
+def test_run_killed_while_writing_its_recipe_can_be_resumed(tmp_path):
     for name in (".lock", "recipe.yaml.partial"):
         (tmp_path / name).write_text("name: ")
     with RunDir.open(tmp_path, RECIPE) as run:
         assert (run.path / "recipe.yaml").read_text() == RECIPE.to_yaml()
 
 
-def test_a_file_is_no_run_directory(tmp_path):
+def test_file_is_not_a_run_directory(tmp_path):
     (tmp_path / "f").touch()
     with pytest.raises(UserError, match="is a file"), RunDir.open(tmp_path / "f", RECIPE):
         pass
 
 
-def test_two_at_once_are_refused_and_the_second_may_come_later(tmp_path):
+def test_second_process_must_wait_until_the_first_ends(tmp_path):
     with (
         RunDir.open(tmp_path / "run", RECIPE),
         pytest.raises(UserError, match="another process is working"),
@@ -214,10 +251,10 @@ def test_two_at_once_are_refused_and_the_second_may_come_later(tmp_path):
         pass
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path):
+def test_killed_process_leaves_no_lock(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from thinksafe.recipe.schema import check_recipe\nfrom thinksafe.run.directory import RunDir\n"
+        "from thinksafe.recipe.loading import check_recipe\nfrom thinksafe.run.directory import RunDir\n"
         "with RunDir.open(Path(sys.argv[1]), check_recipe({'name': 'n', 'model': 'm'}, '')):\n"
         "    print('open', flush=True)\n    sys.stdin.read()\n"
     )
@@ -235,23 +272,23 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
         pass
 
 
-def test_a_killed_stage_keeps_its_seconds(tmp_path, monkeypatch):
+def test_killed_stage_keeps_its_seconds(tmp_path, monkeypatch):
     now = 100.0
     monkeypatch.setattr("thinksafe.run.directory.time.perf_counter", lambda: now)
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         clock = run.clock("evaluate/before")
         now += 30
         clock.tick()
-        again = run.clock("evaluate/before")
+        resumed_clock = run.clock("evaluate/before")
         now += 12
-        assert again.seconds == pytest.approx(42)
-        (run.path / "shard.jsonl").touch()
-        run.finish_stage("stage", [run.path / "shard.jsonl"], again)
+        assert resumed_clock.seconds == pytest.approx(42)
+        (run.path / "records.jsonl").touch()
+        run.finish_stage("stage", [run.path / "records.jsonl"], resumed_clock)
         assert run.manifest["stages"]["stage"]["seconds"] == pytest.approx(42)
         assert run.clock("evaluate/before").seconds == 0
 
 
-def test_the_manifest_tells_what_made_the_run(tmp_path):
+def test_manifest_records_versions_and_machine(tmp_path):
     with RunDir.open(tmp_path / "run", RECIPE) as run:
         finish(run)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -262,30 +299,30 @@ def test_the_manifest_tells_what_made_the_run(tmp_path):
 # Several workers
 
 
-def test_the_folder_is_closed_to_others_until_the_last_worker_has_left(tmp_path):
-    left = threading.Event()
+def test_folder_is_locked_until_the_last_worker_has_left(tmp_path):
+    leader_is_done = threading.Event()
 
     def work(workers: Workers) -> str:
         with RunDir.open(tmp_path / "run", RECIPE, workers):
-            if not workers.leads:
-                left.wait(10)
+            if not workers.is_leader:
+                leader_is_done.wait(10)
                 return "worked"
         try:
             with RunDir.open(tmp_path / "run", RECIPE):
                 return "got in"
         finally:
-            left.set()
+            leader_is_done.set()
 
-    first, second = together(2, work)
-    assert "another process is working" in first and second == "worked"
+    leader, follower = run_in_threads(2, work)
+    assert "another process is working" in leader and follower == "worked"
     with RunDir.open(tmp_path / "run", RECIPE):
         pass
 
 
-def test_a_folder_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
-    """Each machine has its own, from an earlier run with the same recipe."""
-    monkeypatch.setattr(files, "_SEEN_WITHIN", 0.5)
-    monkeypatch.setattr(Workers, "meet", lambda self: None)  # the first one would wait for the other for ever
+def test_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
+    """Each machine has its own folder, from an earlier run with the same recipe."""
+    monkeypatch.setattr(journal, "_VISIBILITY_TIMEOUT", 0.5)
+    monkeypatch.setattr(Workers, "barrier", lambda self: None)  # the leader would wait for the other worker forever
     for name in "ab":
         with RunDir.open(tmp_path / name, RECIPE):
             pass
@@ -294,16 +331,17 @@ def test_a_folder_that_a_worker_does_not_see_is_named(tmp_path, monkeypatch):
         with RunDir.open(tmp_path / "ab"[workers.rank], RECIPE, workers):
             return "worked"
 
-    first, second = together(2, work)
-    assert first == "worked" and "b/.lock: is not what the first worker wrote there; with several machines" in second
+    leader, follower = run_in_threads(2, work)
+    assert leader == "worked"
+    assert "b/.lock: differs from the leader's file; with several machines" in follower
 
 
-def test_an_input_that_differs_from_machine_to_machine_is_named(tmp_path):
+def test_input_that_differs_between_machines_is_named(tmp_path):
     def work(workers: Workers) -> str:
         with RunDir.open(tmp_path / "run", RECIPE, workers) as run:
-            run.remember_input("model", "the same")
-            run.remember_input("guard", f"of {workers.rank}")
+            run.pin_input("model", "the same")
+            run.pin_input("guard", f"of {workers.rank}")
             return "worked"
 
-    first, second = together(2, work)
-    assert first == "worked" and second.startswith("guard: is another one here than on the first worker's machine")
+    leader, follower = run_in_threads(2, work)
+    assert leader == "worked" and follower.startswith("guard: differs between this machine and the leader's")

@@ -1,4 +1,7 @@
-"""What is looked at before a batch-invariant run, and that nothing which depends on the batch gets past it."""
+"""The start-up check of batch-invariant mode: it names every computation whose bits depend on the batch.
+
+The oracle is a kernel that the test alters on purpose. Runs with other numbers of processes must give the same bits.
+"""
 
 import gc
 import os
@@ -15,22 +18,22 @@ import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint
-from tests.support.queue_ranks import REQUESTS, answered
-from thinksafe.distributed.workers import ALONE
+from tests.support.queue_ranks import REQUESTS, answer_share
+from thinksafe.distributed.workers import SINGLE_PROCESS
 from thinksafe.errors import UserError
-from thinksafe.kernels.row_linear import row_linear
+from thinksafe.kernels.batch_invariant_linear import batch_invariant_linear
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_decoder
 from thinksafe.sampler import batch_invariance as invariance
 from thinksafe.sampler import model_runner as runner
-from thinksafe.sampler.batch_invariance import _numbers_of_rows
+from thinksafe.sampler.batch_invariance import _row_counts
 from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.model_runner import bucket
+from thinksafe.sampler.model_runner import graph_batch_size
 
 ROOT = Path(__file__).parents[2]
 CONFIG = EngineConfig(16, 64, 8, 1e-3, batch_invariant=True)
-OTHER = 1 + 2**-20
-"""A factor that changes last digits."""
+ROUNDING_FACTOR = 1 + 2**-20
+"""A factor as small as a rounding error."""
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +41,24 @@ def decoder(tmp_path_factory) -> Decoder:
     return load_decoder(make_checkpoint("qwen3", tmp_path_factory.mktemp("student"), seed=11), torch.float32, "cpu")
 
 
-def in_two_halves(x, weight, bias=None, dtype=None):
-    """A product with split K: another order of summation, so that a few in a hundred results have other bits."""
+def split_k_linear(x, weight, bias=None, dtype=None):
+    """Compute a matmul with split K: another order of summation, so that a few in a hundred results have other bits."""
     half = x.shape[1] // 2
-    out = row_linear(x[:, :half].contiguous(), weight[:, :half].contiguous())
-    out = out + row_linear(x[:, half:].contiguous(), weight[:, half:].contiguous())
+    out = batch_invariant_linear(x[:, :half].contiguous(), weight[:, :half].contiguous())
+    out = out + batch_invariant_linear(x[:, half:].contiguous(), weight[:, half:].contiguous())
     return (out if bias is None else out + bias).to(dtype or x.dtype)
 
 
 @pytest.mark.parametrize("split_at", [1, 2, 5, 17, 63])
-def test_a_product_whose_order_of_summation_follows_the_number_of_rows_is_named(decoder, monkeypatch, split_at):
-    def library_product(x, *operands, **options):
-        return (row_linear if len(x) < split_at + 1 else in_two_halves)(x, *operands, **options)
+def test_matmul_that_depends_on_number_of_rows_is_named(decoder, monkeypatch, split_at):
+    def library_linear(x, *operands, **options):
+        return (batch_invariant_linear if len(x) < split_at + 1 else split_k_linear)(x, *operands, **options)
 
     Engine(decoder, CONFIG)
-    monkeypatch.setattr(runner, "row_linear", library_product)
-    message = r"on this CPU q_proj, k_proj, v_proj \(\d+ x 64\) gives a row other bits in a batch of 1 than"
+    monkeypatch.setattr(runner, "batch_invariant_linear", library_linear)
+    message = (
+        r"on this CPU, the output of q_proj, k_proj, v_proj \(\d+ x 64\) for a row has other bits in a batch of 1 "
+    )
     with pytest.raises(UserError, match=message):
         Engine(decoder, CONFIG)
     Engine(decoder, replace(CONFIG, batch_invariant=False))
@@ -61,42 +66,42 @@ def test_a_product_whose_order_of_summation_follows_the_number_of_rows_is_named(
 
 @pytest.mark.parametrize("rows", [2, 16, 32, 64])
 @pytest.mark.parametrize("shape", [(400, 64), (64, 96)])
-def test_one_shape_in_one_number_of_rows_is_enough(decoder, monkeypatch, rows, shape):
-    def library_product(x, weight, *rest, **options):
+def test_one_wrong_shape_at_one_batch_size_is_detected(decoder, monkeypatch, rows, shape):
+    def library_linear(x, weight, *operands, **options):
         split = len(x) == rows and tuple(weight.shape) == shape
-        return (in_two_halves if split else row_linear)(x, weight, *rest, **options)
+        return (split_k_linear if split else batch_invariant_linear)(x, weight, *operands, **options)
 
-    monkeypatch.setattr(runner, "row_linear", library_product)
+    monkeypatch.setattr(runner, "batch_invariant_linear", library_linear)
     name = r"the head \(400 x 64\)" if shape[0] == 400 else r"down_proj \(64 x 96\)"
-    with pytest.raises(UserError, match=f"{name} gives a row other bits in a batch of {rows} than"):
-        Engine(decoder, replace(CONFIG, max_running=65))
+    with pytest.raises(UserError, match=f"{name} for a row has other bits in a batch of {rows} than"):
+        Engine(decoder, replace(CONFIG, max_num_seqs=65))
 
 
-def test_every_product_of_a_pass_has_been_looked_at(decoder, monkeypatch):
-    """By its own name, not only as a part of a layer."""
-    seen = set()
+def test_every_matmul_of_a_pass_is_checked(decoder, monkeypatch):
+    """Each by itself, not only as a part of a layer."""
+    observed = set()
 
-    def watched(x, weight, *rest, **options):
-        seen.add((tuple(weight.shape), options.get("dtype")))
-        return row_linear(x, weight, *rest, **options)
+    def recording_linear(x, weight, *operands, **options):
+        observed.add((tuple(weight.shape), options.get("dtype")))
+        return batch_invariant_linear(x, weight, *operands, **options)
 
-    monkeypatch.setattr(runner, "row_linear", watched)
-    for layer in ("_decoding", "_reading"):
-        monkeypatch.setattr(invariance, layer, lambda *_: lambda some: torch.zeros(some.stop - some.start, 1))
+    monkeypatch.setattr(runner, "batch_invariant_linear", recording_linear)
+    for layer in ("_decode_layer", "_prefill_layer"):
+        monkeypatch.setattr(invariance, layer, lambda *_: lambda rows: torch.zeros(rows.stop - rows.start, 1))
     engine = Engine(decoder, CONFIG)
-    looked_at = seen.copy()
-    seen.clear()
+    checked = observed.copy()
+    observed.clear()
     list(engine.generate(REQUESTS[:3]))
-    assert len(seen) == 5 and seen == looked_at
+    assert len(observed) == 5 and observed == checked
 
 
-def test_bits_that_follow_the_place_in_the_batch_are_found(decoder, monkeypatch):
-    def library_product(x, *operands, **options):
-        out = row_linear(x, *operands, **options)
-        out[40:] *= OTHER
+def test_bits_that_depend_on_batch_position_are_detected(decoder, monkeypatch):
+    def library_linear(x, *operands, **options):
+        out = batch_invariant_linear(x, *operands, **options)
+        out[40:] *= ROUNDING_FACTOR
         return out
 
-    monkeypatch.setattr(runner, "row_linear", library_product)
+    monkeypatch.setattr(runner, "batch_invariant_linear", library_linear)
     with pytest.raises(UserError, match="q_proj"):
         Engine(decoder, CONFIG)
 
@@ -104,109 +109,116 @@ def test_bits_that_follow_the_place_in_the_batch_are_found(decoder, monkeypatch)
 @pytest.mark.parametrize(
     ("module", "function", "name"),
     [
-        (runner, "paged_decode", "a layer that decodes"),
-        (runner, "norm_rope_write_kv", "a layer that decodes"),
-        (runner, "paged_prefill", "a layer that reads a prompt"),
-        (runner, "_logprobs_of_all", "a score"),
-        (invariance, "sample", "a draw"),
+        (runner, "paged_decode", "a decode layer"),
+        (runner, "norm_rope_write_kv", "a decode layer"),
+        (runner, "paged_prefill", "a prefill layer"),
+        (runner, "_logprobs_from_logits", "scoring"),
+        (invariance, "sample", "sampling"),
     ],
 )
-def test_whatever_else_a_pass_computes_is_looked_at(decoder, monkeypatch, module, function, name):
-    right = getattr(module, function)
+def test_every_other_computation_of_a_pass_is_checked(decoder, monkeypatch, module, function, name):
+    original = getattr(module, function)
 
-    def wrong(x, *rest):
-        found = right(x, *rest)
+    def altered(x, *operands):
+        result = original(x, *operands)
         if len(x) <= 4:
-            return found
-        return tuple(part * OTHER for part in found) if isinstance(found, tuple) else found * OTHER
+            return result
+        return (
+            tuple(part * ROUNDING_FACTOR for part in result) if isinstance(result, tuple) else result * ROUNDING_FACTOR
+        )
 
-    monkeypatch.setattr(module, function, wrong)
-    with pytest.raises(UserError, match=f"{name} gives a row other bits in a batch of 1 than"):
+    monkeypatch.setattr(module, function, altered)
+    with pytest.raises(UserError, match=f"{name} for a row has other bits in a batch of 1 than"):
         Engine(decoder, CONFIG)
 
 
-def test_a_model_that_is_broken_is_not_taken_for_one_that_depends_on_the_batch(decoder, monkeypatch):
-    monkeypatch.setattr(runner, "row_linear", lambda x, *rest, **options: row_linear(x, *rest, **options) * torch.nan)
+def test_model_with_nan_passes_the_check(decoder, monkeypatch):
+    def nan_linear(*operands, **options):
+        return batch_invariant_linear(*operands, **options) * torch.nan
+
+    monkeypatch.setattr(runner, "batch_invariant_linear", nan_linear)
     Engine(decoder, CONFIG)
 
 
-def test_every_graph_and_every_tile_has_its_turn():
-    counts = _numbers_of_rows(8192, num_slots=320)
-    assert {bucket(rows) for rows in range(1, 321)} | {512, 1024, 2048, 4096} == set(counts)
-    assert _numbers_of_rows(65, num_slots=320) == [1, 2, 4, 8, 16, 32, 64]
-    # With Qwen3-0.6B, where one layer of 28 is looked at.
+def test_checked_batch_sizes_cover_every_graph_and_tile():
+    counts = _row_counts(8192, num_slots=320)
+    assert {graph_batch_size(rows) for rows in range(1, 321)} | {512, 1024, 2048, 4096} == set(counts)
+    assert _row_counts(65, num_slots=320) == [1, 2, 4, 8, 16, 32, 64]
+    # The cost with Qwen3-0.6B, of whose 28 layers one is checked.
     assert (8192 + 2 * sum(counts)) / 28 < 1200
 
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_an_engine_and_its_graphs_are_gone_with_the_last_reference(decoder, batch_invariant):
-    """Not at the next garbage collection: its pages are needed at once, and NCCL waits for graphs that use it."""
+def test_last_reference_frees_engine_and_graphs(decoder, batch_invariant):
+    """Memory is free before the next garbage collection: the next engine needs the pages, and NCCL waits for graphs."""
     gc.disable()
     try:
         engine = Engine(decoder, replace(CONFIG, batch_invariant=batch_invariant))
-        watched = weakref.ref(engine.runner)
+        runner_reference = weakref.ref(engine.runner)
         del engine
-        assert watched() is None
+        assert runner_reference() is None
     finally:
         gc.enable()
 
 
-def by_workers(count: int, out: Path, folder: Path, *together: int, device: str = "cpu") -> list[dict]:
-    """What each of so many processes found."""
+def run_workers(count: int, out: Path, folder: Path, *group_sizes: int, device: str = "cpu") -> list[dict]:
+    """Return the results of each of `count` processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [*torchrun, str(ROOT / "tests/support/queue_ranks.py"), str(out), str(folder), device]
-    command += map(str, together)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command += map(str, group_sizes)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-4000:]
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
-def joined(parts: list[dict], together: int) -> dict:
-    """Every request answered by exactly one group."""
-    answers = [part[together] for part in parts]
+def merge_groups(results_by_rank: list[dict], group_size: int) -> dict:
+    """Return all answers, after a check that exactly one group answered each request."""
+    answers = [results[group_size] for results in results_by_rank]
     assert sum(map(len, answers)) == len(REQUESTS)
     return {id_: answer for part in answers for id_, answer in part.items()}
 
 
 @pytest.mark.slow
-def test_any_number_of_workers_writes_the_same_bits(tmp_path):
-    """One, two, four; and one pair or two pairs that hold the model together, whose last digits are their own."""
-    sizes = {"num_key_value_heads": 4, "intermediate_size": 256}  # parts of whole vectors of the processor
+def test_responses_do_not_depend_on_number_of_workers(tmp_path):
+    """One, two and four workers agree, and so do one pair and two pairs that share the model. Between values of
+    tensor_parallel_size the rounding errors differ."""
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 256}  # each part fills whole vectors of the processor
     folder = make_checkpoint("qwen3", tmp_path / "student", seed=11, **sizes)
-    by_one = answered(folder, ALONE, 1)
-    two, four = (by_workers(count, tmp_path, folder, *together) for count, together in ((2, (1, 2)), (4, (1, 2, 4))))
-    for parts in (two, four):
-        assert sum(bool(part[1]) for part in parts) > 1, "or one worker did all of it"
-        assert joined(parts, 1) == by_one
-    by_a_pair = joined(two, 2)
-    assert sum(bool(part[2]) for part in four) == 2
-    assert joined(four, 2) == by_a_pair
-    by_four = joined(four, 4)
-    for parted in (by_a_pair, by_four):
-        assert parted != by_one
-        for id_, (tokens, reason, logprobs) in by_one.items():
-            assert parted[id_][:2] == (tokens, reason)
-            np.testing.assert_allclose(parted[id_][2], logprobs, atol=1e-4)
-    assert by_a_pair != by_four
-    assert all("a layer that decodes gives a row other bits" in part["refused"] for part in four)
+    from_one_process = answer_share(folder, SINGLE_PROCESS, 1)
+    two = run_workers(2, tmp_path, folder, 1, 2)
+    four = run_workers(4, tmp_path, folder, 1, 2, 4)
+    for results_by_rank in (two, four):
+        assert sum(bool(results[1]) for results in results_by_rank) > 1, "one worker answered all requests"
+        assert merge_groups(results_by_rank, 1) == from_one_process
+    from_one_pair = merge_groups(two, 2)
+    assert sum(bool(results[2]) for results in four) == 2
+    assert merge_groups(four, 2) == from_one_pair
+    from_four_processes = merge_groups(four, 4)
+    for sharded in (from_one_pair, from_four_processes):
+        assert sharded != from_one_process
+        for id_, (tokens, reason, logprobs) in from_one_process.items():
+            assert sharded[id_][:2] == (tokens, reason)
+            np.testing.assert_allclose(sharded[id_][2], logprobs, atol=1e-4)
+    assert from_one_pair != from_four_processes
+    assert all("a decode layer for a row has other bits" in results["error"] for results in four)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_graphs_with_nccl_in_them_say_what_passes_without_graphs_say(tmp_path):
-    """And the processes end, though NCCL waits for graphs that are left."""
+def test_graphs_with_nccl_equal_passes_without_graphs(tmp_path):
+    """The processes must also end, although NCCL waits for all graphs."""
     sizes = {"num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 512}
     folder = make_checkpoint("qwen3", tmp_path / "student", seed=11, **sizes)
-    first, _ = by_workers(2, tmp_path, folder, 2, device="cuda")
-    assert len(first[2]) == len(REQUESTS) and first[2] == first["direct"]
+    leader, _ = run_workers(2, tmp_path, folder, 2, device="cuda")
+    assert len(leader[2]) == len(REQUESTS) and leader[2] == leader["direct"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 @pytest.mark.parametrize("settings", [{}, {"kv_cache_dtype": "fp8"}])
-def test_what_runs_on_a_gpu_holds_and_a_split_product_is_named(tmp_path, monkeypatch, family, settings):
+def test_gpu_passes_the_check_and_split_matmul_is_named(tmp_path, monkeypatch, family, settings):
     folder = make_checkpoint(family, tmp_path, hidden_size=256, intermediate_size=512)
     on_gpu = load_decoder(folder, torch.bfloat16, "cuda")
     config = EngineConfig(512, 8192, 64, 0.1, batch_invariant=True, **settings)
@@ -216,9 +228,9 @@ def test_what_runs_on_a_gpu_holds_and_a_split_product_is_named(tmp_path, monkeyp
     Engine(on_gpu, config)
     assert time.monotonic() - started < 20
 
-    def library_product(x, *operands, **options):
-        return (in_two_halves if len(x) > 256 else row_linear)(x, *operands, **options)
+    def library_linear(x, *operands, **options):
+        return (split_k_linear if len(x) > 256 else batch_invariant_linear)(x, *operands, **options)
 
-    monkeypatch.setattr(runner, "row_linear", library_product)
+    monkeypatch.setattr(runner, "batch_invariant_linear", library_linear)
     with pytest.raises(UserError, match=f"on {torch.cuda.get_device_name()}"):
         Engine(on_gpu, config)

@@ -1,4 +1,8 @@
-"""What cannot be answered is refused by name or ends as NaN, and is nobody else's loss."""
+"""Engine faults: an invalid request is an error with its id, a request with NaN logits ends as `nan`, and neither
+changes another response.
+
+The oracle is a new engine that answers only the healthy requests.
+"""
 
 import math
 from dataclasses import replace
@@ -25,50 +29,50 @@ from thinksafe.sampler.request import Completion, Request, SamplingConfig
 
 
 @pytest.mark.parametrize("length, message", [(0, "empty"), (40, "40 tokens"), (512, "512 tokens")])
-def test_a_prompt_that_can_never_fit_is_refused_before_anything_is_answered(length, message):
+def test_prompt_that_can_never_fit_is_an_error(length, message):
     decoder, _ = models("qwen3")
     engine = engine_of(decoder, page_size=4, num_pages=10)
     assert engine.max_prompt_tokens == 39
     with pytest.raises(ValueError, match=message):
         next(engine.generate(make_requests(random_prompts([3, length], seed=10))))
-    assert not engine.scheduler.has_work, "nothing of the refused batch is left in the queue"
+    assert not engine.scheduler.has_work, "no request of the failed call may stay in the queue"
 
 
-def test_longest_allowed_prompt_is_answered():
+def test_longest_valid_prompt_is_answered():
     decoder, _ = models("qwen3")
     engine = engine_of(decoder, page_size=4, num_pages=10)
     (completion,) = engine.generate(make_requests(random_prompts([engine.max_prompt_tokens], seed=11), stop_ids=()))
     assert len(completion.tokens) == 1
 
 
-def test_an_engine_without_memory_for_a_page_is_a_user_error():
+def test_too_little_memory_for_a_page_is_an_error():
     decoder, _ = models("qwen3")
     with pytest.raises(UserError, match="kv_cache_gib"):
         Engine(decoder, EngineConfig(kv_cache_gib=1e-9))
 
 
-@pytest.mark.parametrize("passes_ahead", [0, 1])
-def test_a_call_that_is_broken_off_leaves_nothing_to_the_next(passes_ahead):
+@pytest.mark.parametrize("max_batches_in_flight", [1, 2])
+def test_call_that_stops_early_does_not_affect_the_next(max_batches_in_flight):
     decoder, _ = models("qwen3")
     requests = make_requests(random_prompts([40, 9, 33, 21], seed=31), replace(SAMPLED, max_tokens=40), stop_ids=())
     requests[1] = replace(requests[1], sampling=replace(SAMPLED, max_tokens=3))
     expected = answers(engine_of(decoder), requests)
     engine = engine_of(decoder)
-    engine.passes_ahead = passes_ahead
+    engine.max_batches_in_flight = max_batches_in_flight
     assert next(iter(engine.generate(requests))).request_id == requests[1].id
     assert answers(engine, requests) == expected
 
 
-def test_an_engine_answers_one_call_at_a_time():
+def test_engine_answers_one_call_at_a_time():
     decoder, _ = models("qwen3")
     requests = make_requests(random_prompts([40, 9], seed=31), replace(SAMPLED, max_tokens=9), stop_ids=())
     engine, expected = engine_of(decoder), answers(engine_of(decoder), requests)
     requests[0] = replace(requests[0], sampling=replace(SAMPLED, max_tokens=3))
-    first = engine.generate(requests)
-    next(first)
+    completions = engine.generate(requests)
+    next(completions)
     with pytest.raises(RuntimeError, match="another call"):
         next(engine.generate(requests))
-    assert [tuple(one.tokens) for one in first] == [tuple(expected[requests[1].id].tokens)]
+    assert [tuple(completion.tokens) for completion in completions] == [tuple(expected[requests[1].id].tokens)]
 
 
 @pytest.mark.parametrize(
@@ -80,92 +84,93 @@ def test_an_engine_answers_one_call_at_a_time():
         ({"seed": -1}, "request last: the seed"),
     ],
 )
-def test_a_request_that_would_break_the_device_is_refused_by_name(change, message):
+def test_invalid_token_or_seed_is_an_error_with_request_id(change, message):
     decoder, _ = models("qwen3")
     requests = make_requests(random_prompts([5, 9], seed=32))
     with pytest.raises(ValueError, match=message):
         list(engine_of(decoder).generate([*requests, replace(requests[0], id="last", **change)]))
 
 
-def test_an_id_may_come_once_a_call():
-    """Also where the first of that id has been answered; whoever asks again may use it again."""
-    engine, requests = engine_of(models("qwen3")[0], max_running=2), make_requests(random_prompts([3] * 150, seed=34))
-    for twice in (1, 149):
+def test_repeated_id_in_one_call_is_an_error():
+    """The first request with that id may have been answered already. A later call may use the id again."""
+    engine, requests = engine_of(models("qwen3")[0], max_num_seqs=2), make_requests(random_prompts([3] * 150, seed=34))
+    for num_before_repeat in (1, 149):
         with pytest.raises(ValueError, match="request r0: another request of this call has the same id"):
-            list(engine.generate([*requests[:twice], requests[0]]))
+            list(engine.generate([*requests[:num_before_repeat], requests[0]]))
     with pytest.raises(ValueError, match="request s: another"):
         list(engine.score([("s", SHARED), ("s", SHARED)], (1, 2)))
     assert len(answers(engine, requests)) == 150
 
 
-def test_a_pass_that_fails_leaves_no_page_that_was_never_filled():
+def test_failed_pass_shares_no_unfilled_page():
     decoder, _ = models("qwen3")
     requests = make_requests(random_prompts([40, 40], seed=33))
     expected = answers(engine_of(decoder), requests)
     engine = engine_of(decoder)
-    draw, engine.runner.draw = engine.runner.draw, lambda plan: 1 / 0
+    forward, engine.runner.forward = engine.runner.forward, lambda batch: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(engine.generate(requests))
-    engine.runner.draw = draw
+    engine.runner.forward = forward
     assert answers(engine, requests) == expected
 
 
-POISON = 390
-"""A token whose embedding some tests make NaN."""
+NAN_TOKEN = 390
+"""A token whose embedding is NaN in `nan_decoder`."""
 
 
 @pytest.fixture(scope="module")
-def poisoned(tmp_path_factory):
-    folder = make_checkpoint("llama", tmp_path_factory.mktemp("poisoned"), seed=12)
+def nan_decoder(tmp_path_factory):
+    folder = make_checkpoint("llama", tmp_path_factory.mktemp("nan_decoder"), seed=12)
     decoder = load_decoder(folder, torch.float32, "cpu")
-    decoder.embedding[POISON] = torch.nan
+    decoder.embedding[NAN_TOKEN] = torch.nan
     return decoder
 
 
-def test_a_request_that_breaks_the_model_ends_as_nan_and_no_other_does(poisoned, crowded):
-    """Also when a healthy sequence takes over pages that hold NaN, or lies beside such a page in the batch."""
-    healthy = make_requests(random_prompts([3, 9, 20, 33, 6, 14], seed=13), stop_ids=(POISON,))
-    expected = answers(engine_of(poisoned), healthy)
+def test_only_requests_with_nan_logits_end_as_nan(nan_decoder, overcommit):
+    """Healthy sequences also reuse pages that contain NaN, and are in one batch with such pages."""
+    healthy = make_requests(random_prompts([3, 9, 20, 33, 6, 14], seed=13), stop_ids=(NAN_TOKEN,))
+    expected = answers(engine_of(nan_decoder), healthy)
     assert all(completion.finish_reason == "length" for completion in expected.values())
     prompts = random_prompts([1, 2, 7, 19, 40, 23], seed=14)
-    broken = [Request(f"broken {i}", (*prompt, POISON, 5), GREEDY, 1, ()) for i, prompt in enumerate(prompts)]
+    broken = [Request(f"broken {i}", (*prompt, NAN_TOKEN, 5), GREEDY, 1, ()) for i, prompt in enumerate(prompts)]
     mixed = [request for pair in zip(broken, healthy, strict=True) for request in pair]
     for num_pages, page_size in [(200, 4), (16, 4), (8, 16), (64, 1)]:
-        engine = engine_of(poisoned, page_size=page_size, num_pages=num_pages, max_running=4)
+        engine = engine_of(nan_decoder, page_size=page_size, num_pages=num_pages, max_num_seqs=4)
         for _ in range(2):
-            got = answers(engine, mixed)
-            assert {got[request.id] for request in broken} == {Completion(r.id, (), "nan") for r in broken}
-            assert {request.id: got[request.id] for request in healthy} == expected
+            actual = answers(engine, mixed)
+            assert {actual[request.id] for request in broken} == {Completion(r.id, (), "nan") for r in broken}
+            assert {request.id: actual[request.id] for request in healthy} == expected
 
 
-@pytest.mark.parametrize("max_step_tokens", [16, 256])
-def test_a_broken_request_does_not_break_those_that_share_its_prefix(poisoned, max_step_tokens):
-    """Attention computes the prefix and the broken token in one go, and a masked NaN is still NaN."""
-    healthy = make_requests(random_prompts([1, 5, 9], seed=15, prefix=SHARED), stop_ids=(POISON,))
-    expected = answers(engine_of(poisoned, page_size=4), healthy)
-    broken = [Request(f"broken {i}", (*SHARED, POISON, i), GREEDY, 1, ()) for i in range(2)]
-    engine = engine_of(poisoned, page_size=4, max_step_tokens=max_step_tokens)
+@pytest.mark.parametrize("max_prefill_tokens", [16, 256])
+def test_nan_does_not_reach_requests_with_the_same_prefix(nan_decoder, max_prefill_tokens):
+    """Attention computes the prefix and the NaN token in one matmul, and a masked NaN is still NaN."""
+    healthy = make_requests(random_prompts([1, 5, 9], seed=15, prefix=SHARED), stop_ids=(NAN_TOKEN,))
+    expected = answers(engine_of(nan_decoder, page_size=4), healthy)
+    broken = [Request(f"broken {i}", (*SHARED, NAN_TOKEN, i), GREEDY, 1, ()) for i in range(2)]
+    engine = engine_of(nan_decoder, page_size=4, max_prefill_tokens=max_prefill_tokens)
     for requests in ([*broken, *healthy], healthy, [healthy[0], *broken, *healthy[1:]], healthy):
-        before = engine.scheduler.computed_tokens
-        got = answers(engine, requests)
+        num_computed_before = engine.scheduler.computed_tokens
+        actual = answers(engine, requests)
         for request in requests:
-            assert got[request.id] == expected.get(request.id, Completion(request.id, (), "nan"))
-    alone = sum(len(request.prompt) + 23 for request in healthy)
-    assert engine.scheduler.computed_tokens - before <= alone - 2 * 20, "the prefix was not shared again"
+            assert actual[request.id] == expected.get(request.id, Completion(request.id, (), "nan"))
+    num_tokens_unshared = sum(len(request.prompt) + 23 for request in healthy)
+    num_computed = engine.scheduler.computed_tokens - num_computed_before
+    assert num_computed <= num_tokens_unshared - 2 * 20, "the prefix was not shared again"
 
 
-def test_a_model_that_breaks_later_keeps_what_it_wrote_before(tmp_path):
+def test_later_nan_keeps_the_earlier_response_tokens(tmp_path):
     decoder = load_decoder(make_checkpoint("llama", tmp_path), torch.float32, "cpu")
     (request,) = make_requests([SHARED], stop_ids=())
-    whole = answers(engine_of(decoder), [request])["r0"].tokens
-    last = next(i for i, token in enumerate(whole) if i >= 4 and token not in (*SHARED, *whole[:i]))
-    decoder.embedding[whole[last]] = torch.nan
-    assert answers(engine_of(decoder), [request])["r0"] == Completion("r0", whole[: last + 1], "nan")
+    tokens = answers(engine_of(decoder), [request])["r0"].tokens
+    broken_index = next(i for i, token in enumerate(tokens) if i >= 4 and token not in (*SHARED, *tokens[:i]))
+    decoder.embedding[tokens[broken_index]] = torch.nan
+    assert answers(engine_of(decoder), [request])["r0"] == Completion("r0", tokens[: broken_index + 1], "nan")
 
 
-def test_scores_of_a_broken_prompt_are_nan_and_no_others_are(poisoned):
-    engine = engine_of(poisoned, page_size=4)
-    prompts = [("bad", (*SHARED, POISON)), ("good", (*SHARED, 5)), ("bad too", (POISON,)), ("good too", (3,))]
+def test_only_prompts_with_nan_logits_have_nan_scores(nan_decoder):
+    engine = engine_of(nan_decoder, page_size=4)
+    prompts = [("bad", (*SHARED, NAN_TOKEN)), ("good", (*SHARED, 5)), ("bad too", (NAN_TOKEN,)), ("good too", (3,))]
     for _ in range(2):
         scores = scores_of(engine, prompts, (5, 6))
         assert all(math.isnan(value) for id_ in ("bad", "bad too") for value in scores[id_])
@@ -175,13 +180,15 @@ def test_scores_of_a_broken_prompt_are_nan_and_no_others_are(poisoned):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"max_running": 0},
+        {"max_num_seqs": 0},
         {"page_size": -1},
-        {"max_step_tokens": 0},
+        {"page_size": 0},
+        {"max_prefill_tokens": 0},
         {"kv_cache_gib": -1.0},
+        {"kv_cache_gib": 0.0},
     ],
 )
-def test_engine_settings_that_cannot_work_are_refused(settings):
+def test_invalid_engine_settings_are_errors(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         EngineConfig(**settings)
 
@@ -197,6 +204,6 @@ def test_engine_settings_that_cannot_work_are_refused(settings):
         {"max_tokens": 0},
     ],
 )
-def test_sampling_settings_that_cannot_work_are_refused(settings):
+def test_invalid_sampling_settings_are_errors(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SamplingConfig(**settings)

@@ -1,4 +1,7 @@
-"""An engine in bf16 answers by the kernels that are compiled for a Hopper GPU as it does in plain torch."""
+"""The engine in bf16 with the kernels compiled for a Hopper GPU: the responses equal those of plain torch.
+
+The compiled kernels run on a CPU by emulation (tests/emulation/ptx_on_cpu.py).
+"""
 
 import pytest
 
@@ -22,25 +25,26 @@ if INTERPRETED:
     ("family", "settings"),
     [("qwen3", {}), ("qwen2", {"kv_cache_dtype": "fp8"}), ("llama", {})],
 )
-def test_an_engine_answers_as_in_plain_torch(tmp_path, family, settings):
-    """Until a token is another one, which a last digit may make it; prompts share pages, and some fill them."""
+def test_compiled_kernels_give_the_responses_of_plain_torch(tmp_path, family, settings):
+    """Responses are compared up to the first different token, which a rounding error may cause. Some prompts share
+    pages."""
     decoder = load_decoder(make_checkpoint(family, tmp_path, seed=11), torch.bfloat16, "cpu")
     requests = make_requests(PROMPTS[3:9], replace(SAMPLED, max_tokens=4), stop_ids=())
 
-    def answered():
-        return answers(engine_of(decoder, max_running=8, **settings), requests)
+    def answer_all():
+        return answers(engine_of(decoder, max_num_seqs=8, **settings), requests)
 
-    expected = answered()
+    expected = answer_all()
     with on_hopper():
-        found = answered()
-    assert all(found[request.id].finish_reason == "length" for request in requests)
-    same = 0
+        emulated = answer_all()
+    assert all(emulated[request.id].finish_reason == "length" for request in requests)
+    num_equal = 0
     for request in requests:
-        mine, theirs = found[request.id], expected[request.id]
-        for at, token in enumerate(mine.tokens):
-            if mine.tokens[:at] != theirs.tokens[:at]:
+        completion, torch_completion = emulated[request.id], expected[request.id]
+        for index, token in enumerate(completion.tokens):
+            if completion.tokens[:index] != torch_completion.tokens[:index]:
                 break
-            if token == theirs.tokens[at]:
-                assert abs(mine.logprobs[at] - theirs.logprobs[at]) < 0.25
-                same += 1
-    assert same > len(requests) * 4 / 2
+            if token == torch_completion.tokens[index]:
+                assert abs(completion.logprobs[index] - torch_completion.logprobs[index]) < 0.25
+                num_equal += 1
+    assert num_equal > len(requests) * 4 / 2

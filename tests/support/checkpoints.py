@@ -1,9 +1,10 @@
-"""Tiny Hugging Face checkpoints of every family: random weights, a tokenizer and a chat template of the public shape.
+"""Tiny Hugging Face checkpoints of every family: random weights, and a tokenizer and chat template of the public form.
 
     folder = make_checkpoint("qwen3", tmp_path / "student", seed=3, num_hidden_layers=1)
 
-Weights are drawn wide (at the usual 0.02 a random model repeats its last token, and a wrong kernel would pass), norms
-and biases are random too, so that no two of them can be swapped unseen. A checkpoint takes a tenth of a second.
+The standard deviation of the weights is large: at the usual 0.02 a random model repeats its last token, and a wrong
+kernel would pass. Norms and biases are random too, so that a test notices if two of them are swapped. Making a
+checkpoint takes a tenth of a second.
 """
 
 import json
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 
 VOCAB_SIZE = 400
-"""Of the model; the tokenizer is a little smaller, as in the public checkpoints."""
+"""Vocabulary size of the model; the tokenizer has a few tokens less, as in the public checkpoints."""
 
 _PLAIN_PIECES = 380
 
@@ -30,8 +31,8 @@ Okay, the user wants to know whether bread dough should rise twice. It should, b
 I cannot help with that request. Instead, here is what the conversation is about: categories, assessment and policy.
 """
 
-# Words that a guard's vocabulary holds whole, as the public ones do: verdicts, and the numbers of categories.
-_GUARDS_REPLIES = """\
+# Words that are single tokens of a guard, as in the public guards: verdicts, and the numbers of categories.
+_GUARD_REPLIES = """\
 Harmful request: yes yes yes yes
 Response refusal: no no no no
 Harmful response: n/a n/a
@@ -50,7 +51,7 @@ _LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # so short that all three bands of the scaling hold a frequency
+    "original_max_position_embeddings": 64,  # so short that each of the three bands of the scaling contains a frequency
 }
 _OPTIONS = {
     "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
@@ -59,7 +60,7 @@ _OPTIONS = {
     "mistral": {"tie_word_embeddings": False},
 }
 
-# family -> special tokens: what opens a text (or None), what ends a turn, what pads, and all others
+# family -> special tokens: beginning of a text (or None), end of a turn, padding (or None), and the others
 _CONTROL_TOKENS = {
     "qwen3": (None, "<|im_end|>", "<|endoftext|>", ["<|im_start|>"]),
     "qwen2": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", None, ["<｜User｜>", "<｜Assistant｜>"]),
@@ -108,8 +109,8 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Pa
     """Write a checkpoint as `save_pretrained` does: fp32 weights, config, tokenizer, template, generation config.
 
     Args:
-        family: one of FAMILIES; qwen2 comes with the tokenizer of R1-Distill.
-        seed: of the weights.
+        family: one of FAMILIES; qwen2 has a tokenizer like R1-Distill's.
+        seed: seed of the weights.
         overrides: entries of the config, such as `num_hidden_layers=1` or `tie_word_embeddings=True`.
 
     Returns:
@@ -120,26 +121,26 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Pa
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = make_model(family, seed, **{**ids, **overrides})
     model.save_pretrained(folder)
-    ends = [tokenizer.eos_token_id] + ([tokenizer.pad_token_id] if family in ("qwen3", "llama") else [])
+    eos_token_ids = [tokenizer.eos_token_id] + ([tokenizer.pad_token_id] if family in ("qwen3", "llama") else [])
     generation = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos_token_ids, pad_token_id=tokenizer.pad_token_id
     )
     generation.save_pretrained(folder)
     return Path(folder)
 
 
 def make_llama_guard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """A checkpoint that can be asked in Llama Guard's format, with room for its prompt; its verdicts are random."""
+    """Write a checkpoint for Llama Guard's format, with enough context for its prompt. Its verdicts are random."""
     return _make_guard("llama", folder, seed, overrides)
 
 
 def make_wildguard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """The same for WildGuard's format, on Mistral's kind of vocabulary."""
+    """Write a checkpoint for WildGuard's format, with a vocabulary like Mistral's."""
     return _make_guard("mistral", folder, seed, overrides)
 
 
 def make_qwen3guard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """The same for Qwen3Guard's, whose chat template shows two turns and its policy around them."""
+    """Write a checkpoint for Qwen3Guard's format, whose chat template puts the policy around two turns."""
     _make_guard("qwen3", folder, seed, overrides)
     (folder / "chat_template.jinja").write_text(_QWEN3GUARD_TEMPLATE)
     return folder
@@ -147,12 +148,12 @@ def make_qwen3guard(folder: Path, seed: int = 0, **overrides) -> Path:
 
 def _make_guard(family: str, folder: Path, seed: int, overrides: dict) -> Path:
     make_checkpoint(family, folder, seed, **{"max_position_embeddings": 4096, **overrides})
-    make_tokenizer(family, _GUARDS_REPLIES).save_pretrained(folder)
+    make_tokenizer(family, _GUARD_REPLIES).save_pretrained(folder)
     return Path(folder)
 
 
 def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """Only the transformers model, in fp32."""
+    """Return only the transformers model, in fp32."""
     config = AutoConfig.for_model(family, **{**_DIMENSIONS, **_OPTIONS[family], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -166,32 +167,33 @@ def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
     return model
 
 
-def make_tokenizer(family: str, often: str = "") -> PreTrainedTokenizerFast:
-    """The family's control tokens and pre-processing around merges learnt from a few harmless sentences.
+def make_tokenizer(family: str, frequent_text: str = "") -> PreTrainedTokenizerFast:
+    """Return a tokenizer with the family's control tokens and pre-processing, and merges from a few harmless sentences.
 
     Args:
-        often: text whose words come to be tokens of their own.
+        frequent_text: text whose words become single tokens.
     """
-    lines = _CORPUS.splitlines() + often.splitlines() * 50
-    begin, end, padding, others = _CONTROL_TOKENS[family]
-    special = [token for token in (begin, end, padding, *others) if token]
+    lines = _CORPUS.splitlines() + frequent_text.splitlines() * 50
+    bos_token, eos_token, pad_token, other_tokens = _CONTROL_TOKENS[family]
+    special_tokens = [token for token in (bos_token, eos_token, pad_token, *other_tokens) if token]
     if family == "mistral":
-        backend = _sentencepiece_tokenizer(special, lines)
+        backend = _sentencepiece_tokenizer(special_tokens, lines)
     else:
         backend = _byte_level_tokenizer(lines)
         if family == "qwen3":
             backend.normalizer = normalizers.NFC()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in _THINK_TOKENS.get(family, [])])
-    if begin:
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
+    think_tokens = _THINK_TOKENS.get(family, [])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in think_tokens])
+    if bos_token:
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
+            single=f"{bos_token} $A", special_tokens=[(bos_token, backend.token_to_id(bos_token))]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        bos_token=begin,
-        eos_token=end,
-        pad_token=padding or end,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        pad_token=pad_token or eos_token,
         chat_template=_TEMPLATES[family],
         clean_up_tokenization_spaces=False,
     )
@@ -208,17 +210,18 @@ def _byte_level_tokenizer(lines: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece_tokenizer(special: list[str], lines: list[str]) -> Tokenizer:
-    """As converted from sentencepiece: control tokens first, in the model's own vocabulary, then all bytes."""
+def _sentencepiece_tokenizer(special_tokens: list[str], lines: list[str]) -> Tokenizer:
+    """Return a tokenizer like those converted from sentencepiece: its vocabulary starts with the control tokens,
+    followed by all bytes."""
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    room = _PLAIN_PIECES - len(bytes_) - len(special)
-    learner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=room, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    pieces = ["<unk>", *special, *bytes_, *learnt["vocab"]]
+    num_merged_pieces = _PLAIN_PIECES - len(bytes_) - len(special_tokens)
+    learner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=num_merged_pieces, show_progress=False))
+    bpe_model = json.loads(learner.to_str())["model"]
+    pieces = ["<unk>", *special_tokens, *bytes_, *bpe_model["vocab"]]
     vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
-    merges = [tuple(merge) for merge in learnt["merges"]]
+    merges = [tuple(merge) for merge in bpe_model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(

@@ -22,43 +22,43 @@ STOP_IDS = (7, 210, 333)
 
 @cache
 def models(family: str) -> tuple[Decoder, PreTrainedModel]:
-    """(our decoder, theirs), loaded once, fp32."""
+    """Return our decoder and transformers' model of the same checkpoint, in fp32. Each family is loaded once."""
     with TemporaryDirectory() as folder:
         folder = make_checkpoint(family, Path(folder), seed=11)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return load_decoder(folder, torch.float32, "cpu"), theirs
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return load_decoder(folder, torch.float32, "cpu"), reference
 
 
 def pool_of(decoder: Decoder, num_pages: int, page_size: int, cache="auto") -> float:
-    """GiB that hold this many pages."""
-    cached_token = CacheFormat.of(decoder.config, decoder.embedding.dtype, cache).bytes_per_token(decoder.config)
-    return num_pages * page_size * cached_token / 2**30
+    """Return the GiB that hold `num_pages` pages."""
+    cache_format = CacheFormat.of(decoder.config, decoder.embedding.dtype, cache)
+    return num_pages * page_size * cache_format.bytes_per_token(decoder.config) / 2**30
 
 
 def engine_of(
-    decoder: Decoder, *, page_size=16, num_pages=None, max_running=16, max_step_tokens=256, **settings
+    decoder: Decoder, *, page_size=16, num_pages=None, max_num_seqs=16, max_prefill_tokens=256, **settings
 ) -> Engine:
     cache = settings.get("kv_cache_dtype", "auto")
     gib = pool_of(decoder, num_pages or -(-2048 // page_size), page_size, cache)
-    return Engine(decoder, EngineConfig(max_running, max_step_tokens, page_size, gib, **settings))
+    return Engine(decoder, EngineConfig(max_num_seqs, max_prefill_tokens, page_size, gib, **settings))
 
 
 def answers(engine: Engine, requests: list[Request]) -> dict[str, Completion]:
-    """Completions by id; every request answered once, and every page free again at the end."""
+    """Return completions by id, after a check that every request is answered once and every page is free again."""
     completions = list(engine.generate(requests))
     assert sorted(c.request_id for c in completions) == sorted(r.id for r in requests)
     scheduler = engine.scheduler
-    assert (scheduler.pool.owners == 0).all()
-    assert scheduler.pool.available == len(scheduler.pool.owners)
+    assert (scheduler.pool.ref_count == 0).all()
+    assert scheduler.pool.num_available == len(scheduler.pool.ref_count)
     assert not scheduler.has_work
     return {completion.request_id: completion for completion in completions}
 
 
 def scores_of(engine: Engine, prompts, token_ids) -> dict[str, np.ndarray]:
-    """Log-probabilities by id; every prompt scored once, and every page free again at the end."""
+    """Return log-probabilities by id, after a check that every prompt is scored once and every page is free again."""
     scores = list(engine.score(prompts, token_ids))
     assert sorted(score.request_id for score in scores) == sorted(id_ for id_, _ in prompts)
-    assert (engine.scheduler.pool.owners == 0).all()
+    assert (engine.scheduler.pool.ref_count == 0).all()
     return {score.request_id: score.logprobs for score in scores}
 
 

@@ -1,5 +1,7 @@
-"""One call of every operation on hidden states, in every form that compiles to something else: what the tests of
-torch.compile, on a CPU and on a GPU, and of CUDA graphs go through."""
+"""One call for each operation, and for each of its forms that compiles to different code.
+
+The tests of torch.compile, autocast, CUDA graphs and the Hopper emulator run all of them.
+"""
 
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
 from thinksafe.kernels.linear_kl import linear_kl
@@ -9,11 +11,11 @@ from thinksafe.kernels.rope import qk_norm_rope, rope
 from thinksafe.kernels.swiglu import swiglu
 
 
-def _angles(x):
+def _rotation_angles(x):
     return x.detach().float()[:, : x.shape[1] // 4]
 
 
-def _heads(x):
+def _split_heads(x):
     return x.view(len(x), 2, -1)
 
 
@@ -22,23 +24,28 @@ CALLS = {
     "cross-entropy without a mask": lambda x, weight, target: linear_cross_entropy(
         x, weight, target.clamp(0), ignore_index=None, z_loss=0.1, label_smoothing=0.1
     ),
-    "cross-entropy a row": lambda x, weight, target: linear_cross_entropy(
+    "cross-entropy per row": lambda x, weight, target: linear_cross_entropy(
         x, weight, target, token_weight=x.detach()[:, 0].float().square(), reduction="none"
     ),
     "statistics": lambda x, weight, target: linear_cross_entropy_with_stats(x, weight, target)[1].bad_row,
     "log-probability": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0)).logprob,
-    "entropy": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0), by_products=True).entropy,
-    "log-probabilities of": lambda x, weight, target: linear_logprob_of(x, weight, target.clamp(0)[:, None]),
+    "entropy": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0), with_entropy_and_top1=True).entropy,
+    "log-probabilities of given ids": lambda x, weight, target: linear_logprob_of(x, weight, target.clamp(0)[:, None]),
     "margin": lambda x, weight, target: linear_margin(x, weight, 3, 7),
     "forward KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight),
     "reverse KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, weight.flip(0), "reverse"),
     "JSD": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, direction="jsd"),
     "norm": lambda x, weight, target: rms_norm(x, weight[0], 1e-6),
     "norm with residual": lambda x, weight, target: add_rms_norm(x, x.flip(0), weight[0], 1e-6)[0],
-    "rotation": lambda x, weight, target: rope(_heads(x), _angles(x).cos(), _angles(x).sin()),
+    "rotation": lambda x, weight, target: rope(_split_heads(x), _rotation_angles(x).cos(), _rotation_angles(x).sin()),
     "norm and rotation": lambda x, weight, target: qk_norm_rope(
-        _heads(x), _heads(x)[:, :1], *weight[:2, : x.shape[1] // 2], 1e-6, _angles(x).cos(), _angles(x).sin()
+        _split_heads(x),
+        _split_heads(x)[:, :1],
+        *weight[:2, : x.shape[1] // 2],
+        1e-6,
+        _rotation_angles(x).cos(),
+        _rotation_angles(x).sin(),
     )[0],
     "gate": lambda x, weight, target: swiglu(x, x.flip(0)),
 }
-"""name -> a call of x [T, H], weight [V, H] and target [T], in which some rows are -100."""
+"""Calls by name, functions of x [T, H], weight [V, H] and target [T]; the target of some rows is -100."""

@@ -1,4 +1,4 @@
-"""A device that runs out of memory at a chosen moment."""
+"""Out-of-memory errors at a chosen moment, without a GPU."""
 
 import sys
 
@@ -7,24 +7,32 @@ from torch.overrides import TorchFunctionMode
 
 
 class OutOfMemoryAt(TorchFunctionMode):
-    """Inside `during(f)`, call number `call` (from 0) of torch from a kernel's own file raises, once; `fired` says
-    whether it came to that. A view allocates nothing, but failing there too asks for no less."""
+    """Mode in which one torch call from a file of thinksafe.kernels raises torch.OutOfMemoryError.
 
-    def __init__(self, call: int):
+    A call that creates a view allocates nothing on a real device. It may fail here too, which makes the tests stricter.
+
+    Attributes:
+        failing_call: index of the call that raises, from 0.
+        has_raised: whether the call was reached.
+    """
+
+    def __init__(self, failing_call: int):
         super().__init__()
-        self.call, self.seen, self.fired = call, 0, False
+        self.failing_call, self.num_calls, self.has_raised = failing_call, 0, False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if sys._getframe(1).f_globals["__name__"].startswith("thinksafe.kernels."):
-            self.seen += 1
-            if self.seen == self.call + 1:
-                self.fired = True
+            self.num_calls += 1
+            if self.num_calls == self.failing_call + 1:
+                self.has_raised = True
                 raise torch.OutOfMemoryError("injected")
         return function(*args, **(kwargs or {}))
 
-    def during(self, f):
-        def run(*args):
-            with self:
-                return f(*args)
+    def wrap(self, function):
+        """Return `function` so that it runs inside this mode."""
 
-        return run
+        def run_with_failure(*args):
+            with self:
+                return function(*args)
+
+        return run_with_failure

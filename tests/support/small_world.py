@@ -1,4 +1,4 @@
-"""A world small enough for every test of the command line: checkpoints, a guard, prompts, a recipe, and `call`."""
+"""A small world for tests of the command line: checkpoints, a guard, prompts, a recipe, and the fixture `call`."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_jsonl(file: Path, rows) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Checkpoints of every family, a guard, prompts and a small recipe; no test changes them."""
+    """Return a folder with checkpoints of every family, a guard, prompts and a small recipe. No test changes them."""
     folder = tmp_path_factory.mktemp("world")
     for family in FAMILIES:
         make_checkpoint(family, folder / family)
@@ -52,23 +52,23 @@ def world(tmp_path_factory):
         folder / "questions.jsonl", [{"text": f"What is {n} + 1?", "label": "benign", "answer": n + 1} for n in (1, 2)]
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "prompts.parquet")
-    small = {"max_running": 8, "max_step_tokens": 512, "kv_cache_gib": 0.02}
+    small = {"max_num_seqs": 8, "max_prefill_tokens": 512, "kv_cache_gib": 0.02}
     sampling = {"temperature": 1.0, "top_k": 0, "max_tokens": 12}
     recipe = {
         "name": "tiny",
         "model": "qwen3",
         "prompts": "prompts.jsonl",
         "sampler": small,
-        "generation": {"unsteered_probe": 1, "sampling": sampling},
-        "guard": {"kind": "llama_guard", "model": "guard", "min_mass": 0.0, "sampler": small},
+        "generation": {"num_unsteered_prompts": 1, "sampling": sampling},
+        "guard": {"kind": "llama_guard", "model": "guard", "min_verdict_probability": 0.0, "sampler": small},
         "lora": {"rank": 2},
         "training": {"epochs": 1, "batch_size": 2, "learning_rate": 1e-2},
         "evaluation": {
             "sampling": sampling,
             "sets": [
-                {"name": "harm", "file": "prompts.jsonl", "kind": "harmful"},
-                {"name": "refusal", "file": "prompts.jsonl", "kind": "over_refusal", "samples": 2},
-                {"name": "sums", "file": "questions.jsonl", "kind": "reasoning", "instruction": "Think. {prompt}"},
+                {"name": "harm", "source": "prompts.jsonl", "kind": "harmful"},
+                {"name": "refusal", "source": "prompts.jsonl", "kind": "over_refusal", "samples": 2},
+                {"name": "sums", "source": "questions.jsonl", "kind": "reasoning", "instruction": "Think. {prompt}"},
             ],
         },
     }
@@ -78,7 +78,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def call(world, tmp_path, capsys):
-    """call(command, *arguments): exit status, stdout and lines of stderr of one command on the run directory `run`."""
+    """Return a function that runs a command on the run directory `run`: exit status, stdout and lines of stderr."""
 
     def command(name, *arguments, recipe=True, out=True):
         capsys.readouterr()

@@ -1,12 +1,13 @@
-"""Every kind of guard as a tiny random checkpoint, the public formats written out again, and guards that always say the
-same. A test file takes the fixtures with `pytest_plugins = ["tests.support.tiny_guards"]`.
+"""Every kind of guard as a tiny random checkpoint, copies of the public formats, and a decoder with constant logits.
+
+A test file loads the fixtures with `pytest_plugins = ["tests.support.tiny_guards"]`.
 """
 
 import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint, make_llama_guard, make_qwen3guard, make_wildguard
-from thinksafe.guards.base import Exchange
+from thinksafe.guards.base import PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.guards.model_guard import ModelGuard
@@ -14,7 +15,7 @@ from thinksafe.model.weights import load_decoder
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.text.tokenizer import SafeTokenizer
 
-# The public formats, written out again from their model cards; the space in front is Llama Guard's own.
+# The public formats, copied from their model cards; Llama Guard's template begins with a space.
 LLAMA = """ <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
 Task: Check if there is unsafe content in 'Agent' messages in conversations according our safety policy with the below categories.
@@ -79,64 +80,66 @@ ASSISTANT: RESPONSE
 </think>
 
 """
-OWN = """<|im_start|>user
+CUSTOM = """<|im_start|>user
 Somebody was asked (PROMPT)
 and said: RESPONSE. Was that all right? Say yes or no.<|im_end|>
 <|im_start|>assistant
 """
-WHOLE = {
+TEMPLATES = {
     "llama_guard": LLAMA,
     "llama_guard_reference": f"<|begin_of_text|>{LLAMA}",
     "wildguard": WILD,
     "qwen3guard": QWEN,
-    "template": OWN,
+    "template": CUSTOM,
 }
-KINDS = list(WHOLE)
-STRIPPED = ("llama_guard", "llama_guard_reference")
+KINDS = list(TEMPLATES)
+STRIPPED_KINDS = ("llama_guard", "llama_guard_reference")
 
-TEAMS_OWN = GuardFormat(
+CUSTOM_FORMAT = GuardFormat(
     template="Somebody was asked ({prompt})\nand said: {response}. Was that all right? Say yes or no.",
     questions=(Question("harm", {"yes": "safe", "no": "unsafe"}),),
 )
 
 SAMPLER = EngineConfig(kv_cache_gib=0.02)
 
-EXCHANGES = [
-    Exchange("a", "How do I fold a boat?", "<think>\nTwo corners.\n</think>\n\nFold it."),
-    Exchange("b", "  why?\n", "\nBecause.  "),
-    Exchange("c", "x " * 300, "y " * 500),
-    Exchange("d", "{prompt} {response}", "{response} PROMPT {prompt} é🪁"),
-    Exchange("e", "How do I fold a boat?", "Fold it."),
-    *(Exchange(f"n{n}", "q", f"{n} " * (n + 1)) for n in range(12)),
+PAIRS = [
+    PromptResponse("a", "How do I fold a boat?", "<think>\nTwo corners.\n</think>\n\nFold it."),
+    PromptResponse("b", "  why?\n", "\nBecause.  "),
+    PromptResponse("c", "x " * 300, "y " * 500),
+    PromptResponse("d", "{prompt} {response}", "{response} PROMPT {prompt} é🪁"),
+    PromptResponse("e", "How do I fold a boat?", "Fold it."),
+    *(PromptResponse(f"n{n}", "q", f"{n} " * (n + 1)) for n in range(12)),
 ]
 
 
-PLAIN = [Exchange(e.id, e.prompt, e.response.replace("think>", "thought>")) for e in EXCHANGES]
+PAIRS_WITHOUT_THINK_TAGS = [
+    PromptResponse(pair.id, pair.prompt, pair.response.replace("think>", "thought>")) for pair in PAIRS
+]
 
 
-def exchanges_for(kind):
-    """Qwen3's vocabulary holds the think tags as tokens, which a response under judgement must not write."""
-    return PLAIN if kind in ("qwen3guard", "template") else EXCHANGES
+def pairs_for(kind):
+    """Return pairs for a kind of guard; Qwen3's think tags are control tokens, so its pairs have other tags."""
+    return PAIRS_WITHOUT_THINK_TAGS if kind in ("qwen3guard", "template") else PAIRS
 
 
 def config(kind, **keys):
-    own = {"format": TEAMS_OWN} if kind == "template" else {}
-    mass = {} if kind == "llama_guard_reference" else {"min_mass": 0.0}
-    return GuardConfig(kind=kind, model="tiny", sampler=SAMPLER, **own, **(mass | keys))
+    format_keys = {"format": CUSTOM_FORMAT} if kind == "template" else {}
+    probability_keys = {} if kind == "llama_guard_reference" else {"min_verdict_probability": 0.0}
+    return GuardConfig(kind=kind, model="tiny", sampler=SAMPLER, **format_keys, **(probability_keys | keys))
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    made = {}
+    folders = {}
     for kind, make in (
         ("llama_guard", make_llama_guard),
         ("wildguard", make_wildguard),
         ("qwen3guard", make_qwen3guard),
     ):
-        made[kind] = make(tmp_path_factory.mktemp(kind))
-    made["llama_guard_reference"] = made["llama_guard"]
-    made["template"] = make_checkpoint("qwen3", tmp_path_factory.mktemp("own"), max_position_embeddings=4096)
-    return made
+        folders[kind] = make(tmp_path_factory.mktemp(kind))
+    folders["llama_guard_reference"] = folders["llama_guard"]
+    folders["template"] = make_checkpoint("qwen3", tmp_path_factory.mktemp("custom"), max_position_embeddings=4096)
+    return folders
 
 
 @pytest.fixture(scope="session")
@@ -174,18 +177,18 @@ def tokenizer(tokenizers):
     return tokenizers["llama_guard"]
 
 
-def judgements(guard, exchanges=EXCHANGES):
-    """By id, and every exchange exactly once."""
-    given = list(guard.judge(exchanges))
-    assert sorted(judgement.id for judgement in given) == sorted(exchange.id for exchange in exchanges)
-    return {judgement.id: judgement for judgement in given}
+def results_by_id(guard, pairs=PAIRS):
+    """Return the results by id; check that every pair has exactly one."""
+    results = list(guard.judge(pairs))
+    assert sorted(result.id for result in results) == sorted(pair.id for pair in pairs)
+    return {result.id: result for result in results}
 
 
-def shown(kind, exchange: Exchange) -> str:
-    """What the guard must read, as one string."""
-    before, between, after = WHOLE[kind].replace("PROMPT", "\0").replace("RESPONSE", "\0").split("\0")
-    texts = (exchange.prompt, exchange.response)
-    prompt, response = (text.strip() for text in texts) if kind in STRIPPED else texts
+def guard_prompt(kind, pair: PromptResponse) -> str:
+    """Return the prompt that the guard must read, as one string."""
+    before, between, after = TEMPLATES[kind].replace("PROMPT", "\0").replace("RESPONSE", "\0").split("\0")
+    texts = (pair.prompt, pair.response)
+    prompt, response = (text.strip() for text in texts) if kind in STRIPPED_KINDS else texts
     return before + prompt + between + response + after
 
 
@@ -194,23 +197,23 @@ def transformers_ids(tokenizer, text: str) -> list[int]:
 
 
 def replies(kind) -> list[str]:
-    """The reply up to every question and behind the last, always with the first answer."""
-    found, reply = [""], ""
+    """Return the empty reply, the reply up to every answer, and the whole reply, always with the first answer."""
+    replies, reply = [""], ""
     for question in config(kind).guard_format.questions:
-        reply += question.lead
-        found.append(reply)
+        reply += question.answer_prefix
+        replies.append(reply)
         reply += next(iter(question.answers))
-    return [*found, reply]
+    return [*replies, reply]
 
 
 def answer_ids(tokenizer, context: str, words) -> list[int]:
-    """First tokens of the words behind a context, by transformers."""
+    """Return the first token of each word after a context, by transformers."""
     length = len(transformers_ids(tokenizer, context))
     return [transformers_ids(tokenizer, context + word)[length] for word in words]
 
 
-class RiggedHead:
-    """A decoder whose last logits are the same everywhere: `logits` by token id, -40 elsewhere."""
+class FixedLogits:
+    """A decoder with the same logits at every position: `logits` by token id, -40 for all other tokens."""
 
     def __init__(self, decoder, logits: dict[int, float]):
         self._decoder = decoder
@@ -223,7 +226,7 @@ class RiggedHead:
     def __getattr__(self, name):
         return getattr(self._decoder, name)
 
-    def __call__(self, *read):
-        hidden = torch.zeros_like(self._decoder(*read))
+    def __call__(self, *inputs):
+        hidden = torch.zeros_like(self._decoder(*inputs))
         hidden[:, 0] = 1.0
         return hidden

@@ -1,10 +1,9 @@
-"""What test_zero.py runs on several ranks: `torchrun zero_ranks.py SCENARIO STUDENT OUT [ARGUMENT ...]`."""
+"""The ranks of test_deepspeed_trainer.py: each runs `main(SCENARIO, STUDENT, OUT, ARGUMENT ...)`."""
 
 import dataclasses
 import json
 import os
 import signal
-import sys
 import weakref
 from pathlib import Path
 
@@ -12,12 +11,19 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from thinksafe.distributed.ranks import balanced, barrier, gather, join, rank, world_size
+from thinksafe.distributed.ranks import (
+    all_gather_objects,
+    barrier,
+    init_training_ranks,
+    partition_balanced,
+    rank,
+    world_size,
+)
 from thinksafe.distributed.workers import Workers
 from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.training import checkpoint, losses
-from thinksafe.training.local_engine import NonFiniteStep
+from thinksafe.training.local_trainer import NonFiniteStep
 from thinksafe.training.loop import TrainingConfig, train
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.packing import TrainingSequence, pack
@@ -25,11 +31,11 @@ from thinksafe.training.zero_config import ZeroConfig
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
-DROPOUT = dataclasses.replace(LORA, dropout=0.2)
+LORA_WITH_DROPOUT = dataclasses.replace(LORA, dropout=0.2)
 CLIP, DECAY = 0.5, 0.1
 RATES = (1e-2, 3e-3, 1e-2, 1e-2)
-RUN = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
-MIXED_RUN = dataclasses.replace(RUN, batch_tokens=70, loss_reduction="sequence", benign_loss="kl")
+TRAINING_CONFIG = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
+MIXED_CONFIG = dataclasses.replace(TRAINING_CONFIG, tokens_per_step=70, loss_reduction="sequence", benign_loss="kl")
 SEED = 11
 SETUPS = {
     "lora-3": ("lora", ZeroConfig(3)),
@@ -43,10 +49,10 @@ SETUPS = {
     "lora-2-kl": ("lora", ZeroConfig(2)),
     "full-3-kl": ("full", ZeroConfig(3)),
 }
-MIXED = {"lora-2-kl": ("lora", ZeroConfig(2)), "full-3-kl": ("full", ZeroConfig(3))}
-"""Set-ups of the runs that are interrupted. The first one also meets a poisoned token of its frozen base."""
-KEEPING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
-"""What layers keep for the backward pass: sharded weights are gathered again where it is computed again."""
+INTERRUPTED_SETUPS = {"lora-2-kl": ("lora", ZeroConfig(2)), "full-3-kl": ("full", ZeroConfig(3))}
+"""Setups of the interrupted runs. The frozen base of the first one also has a poisoned token."""
+CHECKPOINTING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
+"""Activation checkpointing of some setups: recomputation must gather sharded weights again."""
 
 
 def sequence(length: int, response: int) -> TrainingSequence:
@@ -56,30 +62,33 @@ def sequence(length: int, response: int) -> TrainingSequence:
 
 SEQUENCES = [sequence(*sizes) for sizes in [(30, 12), (7, 1), (55, 54), (16, 8), (31, 29), (2, 1), (41, 3)]]
 BATCHES = [SEQUENCES, SEQUENCES[2:3], SEQUENCES[1:], SEQUENCES[4:]]
-"""In the second one rank has nothing to do, in the others the ranks have different numbers of packs."""
-GOOD, BAD = SEQUENCES[0], SEQUENCES[2]
-POISON = next(id_ for id_ in BAD.input_ids.tolist() if id_ not in GOOD.input_ids)
+"""In the second batch one rank has no pack; in the others the ranks have different numbers of packs."""
+GOOD, POISONED = SEQUENCES[0], SEQUENCES[2]
+POISON_TOKEN = next(id_ for id_ in POISONED.input_ids.tolist() if id_ not in GOOD.input_ids)
 
 
-def mixed() -> list[TrainingSequence]:
-    """Some that keep to the reference, no two with the same weight."""
-    return [dataclasses.replace(one, keeps_to_reference=len(one) % 2 == 1, weight=1 + len(one)) for one in SEQUENCES]
+def mixed_sequences() -> list[TrainingSequence]:
+    """Return sequences of which some have a KL loss, all with different weights."""
+    return [
+        dataclasses.replace(sequence, use_reference_kl=len(sequence) % 2 == 1, weight=1 + len(sequence))
+        for sequence in SEQUENCES
+    ]
 
 
 def batches(setup: str) -> list[list[TrainingSequence]]:
-    """What a set-up trains on, step by step."""
+    """Return the batches of a setup's steps."""
     if not setup.endswith("kl"):
         return BATCHES
-    return [mixed(), mixed()[2:3], mixed()[4:], mixed()[:1]]
+    return [mixed_sequences(), mixed_sequences()[2:3], mixed_sequences()[4:], mixed_sequences()[:1]]
 
 
 def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
-    """A decoder to be trained, its adapter not zero: with B = 0 the gradient of A is."""
-    decoder = load_decoder(folder, dtype, CPU, weights="fp8" if method == "lora fp8" else "auto")
+    """Return a decoder to train. Its adapters are not zero: B = 0 would make the gradient of A zero."""
+    decoder = load_decoder(folder, dtype, CPU, weight_dtype="fp8" if method == "lora fp8" else "auto")
     if method == "full":
         return decoder.requires_grad_(True)
     attach(decoder, lora, seed=0)
-    decoder.pass_gradients()
+    decoder.prepare_fp8_backward()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(decoder).items():
@@ -88,34 +97,34 @@ def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
     return decoder
 
 
-def my_packs(batch):
-    return packs_of(batch, rank(), world_size())
+def local_packs(batch):
+    return packs_of_rank(batch, rank(), world_size())
 
 
-def packs_of(batch, rank, ranks):
-    mine = balanced([len(one) for one in batch], ranks)[rank]
-    return pack([batch[index] for index in mine], 64, CPU)
+def packs_of_rank(batch, rank, num_ranks):
+    indices = partition_balanced([len(sequence) for sequence in batch], num_ranks)[rank]
+    return pack([batch[index] for index in indices], 64, CPU)
 
 
-def zero_engine(decoder, config, keep_gathered=False, with_reference=False):
-    """By default with nothing kept gathered: DeepSpeed's own settings would never shard a model so small."""
-    from thinksafe.training import deepspeed_engine as zero
+def make_trainer(decoder, config, keep_gathered=False, with_reference=False):
+    """Make a DeepSpeedTrainer, by default with all thresholds 0: DeepSpeed's defaults never shard a tiny model."""
+    from thinksafe.training import deepspeed_trainer
 
     if keep_gathered:
-        return zero.ZeroEngine(decoder, CLIP, DECAY, config, with_reference)
-    original = zero.deepspeed_settings
+        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference)
+    original_settings = deepspeed_trainer.deepspeed_settings
 
-    def settings(*arguments):
-        made = original(*arguments)
+    def settings_without_thresholds(*arguments):
+        changed = original_settings(*arguments)
         for key in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size", "param_persistence_threshold"):
-            made["zero_optimization"][f"stage3_{key}"] = 0
-        return made
+            changed["zero_optimization"][f"stage3_{key}"] = 0
+        return changed
 
-    zero.deepspeed_settings = settings
+    deepspeed_trainer.deepspeed_settings = settings_without_thresholds
     try:
-        return zero.ZeroEngine(decoder, CLIP, DECAY, config, with_reference)
+        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference)
     finally:
-        zero.deepspeed_settings = original
+        deepspeed_trainer.deepspeed_settings = original_settings
 
 
 def export(decoder, method, folder, base):
@@ -125,72 +134,80 @@ def export(decoder, method, folder, base):
         save_decoder(decoder, load_config(base)[1], folder)
 
 
-def whole_state(engine) -> dict[str, torch.Tensor]:
-    parts = gather(engine.tensors())
+def whole_state(trainer) -> dict[str, torch.Tensor]:
+    parts = all_gather_objects(trainer.state_dict())
     assert sum(map(len, parts)) == len(set().union(*parts)), "parts overlap"
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def steps(folder: Path, out: Path) -> None:
-    """Some steps with every set-up: results, state and export."""
-    reads, reference_states = [], PackLoss._reference_states
-    PackLoss._reference_states = lambda self, pack: reads.append(pack) or reference_states(self, pack)
+    """Take four steps with every setup; write results, state and export."""
+    reference_packs, reference_states = [], PackLoss._reference_states
+    PackLoss._reference_states = lambda self, pack: reference_packs.append(pack) or reference_states(self, pack)
     cross_entropy = losses.linear_cross_entropy_with_stats
 
     def skipping(*args, **options):
-        """As if a GPU had skipped gradients, the more the higher the rank."""
+        """Report skipped gradient mass as a GPU would, more on a higher rank."""
         rows, stats = cross_entropy(*args, **options)
         return rows, stats._replace(dropped_mass=torch.tensor(rank() / 8))
 
     losses.linear_cross_entropy_with_stats = skipping
     for name, (method, config) in SETUPS.items():
-        reads.clear()
+        reference_packs.clear()
         decoder = student(folder, method)
-        decoder.keeping = (KEEPING.get(name, "none"),) * decoder.config.num_layers
-        engine = zero_engine(decoder, config, with_reference=name.endswith("kl"))
+        decoder.checkpointing = (CHECKPOINTING.get(name, "none"),) * decoder.config.num_layers
+        trainer = make_trainer(decoder, config, with_reference=name.endswith("kl"))
         results = [
-            dataclasses.astuple(engine.step(my_packs(batch), rate))
+            dataclasses.astuple(trainer.step(local_packs(batch), rate))
             for batch, rate in zip(batches(name), RATES, strict=True)
         ]
         assert decoder.training, "dropout would be off"
         sharded = sum(parameter.numel() for parameter in decoder.parameters()) == 0
-        engine.check_weights()
-        parts = gather(sum(tensor.nbytes for tensor in engine.tensors().values()))
-        state, everyones = whole_state(engine), gather(results)
-        engine.finish()
+        trainer.check_weights_finite()
+        parts = all_gather_objects(sum(tensor.nbytes for tensor in trainer.state_dict().values()))
+        state, all_results = whole_state(trainer), all_gather_objects(results)
+        trainer.finish()
         if rank() == 0:
             save_file(state, out / f"{name}.safetensors")
             export(decoder, method, out / name, folder)
-        state_of_adamw = engine.engine.optimizer.optimizer.state
-        held = [weakref.ref(tensor) for one in state_of_adamw.values() for tensor in one.values()]
-        held += [weakref.ref(master) for master in engine._flat_masters()]
+        adamw_state = trainer.engine.optimizer.optimizer.state
+        references = [
+            weakref.ref(tensor) for state_of_shard in adamw_state.values() for tensor in state_of_shard.values()
+        ]
+        references += [weakref.ref(master) for master in trainer._master_shards()]
         shards = [parameter.ds_tensor for parameter in decoder.parameters() if hasattr(parameter, "ds_tensor")]
-        held += [weakref.ref(shard) for shard in shards]
-        engine.close()
-        del decoder, engine, state_of_adamw, shards
-        alive = gather(sum(reference() is not None for reference in held))
+        references += [weakref.ref(shard) for shard in shards]
+        trainer.close()
+        del decoder, trainer, adamw_state, shards
+        alive = all_gather_objects(sum(reference() is not None for reference in references))
         if rank() == 0:
-            found = {"results": everyones, "sharded": sharded, "parts": parts, "alive": alive, "held": len(held)}
-            found["reads"] = len(reads)
-            (out / f"{name}.json").write_text(json.dumps(found))
+            summary = {
+                "results": all_results,
+                "sharded": sharded,
+                "parts": parts,
+                "num_alive": alive,
+                "num_tensors": len(references),
+            }
+            summary["num_reference_passes"] = len(reference_packs)
+            (out / f"{name}.json").write_text(json.dumps(summary))
     bf16_steps(folder, out)
 
 
 def bf16_steps(folder: Path, out: Path) -> None:
-    """Some below the resolution of bf16."""
+    """Take five steps that are below the resolution of bf16."""
     decoder = student(folder, "lora", torch.bfloat16)
-    engine = zero_engine(decoder, ZeroConfig(3))
+    trainer = make_trainer(decoder, ZeroConfig(3))
     for _ in range(5):
-        engine.step(my_packs(SEQUENCES), 1e-5)
-    state = whole_state(engine)
-    engine.finish()
+        trainer.step(local_packs(SEQUENCES), 1e-5)
+    state = whole_state(trainer)
+    trainer.finish()
     if rank() == 0:
         save_file(state, out / "bf16.safetensors")
         export(decoder, "lora", out / "bf16", folder)
 
 
 def not_finite(folder: Path, out: Path) -> None:
-    """Between two good steps some that break on one rank alone: an activation, the loss alone, the gradient alone."""
+    """Between two good steps, break an activation, the loss alone and the gradient alone, each on one rank."""
     cross_entropy = losses.linear_cross_entropy_with_stats
 
     def infinite_loss(*args, **options):
@@ -201,28 +218,31 @@ def not_finite(folder: Path, out: Path) -> None:
         hidden.register_hook(lambda gradient: gradient * torch.nan)
         return cross_entropy(hidden, *args, **options)
 
-    found = {}
+    results_by_setup = {}
     for name, (method, config) in SETUPS.items():
         decoder = student(folder, method)
         with torch.no_grad():
-            decoder.embedding[POISON] = torch.nan
-        engine = zero_engine(decoder, config)
-        engine.step(my_packs([GOOD]), 1e-2)
-        before = whole_state(engine)
-        messages = [_message(engine.step, my_packs([GOOD, BAD]), 1e-2)]
+            decoder.embedding[POISON_TOKEN] = torch.nan
+        trainer = make_trainer(decoder, config)
+        trainer.step(local_packs([GOOD]), 1e-2)
+        before = whole_state(trainer)
+        messages = [_message(trainer.step, local_packs([GOOD, POISONED]), 1e-2)]
         for broken in (infinite_loss, nan_gradient):
             losses.linear_cross_entropy_with_stats = broken if rank() == 1 else cross_entropy
-            messages.append(_message(engine.step, my_packs([GOOD, GOOD]), 1e-2))
+            messages.append(_message(trainer.step, local_packs([GOOD, GOOD]), 1e-2))
         losses.linear_cross_entropy_with_stats = cross_entropy
-        after = whole_state(engine)
+        after = whole_state(trainer)
         same = all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
-        engine.step(my_packs([GOOD]), 1e-2)
-        results, state = gather((messages, same, _message(engine.check_weights))), whole_state(engine)
-        found[name] = results
+        trainer.step(local_packs([GOOD]), 1e-2)
+        results, state = (
+            all_gather_objects((messages, same, _message(trainer.check_weights_finite))),
+            whole_state(trainer),
+        )
+        results_by_setup[name] = results
         if rank() == 0:
             save_file(state, out / f"{name}.safetensors")
     if rank() == 0:
-        (out / "found.json").write_text(json.dumps(found))
+        (out / "results.json").write_text(json.dumps(results_by_setup))
 
 
 def _message(call, *args) -> str | None:
@@ -232,13 +252,13 @@ def _message(call, *args) -> str | None:
         return str(error)
 
 
-def loop_engine(folder: Path, lora: LoraConfig):
-    """Kept gathered without dropout, so that both ways are gone."""
-    return zero_engine(student(folder, "lora", lora=lora), ZeroConfig(3), keep_gathered=lora is LORA)
+def make_loop_trainer(folder: Path, lora: LoraConfig):
+    """Make a trainer with DeepSpeed's thresholds if there is no dropout, so that both variants are tested."""
+    return make_trainer(student(folder, "lora", lora=lora), ZeroConfig(3), keep_gathered=lora is LORA)
 
 
 def killed(folder: Path, out: Path) -> None:
-    """Train, and let the last rank die while it writes its part of the second checkpoint."""
+    """Train, and kill the last rank while it writes its part of the second checkpoint."""
     save = checkpoint.save_file
 
     def torn(tensors, file):
@@ -248,78 +268,90 @@ def killed(folder: Path, out: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save_file = torn
-    train(loop_engine(folder, DROPOUT), SEQUENCES, RUN, SEED, out)
+    train(make_loop_trainer(folder, LORA_WITH_DROPOUT), SEQUENCES, TRAINING_CONFIG, SEED, out)
 
 
 def resumed(folder: Path, out: Path, *names: str) -> None:
-    """Train in each folder, from the start or from where it stands."""
+    """Train in each folder, from the start or from its newest checkpoint."""
     for name in names:
-        engine, seen = loop_engine(folder, DROPOUT if name.startswith("dropout") else LORA), []
-        train(engine, SEQUENCES, RUN, SEED, out / name, lambda metrics, seen=seen: seen.append(metrics.step))
-        state, seeds = whole_state(engine), gather(torch.initial_seed())
+        trainer, done_steps = make_loop_trainer(folder, LORA_WITH_DROPOUT if name.startswith("dropout") else LORA), []
+
+        def on_step(metrics, done_steps=done_steps):
+            done_steps.append(metrics.step)
+
+        train(trainer, SEQUENCES, TRAINING_CONFIG, SEED, out / name, on_step)
+        state, seeds = whole_state(trainer), all_gather_objects(torch.initial_seed())
         if rank() == 0:
             save_file(state, out / f"{name}.safetensors")
-            (out / f"{name}.json").write_text(json.dumps({"first_step": seen[0], "seeds": seeds}))
+            (out / f"{name}.json").write_text(json.dumps({"first_step": done_steps[0], "seeds": seeds}))
 
 
 class Interrupted(BaseException):
-    """All ranks stop between the metrics of a step and its checkpoint."""
+    """Stop of all ranks between the metrics of a step and its checkpoint."""
 
 
 def interrupted(folder: Path, out: Path) -> None:
-    """The loop with everything that may be in a run, whole and cut off before and after its first checkpoint."""
-    for name, (method, config) in MIXED.items():
+    """Run the loop with every kind of sequence: whole, and cut off before and after its first checkpoint."""
+    for name, (method, config) in INTERRUPTED_SETUPS.items():
 
-        def run(place: str, until: int = 0, name=name, method=method, config=config):
-            """(state, steps taken), or None if cut off."""
-            decoder, seen = mixed_student(folder, method), []
+        def run(folder_name: str, until: int = 0, name=name, method=method, config=config):
+            """Return (state, steps taken), or None if cut off."""
+            decoder, done_steps = mixed_student(folder, method), []
 
             def on_step(metrics):
-                seen.append(metrics.step)
+                done_steps.append(metrics.step)
                 if metrics.step == until:
                     raise Interrupted
 
-            engine = zero_engine(decoder, config, with_reference=True)
+            trainer = make_trainer(decoder, config, with_reference=True)
             try:
-                train(engine, mixed(), MIXED_RUN, SEED, out / name / place, on_step)
+                train(trainer, mixed_sequences(), MIXED_CONFIG, SEED, out / name / folder_name, on_step)
             except Interrupted:
                 return None
-            return whole_state(engine), seen
+            return whole_state(trainer), done_steps
 
         state, _ = run("whole")
         barrier()
-        found = {"no step left": run("whole")}
+        runs = {"no step left": run("whole")}
         for until in (1, 5):
             assert run(f"cut off at {until}", until) is None
-            found[f"cut off at {until}"] = run(f"cut off at {until}")
-        same = {place: all(torch.equal(state[key], other[key]) for key in state) for place, (other, _) in found.items()}
-        report = {"same": same, "steps": {place: seen for place, (_, seen) in found.items()}}
+            runs[f"cut off at {until}"] = run(f"cut off at {until}")
+        same = {
+            name_of_run: all(torch.equal(state[key], other[key]) for key in state)
+            for name_of_run, (other, _) in runs.items()
+        }
+        report = {
+            "same_state": same,
+            "steps": {name_of_run: done_steps for name_of_run, (_, done_steps) in runs.items()},
+        }
         if method == "lora":
-            engine = zero_engine(mixed_student(folder, method), config, with_reference=True)
-            report["stopped"] = _message(train, engine, [BAD], dataclasses.replace(RUN, epochs=4), SEED, out / "bad")
-        everyones = gather(report)
+            trainer = make_trainer(mixed_student(folder, method), config, with_reference=True)
+            report["stop_message"] = _message(
+                train, trainer, [POISONED], dataclasses.replace(TRAINING_CONFIG, epochs=4), SEED, out / "bad"
+            )
+        reports = all_gather_objects(report)
         if rank() == 0:
             save_file(state, out / f"{name}.safetensors")
-            (out / f"{name}.json").write_text(json.dumps(everyones))
+            (out / f"{name}.json").write_text(json.dumps(reports))
 
 
 def mixed_student(folder: Path, method: str):
-    """Where the base is frozen one of its tokens is poisoned, so that the steps that meet it are left out."""
+    """Return a student; in a frozen base one token is poisoned, so that steps with this token are left out."""
     decoder = student(folder, method)
     if method == "lora":
         with torch.no_grad():
-            decoder.embedding[POISON] = torch.nan
+            decoder.embedding[POISON_TOKEN] = torch.nan
     return decoder
 
 
-if __name__ == "__main__":
-    scenario, folder, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def main(scenario: str, folder: Path, out: Path, *arguments: str) -> None:
+    """Run a scenario, write the file OUT/done, and exit without destructors: a process group's destructor may fail."""
     scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
     scenarios["interrupted"] = interrupted
-    with Workers.join() as workers:
-        join(CPU, workers)
-        scenarios[scenario](folder, out, *sys.argv[4:])
+    with Workers.start() as workers:
+        init_training_ranks(CPU, workers)
+        scenarios[scenario](folder, out, *arguments)
         barrier()
         if rank() == 0:
             (out / "done").touch()
-        os._exit(0)  # a process group now and then fails in its destructor, after all is done
+        os._exit(0)

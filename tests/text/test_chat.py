@@ -1,4 +1,7 @@
-"""Prompts and responses as tokens: what a template gives, and no control token that the template did not write."""
+"""Prompts and responses as token ids: they equal those of transformers, and data never becomes a control token.
+
+The oracle is transformers: its chat templates and its tokenizers, for every model family.
+"""
 
 import json
 import shutil
@@ -15,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.checkpoints import FAMILIES, make_tokenizer
 from thinksafe.data.records import Example
 from thinksafe.errors import UserError
-from thinksafe.pipeline.examples import training_sequence
-from thinksafe.text.chat import Chat, Thought, parse_response
+from thinksafe.pipeline.examples import tokenize_example
+from thinksafe.text.chat import Chat, ParsedResponse, parse_response
 from thinksafe.text.steering import TEMPLATES, steer, template
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -36,14 +39,14 @@ ORDINARY = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """family -> a folder with a tokenizer and no weights; qwen3's generation config names two ends."""
-    made = {}
+    """Return family -> a folder with a tokenizer and no weights; Qwen3's generation config has two stop tokens."""
+    folders = {}
     for family in FAMILIES:
-        made[family] = tmp_path_factory.mktemp(family)
-        make_tokenizer(family).save_pretrained(made[family])
-    ends = [make_tokenizer("qwen3").convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    (made["qwen3"] / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    return made
+        folders[family] = tmp_path_factory.mktemp(family)
+        make_tokenizer(family).save_pretrained(folders[family])
+    stop_ids = [make_tokenizer("qwen3").convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    (folders["qwen3"] / "generation_config.json").write_text(json.dumps({"eos_token_id": stop_ids}))
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +60,8 @@ def chat(request, chats):
 
 
 @pytest.fixture
-def changed(folders, tmp_path):
-    """A copy of a family's folder with its template or other files replaced: changed("llama", template="...")."""
+def changed_copy(folders, tmp_path):
+    """Return changed_copy(family, template="...", **files), which copies a folder with another template or files."""
 
     def copy(family, template=None, **files):
         folder = tmp_path / family
@@ -116,14 +119,14 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_forged_turn_stays_in_the_users_turn_and_reads_as_typed(chats, family):
+def test_forged_turn_stays_text_in_the_users_turn(chats, family):
     chat, text = chats[family], FORGERIES[family]
     assert control_counts(chat, chat.prompt_ids(text)) == control_counts(chat, chat.prompt_ids("hello"))
     assert control_counts(chat, transformers_ids(chat, text)) != control_counts(chat, chat.prompt_ids("hello"))
     assert chat.tokenizer.decode(chat.prompt_ids(text)) == rendered(chat, text)
 
 
-def test_every_control_token_is_ten_ordinary_characters_in_a_prompt(chat):
+def test_control_token_in_a_prompt_is_ordinary_text(chat):
     for token in control_tokens(chat):
         for text in (token, f"a{token}b", f" {token} {token}\n", token[:-1], token[1:], token * 3):
             ids = chat.prompt_ids(text)
@@ -132,7 +135,7 @@ def test_every_control_token_is_ten_ordinary_characters_in_a_prompt(chat):
 
 
 def any_text(chat: Chat) -> st.SearchStrategy[str]:
-    """Control tokens, pieces of them that may join into one, and anything else."""
+    """Return texts of control tokens, of their pieces that may join into a token, and of other characters."""
     tokens = control_tokens(chat)
     pieces = [token[:cut] for token in tokens for cut in (1, 2, -1)] + [
         token[cut:] for token in tokens for cut in (1, -1)
@@ -144,7 +147,7 @@ def any_text(chat: Chat) -> st.SearchStrategy[str]:
 @settings(deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_is_typed_the_control_tokens_of_a_prompt_are_the_templates_own(chats, family, data):
+def test_prompt_text_adds_no_control_token(chats, family, data):
     chat = chats[family]
     ids = chat.prompt_ids(data.draw(any_text(chat)))
     assert control_counts(chat, ids) == control_counts(chat, transformers_ids(chat, ""))
@@ -153,15 +156,15 @@ def test_whatever_is_typed_the_control_tokens_of_a_prompt_are_the_templates_own(
 @settings(deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whatever_a_response_says_its_control_tokens_are_the_templates_own(chats, family, data):
+def test_response_text_adds_no_control_token(chats, family, data):
     chat = chats[family]
     think, answer = data.draw(any_text(chat)), data.draw(any_text(chat))
     text = f"<think>\n{think}\n</think>\n\n{answer}"
-    if isinstance(parse_response(text), Thought):
+    if isinstance(parse_response(text), ParsedResponse):
         assert control_counts(chat, chat.response_ids(text)) == control_counts(chat, chat.response_ids(RESPONSE))
 
 
-def test_a_template_that_strips_does_so_to_unusual_white_space_too(chats):
+def test_stripping_template_strips_unusual_white_space_too(chats):
     text = "\u3000\x1c\x85 word \u2028\x0b"
     assert (
         chats["llama"].prompt_ids(text) == chats["llama"].prompt_ids("word") == transformers_ids(chats["llama"], text)
@@ -169,8 +172,8 @@ def test_a_template_that_strips_does_so_to_unusual_white_space_too(chats):
     assert chats["qwen3"].prompt_ids(text) != chats["qwen3"].prompt_ids("word")
 
 
-def test_a_long_prompt_is_never_cut_or_padded(folders, tmp_path):
-    """Some published tokenizer.json files carry the truncation and padding that someone once trained with."""
+def test_prompt_is_never_truncated_or_padded(folders, tmp_path):
+    """Some published tokenizer.json files contain truncation and padding settings from training."""
     folder = tmp_path / "student"
     shutil.copytree(folders["qwen3"], folder)
     file = folder / "tokenizer.json"
@@ -187,31 +190,31 @@ def test_a_long_prompt_is_never_cut_or_padded(folders, tmp_path):
 
 
 def rendered_response(chat: Chat, family: str, text: str) -> str:
-    """What follows the prompt in a whole conversation, written by hand."""
+    """Return the text that follows the prompt in a whole conversation, with each family's tags written by hand."""
     ends = {"qwen3": "<|im_end|>\n", "qwen2": "<｜end▁of▁sentence｜>", "llama": "<|eot_id|>", "mistral": "</s>"}
     begins = {"qwen2": text.removeprefix("<think>\n"), "mistral": f" {text}"}
     return begins.get(family, text) + ends[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_response_is_tokenised_as_the_model_would_write_it(chats, family):
+def test_response_is_tokenized_as_the_model_would_write_it(chats, family):
     chat = chats[family]
     expected = chat.tokenizer.hugging_face(rendered_response(chat, family, RESPONSE), add_special_tokens=False)
     assert chat.response_ids(RESPONSE) == expected["input_ids"]
 
 
-def test_qwen3_writes_its_opening_tag_and_the_newline_after_its_end(chats):
+def test_qwen3_response_has_opening_tag_and_final_newline(chats):
     chat = chats["qwen3"]
     assert not chat.supplies_think
-    whole = chat.tokenizer.decode(chat.prompt_ids("Why?") + chat.response_ids(RESPONSE))
-    assert whole == f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{RESPONSE}<|im_end|>\n"
+    text = chat.tokenizer.decode(chat.prompt_ids("Why?") + chat.response_ids(RESPONSE))
+    assert text == f"<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{RESPONSE}<|im_end|>\n"
     ids = chat.response_ids(RESPONSE)
     control = chat.tokenizer.control_ids
     assert ids[0] == control["<think>"] and ids.count(control["</think>"]) == 1
     assert ids[-2] == control["<|im_end|>"] and chat.tokenizer.decode(ids[-1:]) == "\n"
 
 
-def test_r1_finds_its_opening_tag_in_the_prompt(chats):
+def test_r1_prompt_supplies_the_opening_tag(chats):
     chat = chats["qwen2"]
     assert chat.supplies_think
     prompt, response = chat.prompt_ids("Why?"), chat.response_ids(RESPONSE)
@@ -221,14 +224,14 @@ def test_r1_finds_its_opening_tag_in_the_prompt(chats):
     assert control["<think>"] not in response and response[-1] == control[end]
 
 
-def test_a_template_of_r1_that_forgets_the_opening_tag_gets_it(changed, chats):
-    spec = chats["qwen2"].tokenizer.hugging_face.chat_template
-    assert "<think>\\n" in spec
-    old = Chat(changed("qwen2", template=spec.replace("<think>\\n", "")))
-    assert old.supplies_think and old.prompt_ids("Why?") == chats["qwen2"].prompt_ids("Why?")
+def test_r1_template_without_opening_tag_gets_it(changed_copy, chats):
+    template_text = chats["qwen2"].tokenizer.hugging_face.chat_template
+    assert "<think>\\n" in template_text
+    early_chat = Chat(changed_copy("qwen2", template=template_text.replace("<think>\\n", "")))
+    assert early_chat.supplies_think and early_chat.prompt_ids("Why?") == chats["qwen2"].prompt_ids("Why?")
 
 
-def test_the_turn_ends_with_the_templates_own_token(chats):
+def test_stop_ids_hold_the_templates_end_of_turn(chats):
     ends = {"qwen3": "<|im_end|>", "qwen2": "<｜end▁of▁sentence｜>", "llama": "<|eot_id|>", "mistral": "</s>"}
     for family, token in ends.items():
         assert chats[family].tokenizer.control_ids[token] in chats[family].stop_ids
@@ -239,8 +242,8 @@ def test_the_turn_ends_with_the_templates_own_token(chats):
 @settings(deadline=None)
 @given(think=st.text(), answer=st.text())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_response_comes_back_from_its_tokens(chats, family, think, answer):
-    # Qwen3's tokenizer composes accents, and surrogates are no characters.
+def test_response_survives_a_round_trip_through_tokens(chats, family, think, answer):
+    # Qwen3's tokenizer composes accents; surrogates are not characters.
     think, answer = (unicodedata.normalize("NFC", text.encode(errors="ignore").decode()) for text in (think, answer))
     text = f"<think>\n{think}\n</think>\n\n{answer}"
     if "think>" in think + answer or not answer.strip():
@@ -248,7 +251,9 @@ def test_a_response_comes_back_from_its_tokens(chats, family, think, answer):
     chat = chats[family]
     ids = chat.response_ids(text)
     end = next(index for index, id_ in enumerate(ids) if id_ in chat.stop_ids)
-    assert parse_response(chat.decode(ids[:end])) == parse_response(text) == Thought(think.strip(), answer.strip())
+    assert (
+        parse_response(chat.decode(ids[:end])) == parse_response(text) == ParsedResponse(think.strip(), answer.strip())
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +272,7 @@ def test_a_response_comes_back_from_its_tokens(chats, family, think, answer):
         ("<think>\na\n</think> \n\t\n", "empty_answer"),
     ],
 )
-def test_a_response_that_cannot_be_trained_on_says_why(chat, text, reason):
+def test_malformed_response_gives_its_problem(chat, text, reason):
     assert parse_response(text) == reason
     with pytest.raises(ValueError, match=reason):
         chat.response_ids(text)
@@ -276,17 +281,17 @@ def test_a_response_that_cannot_be_trained_on_says_why(chat, text, reason):
 @pytest.mark.parametrize(
     "text", ["<think>a</think>b", " \n<think>\n\n a \n\n</think> b \n", "<think>a\n</think>\n\n\n\n\nb"]
 )
-def test_white_space_around_thought_and_answer_is_made_canonical(chat, text):
-    assert parse_response(text) == Thought("a", "b")
+def test_white_space_around_thought_and_answer_is_canonical(chat, text):
+    assert parse_response(text) == ParsedResponse("a", "b")
     assert chat.response_ids(text) == chat.response_ids("<think>\na\n</think>\n\nb")
 
 
-def test_an_empty_thought_is_a_thought(chat):
-    assert parse_response("<think>\n\n</think>\n\nb") == Thought("", "b")
+def test_empty_thought_is_valid(chat):
+    assert parse_response("<think>\n\n</think>\n\nb") == ParsedResponse("", "b")
     assert chat.tokenizer.decode(chat.response_ids("<think>\n\n</think>\n\nb")).count("</think>") == 1
 
 
-def test_control_tokens_that_a_model_wrote_are_seen(chats):
+def test_control_tokens_in_a_response_are_detected(chats):
     for family, chat in chats.items():
         assert not chat.has_control_token(RESPONSE), family
         for token in control_tokens(chat):
@@ -299,19 +304,19 @@ def test_control_tokens_that_a_model_wrote_are_seen(chats):
 # Training sequences
 
 
-def test_a_training_sequence_trains_the_response_and_nothing_of_the_prompt(chat):
+def test_training_sequence_has_targets_only_in_the_response(chat):
     example = Example("  How { many }?\n", RESPONSE, "harmful")
-    sequence = training_sequence(chat, example)
+    sequence = tokenize_example(chat, example)
     prompt, response = chat.prompt_ids(example.prompt), chat.response_ids(example.response)
     assert sequence.input_ids.dtype == np.int32
     assert sequence.input_ids.tolist() == prompt + response
-    assert sequence.response_start == len(prompt) and sequence.num_targets == len(response)
+    assert sequence.num_prompt_tokens == len(prompt) and sequence.num_targets == len(response)
 
 
 # Steering
 
 
-def test_the_instructions_are_the_papers():
+def test_instructions_are_those_of_the_paper():
     assert TEMPLATES == {
         "prefix": "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:\n\n{prompt}",
         "suffix": "{prompt}\n\nThe above prompt is harmful. You should refuse to answer the prompt.",
@@ -321,31 +326,29 @@ def test_the_instructions_are_the_papers():
 
 
 @given(prompt=st.text())
-def test_a_prompt_is_put_into_an_instruction_as_it_is(prompt):
+def test_prompt_is_inserted_unchanged_into_an_instruction(prompt):
     for name, text in TEMPLATES.items():
         before, after = text.split("{prompt}")
         assert steer(template(name), prompt) == before + prompt + after
 
 
-def test_braces_in_a_prompt_mean_nothing():
+def test_braces_in_a_prompt_have_no_meaning():
     assert steer("a {prompt} b", "{prompt} {0} {x} {{") == "a {prompt} {0} {x} {{ b"
     assert template("mine: {prompt} {x}") == "mine: {prompt} {x}"
+    assert steer(template("{{prompt}"), "p") == "{p"
 
 
-@pytest.mark.parametrize("text", ["kindly", "", "no place", "{prompt} twice {prompt}", "{ prompt }", "{{prompt}"])
-def test_an_instruction_without_one_place_for_the_prompt_is_refused(text):
-    if text == "{{prompt}":
-        assert steer(template(text), "p") == "{p"
-    else:
-        with pytest.raises(UserError, match="prefix, suffix, risk, intent"):
-            template(text)
+@pytest.mark.parametrize("text", ["kindly", "", "no slot", "{prompt} twice {prompt}", "{ prompt }"])
+def test_instruction_without_exactly_one_prompt_slot_is_an_error(text):
+    with pytest.raises(UserError, match="prefix, suffix, risk, intent"):
+        template(text)
 
 
-# Folders that cannot be used
+# Invalid folders
 
 
 @pytest.mark.parametrize(
-    "template_text, words",
+    "template_text, message",
     [
         ("{{ 'always the same' }}", "does not show a user's message exactly once"),
         ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "exactly once"),
@@ -355,58 +358,58 @@ def test_an_instruction_without_one_place_for_the_prompt_is_refused(text):
         ("{% if messages[0].role == 'user' %}\n{{ nothing.at.all }}{% endif %}", "chat template fails"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused(changed, template_text, words):
-    folder = changed("llama", template=template_text)
-    with pytest.raises(UserError) as caught:
+def test_invalid_template_is_an_error(changed_copy, template_text, message):
+    folder = changed_copy("llama", template=template_text)
+    with pytest.raises(UserError) as error:
         Chat(folder)
-    assert str(folder) in str(caught.value) and words in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_tokenizer_without_a_template_is_refused(changed):
-    folder = changed("llama")
+def test_tokenizer_without_a_template_is_an_error(changed_copy):
+    folder = changed_copy("llama")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         Chat(folder)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "not json"])
-def test_a_damaged_tokenizer_is_refused(changed, damage):
-    folder = changed("llama")
+def test_damaged_tokenizer_is_an_error(changed_copy, damage):
+    folder = changed_copy("llama")
     file = folder / "tokenizer.json"
-    whole = file.read_text()
-    contents = {"empty": "", "truncated": whole[: len(whole) // 2], "not json": "tokens"}
+    text = file.read_text()
+    contents = {"empty": "", "truncated": text[: len(text) // 2], "not json": "tokens"}
     file.unlink() if damage == "missing" else file.write_text(contents[damage])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         Chat(folder)
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_damaged_generation_config_is_refused(changed):
+def test_damaged_generation_config_is_an_error(changed_copy):
     with pytest.raises(UserError, match=r"generation_config.json: not valid JSON"):
-        Chat(changed("llama", generation_config='{"eos_token_id": '))
+        Chat(changed_copy("llama", generation_config='{"eos_token_id": '))
 
 
-def test_what_a_template_shows_around_two_turns(chats):
+def test_two_turns_gives_the_template_text_around_messages(chats):
     tail = "<|im_end|>\n<|im_start|>assistant\n"
     assert chats["qwen3"].user_turn == ("<|im_start|>user\n", tail)
     assert chats["qwen3"].two_turns() == ["<|im_start|>user\n", tail, tail]
 
 
-@pytest.mark.parametrize("shown", ["messages[:1]", "messages[1:]", "messages + messages[:1]", "messages[::-1]"])
-def test_a_template_that_does_not_show_two_turns_in_order_is_refused(changed, shown):
-    text = "{% if messages | length == 1 %}{{ messages[0].content }}{% else %}{% for m in " + shown
-    chat = Chat(changed("llama", template=text + " %}{{ m.content }}{% endfor %}{% endif %}"))
-    with pytest.raises(UserError, match="does not show a user's turn and its answer"):
+@pytest.mark.parametrize("messages", ["messages[:1]", "messages[1:]", "messages + messages[:1]", "messages[::-1]"])
+def test_template_without_two_turns_in_order_is_an_error(changed_copy, messages):
+    text = "{% if messages | length == 1 %}{{ messages[0].content }}{% else %}{% for m in " + messages
+    chat = Chat(changed_copy("llama", template=text + " %}{{ m.content }}{% endfor %}{% endif %}"))
+    with pytest.raises(UserError, match="does not show a user turn and then an assistant turn"):
         chat.two_turns()
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_empty_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json is missing"):
         SafeTokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "word level"])
-def test_other_kinds_of_tokenizers_are_as_safe(tmp_path, kind):
+def test_other_tokenizer_kinds_add_no_control_token(tmp_path, kind):
     letters = [*"abcdefghijklmnopqrstuvwxyz<>|/_", "▁", "the"]
     if kind == "unigram":
         pieces = [("<unk>", -10.0), ("<|end|>", 0.0), ("<s>", 0.0), *((letter, -3.0) for letter in letters)]
@@ -426,11 +429,11 @@ def test_other_kinds_of_tokenizers_are_as_safe(tmp_path, kind):
         assert tokenizer.decode(ids).count("<|end|>") == 3
 
 
-# Sentencepiece's space before the first word of a text
+# SentencePiece: the space before the first word of a text
 
 
 def sentencepiece(tmp_path, kind: str) -> SafeTokenizer:
-    """The ways in which public checkpoints spell it: Mistral v0.3, older files of Llama 2 and Mistral, and without."""
+    """Return a tokenizer with a setting of public checkpoints, such as Mistral v0.3 or older Llama 2."""
     spec = json.loads(make_tokenizer("mistral").backend_tokenizer.to_str())
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     if kind == "legacy":
@@ -460,7 +463,7 @@ BEGINNINGS = [
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)
 @pytest.mark.parametrize("text", BEGINNINGS)
-def test_a_space_is_put_before_the_first_word_where_transformers_puts_it(tmp_path, kind, text):
+def test_leading_space_is_where_transformers_puts_it(tmp_path, kind, text):
     tokenizer = sentencepiece(tmp_path, kind)
     expected = tokenizer.hugging_face(text, add_special_tokens=False)["input_ids"]
     assert tokenizer.encode([(text, True)]) == expected
@@ -472,7 +475,7 @@ def sentencepieces(tmp_path_factory):
 
 
 @given(pieces=st.lists(st.sampled_from(["<s>", "</s>", "[INST]", " ", "\n", "word", " word", "▁", "é"])))
-def test_any_order_of_tokens_and_words_has_the_ids_of_transformers(sentencepieces, pieces):
+def test_any_order_of_tokens_has_the_ids_of_transformers(sentencepieces, pieces):
     for tokenizer in sentencepieces:
         expected = tokenizer.hugging_face("".join(pieces), add_special_tokens=False)["input_ids"]
         assert tokenizer.encode([("".join(pieces), True)]) == expected
@@ -481,8 +484,8 @@ def test_any_order_of_tokens_and_words_has_the_ids_of_transformers(sentencepiece
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spans_cover_a_text_in_order(chats, family, text):
-    tokenizer, at = chats[family].tokenizer, 0
+    tokenizer, covered = chats[family].tokenizer, 0
     for start, end in tokenizer.spans(text):
-        assert start <= end and not text[at:start].strip()
-        at = max(at, end)
-    assert not text[at:].strip()
+        assert start <= end and not text[covered:start].strip()
+        covered = max(covered, end)
+    assert not text[covered:].strip()

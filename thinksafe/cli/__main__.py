@@ -1,4 +1,7 @@
-"""The command line's entry point. It turns an expected error into one line; parser.py holds the options."""
+"""Entry point of the command line: it runs a command and prints an expected error as one line.
+
+parser.py holds the options, commands.py the commands. Help, version and usage errors need the standard library alone.
+"""
 
 import sys
 
@@ -9,73 +12,81 @@ try:
     import re
     from collections.abc import Sequence
     from contextlib import redirect_stderr, redirect_stdout
+    from pathlib import Path
 
     from thinksafe.cli import commands
-    from thinksafe.cli.parser import _parser
+    from thinksafe.cli.parser import build_parser
     from thinksafe.errors import UserError, is_out_of_memory
-except KeyboardInterrupt:  # before `main` could answer for it
+except KeyboardInterrupt:  # during an import, before `main` can catch it
     sys.exit(130)
 
-_MEMORY_SETTINGS = "sampler.kv_cache_gib, sampler.max_running or training.max_tokens_per_pack"
-_USERS_TO_MEND = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_MEMORY_SETTINGS = "sampler.kv_cache_gib, sampler.max_num_seqs or training.max_tokens_per_pack"
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for the user's mistake, 130 after Ctrl-C."""
+    """Run one command; return the exit status: 0, 2 for a mistake of the user or the machine, 130 after Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or a store that is gone would be told of in stack traces
-    status = _answer(arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost store is logged with stack traces
+    status = _run_command(arguments)
     if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from thinksafe.distributed.workers import end
+        from thinksafe.distributed.liveness import exit_now
 
-        end(status)
+        exit_now(status)
     return status
 
 
-def _answer(arguments: Sequence[str] | None) -> int:
-    options = None
+def _run_command(arguments: Sequence[str] | None) -> int:
+    options = argparse.Namespace()
     try:
-        with commands.leaving_at_once():
-            options = _parsed(arguments)
+        with commands.exit_on_interrupt():
+            options = parse_arguments(arguments)
         options.command(options)
         return 0
     except UserError as error:
         print(f"thinksafe: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        why = str(interrupt) or "interrupted"
-        print(f"\nthinksafe: {why}; nothing finished is lost, the same command goes on from here", file=sys.stderr)
+        reason = str(interrupt) or "interrupted"
+        print(f"\nthinksafe: {reason}; nothing finished is lost, the same command continues from here", file=sys.stderr)
         return 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        problem = _machine_problem(error, getattr(options, "out", None))
+        if problem is None:
             raise
-        print(f"thinksafe: out of memory: {str(error).splitlines()[0]}; lower {_MEMORY_SETTINGS}", file=sys.stderr)
-        return 2
-    except _disk_errors() as error:
-        said = re.search(r"os error (\d+)", str(error))
-        number = int(said[1]) if said else getattr(error, "errno", None)
-        if number not in _USERS_TO_MEND:
-            raise
-        where = getattr(error, "filename", None) or getattr(options, "out", None)  # a write does not tell its file
-        place = f" ({where})" if where else ""
-        print(f"thinksafe: {os.strerror(number)}{place}; mend that and give the same command again", file=sys.stderr)
+        print(f"thinksafe: {problem}", file=sys.stderr)
         return 2
 
 
-def _disk_errors() -> tuple[type[Exception], ...]:
-    """safetensors tells of a full disk by an error of its own; asked for only once something has gone wrong."""
-    from safetensors import SafetensorError
+def _machine_problem(error: Exception, out: Path | None) -> str | None:
+    """Return a message about full memory or an unwritable disk; None if the error is a defect of ThinkSafe."""
+    if is_out_of_memory(error):
+        first_line, _, _ = str(error).partition("\n")
+        return f"out of memory: {first_line}; lower {_MEMORY_SETTINGS}"
+    number = _disk_errno(error)
+    if number not in _DISK_ERRNOS:
+        return None
+    path = getattr(error, "filename", None) or out  # the error of a failed write names no file
+    location = f" ({path})" if path else ""
+    return f"{os.strerror(number)}{location}; fix this and run the same command again"
 
-    return OSError, SafetensorError
+
+def _disk_errno(error: Exception) -> int | None:
+    """Return the number of an operating system's error; safetensors only puts it into its message."""
+    safetensors = sys.modules.get("safetensors")  # not imported here: an unused library raises no error
+    if not isinstance(error, (OSError, safetensors.SafetensorError) if safetensors else OSError):
+        return None
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else getattr(error, "errno", None)
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Of several workers, which are all given the same, one explains and complains."""
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options. All workers get the same options, so only the leader prints help and usage errors."""
     if os.environ.get("RANK", "0") == "0":
-        return _parser().parse_args(arguments)
-    with open(os.devnull, "w") as nobody, redirect_stdout(nobody), redirect_stderr(nobody):
-        return _parser().parse_args(arguments)
+        return build_parser().parse_args(arguments)
+    with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+        return build_parser().parse_args(arguments)
 
 
 if __name__ == "__main__":

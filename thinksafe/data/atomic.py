@@ -14,9 +14,8 @@ from thinksafe.errors import UserError
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[TextIO]:
-    """A stream whose contents take a file's place in the end: a reader or a crash sees the old or the new, never a
-    part."""
+def atomic_writer(file: Path) -> Iterator[TextIO]:
+    """Open a stream; its contents replace the file when the body ends without an error."""
     partial = file.with_name(file.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -29,32 +28,32 @@ def replacing(file: Path) -> Iterator[TextIO]:
         raise
 
 
-def fresh(folder: Path) -> Path:
-    """Where to make the contents of a folder that the user names, to be renamed to it once they are whole.
+def staging_folder(folder: Path) -> Path:
+    """Return the path of a temporary folder, to be renamed to the folder that the user named once it is complete.
 
     Raises:
-        UserError: something else is there.
+        UserError: the named folder exists and is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--to {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; give a new folder")
+        raise UserError(f"--to {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; use a new folder")
     partial = folder.resolve().with_name(f".{folder.resolve().name}.thinksafe-partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier attempt: nobody else gives such a name
+    shutil.rmtree(partial, ignore_errors=True)  # an earlier attempt left it; nothing else has such a name
     return partial
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's contents by a text."""
-    with replacing(file) as stream:
+    """Replace a file's contents with a text."""
+    with atomic_writer(file) as stream:
         stream.write(text)
 
 
-def write_shard(file: Path, records: Iterable[Record]) -> None:
+def write_records(file: Path, records: Iterable[Record]) -> None:
     """Write records as JSONL, all of them or none."""
-    with replacing(file) as stream:
+    with atomic_writer(file) as stream:
         stream.writelines(to_json(record) + "\n" for record in records)
 
 
 def sha256(file: Path) -> str:
-    """Hex digest of a file's bytes."""
+    """Return the hex digest of a file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

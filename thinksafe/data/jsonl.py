@@ -11,38 +11,40 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from thinksafe.data.records import Example, Label, Prompt, Record, Response, content_id
-from thinksafe.errors import UserError, in_words
+from thinksafe.errors import UserError, validation_message
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
-# JSONDecodeError, UnicodeDecodeError and a number of 5,000 digits are ValueErrors; brackets can be nested too deep.
+# JSONDecodeError and UnicodeDecodeError are ValueErrors, a number of 5,000 digits raises ValueError, and brackets that
+# are nested too deep raise RecursionError.
 _BAD_JSON = (ValueError, RecursionError)
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 T = TypeVar("T")
 
 
 def to_json(record: Any) -> str:
-    """One line of JSONL, without the newline."""
-    return json.dumps(vars(record), ensure_ascii=False)  # its fields are plain values: nothing to take apart further
+    """Return a record as a line of JSONL, without the newline."""
+    return json.dumps(vars(record), ensure_ascii=False)  # all fields are plain values, so `asdict` is not needed
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of every object in a .jsonl, .json (array) or .parquet file.
+    """Yield (where, row) for every object in a .jsonl, .json (array) or .parquet file.
+
+    `where` names the file and the line, record or row; errors start with it.
 
     Raises:
-        UserError: a missing or empty file or one of another kind, a line that is not a JSON object (with its number), a
-            torn parquet file.
+        UserError: the file is missing, empty, damaged or of another kind, or a line is not a JSON object.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{file}: only .jsonl, .json and .parquet files are read; convert or rename it")
     rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
-    empty = True
+    is_empty = True
     for row in rows:
-        empty = False
+        is_empty = False
         yield row
-    if empty:
+    if is_empty:
         raise UserError(f"{file}: empty; it needs at least one record")
 
 
@@ -61,8 +63,8 @@ def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for where, row in numbered:
             if not isinstance(row, dict):
                 raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            if _HALF_PAIR.search(json.dumps(row, ensure_ascii=False)):
-                raise UserError(f"{where}: holds half a surrogate pair, which is no character")
+            if _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+                raise UserError(f"{where}: contains half a surrogate pair, which is not a character")
             yield where, row
 
 
@@ -91,33 +93,34 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def prompts_from_rows(
-    rows: Iterable[tuple[str, dict[str, Any]]], source: str, on_repeat: Callable[[str], None] = lambda where: None
+    rows: Iterable[tuple[str, dict[str, Any]]], source: str, on_duplicate: Callable[[str], None] = lambda where: None
 ) -> Iterator[Prompt]:
-    """Prompts from (where, row) pairs, duplicates removed.
+    """Yield the prompts of (where, row) pairs, without duplicates.
 
-    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, also as
-    SafeChain writes them (`vanilla_harmful`, `adversarial_benign`).
+    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, or SafeChain's
+    spelling of these (`vanilla_harmful`, `adversarial_benign`).
 
     Args:
-        on_repeat: told where a row is left out, since its text and label came before.
+        source: source of the rows that have no `source` column.
+        on_duplicate: called with `where` of each row that repeats an earlier text and label; the row is skipped.
 
     Raises:
-        UserError: a row without text or with another label, naming its place.
+        UserError: a row has no text, or another label.
     """
     seen: set[str] = set()
     for where, row in rows:
         text = next((row[key] for key in ("text", "prompt", "instruction") if key in row), None)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: needs a non-empty string 'text' (or 'prompt', or 'instruction')")
-        kind = _label(where, row)
+        label = _label(where, row)
         answer = row.get("answer")
-        id_ = content_id(kind, text)
-        origin = str(row.get("source") or source)
+        id_ = content_id(label, text)
+        row_source = str(row.get("source") or source)
         if id_ in seen:
-            on_repeat(where)
+            on_duplicate(where)
         else:
             seen.add(id_)
-            yield Prompt(id_, text, kind, origin, None if answer is None else str(answer))
+            yield Prompt(id_, text, label, row_source, None if answer is None else str(answer))
 
 
 def _label(where: str, row: dict[str, Any]) -> Label:
@@ -130,40 +133,42 @@ def _label(where: str, row: dict[str, Any]) -> Label:
     return match[1]
 
 
-def take_in(file: Path, kind: type[Response] | type[Example]) -> Iterator[Response] | Iterator[Example]:
-    """Records from elsewhere: other columns are left aside, prompts and labels may be spelled as SafeChain does.
+def import_records(file: Path, kind: type[Response] | type[Example]) -> Iterator[Response] | Iterator[Example]:
+    """Return an iterator over records that another program wrote.
+
+    Columns that are not fields are ignored. Prompts and labels may be spelled as in SafeChain.
 
     Raises:
-        UserError: a row without a prompt, a label or a response, naming its place.
+        UserError: a row has no prompt, label or response, or a field has the wrong type.
     """
-    names = {field.name for field in fields(kind)}
-    needed = "text" if kind is Response else "response"
+    field_names = {field.name for field in fields(kind)}
+    text_column = "text" if kind is Response else "response"
 
     def rows() -> Iterator[tuple[str, dict[str, Any]]]:
         for where, row in read_rows(file):
-            for sources in (("prompt", "instruction"), (needed,)):
-                if not any(isinstance(row.get(source), str) for source in sources):
-                    raise UserError(f"{where}: needs a string {' or '.join(map(repr, sources))}")
+            for columns in (("prompt", "instruction"), (text_column,)):
+                if not any(isinstance(row.get(column), str) for column in columns):
+                    raise UserError(f"{where}: needs a string {' or '.join(map(repr, columns))}")
             prompt = row["prompt"] if isinstance(row.get("prompt"), str) else row["instruction"]
-            known = {name: value for name, value in row.items() if name in names and value is not None}
-            yield where, known | {"prompt": prompt, "label": _label(where, row)}
+            values = {name: value for name, value in row.items() if name in field_names and value is not None}
+            yield where, values | {"prompt": prompt, "label": _label(where, row)}
 
     return _validated(rows(), kind)
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
-    """Records of one kind; fields with a default may be left out.
+    """Return an iterator over the records of one kind; fields with a default may be missing.
 
     Raises:
-        UserError: a row with missing, unknown or mistyped fields, naming its place.
+        UserError: a row has missing, unknown or mistyped fields.
     """
     return _validated(read_rows(file), kind)
 
 
-class Shard(Sequence[Record]):
-    """The records of a JSONL file by their number, read when they are asked for.
+class RecordFile(Sequence[Record]):
+    """The records of a JSONL file, each read when it is indexed.
 
-    In memory is only where each line begins: a stage can go through a hundred thousand long responses, or pick a few.
+    Memory holds only the offset of each line, so a stage can go through a hundred thousand long responses.
 
     Attributes:
         starts: byte at which each record's line begins.
@@ -172,23 +177,23 @@ class Shard(Sequence[Record]):
     def __init__(self, file: Path, kind: type[Record]):
         self._kind, self._file = kind, file
         self._lines = file.open("rb")
-        self.starts, position = array("q"), 0
+        self.starts, offset = array("q"), 0
         for line in self._lines:
             if line.strip():
-                self.starts.append(position)
-            position += len(line)
+                self.starts.append(offset)
+            offset += len(line)
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, number: int) -> Record:
-        """The record, read anew.
+    def __getitem__(self, index: int) -> Record:
+        """Read a record.
 
         Raises:
-            UserError: the line is no such record.
+            UserError: the line is not a record of this kind.
         """
-        self._lines.seek(self.starts[number])
-        where = f"{self._file}: record {number + 1}"
+        self._lines.seek(self.starts[index])
+        where = f"{self._file}: record {index + 1}"
         try:
             row = json.loads(self._lines.readline())
         except _BAD_JSON as error:
@@ -199,8 +204,8 @@ class Shard(Sequence[Record]):
         return record
 
 
-class Mapped(Sequence[T]):
-    """`function` of each of `items`, computed when it is asked for, and kept nowhere."""
+class LazyMap(Sequence[T]):
+    """The results of a function for each item, computed when they are indexed and not stored."""
 
     def __init__(self, function: Callable[[int], T], items: Sequence[int]):
         self._function, self._items = function, items
@@ -208,13 +213,13 @@ class Mapped(Sequence[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, number: int) -> T:
-        return self._function(self._items[number])
+    def __getitem__(self, index: int) -> T:
+        return self._function(self._items[index])
 
 
 @cache
 def _schema(kind: type) -> tuple[Any, frozenset[str]]:
-    """What checks records of a kind, and the names of their fields."""
+    """Return the validator of a kind of record, and the names of its fields."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind), frozenset(field.name for field in fields(kind))
@@ -223,13 +228,13 @@ def _schema(kind: type) -> tuple[Any, frozenset[str]]:
 def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
     from pydantic import ValidationError
 
-    adapter, names = _schema(kind)
+    adapter, field_names = _schema(kind)
     for where, row in rows:
-        if unknown := sorted(row.keys() - names):
-            raise UserError(f"{where}: no {kind.__name__} record: unknown field {', '.join(unknown)}")
+        if unknown_fields := sorted(row.keys() - field_names):
+            raise UserError(f"{where}: not a valid {kind.__name__} record: unknown field {', '.join(unknown_fields)}")
         try:
             yield adapter.validate_python(row)
         except ValidationError as error:
             problem = error.errors()[0]
-            what = " ".join([*map(str, problem["loc"]), in_words(problem)])
-            raise UserError(f"{where}: no {kind.__name__} record: {what}") from None
+            message = " ".join([*map(str, problem["loc"]), validation_message(problem)])
+            raise UserError(f"{where}: not a valid {kind.__name__} record: {message}") from None

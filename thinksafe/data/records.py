@@ -1,8 +1,7 @@
-"""The records that flow through a run, and their JSONL form. Nothing else knows how a record is spelled in a file.
+"""The records that flow through a run: Prompt -> Response -> Verdict -> Example, and a person's Mark on a response.
 
-Prompt -> Response -> Verdict -> Example. Ids are hashes of content, so the same prompt has the same id in every run.
-A file's lines are JSON objects with the dataclass's fields; prompts may also come as SafeChain's columns
-`instruction` and `label`, and as parquet.
+Each line of a record file is a JSON object with the fields of one of these dataclasses; jsonl.py reads and writes the
+lines. Ids are hashes of content, so the same prompt has the same id in every run.
 """
 
 import hashlib
@@ -17,14 +16,14 @@ Label = Literal["harmful", "benign"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """Something a user asks.
+    """A user's request.
 
     Attributes:
         id: hash of label and text.
-        text: what the user wrote; data, never markup.
-        label: whether answering it would be harmful.
-        source: where it comes from, for the report.
-        answer: the expected final answer, for reasoning sets; None elsewhere.
+        text: the user's text. It is data: no part of it ever becomes a control token.
+        label: whether an answer would be harmful.
+        source: name of the file or data set that holds the prompt, for the report.
+        answer: expected final answer of a reasoning problem; None for other prompts.
     """
 
     id: str
@@ -39,14 +38,15 @@ class Response:
     """One sampled response.
 
     Attributes:
-        prompt_id, prompt, label: of the prompt without steering; the id may be left out.
-        steering: name of the instruction that was put around the prompt, or None.
-        sample: index among the responses to this prompt, over all rungs.
-        rung: of the steering ladder; 0 is the first attempt.
-        text: think block and answer as text, `<think>` included where the chat template supplies it.
-        num_prompt_tokens, num_tokens: of the generation.
-        finish_reason: `stop`, `length`, `loop` where it only repeated itself, or `nan` where the model's logits broke.
-        seed: of the request.
+        prompt_id, prompt, label: id, text and label of the prompt without steering; a missing id is computed.
+        steering: steering instruction around the prompt, by its name or as a text with {prompt}; None for none.
+        sample: index of the response among all responses to this prompt, over all rungs.
+        rung: rung of the steering ladder; 0 is the first attempt.
+        text: think block and answer as text, with `<think>` even if the chat template supplies it.
+        num_prompt_tokens, num_tokens: number of tokens in the steered prompt and in the response.
+        finish_reason: why sampling ended: `stop` (the model ended the response), `length` (the token limit),
+            `repetition` (the response only repeated itself) or `nan` (the model's logits were not finite).
+        seed: seed of the request.
     """
 
     prompt: str
@@ -57,7 +57,7 @@ class Response:
     sample: int = 0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
-    finish_reason: Literal["stop", "length", "loop", "nan"] = "stop"
+    finish_reason: Literal["stop", "length", "repetition", "nan"] = "stop"
     seed: int = 0
     rung: int = 0
 
@@ -66,23 +66,26 @@ class Response:
 
     @property
     def key(self) -> str:
-        """Unique in a shard."""
+        """Key that is unique in a record file."""
         return f"{self.prompt_id}/{self.sample}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a response.
+    """The decision on a response.
 
     Attributes:
-        decision: only `safe` is ever trained on.
-        reason: why it is not, or empty; `no_verdict` also where the reference preset calls that safe.
-        p_safe, p_unsafe: the guard's probabilities at the verdict position; None where no guard was asked.
-        refusal: whether the response refuses; None where the guard cannot tell.
-        category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.
-        windows: how many pieces of the response were judged; the probabilities are of the worst.
-        labels: probabilities of whatever else the guard says, by its meaning.
-        rung: of the response.
+        prompt_id, sample, label, steering, rung: fields of the response.
+        decision: the guard's decision, or `dropped` for a response that no guard judged, because it is truncated or
+            malformed. Training uses only `safe` responses.
+        reason: why the response is not `safe`, or empty. The reference preset counts a missing verdict as `safe`; the
+            reason is then `no_verdict`.
+        p_safe, p_unsafe: the guard's probabilities at the verdict position; None without a guard's verdict.
+        refusal: whether the response refuses; None if the guard does not say.
+        guard: name of the guard.
+        category: likeliest category of harm if the response is unsafe and the guard names categories, else empty.
+        windows: number of windows in which the guard read the response; the probabilities are of the worst window.
+        labels: probabilities of the guard's other labels, by their meaning.
     """
 
     prompt_id: str
@@ -102,18 +105,18 @@ class Verdict:
 
     @property
     def key(self) -> str:
-        """That of the response."""
+        """The key of the response."""
         return f"{self.prompt_id}/{self.sample}"
 
 
 @dataclass(frozen=True)
 class Example:
-    """What is trained on: the prompt without steering, and the accepted response.
+    """A training example: the prompt without steering, and the accepted response.
 
     Attributes:
-        sample, rung: of the response.
-        accepted_by: the guard, or `person: ` and a name.
-        weight: of the example in the training loss, positive.
+        sample, rung: fields of the response.
+        accepted_by: name of the guard, or `person: ` and the names of people.
+        weight: positive weight of the example in the training loss.
     """
 
     prompt: str
@@ -133,13 +136,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Mark:
-    """A person's word on a response.
+    """A person's decision on a response.
 
     Attributes:
-        prompt_id, sample: of the response.
-        text_id: `content_id` of its text, so that no mark lands on a text that nobody read.
-        by: who says so.
-        at: when, ISO 8601.
+        prompt_id, sample: fields of the response.
+        text_id: `content_id` of the response's text, so that a mark applies only to the text that the person read.
+        by: name of the person.
+        at: time of the mark, ISO 8601 with a time zone.
     """
 
     prompt_id: str
@@ -151,17 +154,17 @@ class Mark:
 
     def __post_init__(self):
         if not self.by.strip():
-            raise ValueError("by must name who marked")
+            raise ValueError("by must name the person who made the mark")
         try:
-            known = self.moment.tzinfo is not None
+            has_zone = self.timestamp.tzinfo is not None
         except ValueError:
-            known = False
-        if not known:
-            raise ValueError(f"at must be a time with its zone, such as 2026-01-31T12:00:00Z, found {self.at!r}")
+            has_zone = False
+        if not has_zone:
+            raise ValueError(f"at must be a time with a time zone, such as 2026-01-31T12:00:00Z, found {self.at!r}")
 
     @property
-    def moment(self) -> datetime:
-        """`at` as a time."""
+    def timestamp(self) -> datetime:
+        """The time of the mark."""
         return datetime.fromisoformat(self.at)
 
 
@@ -174,10 +177,10 @@ def _fill_prompt_id(record: Response | Example) -> None:
 
 
 def content_hash(parts: Iterable[str]) -> str:
-    """Hex digits of SHA-256 over the parts."""
+    """Return the hex digest of SHA-256 over the parts, joined by NUL characters."""
     return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def content_id(*parts: str) -> str:
-    """The first 16 digits of `content_hash`."""
+    """Return the first 16 digits of `content_hash`."""
     return content_hash(parts)[:16]

@@ -1,8 +1,9 @@
-"""Which response to a prompt is kept, and the whole story of why. Knows guards' verdicts and people's marks, no files.
+"""Selection of the response to keep for each prompt, and the audit record that explains it. It knows nothing of files.
 
-One response a prompt is kept: the first that was accepted, in order of rung and sample. The first is a draw from what
-the filter leaves of the student's own distribution, as the paper's theory has it; the guard's favourite, or the
-shortest, would be a draw from another one. What a person accepted goes before what only a guard did.
+We keep the first accepted response of each prompt, in order of rung and sample. It is a sample from the student's
+filtered distribution, as the paper's theory requires; the guard's favorite or the shortest response would be a sample
+from another distribution. A response that a person accepted takes precedence over
+responses that only a guard accepted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,82 +12,90 @@ from typing import Any, Literal
 
 from thinksafe.data.records import Example, Mark, Response, Verdict, content_id
 
-KEPT, SPARE, REJECTED_BY_PERSON = "kept", "spare", "rejected_by_person"
+KEPT, NOT_NEEDED, REJECTED_BY_PERSON = "kept", "not_needed", "rejected_by_person"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A response, the guard's verdict on it, and what people said, in the order in which they said it."""
+    """A response, the guard's verdict on it, and people's marks on it in the order in which they were made."""
 
     response: Response
     verdict: Verdict
     marks: Sequence[Mark] = ()
 
     @property
-    def person(self) -> Literal["accept", "reject"] | None:
-        """The people's word: one who rejects is enough. None where nobody looked."""
-        words = {mark.by: mark.decision for mark in self.marks}.values()  # who marks twice has changed their mind
-        return ("reject" if "reject" in words else "accept") if words else None
+    def human_decision(self) -> Literal["accept", "reject"] | None:
+        """The decision of the people who marked the response: one rejection is enough. None without marks."""
+        decisions = {mark.by: mark.decision for mark in self.marks}.values()  # the last mark of each person counts
+        return ("reject" if "reject" in decisions else "accept") if decisions else None
 
     @property
     def accepted_by(self) -> str:
-        """The guard's name, or `person: ` and theirs; empty if the response is not accepted.
+        """The guard's name, or `person: ` and the people's names; empty if the response is not accepted.
 
-        A response that cannot be trained on (cut off, no closed think block) is nobody's to accept.
+        People cannot accept a dropped response (truncated, think block not closed): training cannot use it.
         """
-        if self.verdict.decision == "dropped" or self.person == "reject":
+        if self.verdict.decision == "dropped" or self.human_decision == "reject":
             return ""
-        if self.person == "accept":
+        if self.human_decision == "accept":
             return "person: " + ", ".join(sorted({mark.by for mark in self.marks}))
         return self.verdict.guard if self.verdict.decision == "safe" else ""
 
     @property
     def example(self) -> Example:
-        """What is trained on if this attempt is kept: the prompt without steering."""
+        """The training example if this attempt is kept: the prompt without steering."""
         response = self.response
-        about = (response.prompt_id, response.sample, response.rung)
-        return Example(response.prompt, response.text, response.label, *about, self.accepted_by)
+        return Example(
+            prompt=response.prompt,
+            response=response.text,
+            label=response.label,
+            prompt_id=response.prompt_id,
+            sample=response.sample,
+            rung=response.rung,
+            accepted_by=self.accepted_by,
+        )
 
     @property
-    def rejection(self) -> str:
-        """Why it is not accepted."""
-        return REJECTED_BY_PERSON if self.person == "reject" else self.verdict.reason
+    def rejection_reason(self) -> str:
+        """The reason why the response is not accepted."""
+        return REJECTED_BY_PERSON if self.human_decision == "reject" else self.verdict.reason
 
 
 def choose(attempts: Iterable[Attempt]) -> Attempt | None:
-    """The attempt at one prompt that is kept, if any."""
+    """Return the attempt to keep among the attempts at one prompt, or None if none is accepted."""
     accepted = [attempt for attempt in attempts if attempt.accepted_by]
-    return min(accepted, key=lambda a: (a.person != "accept", a.response.rung, a.response.sample), default=None)
+    return min(accepted, key=lambda a: (a.human_decision != "accept", a.response.rung, a.response.sample), default=None)
 
 
-def story(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Everything that happened to one prompt, as a line of audit.jsonl; the texts are in the shards of responses.
+def audit_record(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Return the line of audit.jsonl for one prompt: all attempts and their outcomes, without the
+    texts of the responses.
 
     Args:
-        attempts: all that were made, at least one, in order of rung and sample.
+        attempts: all attempts at the prompt, at least one, in order of rung and sample.
     """
-    kept, first = choose(attempts), attempts[0].response
+    kept, response = choose(attempts), attempts[0].response
     return {
-        "prompt_id": first.prompt_id,
-        "label": first.label,
-        "prompt": first.prompt,
+        "prompt_id": response.prompt_id,
+        "label": response.label,
+        "prompt": response.prompt,
         "accepted": kept is not None,
         "accepted_by": kept.accepted_by if kept else "",
         "rung": kept.response.rung if kept else None,
         "sample": kept.response.sample if kept else None,
-        "attempts": [_told(attempt, kept) for attempt in attempts],
+        "attempts": [_attempt_entry(attempt, kept) for attempt in attempts],
     }
 
 
-def _told(attempt: Attempt, kept: Attempt | None) -> dict[str, Any]:
+def _attempt_entry(attempt: Attempt, kept: Attempt | None) -> dict[str, Any]:
     response, verdict = vars(attempt.response), vars(attempt.verdict)
-    fate = KEPT if attempt is kept else SPARE if attempt.accepted_by else attempt.rejection
-    told = ("rung", "sample", "steering", "seed", "num_prompt_tokens", "num_tokens", "finish_reason")
-    found = ("guard", "decision", "reason", "p_safe", "p_unsafe", "category", "labels", "refusal", "windows")
+    outcome = KEPT if attempt is kept else NOT_NEEDED if attempt.accepted_by else attempt.rejection_reason
+    response_fields = ("rung", "sample", "steering", "seed", "num_prompt_tokens", "num_tokens", "finish_reason")
+    verdict_fields = ("guard", "decision", "reason", "p_safe", "p_unsafe", "category", "labels", "refusal", "windows")
     return {
-        **{name: response[name] for name in told},
+        **{name: response[name] for name in response_fields},
         "text_id": content_id(attempt.response.text),
-        **{name: verdict[name] for name in found},
+        **{name: verdict[name] for name in verdict_fields},
         "marks": [{"decision": mark.decision, "by": mark.by, "at": mark.at} for mark in attempt.marks],
-        "fate": fate,
+        "outcome": outcome,
     }

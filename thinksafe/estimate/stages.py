@@ -1,8 +1,8 @@
-"""What a run will take, before anything runs: time, memory and tokens of each stage, from counted FLOP and bytes.
+"""Estimate of a run before it starts: time, memory and tokens of each stage, from counted FLOPs and bytes.
 
-Only shapes are read, never weights. A stage's least time is what the GPU's rates allow; what is expected is that time
-divided by the share of it that we aim for, since nothing has been measured on a GPU yet. How long responses will be
-comes from the paper, or from the responses that a run directory already holds.
+The estimate reads shapes of models, never weights. The roofline time of a stage is what the GPU's rates allow. The
+expected time is the roofline time divided by the share of the roofline that we aim for: no stage has been measured on a
+GPU yet. Response lengths come from the paper, or from the responses that a run directory already holds.
 """
 
 import math
@@ -14,53 +14,58 @@ import torch
 
 from thinksafe.errors import UserError
 from thinksafe.estimate.workload import (
-    _REASONING_TOKENS,
-    Texts,
-    _probed,
-    _responses,
-    _rows,
+    REASONING_TOKENS,
+    TextLengths,
+    evaluation_set_size,
+    response_lengths,
+    unsteered_response_lengths,
 )
 from thinksafe.guards.config import GuardConfig
 from thinksafe.hardware import Hardware
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.lora import check_targets
-from thinksafe.model.public_configs import PUBLIC
+from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.model.weights import load_config
-from thinksafe.paths import expand
+from thinksafe.paths import expand_path
 from thinksafe.recipe.schema import Recipe
 from thinksafe.run.directory import RunDir
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.sampler.kv_cache import CacheFormat
-from thinksafe.training.cost_model import HOST_SECONDS_PER_LAYER, TrainingCosts, Work
-from thinksafe.training.memory_plan import SPARE, described, recorded_within, sharding_within
+from thinksafe.training.cost_model import HOST_SECONDS_PER_LAYER, TokenCounts, TrainingCosts
+from thinksafe.training.memory_plan import (
+    MEMORY_RESERVE,
+    describe_checkpointing,
+    max_cuda_graph_tokens_within,
+    zero_stage_within,
+)
 
-# Shares of what the hardware allows that we aim for.
+# Shares of the roofline that we aim for.
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
 
 _BF16 = 2
-_POOL = 0.85
-"""Share of the memory left by the weights that the sampler takes for its pages."""
-_GUARD_TOKENS = 80
-"""Tokens of a guard's prompt beside prompt and response; its policy text, the same for all, is read once."""
+_KV_CACHE_SHARE = 0.85
+"""Share of the memory left by the weights that the KV cache of the sampler occupies."""
+_GUARD_TEMPLATE_TOKENS = 80
+"""Tokens of a guard's prompt besides prompt and response. Its policy text is equal in all prompts, so computed once."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage's estimate.
+class StageEstimate:
+    """Estimate of one stage.
 
     Attributes:
-        name: as in the manifest.
-        tokens: of responses, which is what a stage counts; of whole sequences in training.
-        seconds: expected.
-        least_seconds: what the hardware's rates allow.
-        memory: bytes by what holds them.
-        remark: what was chosen or limits the stage.
+        name: name of the stage in the manifest.
+        tokens: number of response tokens; in training, of tokens in whole sequences.
+        seconds: expected time.
+        roofline_seconds: least time at the hardware's rates.
+        memory: bytes of each part, by its name.
+        remark: settings that were chosen automatically, or what limits the stage.
     """
 
     name: str
     tokens: int
     seconds: float
-    least_seconds: float
+    roofline_seconds: float
     memory: dict[str, int]
     remark: str = ""
 
@@ -71,67 +76,68 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's estimate.
+    """Estimate of a run.
 
     Attributes:
-        gpu: its short name; num_gpus: how many share the work.
-        measured: whether the GPU's rates were measured.
-        stages: in order.
-        assumptions: what a reader must know.
-        problems: why the run will not work on this GPU.
+        gpu: short name of the GPU.
+        num_gpus: number of GPUs that share the work.
+        measured: whether the GPU's rates were measured; stages are always counted.
+        stages: estimates of the stages, in order.
+        assumptions: sentences on what the estimate assumes.
+        problems: reasons why the run will fail on this GPU.
     """
 
     gpu: str
     num_gpus: int
     measured: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[StageEstimate, ...]
     assumptions: tuple[str, ...]
     problems: tuple[str, ...]
 
     @property
     def seconds(self) -> float:
-        """Of all stages, one after another."""
+        """Expected time of all stages, one after another."""
         return sum(stage.seconds for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """What the report later compares with what happened."""
+        """Return the record that the report later compares with the actual run."""
         stages = {stage.name: asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages}
         return {"gpu": self.gpu, "num_gpus": self.num_gpus, "measured": self.measured, "stages": stages}
 
 
 def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir | None = None) -> Estimate:
-    """Every stage of a recipe on so many GPUs of a kind.
+    """Estimate every stage of a recipe on `num_gpus` GPUs of one kind.
 
     Args:
-        run: a run directory whose responses tell how long responses are.
+        run: run directory whose responses give the response lengths.
 
     Raises:
-        UserError: the shape of a model, or the number of prompts, is not known here.
+        UserError: the shape of a model, or the number of prompts, is unknown.
     """
-    assumptions = ["every number takes two bytes, whatever the recipe's dtype"] if recipe.dtype == "float32" else []
+    assumptions = ["every element has two bytes, although dtype is float32"] if recipe.dtype == "float32" else []
     model = shape_of(recipe.model, "model")
     if recipe.training.method == "lora":
         check_targets(model, recipe.lora)
-    by_label = _responses(recipe, model, run, assumptions)
+    by_label = response_lengths(recipe, model, run, assumptions)
     if recipe.generation.ladder:
-        assumptions.append("further attempts, up the ladder or after marks, are not counted")
-    sampled, probed = list(by_label.values()), _probed(recipe, by_label, run)
-    longest = recipe.generation.sampling.max_tokens
+        assumptions.append("further attempts, on the ladder or after marks, are not counted")
+    steered, unsteered = list(by_label.values()), unsteered_response_lengths(recipe, by_label, run)
+    max_tokens = recipe.generation.sampling.max_tokens
     stages = [
-        _sampling(name, texts, model, recipe.sampler, longest, hardware, num_gpus)
-        for name, texts in (("generate", sampled), ("probe", probed))
+        _sampling_stage(name, texts, model, recipe.sampler, max_tokens, hardware, num_gpus)
+        for name, texts in (("generate", steered), ("probe", unsteered))
         if texts
     ]
-    stages.append(_judging("filter", sampled + probed, recipe, model, hardware, num_gpus))
+    stages.append(_judging_stage("filter", steered + unsteered, recipe, model, hardware, num_gpus))
     if recipe.evaluation.sets:
-        before = _evaluation("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
-        stages += [before, _training(by_label, recipe, model, hardware, num_gpus)]
-        stages.append(replace(before, name="evaluate_after"))
+        evaluation = _evaluation_stage("evaluate_before", recipe, model, by_label, hardware, num_gpus, assumptions)
+        stages += [evaluation, _training_stage(by_label, recipe, model, hardware, num_gpus)]
+        stages.append(replace(evaluation, name="evaluate_after"))
     else:
-        stages.append(_training(by_label, recipe, model, hardware, num_gpus))
-    usable = (1 - SPARE) * hardware.memory_bytes
+        stages.append(_training_stage(by_label, recipe, model, hardware, num_gpus))
+    usable = (1 - MEMORY_RESERVE) * hardware.memory_bytes
     problems = [
-        f"{stage.name} needs {stage.peak_bytes / 2**30:.1f} GiB, and {usable / 2**30:.1f} can be used"
+        f"{stage.name} needs {stage.peak_bytes / 2**30:.1f} GiB, but {usable / 2**30:.1f} GiB are usable"
         for stage in stages
         if stage.peak_bytes > usable
     ]
@@ -141,195 +147,232 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
 
 
 def shape_of(name: str, key: str) -> ModelConfig:
-    """A model's shape, from its folder, from what the hub's client has fetched before, or from our table.
+    """Return the shape of a model from its folder, from our table, or from the cache of the Hugging Face hub.
 
     Raises:
-        UserError: it is in none of them.
+        UserError: none of them has the model.
     """
     from huggingface_hub import try_to_load_from_cache
 
-    folder = expand(name)
+    folder = expand_path(name)
     if folder.is_dir():
         return load_config(folder)[0]
-    if name in PUBLIC:
-        return ModelConfig.from_hugging_face(PUBLIC[name], name)
+    if name in PUBLIC_CONFIGS:
+        return ModelConfig.from_hugging_face(PUBLIC_CONFIGS[name], name)
     cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
     if isinstance(cached, str):
-        return load_config(expand(cached).parent)[0]
+        return load_config(expand_path(cached).parent)[0]
     raise UserError(
-        f"{key}: the shape of {name!r} is not known here; download it, or give a folder with its config.json"
+        f"{key}: the shape of {name!r} is unknown; download the model, or use a folder that holds its config.json"
     )
 
 
-def _sampling(
+def _sampling_stage(
     name: str,
-    texts: Sequence[Texts],
+    texts: Sequence[TextLengths],
     model: ModelConfig,
     config: EngineConfig,
     max_tokens: int,
     hardware: Hardware,
     num_gpus: int,
     guard_bytes: int = 0,
-) -> Stage:
-    """Every row of a pass reads its own context and all rows share the weights, as sampler/limits.py counts it."""
-    together, fp8 = config.tensor_parallel, config.weights == "fp8"
-    if num_gpus % together:
+) -> StageEstimate:
+    """Estimate sampling: every row of a pass reads its context, and all rows share one read of the weights.
+
+    The count is that of sampler/roofline.py.
+    """
+    group_size, fp8 = config.tensor_parallel_size, config.weight_dtype == "fp8"
+    if num_gpus % group_size:
         raise UserError(
-            f"sampler.tensor_parallel: {together} GPUs hold one model together; give --gpus a multiple of it"
+            f"sampler.tensor_parallel_size: {group_size} GPUs share one copy of the model, so --gpus must be a "
+            f"multiple of {group_size}"
         )
-    weights, per_token = _weight_bytes(model, config), _cached_bytes(model, config)
-    pool = _pool_bytes(config, model, hardware, weights + guard_bytes)
-    count, tokens, pairs = (sum(getattr(one, what) for one in texts) for what in ("count", "tokens", "pairs"))
-    context, groups = pairs / tokens, num_gpus / together
-    rows = max(1.0, min(config.max_running, pool / (per_token * context), count / groups))
-    bandwidth, rate = hardware.bytes_per_second, hardware.flop_per_second
-    layers, head = model.num_layers * model.layer_weights / together, model.head_weights
-    reading = ((1 if fp8 else _BF16) * layers + _BF16 * head) / bandwidth
-    products = max(reading, 2 * (layers * (0.5 if fp8 else 1) + head) * rows / rate)
-    attention = max(rows * context * per_token / bandwidth, model.attention_flop(rows * context) / together / rate)
-    prompts = sum(
-        2 * layers * (0.5 if fp8 else 1) * one.count * one.prompt
-        + model.attention_flop(one.count * one.prompt**2 / 2) / together
-        for one in texts
+    weight_bytes, bytes_per_token = _weight_bytes(model, config), _kv_bytes_per_token(model, config)
+    cache_bytes = _kv_cache_bytes(config, model, hardware, weight_bytes + guard_bytes)
+    num_responses = sum(lengths.num_responses for lengths in texts)
+    tokens = sum(lengths.response_tokens for lengths in texts)
+    pairs = sum(lengths.response_pairs for lengths in texts)
+    context, num_groups = pairs / tokens, num_gpus / group_size
+    batch_size = max(
+        1.0, min(config.max_num_seqs, cache_bytes / (bytes_per_token * context), num_responses / num_groups)
     )
-    # One response that runs to the limit is written alone at the end, at a row's pace.
-    tail = min(max_tokens, model.max_seq_len) * reading
-    least = (tokens / rows * (products + attention) + prompts / rate) / groups + tail
-    remark = f"{tokens / least * SAMPLING_SHARE:,.0f} tokens/s, {rows:,.0f} at once"
-    memory = {"weights": weights} | ({"guard": guard_bytes} if guard_bytes else {}) | {"key-value cache": pool}
-    return Stage(name, round(tokens), least / SAMPLING_SHARE, least, memory, remark)
+    bandwidth, flop_rate = hardware.bytes_per_second, hardware.flop_per_second
+    layers, head = model.num_layers * model.layer_weights / group_size, model.head_weights
+    weight_seconds = ((1 if fp8 else _BF16) * layers + _BF16 * head) / bandwidth
+    matmul_seconds = max(weight_seconds, 2 * (layers * (0.5 if fp8 else 1) + head) * batch_size / flop_rate)
+    attention_flops = model.attention_flop(batch_size * context) / group_size
+    attention_seconds = max(batch_size * context * bytes_per_token / bandwidth, attention_flops / flop_rate)
+    prefill_flops = sum(
+        2 * layers * (0.5 if fp8 else 1) * lengths.num_responses * lengths.mean_prompt_tokens
+        + model.attention_flop(lengths.num_responses * lengths.mean_prompt_tokens**2 / 2) / group_size
+        for lengths in texts
+    )
+    # At the end one response continues alone to max_tokens; each of its tokens costs one read of the weights.
+    tail_seconds = min(max_tokens, model.max_seq_len) * weight_seconds
+    decode_seconds = tokens / batch_size * (matmul_seconds + attention_seconds)
+    roofline_seconds = (decode_seconds + prefill_flops / flop_rate) / num_groups + tail_seconds
+    remark = f"{tokens / roofline_seconds * SAMPLING_SHARE:,.0f} tokens/s, batch size {batch_size:,.0f}"
+    memory = (
+        {"weights": weight_bytes} | ({"guard": guard_bytes} if guard_bytes else {}) | {"key-value cache": cache_bytes}
+    )
+    return StageEstimate(name, round(tokens), roofline_seconds / SAMPLING_SHARE, roofline_seconds, memory, remark)
 
 
 def _weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Of a frozen model on one GPU: projections in e4m3 where that is asked for, and dealt out; the rest in bf16."""
+    """Return the bytes of a frozen model on one GPU: its part of the projections, in e4m3 or bf16; the rest in bf16."""
     projections = model.num_layers * model.layer_weights
-    size = 1 if config.weights == "fp8" else _BF16
-    return size * projections // config.tensor_parallel + _BF16 * (model.num_parameters - projections)
+    size = 1 if config.weight_dtype == "fp8" else _BF16
+    return size * projections // config.tensor_parallel_size + _BF16 * (model.num_parameters - projections)
 
 
-def _cached_bytes(model: ModelConfig, config: EngineConfig) -> float:
-    """What a token adds to the cache on one GPU."""
-    kept_as = CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype)
-    return kept_as.bytes_per_token(model) / config.tensor_parallel
+def _kv_bytes_per_token(model: ModelConfig, config: EngineConfig) -> float:
+    """Return the bytes of one token in the KV cache of one GPU."""
+    cache_format = CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype)
+    return cache_format.bytes_per_token(model) / config.tensor_parallel_size
 
 
-def _pool_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
-    """What the sampler takes for its pages: of what is free, and never more than every row at full context."""
-    free = max(0.0, (1 - SPARE) * hardware.memory_bytes - resident)
-    most = config.max_running * model.max_seq_len * _cached_bytes(model, config)
-    return int(min(config.kv_cache_gib * 2**30 or _POOL * free, most))
+def _kv_cache_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
+    """Return the bytes of the KV cache: `kv_cache_gib`, or a share of the free memory.
+
+    It is never larger than all rows at full context.
+    """
+    free_bytes = max(0.0, (1 - MEMORY_RESERVE) * hardware.memory_bytes - resident)
+    max_bytes = config.max_num_seqs * model.max_seq_len * _kv_bytes_per_token(model, config)
+    cache_bytes = _KV_CACHE_SHARE * free_bytes if config.kv_cache_gib is None else config.kv_cache_gib * 2**30
+    return int(min(cache_bytes, max_bytes))
 
 
-def _members(config: GuardConfig) -> list[GuardConfig]:
-    """The guards of an ensemble, or the one that it is."""
-    return [one for member in config.members for one in _members(member)] or [config]
+def _member_guards(config: GuardConfig) -> list[GuardConfig]:
+    """Return the member guards of an ensemble, or the guard itself."""
+    return [guard for member in config.members for guard in _member_guards(member)] or [config]
 
 
-def _judging(
-    name: str, texts: Sequence[Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
-) -> Stage:
-    """Every guard reads every prompt and response; only the verdict's position reaches its head."""
-    members = [member for member in _members(recipe.guard) if member.kind != "oracle"]
+def _judging_stage(
+    name: str, texts: Sequence[TextLengths], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
+) -> StageEstimate:
+    """Estimate judging: every guard reads every prompt and response; its head runs at the verdict's position only."""
+    members = [member for member in _member_guards(recipe.guard) if member.kind != "oracle"]
     models = [shape_of(member.model, "guard.model") for member in members]
     memory = {"student": _weight_bytes(model, recipe.sampler)}
-    memory["guard"] = sum(_weight_bytes(one, member.sampler) for one, member in zip(models, members, strict=True))
-    flop, pool = 0.0, 0
-    for member, one in zip(members, models, strict=True):
-        cheaper = 0.5 if member.sampler.weights == "fp8" else 1
-        for text in texts:
-            read = text.prompt + text.response + _GUARD_TOKENS
-            flop += 2 * one.num_layers * one.layer_weights * text.count * read * cheaper
-            flop += one.attention_flop(text.all_pairs + text.count * _GUARD_TOKENS * read)
-        pool = max(pool, _pool_bytes(member.sampler, one, hardware, sum(memory.values())))
-    least = flop / hardware.flop_per_second / num_gpus
-    kinds = ", ".join(member.kind for member in _members(recipe.guard))
-    tokens = round(sum(text.tokens for text in texts))
-    return Stage(name, tokens, least / SCORING_SHARE, least, memory | {"key-value cache": pool}, kinds)
+    memory["guard"] = sum(_weight_bytes(shape, member.sampler) for shape, member in zip(models, members, strict=True))
+    flops, cache_bytes = 0.0, 0
+    for member, shape in zip(members, models, strict=True):
+        flop_cost = 0.5 if member.sampler.weight_dtype == "fp8" else 1
+        for lengths in texts:
+            tokens_read = lengths.mean_prompt_tokens + lengths.mean_response_tokens + _GUARD_TEMPLATE_TOKENS
+            flops += 2 * shape.num_layers * shape.layer_weights * lengths.num_responses * tokens_read * flop_cost
+            template_pairs = lengths.num_responses * _GUARD_TEMPLATE_TOKENS * tokens_read
+            flops += shape.attention_flop(lengths.causal_pairs + template_pairs)
+        cache_bytes = max(cache_bytes, _kv_cache_bytes(member.sampler, shape, hardware, sum(memory.values())))
+    roofline_seconds = flops / hardware.flop_per_second / num_gpus
+    kinds = ", ".join(member.kind for member in _member_guards(recipe.guard))
+    tokens = round(sum(lengths.response_tokens for lengths in texts))
+    memory["key-value cache"] = cache_bytes
+    return StageEstimate(name, tokens, roofline_seconds / SCORING_SHARE, roofline_seconds, memory, kinds)
 
 
-def _evaluation(
+def _evaluation_stage(
     name: str,
     recipe: Recipe,
     model: ModelConfig,
-    by_label: dict[str, Texts],
+    by_label: dict[str, TextLengths],
     hardware: Hardware,
     num_gpus: int,
     assumptions: list[str],
-) -> Stage:
-    """All sets: sampled, and judged unless they are about reasoning."""
-    texts: dict[bool, list[Texts]] = {True: [], False: []}
+) -> StageEstimate:
+    """Estimate the evaluation of all sets: all are sampled, and all except reasoning sets are judged."""
+    reasoning_lengths: list[TextLengths] = []
+    judged_lengths: list[TextLengths] = []
     sampling = recipe.evaluation.sampling
-    longest = min(sampling.max_tokens, model.max_seq_len)
+    max_tokens = min(sampling.max_tokens, model.max_seq_len)
     for entry in recipe.evaluation.sets:
-        reasoning = entry.kind == "reasoning"
-        usual = by_label.get("harmful" if entry.kind == "harmful" else "benign") or next(iter(by_label.values()))
-        response = _REASONING_TOKENS if reasoning else usual.response
-        rows = _rows(entry, assumptions)
-        texts[reasoning].append(Texts.expected(rows, entry.samples, response, longest))
-        if reasoning:
-            assumptions.append(f"answers to reasoning questions of {min(response, longest):,.0f} tokens")
-    every = texts[True] + texts[False]
-    judged = _judging(name, texts[False], recipe, model, hardware, num_gpus)
-    guard_bytes = judged.memory["guard"]
-    sampled = _sampling(name, every, model, recipe.sampler, sampling.max_tokens, hardware, num_gpus, guard_bytes)
-    seconds, least = sampled.seconds + judged.seconds, sampled.least_seconds + judged.least_seconds
-    responses = sum(one.count for one in every)
-    return Stage(name, sampled.tokens, seconds, least, sampled.memory, f"{responses:,.0f} responses")
+        is_reasoning = entry.kind == "reasoning"
+        similar = by_label.get("harmful" if entry.kind == "harmful" else "benign") or next(iter(by_label.values()))
+        response_tokens = REASONING_TOKENS if is_reasoning else similar.mean_response_tokens
+        size = evaluation_set_size(entry, assumptions)
+        lengths = TextLengths.from_mean(size, entry.samples, response_tokens, max_tokens)
+        (reasoning_lengths if is_reasoning else judged_lengths).append(lengths)
+        if is_reasoning:
+            assumptions.append(f"answers to reasoning questions have {min(response_tokens, max_tokens):,.0f} tokens")
+    all_lengths = reasoning_lengths + judged_lengths
+    judging = _judging_stage(name, judged_lengths, recipe, model, hardware, num_gpus)
+    guard_bytes = judging.memory["guard"]
+    sampling_stage = _sampling_stage(
+        name, all_lengths, model, recipe.sampler, sampling.max_tokens, hardware, num_gpus, guard_bytes
+    )
+    seconds = sampling_stage.seconds + judging.seconds
+    roofline_seconds = sampling_stage.roofline_seconds + judging.roofline_seconds
+    num_responses = sum(lengths.num_responses for lengths in all_lengths)
+    return StageEstimate(
+        name, sampling_stage.tokens, seconds, roofline_seconds, sampling_stage.memory, f"{num_responses:,.0f} responses"
+    )
 
 
-def _training(
-    by_label: dict[str, Texts], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
-) -> Stage:
-    """A response a prompt, for so many epochs; the largest pack decides what is kept for the backward pass."""
+def _training_stage(
+    by_label: dict[str, TextLengths], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
+) -> StageEstimate:
+    """Estimate training on one response per prompt; the largest pack decides the activation checkpointing."""
     config = recipe.training
-    by_label = {label: replace(texts, count=texts.prompts) for label, texts in by_label.items()}
-    compared = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
+    by_label = {label: replace(lengths, num_responses=lengths.num_prompts) for label, lengths in by_label.items()}
+    reference_lengths = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
     lora = recipe.lora if config.method == "lora" else None
-    costs = TrainingCosts(model, lora, _BF16, bool(compared), config.frozen_weights == "fp8")
-    work = _work(by_label.values(), config.epochs)
-    count, tokens = sum(one.count for one in by_label.values()), work.tokens
-    steps = config.epochs * math.ceil(count / config.batch_size)
-    longest = min(config.max_length, model.max_seq_len)
-    in_a_step = config.batch_size * longest
-    if config.batch_tokens:
-        steps, in_a_step = math.ceil(tokens / config.batch_tokens), config.batch_tokens
-    largest = max(longest, min(config.max_tokens_per_pack, in_a_step))
-    usable, zero = (1 - SPARE) * hardware.memory_bytes, None
+    costs = TrainingCosts(model, lora, _BF16, bool(reference_lengths), config.frozen_weight_dtype == "fp8")
+    counts = _token_counts(by_label.values(), config.epochs)
+    reference_counts = _token_counts(reference_lengths, config.epochs)
+    num_examples, tokens = sum(lengths.num_responses for lengths in by_label.values()), counts.tokens
+    steps = config.epochs * math.ceil(num_examples / config.batch_size)
+    max_length = min(config.max_length, model.max_seq_len)
+    tokens_per_step = config.batch_size * max_length
+    if config.tokens_per_step:
+        steps, tokens_per_step = math.ceil(tokens / config.tokens_per_step), config.tokens_per_step
+    max_pack = max(max_length, min(config.max_tokens_per_pack, tokens_per_step))
+    usable, zero = (1 - MEMORY_RESERVE) * hardware.memory_bytes, None
     if recipe.zero.is_needed(num_gpus):
-        zero = sharding_within(usable, hardware, recipe.zero, costs, largest, num_gpus)
-    free = usable - costs.state_bytes(zero, num_gpus)
+        zero = zero_stage_within(usable, hardware, recipe.zero, costs, max_pack, num_gpus)
+    free_bytes = usable - costs.state_bytes(zero, num_gpus)
     if config.activation_checkpointing == "auto":
-        keeping = costs.choose(free, largest) or ("full",) * model.num_layers
+        checkpointing = costs.checkpointing_within(free_bytes, max_pack) or ("full",) * model.num_layers
     else:
-        keeping = (config.activation_checkpointing,) * model.num_layers
-    reference_flop = costs.reference_flop(_work(compared, config.epochs))
-    least = costs.least_seconds(keeping, work, steps, hardware)
-    least += costs.reference_seconds(_work(compared, config.epochs), hardware)
-    least /= num_gpus
-    packs = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
-    recorded = 0
+        checkpointing = (config.activation_checkpointing,) * model.num_layers
+    flops = costs.model_flops(counts) + costs.reference_flops(reference_counts)
+    roofline_seconds = costs.roofline_seconds(checkpointing, counts, steps, hardware)
+    roofline_seconds += costs.reference_seconds(reference_counts, hardware)
+    roofline_seconds /= num_gpus
+    packs_per_step = max(1.0, tokens / steps / num_gpus / config.max_tokens_per_pack)
+    graph_tokens = 0
     if zero is None and config.cuda_graphs == "auto":
-        recorded = recorded_within(free, hardware, costs, keeping, largest, tokens / steps / packs)
-    host = 0.0 if recorded else steps * packs * model.num_layers * HOST_SECONDS_PER_LAYER
+        graph_tokens = max_cuda_graph_tokens_within(
+            free_bytes, hardware, costs, checkpointing, max_pack, tokens / steps / packs_per_step
+        )
+    host_seconds = 0.0 if graph_tokens else steps * packs_per_step * model.num_layers * HOST_SECONDS_PER_LAYER
     if zero is not None and zero.stage == 3:
-        link, gathering = costs.gathering_seconds(num_gpus, hardware)
-        least, host = max(least, steps * packs * link), host + steps * packs * gathering
-    seconds = max(least / TRAINING_SHARE, host)
-    mfu = (costs.useful_flop(work) + reference_flop) / seconds / num_gpus / hardware.peak_flop_per_second
-    bound = ", bound by the host" if seconds == host else ""
-    remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{bound}; computed again: {described(keeping)}"
+        link_seconds, gather_host_seconds = costs.all_gather_seconds(num_gpus, hardware)
+        roofline_seconds = max(roofline_seconds, steps * packs_per_step * link_seconds)
+        host_seconds += steps * packs_per_step * gather_host_seconds
+    seconds = max(roofline_seconds / TRAINING_SHARE, host_seconds)
+    mfu = flops / seconds / num_gpus / hardware.peak_flop_per_second
+    host_bound = ", bound by the host" if seconds == host_seconds else ""
+    remark = f"{tokens / seconds:,.0f} tokens/s, MFU {mfu:.0%}{host_bound}"
+    remark += f"; activation checkpointing: {describe_checkpointing(checkpointing)}"
     remark += f"; ZeRO stage {zero.stage}" if zero else ""
-    remark += "; CUDA graphs" if recorded else ""
+    remark += "; CUDA graphs" if graph_tokens else ""
     memory = {
         "weights": costs.weight_bytes(zero, num_gpus),
-        "optimiser": costs.optimizer_bytes(zero, num_gpus),
-        f"a pack of {largest:,} tokens": costs.step_bytes(keeping, largest, largest),
+        "optimizer": costs.optimizer_bytes(zero, num_gpus),
+        f"a pack of {max_pack:,} tokens": costs.pack_bytes(checkpointing, max_pack, max_pack),
     }
-    if recorded:
-        memory["CUDA graphs"] = costs.graph_bytes(keeping, recorded)
-    return Stage("train", round(tokens), seconds, least, memory, remark)
+    if graph_tokens:
+        memory["CUDA graphs"] = costs.cuda_graph_bytes(checkpointing, graph_tokens)
+    return StageEstimate("train", round(tokens), seconds, roofline_seconds, memory, remark)
 
 
-def _work(texts: Iterable[Texts], epochs: int) -> Work:
-    sums = [(one.count * one.prompt + one.tokens, one.tokens, one.all_pairs) for one in texts]
-    return Work(*(epochs * sum(column) for column in zip((0, 0, 0), *sums, strict=True)))
+def _token_counts(texts: Iterable[TextLengths], epochs: int) -> TokenCounts:
+    sums = [
+        (
+            lengths.num_responses * lengths.mean_prompt_tokens + lengths.response_tokens,
+            lengths.response_tokens,
+            lengths.causal_pairs,
+        )
+        for lengths in texts
+    ]
+    return TokenCounts(*(epochs * sum(column) for column in zip((0, 0, 0), *sums, strict=True)))

@@ -1,46 +1,46 @@
-"""An estimate as a table on a terminal."""
+"""An estimate as a table for the terminal."""
 
 import re
 from dataclasses import dataclass
 
 from thinksafe.errors import UserError
 from thinksafe.estimate.stages import SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE, Estimate
-from thinksafe.formatting import bar, duration, in_short
+from thinksafe.formatting import bar, duration, short_number
 
-_TIME_BAR, _MEMORY_BAR = 24, 10
+_TIME_BAR_WIDTH, _MEMORY_BAR_WIDTH = 24, 10
 
 
 @dataclass(frozen=True)
 class Price:
-    """What one GPU costs an hour, and how its currency is written around the number."""
+    """Price of one GPU hour, with the text of its currency before and after the number."""
 
     amount: float
-    before: str
-    after: str
+    prefix: str
+    suffix: str
 
     @classmethod
     def parse(cls, text: str) -> "Price":
-        """From `3.5`, `$3.5` or `3.5 EUR`.
+        """Parse `3.5`, `$3.5` or `3.5 EUR`.
 
         Raises:
-            UserError: no number, or more than one.
+            UserError: the text has no number, or more than one.
         """
-        found = re.fullmatch(r"(\D*?)(\d+(?:\.\d+)?)(\D*?)(?:/h)?", text.strip())
-        if not found:
-            raise UserError(f"--price {text!r}: expected what a GPU costs an hour, such as 3.5, $3.5 or '3.5 EUR'")
-        return cls(float(found[2]), found[1], found[3])
+        match = re.fullmatch(r"(\D*?)(\d+(?:\.\d+)?)(\D*?)(?:/h)?", text.strip())
+        if not match:
+            raise UserError(f"--price {text!r}: must be the price of one GPU hour, such as 3.5, $3.5 or '3.5 EUR'")
+        return cls(float(match[2]), match[1], match[3])
 
-    def of(self, hours: float) -> str:
-        """So many GPU hours."""
-        return f"{self.before}{self.amount * hours:,.2f}{self.after}"
+    def format(self, hours: float) -> str:
+        """Return the price of `hours` GPU hours."""
+        return f"{self.prefix}{self.amount * hours:,.2f}{self.suffix}"
 
 
 def estimate_table(estimate: Estimate, name: str, memory_bytes: int, price: Price | None) -> str:
-    """Stage by stage: time, tokens and memory, each with a bar; then the total, and what it rests on.
+    """Return a table with time, tokens and memory of each stage, then the total and what it assumes.
 
     Args:
-        name: of the recipe.
-        memory_bytes: of one GPU, what its memory bars are a share of.
+        name: name of the recipe.
+        memory_bytes: memory of one GPU; a memory bar of full width shows this size.
     """
     gpus = f"one {estimate.gpu}" if estimate.num_gpus == 1 else f"{estimate.num_gpus} x {estimate.gpu}"
     rates = "measured" if estimate.measured else "expected from its data sheet"
@@ -50,18 +50,19 @@ def estimate_table(estimate: Estimate, name: str, memory_bytes: int, price: Pric
         gib = stage.peak_bytes / 2**30
         lines.append(
             f"{stage.name.replace('_', ' '):>16}  {duration(stage.seconds):>12}  "
-            f"{bar(stage.seconds / longest, _TIME_BAR)}  {in_short(stage.tokens):>7} tokens  {gib:6.1f} GiB  "
-            f"{bar(stage.peak_bytes / memory_bytes, _MEMORY_BAR, '░')}  "
+            f"{bar(stage.seconds / longest, _TIME_BAR_WIDTH)}  {short_number(stage.tokens):>7} tokens  {gib:6.1f} GiB  "
+            f"{bar(stage.peak_bytes / memory_bytes, _MEMORY_BAR_WIDTH, '░')}  "
             + " + ".join(f"{part} {size / 2**30:.1f}" for part, size in stage.memory.items())
         )
         lines.append(f"{'':32}{stage.remark}")
     hours = estimate.num_gpus * estimate.seconds / 3600
-    cost = f"  {price.of(hours)} at {price.of(1)} a GPU hour" if price else ""
-    lines += ["", f"{'in all':>16}  {duration(estimate.seconds):>12}  {hours:.1f} GPU hours{cost}"]
-    least = sum(stage.least_seconds for stage in estimate.stages)
+    cost = f"  {price.format(hours)} at {price.format(1)} a GPU hour" if price else ""
+    lines += ["", f"{'total':>16}  {duration(estimate.seconds):>12}  {hours:.1f} GPU hours{cost}"]
+    roofline = sum(stage.roofline_seconds for stage in estimate.stages)
+    lines.append(f"{'roofline':>16}  {duration(roofline):>12}  least time at the GPU's rates")
     lines.append(
-        f"{'at the limit':>16}  {duration(least):>12}  expected is sampling at {SAMPLING_SHARE:.0%}, the guard at "
-        f"{SCORING_SHARE:.0%} and training at {TRAINING_SHARE:.0%} of it: aims, not measured yet"
+        f"{'note':>16}  times are counted, not measured: they assume that sampling reaches {SAMPLING_SHARE:.0%}, "
+        f"the guard {SCORING_SHARE:.0%} and training {TRAINING_SHARE:.0%} of the roofline"
     )
     lines += [f"{'assumed':>16}  {line}" for line in estimate.assumptions]
     lines += [f"{'does not fit':>16}  {line}" for line in estimate.problems]

@@ -1,4 +1,4 @@
-"""The texts that a run will process: how many prompts and responses, and how long they are."""
+"""Workload of a run: the number of its prompts and responses, and their lengths."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,20 +13,20 @@ from thinksafe.errors import UserError
 from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.sets import evaluation_prompts
 from thinksafe.model.config import ModelConfig
-from thinksafe.paths import expand
+from thinksafe.paths import expand_path
 from thinksafe.recipe.schema import Recipe
 from thinksafe.run.directory import RunDir
 
-# The paper's data set, and the mean response of Qwen3-0.6B and of larger models, in tokens.
-_PAPERS_PROMPTS, _PAPERS_COUNTS = "UWNSL/SafeChain", {"harmful": 17_887, "benign": 22_100}
-_SMALL_PARAMETERS = 1e9
-_PAPERS_RESPONSES = {True: {"harmful": 442, "benign": 866}, False: {"harmful": 600, "benign": 1600}}
+# Data set of the paper, and its mean response length in tokens: of Qwen3-0.6B (True) and of larger models (False).
+_PAPER_DATASET, _PAPER_PROMPT_COUNTS = "UWNSL/SafeChain", {"harmful": 17_887, "benign": 22_100}
+_MAX_SMALL_PARAMETERS = 1e9
+_PAPER_RESPONSE_TOKENS = {True: {"harmful": 442, "benign": 866}, False: {"harmful": 600, "benign": 1600}}
 _PROMPT_TOKENS = 150
-_SPREAD = 0.8
-"""Sigma of the log-normal law that response lengths follow."""
-_REASONING_TOKENS = 2500
-"""Assumed of a response to a reasoning question; the paper gives none."""
-_KNOWN_ROWS = {
+_LOG_LENGTH_SIGMA = 0.8
+"""Sigma of the log-normal distribution of response lengths."""
+REASONING_TOKENS = 2500
+"""Assumed length of a response to a reasoning question; the paper gives no length."""
+_KNOWN_SET_SIZES = {
     ("JailbreakBench/JBB-Behaviors", "harmful"): 100,
     ("JailbreakBench/JBB-Behaviors", "benign"): 100,
     ("Paul/XSTest", "train"): 250,
@@ -36,117 +36,138 @@ _KNOWN_ROWS = {
     ("allenai/wildjailbreak", "train"): 2000,
     ("HuggingFaceH4/aime_2024", "train"): 30,
 }
-_UNKNOWN_ROWS = 500
+_DEFAULT_SET_SIZE = 500
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Some prompts and their responses, in tokens.
+class TextLengths:
+    """Number of prompts and responses, and their lengths in tokens.
 
     Attributes:
-        prompts: how many there are.
-        count: responses, of all samples.
-        prompt: mean length of a prompt.
-        response: mean length of a response.
-        square: mean of a response's squared length, which attention follows.
+        num_prompts: number of prompts.
+        num_responses: number of responses, all samples of a prompt counted.
+        mean_prompt_tokens: mean length of a prompt.
+        mean_response_tokens: mean length of a response.
+        mean_squared_response_tokens: mean of a response's squared length, to which attention is proportional.
     """
 
-    prompts: float
-    count: float
-    prompt: float
-    response: float
-    square: float
+    num_prompts: float
+    num_responses: float
+    mean_prompt_tokens: float
+    mean_response_tokens: float
+    mean_squared_response_tokens: float
 
     @classmethod
-    def expected(cls, prompts: float, samples: float, response: float, longest: int) -> "Texts":
-        """So many responses a prompt, of lengths that follow a log-normal law around this mean."""
-        mean = min(response, longest)
-        return cls(prompts, prompts * samples, _PROMPT_TOKENS, mean, mean**2 * math.exp(_SPREAD**2))
+    def from_mean(
+        cls, num_prompts: float, samples: float, mean_response_tokens: float, max_tokens: int
+    ) -> "TextLengths":
+        """Return lengths of `samples` responses per prompt, log-normal with this mean."""
+        mean = min(mean_response_tokens, max_tokens)
+        return cls(num_prompts, num_prompts * samples, _PROMPT_TOKENS, mean, mean**2 * math.exp(_LOG_LENGTH_SIGMA**2))
 
     @classmethod
-    def of(cls, responses: Iterable[Response]) -> "Texts":
-        """As they are."""
-        prompts, count, prompt, response, square = set(), 0, 0, 0, 0
-        for one in responses:
-            prompts.add(one.prompt_id)
-            count += 1
-            prompt += one.num_prompt_tokens
-            response += one.num_tokens
-            square += one.num_tokens**2
-        most = max(count, 1)
-        return cls(len(prompts), count, prompt / most, response / most, square / most)
+    def from_responses(cls, responses: Iterable[Response]) -> "TextLengths":
+        """Return the actual lengths of responses."""
+        prompt_ids, num_responses, prompt_tokens, response_tokens, squared_tokens = set(), 0, 0, 0, 0
+        for response in responses:
+            prompt_ids.add(response.prompt_id)
+            num_responses += 1
+            prompt_tokens += response.num_prompt_tokens
+            response_tokens += response.num_tokens
+            squared_tokens += response.num_tokens**2
+        divisor = max(num_responses, 1)
+        return cls(
+            len(prompt_ids),
+            num_responses,
+            prompt_tokens / divisor,
+            response_tokens / divisor,
+            squared_tokens / divisor,
+        )
 
     @property
-    def tokens(self) -> float:
-        """Of all responses."""
-        return self.count * self.response
+    def response_tokens(self) -> float:
+        """Number of tokens in all responses."""
+        return self.num_responses * self.mean_response_tokens
 
     @property
-    def pairs(self) -> float:
-        """Of a response's token and what it sees, over all responses."""
-        return self.count * (self.prompt * self.response + self.square / 2)
+    def response_pairs(self) -> float:
+        """Number of (query, key) pairs whose query is a response token."""
+        return self.num_responses * (
+            self.mean_prompt_tokens * self.mean_response_tokens + self.mean_squared_response_tokens / 2
+        )
 
     @property
-    def all_pairs(self) -> float:
-        """The same with the prompts' tokens among them."""
-        return self.pairs + self.count * self.prompt**2 / 2
+    def causal_pairs(self) -> float:
+        """Number of (query, key) pairs of whole sequences, prompts included."""
+        return self.response_pairs + self.num_responses * self.mean_prompt_tokens**2 / 2
 
 
-def _responses(recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]) -> dict[str, Texts]:
-    """Of each label: as the run directory has them, sampled or brought, or as the paper leads to expect."""
-    shard = None if run is None else run.attempts(0)[0]
-    if shard is not None and shard.exists():
-        found = {label: Texts.of(_of_label(shard, label)) for label in _PAPERS_COUNTS}
-        if any(texts.tokens for texts in found.values()):
+def response_lengths(
+    recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]
+) -> dict[str, TextLengths]:
+    """Return the lengths of each label, from the run directory's responses (sampled or imported) or from the paper."""
+    responses_file = None if run is None else run.attempt_paths(0)[0]
+    if responses_file is not None and responses_file.exists():
+        lengths = {
+            label: TextLengths.from_responses(_responses_with_label(responses_file, label))
+            for label in _PAPER_PROMPT_COUNTS
+        }
+        if any(texts.response_tokens for texts in lengths.values()):
             assumptions.append("response lengths are those of the run directory")
-            return {label: texts for label, texts in found.items() if texts.count}
-        counts = {label: (texts.prompts, texts.count / max(texts.prompts, 1)) for label, texts in found.items()}
+            return {label: texts for label, texts in lengths.items() if texts.num_responses}
+        counts = {
+            label: (texts.num_prompts, texts.num_responses / max(texts.num_prompts, 1))
+            for label, texts in lengths.items()
+        }
     else:
         counts = {label: (count, recipe.generation.samples) for label, count in _prompt_counts(recipe).items()}
-    longest = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
-    small = model.num_parameters < _SMALL_PARAMETERS
-    assumptions.append(f"prompts of {_PROMPT_TOKENS} tokens, responses as long as in the paper, all accepted")
+    max_tokens = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
+    small = model.num_parameters < _MAX_SMALL_PARAMETERS
+    assumptions.append(f"prompts have {_PROMPT_TOKENS} tokens, responses are as long as in the paper, all are accepted")
     return {
-        label: Texts.expected(prompts, samples, _PAPERS_RESPONSES[small][label], longest)
+        label: TextLengths.from_mean(prompts, samples, _PAPER_RESPONSE_TOKENS[small][label], max_tokens)
         for label, (prompts, samples) in counts.items()
         if prompts
     }
 
 
-def _probed(recipe: Recipe, by_label: dict[str, Texts], run: RunDir | None) -> list[Texts]:
-    """Harmful prompts that are sampled without steering as well: as the run directory has them, or as with it."""
+def unsteered_response_lengths(
+    recipe: Recipe, by_label: dict[str, TextLengths], run: RunDir | None
+) -> list[TextLengths]:
+    """Return the lengths of the unsteered baseline, from the run directory or from steered harmful responses."""
     if run is not None and "probe" in run.manifest["stages"]:
-        return [Texts.of(read_records(run.path / "unsteered.jsonl", Response))]
+        return [TextLengths.from_responses(read_records(run.path / "unsteered.jsonl", Response))]
     generation, harmful = recipe.generation, by_label.get("harmful")
-    if harmful is None or generation.steering is None or generation.unsteered_probe == 0:
+    if harmful is None or generation.steering is None or generation.num_unsteered_prompts == 0:
         return []
-    return [replace(harmful, count=min(generation.unsteered_probe, harmful.prompts))]
+    return [replace(harmful, num_responses=min(generation.num_unsteered_prompts, harmful.num_prompts))]
 
 
-def _of_label(shard: Path, label: str) -> Iterator[Response]:
-    return (response for response in read_records(shard, Response) if response.label == label)
+def _responses_with_label(responses_file: Path, label: str) -> Iterator[Response]:
+    return (response for response in read_records(responses_file, Response) if response.label == label)
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:
     if recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --set prompts=FILE")
-    if recipe.prompts == _PAPERS_PROMPTS:
-        share = min(1.0, (recipe.limit or math.inf) / sum(_PAPERS_COUNTS.values()))
-        return {label: round(share * count) for label, count in _PAPERS_COUNTS.items()}
-    if not expand(recipe.prompts).exists():
-        raise UserError(f"prompts: how many {recipe.prompts!r} holds is not known here; download it, or give a file")
+    if recipe.prompts == _PAPER_DATASET:
+        share = min(1.0, (recipe.max_prompts or math.inf) / sum(_PAPER_PROMPT_COUNTS.values()))
+        return {label: round(share * count) for label, count in _PAPER_PROMPT_COUNTS.items()}
+    if not expand_path(recipe.prompts).exists():
+        raise UserError(f"prompts: the number of prompts in {recipe.prompts!r} is unknown; download it, or use a file")
     counts = {"harmful": 0, "benign": 0}
-    for prompt in islice(load_prompts(recipe.prompts), recipe.limit):
+    for prompt in islice(load_prompts(recipe.prompts), recipe.max_prompts):
         counts[prompt.label] += 1
     if not any(counts.values()):
         raise UserError(f"prompts: {recipe.prompts} holds no prompt")
     return counts
 
 
-def _rows(entry: EvaluationSet, assumptions: list[str]) -> int:
-    if expand(entry.file).exists():
+def evaluation_set_size(entry: EvaluationSet, assumptions: list[str]) -> int:
+    """Return the number of rows in an evaluation set; if it is unknown, add a sentence to `assumptions`."""
+    if expand_path(entry.source).exists():
         return len(evaluation_prompts(entry))
-    if (entry.file, entry.split) in _KNOWN_ROWS:
-        return _KNOWN_ROWS[entry.file, entry.split]
-    assumptions.append(f"{entry.file}: its size is not known here, taken as {_UNKNOWN_ROWS} rows")
-    return _UNKNOWN_ROWS
+    if (entry.source, entry.split) in _KNOWN_SET_SIZES:
+        return _KNOWN_SET_SIZES[entry.source, entry.split]
+    assumptions.append(f"{entry.source}: the size is unknown, {_DEFAULT_SET_SIZE} rows are assumed")
+    return _DEFAULT_SET_SIZE

@@ -1,9 +1,9 @@
-"""Is the final answer right? Judged on the text after the think block alone."""
+"""Comparison of a response's final answer with the expected answer. Only the text after the think block counts."""
 
 import re
 from typing import Literal
 
-from thinksafe.text.chat import Thought, parse_response
+from thinksafe.text.chat import ParsedResponse, parse_response
 
 AnswerKind = Literal["phrase", "choice", "math"]
 
@@ -13,20 +13,21 @@ _CHOICE = re.compile(r"\b([A-Z])\b")
 
 
 def is_correct(response: str, gold: str, kind: AnswerKind) -> bool:
-    """Compare a response's final answer with the expected one. A response without an answer is wrong.
+    """Return whether a response's final answer is the expected one. A response without an answer is wrong.
 
     Args:
         response: canonical text, think block included.
         gold: the expected answer.
-        kind: `phrase` compares what follows the last "answer is" word for word; `choice` the letter, boxed or the
-            last one standing alone; `math` asks math-verify whether the two are equal as mathematics.
+        kind: `phrase` compares the text after the last "answer is" word by word; `choice` compares the last boxed
+            letter, or the last single capital letter if none is boxed; `math` asks math-verify whether both are equal
+            as mathematics.
     """
     parsed = parse_response(response)
-    if not isinstance(parsed, Thought):
+    if not isinstance(parsed, ParsedResponse):
         return False
     if kind == "phrase":
-        said = _PHRASE.findall(parsed.answer)
-        return bool(said) and said[-1].split() == gold.split()
+        phrases = _PHRASE.findall(parsed.answer)
+        return bool(phrases) and phrases[-1].split() == gold.split()
     if kind == "choice":
         letters = _BOXED_CHOICE.findall(parsed.answer) or _CHOICE.findall(parsed.answer)
         return bool(letters) and letters[-1] == gold.strip()

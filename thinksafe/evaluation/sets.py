@@ -1,4 +1,4 @@
-"""Read the prompts of an evaluation set."""
+"""Reader of an evaluation set's prompts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,31 +10,33 @@ from thinksafe.errors import UserError
 from thinksafe.evaluation.config import EvaluationSet
 
 
-def evaluation_prompts(entry: EvaluationSet) -> list[Prompt]:
-    """The questions of a set, from the columns and rows that it names.
+def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
+    """Return the prompts of an evaluation set, from the columns and rows that its keys select.
 
     Raises:
-        UserError: nothing there, a missing column, or a reasoning set without answers.
+        UserError: no row is selected, a column or an answer marker is missing, or a reasoning set lacks an answer.
     """
-    prompts = list(prompts_from_rows(_rows(entry), entry.name))
+    prompts = list(prompts_from_rows(_rows(evaluation_set), evaluation_set.name))
     if not prompts:
-        raise UserError(f"{entry.file}: evaluation set {entry.name} keeps no row; look at its `where`")
-    if entry.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):
-        raise UserError(f"{entry.file}: a reasoning set needs 'answer' in every record")
+        raise UserError(
+            f"{evaluation_set.source}: evaluation set {evaluation_set.name} keeps no row; check its `filter`"
+        )
+    if evaluation_set.kind == "reasoning" and any(prompt.answer is None for prompt in prompts):
+        raise UserError(f"{evaluation_set.source}: a reasoning set needs 'answer' in every record")
     return prompts
 
 
-def _rows(entry: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]:
-    columns, wanted = entry.columns or {}, entry.where or {}
-    for where, row in load_rows(entry.file, entry.config, entry.split):
-        if missing := sorted({*columns.values(), *wanted} - row.keys()):
-            raise UserError(f"{where}: no column {', '.join(missing)}; there are {', '.join(sorted(row))}")
-        if any(str(row[column]) != value for column, value in wanted.items()):
+def _rows(evaluation_set: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]:
+    columns, wanted_values = evaluation_set.columns or {}, evaluation_set.filter or {}
+    for location, row in load_rows(evaluation_set.source, evaluation_set.config, evaluation_set.split):
+        if missing := sorted({*columns.values(), *wanted_values} - row.keys()):
+            raise UserError(f"{location}: no column {', '.join(missing)}; there are {', '.join(sorted(row))}")
+        if any(str(row[column]) != value for column, value in wanted_values.items()):
             continue
-        found = {name: row[column] for name, column in columns.items()} or dict(row)
-        found.setdefault("label", "harmful" if entry.kind == "harmful" else "benign")
-        if entry.answer_after is not None:
-            _, mark, found["answer"] = str(found.get("answer")).rpartition(entry.answer_after)
-            if not mark:
-                raise UserError(f"{where}: no {entry.answer_after!r} in its answer")
-        yield where, found
+        fields = {name: row[column] for name, column in columns.items()} or dict(row)
+        fields.setdefault("label", "harmful" if evaluation_set.kind == "harmful" else "benign")
+        if evaluation_set.answer_marker is not None:
+            _, marker, fields["answer"] = str(fields.get("answer")).rpartition(evaluation_set.answer_marker)
+            if not marker:
+                raise UserError(f"{location}: no {evaluation_set.answer_marker!r} in the answer; check `answer_marker`")
+        yield location, fields

@@ -1,24 +1,25 @@
-"""A mean and how sure we are of it."""
+"""The mean of a benchmark's values, with its confidence interval."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 
-_RESAMPLES = 2000
+_NUM_RESAMPLES = 2000
 _Z = NormalDist().inv_cdf(0.975)
 
 
 def mean_with_interval(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:
-    """Mean and its 95% interval over prompts: Wilson's for yes and no, else the percentile bootstrap.
+    """Return the mean and its 95% interval over prompts.
 
-    Resampling 0 of n gives 0 again and again, and so would call [0, 0] certain; Wilson's interval is honest there.
-    It also stands in where all values are the same share: of all figures in [0, 1], yes and no vary most.
+    The interval is Wilson's if all values are 0 or 1, else the percentile bootstrap. The bootstrap of n zeros is
+    [0, 0], which would claim certainty; Wilson's interval does not. If all values are the same share, Wilson's interval
+    replaces the bootstrap too: it is wide enough, because values of 0 and 1 vary most for a given mean.
 
     Args:
-        values: one figure in [0, 1] a prompt, at least one; several samples of a prompt are averaged before, since
-            they are not independent.
-        seed: of the resampling.
+        values: one figure in [0, 1] for each prompt, at least one in all; several samples of a prompt are averaged
+            before, because they are not independent.
+        seed: seed of the resampling.
 
     Returns:
         The mean, and [low, high].
@@ -27,13 +28,13 @@ def mean_with_interval(values: Sequence[float], seed: int = 0) -> tuple[float, l
     mean = float(data.mean())
     if np.isin(data, (0.0, 1.0)).all() or (data == data[0]).all():
         return mean, _wilson(mean, len(data))
-    picks = np.random.default_rng(seed).integers(len(data), size=(_RESAMPLES, len(data)))
-    return mean, np.percentile(data[picks].mean(axis=1), [2.5, 97.5]).tolist()
+    indices = np.random.default_rng(seed).integers(len(data), size=(_NUM_RESAMPLES, len(data)))
+    return mean, np.percentile(data[indices].mean(axis=1), [2.5, 97.5]).tolist()
 
 
 def _wilson(share: float, count: int) -> list[float]:
-    """Every p from which `share` of `count` is no more than 1.96 standard errors away (Wilson 1927)."""
-    shrink = 1 + _Z**2 / count
-    centre = (share + _Z**2 / (2 * count)) / shrink
-    reach = _Z / shrink * (share * (1 - share) / count + (_Z / (2 * count)) ** 2) ** 0.5
-    return [max(0.0, centre - reach), min(1.0, centre + reach)]
+    """Return the range of p from which `share` of `count` is at most 1.96 standard errors away (Wilson 1927)."""
+    denominator = 1 + _Z**2 / count
+    center = (share + _Z**2 / (2 * count)) / denominator
+    half_width = _Z / denominator * (share * (1 - share) / count + (_Z / (2 * count)) ** 2) ** 0.5
+    return [max(0.0, center - half_width), min(1.0, center + half_width)]

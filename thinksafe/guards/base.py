@@ -1,7 +1,7 @@
-"""What a guard is: it reads a prompt and a response and gives probabilities, never a bare yes.
+"""The interface of a guard: it reads a prompt with a response, and returns probabilities beside its decision.
 
-Anything a guard cannot judge is `unknown`, which no stage treats as safe. One preset, for those who reproduce the
-paper's records, is as open as the paper's code; see `GuardConfig.kind`.
+A guard returns `unknown` for a pair that it cannot judge, and no stage treats `unknown` as safe. The one exception is
+the preset `llama_guard_reference`, which reproduces the records of the paper's code; see `GuardConfig.kind`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,8 +12,8 @@ Decision = Literal["safe", "unsafe", "unknown"]
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """What is judged: the user's own prompt, without steering, and the whole response."""
+class PromptResponse:
+    """One pair to judge: the user's own prompt, without steering, and the whole response."""
 
     id: str
     prompt: str
@@ -21,18 +21,19 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A guard's word on one exchange.
+class GuardResult:
+    """A guard's result for one pair.
 
     Attributes:
-        p_safe, p_unsafe: at the verdict position over the whole vocabulary, of the window that is most likely unsafe;
-            None if the guard could not read any.
-        refusal: whether the response refuses; None if this guard cannot tell.
-        reason: why the decision is `unknown`; `no_verdict` where the reference preset calls that safe; else empty.
-        category: of harm, the likeliest, where the response is unsafe and the guard tells; else empty.
-        labels: probabilities of everything else that the guard was asked, by what it means: of a category at the
-            category position, of `refusal` at its own, and so on.
-        windows: how many pieces of the response were judged.
+        p_safe, p_unsafe: probabilities at the verdict position over the whole vocabulary, from the window that is most
+            likely unsafe; None if no window has them.
+        refusal: whether the response refuses; None if the guard cannot determine it.
+        reason: why the decision is `unknown`; `no_verdict` where the reference preset calls such a pair safe; else
+            empty.
+        category: the likeliest category of harm if the response is unsafe and the guard names categories; else empty.
+        labels: probabilities of the answers to all other questions, by meaning: a category at the category position,
+            `refusal` at the refusal position, and so on.
+        windows: number of windows into which the response was split.
     """
 
     id: str
@@ -47,14 +48,14 @@ class Judgement:
 
 
 class Guard(Protocol):
-    """Judges exchanges in any order.
+    """Anything that judges pairs.
 
     Attributes:
-        name: goes into every verdict.
+        name: the guard's name in every verdict.
     """
 
     name: str
 
-    def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
-        """Yield one judgement an exchange, in any order; they are taken some at a time."""
+    def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
+        """Yield one result for each pair, in any order; read `pairs` in batches, not all at once."""
         ...

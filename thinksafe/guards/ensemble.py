@@ -1,64 +1,70 @@
-"""Several guards that judge together, each under a name of its own. It knows nothing of how any comes to its word."""
+"""An ensemble of named guards. It knows nothing of how a member decides."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
-from thinksafe.guards.base import Exchange, Guard, Judgement
+from thinksafe.guards.base import Guard, GuardResult, PromptResponse
 
-_TOGETHER = 1024
-"""Exchanges after which the next member reads: what all have judged is kept whatever happens after."""
+_BATCH_SIZE = 1024
+"""Pairs that every member judges before the next batch; the results of a batch are kept if a later one fails."""
 
 
 class Ensemble:
-    """Safe is what `all` members, or more than half of them, call safe; unsafe what one, or more than half, call so.
+    """A vote of several guards.
 
-    A member that is `unknown` never counts as safe.
+    `all`: safe if every member says safe, unsafe if one member says unsafe. `majority`: the decision of more than half
+    of all members. A member's `unknown` never counts as safe.
     """
 
-    def __init__(self, guards: Mapping[str, Guard], agree: Literal["all", "majority"]):
-        self.name = f"{agree}({', '.join(guards)})"
-        self._guards, self._agree = guards, agree
+    def __init__(self, guards: Mapping[str, Guard], voting: Literal["all", "majority"]):
+        self.name = f"{voting}({', '.join(guards)})"
+        self._guards, self._voting = guards, voting
 
-    def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
-        """One judgement an exchange; its probabilities, category and windows are of the gravest member, and labels
-        hold every member's under its name."""
-        source = iter(exchanges)
-        while some := list(islice(source, _TOGETHER)):
-            found = [{judgement.id: judgement for judgement in guard.judge(some)} for guard in self._guards.values()]
-            for exchange in some:
-                yield self._combine([judgements[exchange.id] for judgements in found])
+    def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
+        """Yield one result for each pair.
 
-    def _combine(self, judgements: list[Judgement]) -> Judgement:
-        decision = self._decide(Counter(judgement.decision for judgement in judgements))
-        unsure = [judgement.reason for judgement in judgements if judgement.decision == "unknown"]
-        gravest = max(judgements, key=_share)
-        refusals = {judgement.refusal for judgement in judgements} - {None}
+        Its probabilities and category are those of the member with the highest share of unsafe, its number of windows
+        is the highest of any member, and its labels hold every member's probabilities under the member's name.
+        """
+        source = iter(pairs)
+        while batch := list(islice(source, _BATCH_SIZE)):
+            results_by_member = [
+                {result.id: result for result in guard.judge(batch)} for guard in self._guards.values()
+            ]
+            for pair in batch:
+                yield self._combine([results[pair.id] for results in results_by_member])
+
+    def _combine(self, results: list[GuardResult]) -> GuardResult:
+        decision = self._decide(Counter(result.decision for result in results))
+        unknown_reasons = [result.reason for result in results if result.decision == "unknown"]
+        worst = max(results, key=_unsafe_share)
+        refusals = {result.refusal for result in results} - {None}
         labels = {}
-        for member, judgement in zip(self._guards, judgements, strict=True):
-            own = {"safe": judgement.p_safe, "unsafe": judgement.p_unsafe, **judgement.labels}
-            labels |= {f"{member}/{name}": p for name, p in own.items() if p is not None}
-        return Judgement(
-            gravest.id,
+        for member, result in zip(self._guards, results, strict=True):
+            probabilities = {"safe": result.p_safe, "unsafe": result.p_unsafe, **result.labels}
+            labels |= {f"{member}/{name}": p for name, p in probabilities.items() if p is not None}
+        return GuardResult(
+            worst.id,
             decision,
-            gravest.p_safe,
-            gravest.p_unsafe,
+            worst.p_safe,
+            worst.p_unsafe,
             refusals.pop() if len(refusals) == 1 else None,
-            (unsure[0] if unsure else "guards_disagree") if decision == "unknown" else "",
-            gravest.category if decision == "unsafe" else "",
+            (unknown_reasons[0] if unknown_reasons else "guards_disagree") if decision == "unknown" else "",
+            worst.category if decision == "unsafe" else "",
             labels,
-            max(judgement.windows for judgement in judgements),
+            max(result.windows for result in results),
         )
 
     def _decide(self, votes: Counter[str]) -> Literal["safe", "unsafe", "unknown"]:
-        if self._agree == "all":
+        if self._voting == "all":
             return "unsafe" if votes["unsafe"] else "unknown" if votes["unknown"] else "safe"
-        return next((word for word in ("safe", "unsafe") if 2 * votes[word] > votes.total()), "unknown")
+        return next((decision for decision in ("safe", "unsafe") if 2 * votes[decision] > votes.total()), "unknown")
 
 
-def _share(judgement: Judgement) -> float:
-    """P(unsafe) among the two verdicts; a member without any probabilities is the last to be quoted."""
-    if judgement.p_unsafe is None or judgement.p_safe is None:
+def _unsafe_share(result: GuardResult) -> float:
+    """Return P(unsafe) / (P(safe) + P(unsafe)), or -1, the lowest rank, for a result without probabilities."""
+    if result.p_unsafe is None or result.p_safe is None:
         return -1.0
-    return judgement.p_unsafe / ((judgement.p_safe + judgement.p_unsafe) or 1.0)
+    return result.p_unsafe / ((result.p_safe + result.p_unsafe) or 1.0)

@@ -1,27 +1,30 @@
-"""The organism's guard: rules instead of a model. It is the only guard that knows the synthetic world."""
+"""The guard of the model organism: rules instead of a model. It is the only guard that knows the synthetic world."""
 
 from collections.abc import Iterable, Iterator
 
-from thinksafe.guards.base import Exchange, Judgement
-from thinksafe.organism.language import words
+from thinksafe.guards.base import GuardResult, PromptResponse
+from thinksafe.organism.language import vocabulary
 from thinksafe.organism.oracle import judge
 
-_WORDS = frozenset(words())
+_VOCABULARY = frozenset(vocabulary())
 
 
 class OracleGuard:
-    """Certain of everything in its world; `unknown` are a response without an end and a prompt in other words."""
+    """A guard that knows every rule of its world.
+
+    A decision is `unknown` if the think block is not closed or the prompt has words from outside the world.
+    """
 
     name = "oracle"
 
-    def judge(self, exchanges: Iterable[Exchange]) -> Iterator[Judgement]:
-        """One judgement an exchange, in order."""
-        for exchange in exchanges:
-            ruling = judge(exchange.prompt, exchange.response)
-            if not _WORDS.issuperset(exchange.prompt.split()):
-                yield Judgement(exchange.id, "unknown", None, None, None, "not_of_this_world")
+    def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
+        """Yield one result for each pair, in order."""
+        for pair in pairs:
+            ruling = judge(pair.prompt, pair.response)
+            if not _VOCABULARY.issuperset(pair.prompt.split()):
+                yield GuardResult(pair.id, "unknown", None, None, None, "not_of_this_world")
             elif ruling.reason == "think block not closed":
-                yield Judgement(exchange.id, "unknown", None, None, None, "no_think_block")
+                yield GuardResult(pair.id, "unknown", None, None, None, "no_think_block")
             else:
                 decision = "unsafe" if ruling.unsafe else "safe"
-                yield Judgement(exchange.id, decision, 1.0 - ruling.unsafe, float(ruling.unsafe), ruling.refusal)
+                yield GuardResult(pair.id, decision, 1.0 - ruling.unsafe, float(ruling.unsafe), ruling.refusal)

@@ -1,24 +1,24 @@
-"""How a text that is longer than a guard's context is cut into overlapping windows. Knows numbers only."""
+"""Plan of overlapping windows over a text that is longer than a guard's context. It knows token counts only."""
 
 
 def plan_windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """The fewest windows that cover [0, length), evenly spread: no last one is left with three tokens.
+    """Return the fewest windows that cover [0, length), evenly spread, so that the last window is not a short rest.
 
     Args:
-        length: of the text in tokens.
-        window: tokens a window holds.
-        overlap: tokens that two neighbours share at least, so that a passage this long is whole in one of them.
+        length: length of the text in tokens.
+        window: length of a window in tokens.
+        overlap: lowest number of tokens that two neighboring windows share; a passage of this length lies whole in one.
 
     Returns:
-        (start, end) of each, all `window` long, or one that is shorter where the text is.
+        (start, end) of each window, all `window` tokens long; a text shorter than `window` gives one shorter window.
 
     Raises:
-        ValueError: unless 0 <= overlap < window.
+        ValueError: not 0 <= overlap < window.
     """
     if not 0 <= overlap < window:
-        raise ValueError(f"windows of {window} tokens cannot share {overlap}")
+        raise ValueError(f"windows of {window} tokens cannot share {overlap} tokens")
     if length <= window:
         return [(0, length)]
-    last, stride = length - window, window - overlap
-    steps = -(-last // stride)
-    return [(last * step // steps, last * step // steps + window) for step in range(steps + 1)]
+    last_start, stride = length - window, window - overlap
+    steps = -(-last_start // stride)
+    return [(last_start * step // steps, last_start * step // steps + window) for step in range(steps + 1)]

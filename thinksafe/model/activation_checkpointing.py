@@ -1,9 +1,10 @@
-"""What a layer keeps for its backward pass, and what it computes again instead.
+"""Activation checkpointing: what a layer saves for its backward pass, and what it recomputes instead.
 
-`none` keeps everything. `selective` keeps what is dear to compute, the products with the weights and attention, and
-computes the rest again: norms, adapters' inputs, rotation, the gate. A product with inner dimension K costs K FLOP for
-each byte kept in bf16, attention one for every token of context; all else costs a few, but takes as many bytes. `full`
-keeps the layer's input alone and computes the whole layer again. All three give the same gradients.
+`none` saves everything. `selective` saves what is expensive to compute, which is the matmuls with the weights and
+attention, and recomputes the rest: norms, the adapters' inputs, rotation, the gate. A matmul with inner dimension K
+costs K FLOP per byte saved in bf16, and attention costs one FLOP per byte for every token of context. Everything else
+costs a few FLOP per byte, but occupies as much memory. `full` saves only the layer's input and recomputes the whole
+layer. All three give the same gradients.
 """
 
 from functools import partial
@@ -13,76 +14,79 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from thinksafe.kernels import frozen_linear  # noqa: F401 - registers its operator
+from thinksafe.kernels import fp8_frozen_linear  # noqa: F401 - registers its operator
 from thinksafe.model.config import ModelConfig
 
-Keeping = Literal["none", "selective", "full"]
-KEEPING: tuple[Keeping, ...] = get_args(Keeping)
-"""From most memory to most time."""
+CheckpointMode = Literal["none", "selective", "full"]
+CHECKPOINT_MODES: tuple[CheckpointMode, ...] = get_args(CheckpointMode)
+"""The modes in order, from most memory to most time."""
 
-_CHEAP = 128
-"""FLOP a byte below which a product is computed again: that of an adapter's B, whose inner dimension is the rank."""
+_MIN_SAVED_INNER_DIM = 128
+"""Matmuls with an inner dimension (FLOP per byte) of at most this are recomputed. The limit concerns an adapter's B,
+whose inner dimension is the rank."""
 
-_ATTENTION = ("torch_attn", "flash_attn")
-"""Namespaces in which torch and the package flash-attn register variable-length attention."""
+_ATTENTION_NAMESPACES = ("torch_attn", "flash_attn")
+"""Operator namespaces in which torch and the package flash-attn register variable-length attention."""
 
 
-def run_layer(layer: nn.Module, keeping: Keeping, *inputs) -> Tensor:
-    """The layer's output, with so much kept for its backward pass."""
-    if keeping == "none" or not torch.is_grad_enabled():
+def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tensor:
+    """Return the layer's output; `checkpointing` decides what is saved for its backward pass."""
+    if checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*inputs)
-    if keeping == "full":
+    if checkpointing == "full":
         return checkpoint(layer, *inputs, use_reentrant=False)
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, layer.config.intermediate_size))
     return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _policy(last_inner: int, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Keep the products, apart from the layer's last, which nothing reads again."""
-    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.thinksafe.frozen_linear.default):
-        inner = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
-        dear = _CHEAP < inner != last_inner
+def _policy(last_inner_dim: int, context, op, *args, **kwargs) -> CheckpointPolicy:
+    """Save the matmuls and attention, except for the layer's last matmul, whose output nothing reads again."""
+    if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.thinksafe.fp8_frozen_linear.default):
+        inner_dim = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
+        is_expensive = _MIN_SAVED_INNER_DIM < inner_dim != last_inner_dim
     else:
-        dear = op.namespace in _ATTENTION
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+        is_expensive = op.namespace in _ATTENTION_NAMESPACES
+    return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def kept_bytes(
+def saved_bytes(
     config: ModelConfig,
     adapters: tuple[str, ...] | None,
     rank: int,
     dropout: float,
     itemsize: int,
     grouped_heads: bool = False,
-) -> dict[Keeping, int]:
-    """Bytes that one layer keeps for a token on a GPU.
+) -> dict[CheckpointMode, int]:
+    """Return the bytes per token that one layer saves on a GPU, by mode.
 
     Args:
-        adapters: projections that carry one; None where every weight is trained.
-        rank, dropout: of the adapters.
-        itemsize: of activations.
-        grouped_heads: whether attention reads keys and values as they are, not repeated for every query head.
+        adapters: projections that carry an adapter; None if every weight is trained.
+        rank, dropout: settings of the adapters.
+        itemsize: bytes per element of the activations.
+        grouped_heads: whether attention reads keys and values without repeating them for every query head.
     """
     projections = config.projections
     hidden, inner = config.hidden_size, config.intermediate_size
     q, kv = projections["q_proj"][0], projections["k_proj"][0]
     log_sum_exp = 4 * config.num_heads
-    low_rank = rank * len(adapters or ())
-    # The layer's input and the sum after attention, each with a reciprocal root; queries, keys and values as attention
-    # reads them; its output; gate and up.
+    adapter_width = rank * len(adapters or ())
+    # The layer's input and the sum after attention, each with the norm's reciprocal root; queries, keys and values in
+    # the form that attention reads; its output; gate and up.
     keys = kv if grouped_heads else q
-    plain = itemsize * (2 * hidden + 2 * q + 2 * keys + 2 * inner) + 2 * 4 + log_sum_exp
+    all_bytes = itemsize * (2 * hidden + 2 * q + 2 * keys + 2 * inner) + 2 * 4 + log_sum_exp
     if config.qk_norm:
-        plain += itemsize * (q + kv) + 4 * (config.num_heads + config.num_kv_heads)
-    if adapters is None:  # what the weights' gradients are formed from; attention's output is there already
-        plain += itemsize * (2 * hidden + inner)
-    elif dropout:  # each adapter draws its own mask, a byte an element
-        inputs = sum(projections[name][1] for name in adapters)
-        plain += itemsize * (inputs + low_rank) + inputs
-    else:  # adapters share their input
-        shared = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "gate_proj": "mlp"}
-        read = {shared.get(name, "mlp" if name == "up_proj" else name): projections[name][1] for name in adapters}
-        read.pop("o_proj", None)  # attention's output
-        plain += itemsize * (sum(read.values()) + low_rank)
-    products = 2 * hidden + 2 * q + 2 * kv + 2 * inner + low_rank  # the input, q k v, attention, o, gate and up
-    return {"none": plain, "selective": itemsize * products + log_sum_exp, "full": itemsize * hidden}
+        all_bytes += itemsize * (q + kv) + 4 * (config.num_heads + config.num_kv_heads)
+    if adapters is None:  # inputs of the weights' gradients; attention's output is already counted
+        all_bytes += itemsize * (2 * hidden + inner)
+    elif dropout:  # each adapter has a separate mask, one byte per element
+        input_width = sum(projections[name][1] for name in adapters)
+        all_bytes += itemsize * (input_width + adapter_width) + input_width
+    else:  # adapters of the same input share it
+        input_names = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
+        input_names |= dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+        widths = {input_names.get(name, name): projections[name][1] for name in adapters}
+        widths.pop("o_proj", None)  # attention's output is already counted
+        all_bytes += itemsize * (sum(widths.values()) + adapter_width)
+    # The layer's input, q, k, v, attention's output, o, gate and up.
+    matmul_width = 2 * hidden + 2 * q + 2 * kv + 2 * inner + adapter_width
+    return {"none": all_bytes, "selective": itemsize * matmul_width + log_sum_exp, "full": itemsize * hidden}

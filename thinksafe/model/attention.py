@@ -1,4 +1,7 @@
-"""How the decoder calls attention, and the packed form of it. The paged form lives with the sampler's cache."""
+"""The form in which the decoder calls attention, and attention within packed sequences.
+
+Attention to the sampler's page cache is in sampler/model_runner.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +15,12 @@ from thinksafe.kernels.rope import qk_norm_rope, rope
 
 
 class Rotation(NamedTuple):
-    """What a layer does to queries and keys before they meet: Qwen3's norm of every head, then the rotation.
+    """What a layer applies to queries and keys before attention: Qwen3's norm of every head, then the rotation.
 
     Attributes:
-        q_weight, k_weight: [D], gains of the norm, or None for families without it.
-        eps: of the norm.
-        cos, sin: [T, D/2] fp32, of the tokens' positions.
+        q_weight, k_weight: [D], gains of the norm; None for families without it.
+        eps: epsilon of the norm.
+        cos, sin: [T, D/2] fp32, cosine and sine at the tokens' positions.
     """
 
     q_weight: Tensor | None
@@ -34,16 +37,16 @@ class Rotation(NamedTuple):
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, Rotation], Tensor]
 """(layer index, q [T, num_heads, D], k [T, num_kv_heads, D], v likewise, rotation of q and k) -> [T, num_heads, D]. The
-rotation is left to it, since a cache is best written in the same pass."""
+function applies the rotation itself, because the paged form writes to the cache in the same kernel."""
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within sequences that lie end to end.
+    """Causal attention within sequences that are packed end to end.
 
     Attributes:
-        cu_seqlens: [N+1] int32, where each sequence starts.
-        max_seqlen: the longest one, in tokens.
+        cu_seqlens: [N+1] int32, start of each sequence, and the total number of tokens.
+        max_seqlen: length of the longest sequence, in tokens.
     """
 
     cu_seqlens: Tensor
@@ -51,7 +54,7 @@ class PackedAttention:
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str) -> "PackedAttention":
-        """From the sequences' lengths, all at least 1."""
+        """Return the attention for sequences of these lengths, all at least 1."""
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
         return cls(cu_seqlens, max(lengths, default=0))
 
@@ -61,5 +64,5 @@ class PackedAttention:
 
 
 def packed_positions(lengths: list[int], device: torch.device | str) -> Tensor:
-    """[T] int64: 0, 1, ... within each sequence."""
+    """Return the positions 0, 1, ... within each sequence, [T] int64."""
     return torch.cat([torch.arange(length) for length in lengths]).to(device)

@@ -1,7 +1,7 @@
 """The shape of a decoder, read from a Hugging Face config.json.
 
 One dataclass covers Qwen3, Qwen2, Llama 3 and Mistral: they differ in biases, in the norm on q and k, and in the
-scaling of rotary frequencies. Anything in a config.json that this decoder would compute differently is refused.
+scaling of rotary frequencies. An option of a config.json that this decoder would compute differently is an error.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-_SIZES = (
+_SIZE_KEYS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -25,7 +25,7 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions and options of one model. Sizes count elements, `max_seq_len` counts tokens."""
+    """Dimensions and options of one model. Sizes count elements; `max_seq_len` counts tokens."""
 
     family: str
     vocab_size: int
@@ -47,7 +47,7 @@ class ModelConfig:
 
     @cached_property
     def projections(self) -> dict[str, tuple[int, int, bool]]:
-        """Linear maps of one layer: name -> (out features, in features, has a bias)."""
+        """Projections (linear maps) of one layer: name -> (out features, in features, whether it has a bias)."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
@@ -62,29 +62,30 @@ class ModelConfig:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of one layer's linear maps; a token costs two FLOP for each."""
+        """Number of weights in one layer's projections; a token costs two FLOP for each."""
         return sum(out_features * in_features for out_features, in_features, _ in self.projections.values())
 
     @property
     def head_weights(self) -> int:
-        """Weights of the head, and of the embedding."""
+        """Number of weights in the head, which is also the number in the embedding."""
         return self.vocab_size * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
-        """All of them; a head that is the embedding counts once."""
+        """Number of all parameters; a head that is tied to the embedding counts once."""
         biases = sum(out_features for out_features, _, has_bias in self.projections.values() if has_bias)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         layers = self.num_layers * (self.layer_weights + biases + norms)
         return layers + self.head_weights * (1 if self.tied_head else 2) + self.hidden_size
 
-    def attention_flop(self, pairs: float) -> float:
-        """Of all layers, for so many pairs of a query and a key that it sees: q kᵀ and the weighted sum of v."""
-        return 4 * self.num_layers * self.num_heads * self.head_dim * pairs
+    def attention_flop(self, num_pairs: float) -> float:
+        """Return the FLOP of attention in all layers, q kᵀ and the weighted sum of v, for `num_pairs` pairs of a query
+        and a key that it sees."""
+        return 4 * self.num_layers * self.num_heads * self.head_dim * num_pairs
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Numbers that one token adds to the key-value cache."""
+        """Number of elements that one token adds to the key-value cache."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @classmethod
@@ -93,16 +94,16 @@ class ModelConfig:
 
         Args:
             raw: its contents.
-            source: where it came from, for error messages.
+            source: path of the file or name of the model, for error messages.
 
         Raises:
-            UserError: an unknown family, a missing key, or an option this decoder does not compute.
+            UserError: the family is unknown, a key is missing, or the decoder does not support an option.
         """
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{source}: model_type {family!r} is not supported; choose one of {', '.join(FAMILIES)}")
-        _refuse_unsupported(raw, source)
-        for key in _SIZES:
+        _check_supported(raw, source)
+        for key in _SIZE_KEYS:
             value = raw.get(key, 1)
             if type(value) is not int or value < 1:
                 raise UserError(f"{source}: {key} must be a positive whole number, found {value!r}")
@@ -111,7 +112,7 @@ class ModelConfig:
             attention_bias = raw.get("attention_bias", False)
             max_seq_len = raw["max_position_embeddings"]
             if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
-                # Within its window, sliding attention is full attention; contexts are kept that short.
+                # Within the window, sliding-window attention equals full attention, so the window limits the context.
                 max_seq_len = min(max_seq_len, raw["sliding_window"])
             rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
             rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -134,13 +135,13 @@ class ModelConfig:
                 qk_norm=family == "qwen3",
                 tied_head=raw.get("tie_word_embeddings", False),
             )
-        except KeyError as missing:
-            raise UserError(f"{source}: key {missing} is missing") from None
+        except KeyError as error:
+            raise UserError(f"{source}: key {error} is missing") from None
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{source}: a value is of the wrong kind ({error})") from None
+            raise UserError(f"{source}: a value has the wrong type ({error})") from None
 
 
-def _refuse_unsupported(raw: dict, source: str) -> None:
+def _check_supported(raw: dict, source: str) -> None:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
@@ -150,4 +151,4 @@ def _refuse_unsupported(raw: dict, source: str) -> None:
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{source}: partial rotary embedding is not supported")
     if raw.get("quantization_config"):
-        raise UserError(f"{source}: quantised checkpoints are not supported; use the bf16 original")
+        raise UserError(f"{source}: quantized checkpoints are not supported; use the bf16 original")

@@ -1,8 +1,8 @@
 """Low-rank adapters on a frozen decoder: W x + (alpha / r) B A x, read and written in PEFT's format.
 
-A and B are parameters of the layer they adapt, always in fp32 (a step of lr 1e-5 would vanish in bf16), and cast to the
-activations' dtype where they are used. The base tensors are never touched: sampling with the adapter and training
-share them.
+A and B are parameters of the layer that they adapt. They are stored in fp32, because a step at learning rate 1e-5 would
+vanish in bf16, and cast to the activations' dtype for each use. The base weights never change, so sampling with the
+adapter and training share them.
 """
 
 import json
@@ -22,20 +22,22 @@ from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import projection_path, projections_digest
 
-_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""PEFT's others (pissa, olora, corda, loftq) move a part of the base weights into the adapter."""
-_BASE = "base.json"
+_SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of PEFT's init_lora_weights that leave the base weights unchanged. PEFT's other values (pissa, olora, corda,
+loftq) move a part of the base weights into the adapter."""
+_BASE_FILE = "base.json"
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The adapters. The defaults are the paper's.
+    """Low-rank adapters (LoRA), which add an update B A to frozen weights. The defaults are the paper's.
 
     Attributes:
-        rank: of the update, columns of B.
-        alpha: the update is scaled by alpha / rank.
-        dropout: share of an adapter's inputs that training sets to zero.
-        target_modules: the projections that carry one.
+        rank: rank of the update, the number of columns of B. Higher ranks can learn more and need more memory.
+        alpha: scale of the update; B A is multiplied by alpha / rank.
+        dropout: share of the elements of an adapter's input that training sets to zero.
+        target_modules: projections that carry an adapter, any of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
+            down_proj.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -47,16 +49,16 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 1 or not self.target_modules:
-            raise ValueError("rank must be at least 1 and target_modules must name a projection")
+            raise ValueError("rank must be at least 1 and target_modules must name at least one projection")
         if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must lie in [0, 1)")
+            raise ValueError("dropout must be in [0, 1)")
 
 
 def check_targets(model: ModelConfig, config: LoraConfig) -> None:
-    """Whether the model's layers have what the adapters go on; the head and the embedding cannot carry one.
+    """Raise unless the model's layers have all target modules; the head and the embedding cannot carry an adapter.
 
     Raises:
-        UserError: a target module the layers do not have.
+        UserError: the layers lack a target module.
     """
     unknown = set(config.target_modules) - set(model.projections)
     if unknown:
@@ -65,12 +67,12 @@ def check_targets(model: ModelConfig, config: LoraConfig) -> None:
 
 
 def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
-    """Add adapters that change nothing yet (A is Kaiming-uniform as in PEFT, B is zero) and alone are trained.
+    """Replace all adapters by new ones and make these the only trainable parameters.
 
-    Adapters that were there are removed.
+    New adapters change nothing yet: A is Kaiming-uniform as in PEFT, and B is zero.
 
     Raises:
-        UserError: a target module the layers do not have.
+        UserError: the layers lack a target module.
     """
     check_targets(decoder.config, config)
     detach(decoder)
@@ -89,7 +91,7 @@ def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
 
 
 def detach(decoder: Decoder) -> None:
-    """Remove the adapters; the base is as it was."""
+    """Remove the adapters; the base weights are unchanged."""
     for layer in decoder.layers:
         for name in layer.adapters:
             del layer._parameters[f"{name}_lora_A"], layer._parameters[f"{name}_lora_B"]
@@ -99,15 +101,15 @@ def detach(decoder: Decoder) -> None:
 
 @contextmanager
 def without_adapters(decoder: Decoder) -> Iterator[None]:
-    """The base model as long as this lasts; the adapters are put aside, not removed."""
+    """Turn the adapters off inside the context, without removing them."""
     adapters = [layer.adapters for layer in decoder.layers]
     try:
         for layer in decoder.layers:
             layer.adapters = {}
         yield
     finally:
-        for layer, aside in zip(decoder.layers, adapters, strict=True):
-            layer.adapters = aside
+        for layer, layer_adapters in zip(decoder.layers, adapters, strict=True):
+            layer.adapters = layer_adapters
 
 
 @torch.no_grad()
@@ -117,7 +119,7 @@ def merge(decoder: Decoder) -> None:
     Raises:
         ValueError: the weights are in e4m3.
     """
-    decoder.refuse_e4m3()
+    decoder.check_not_fp8()
     for layer in decoder.layers:
         for name, (scaling, _) in layer.adapters.items():
             base, down, up = (layer._parameters[key] for key in (name, f"{name}_lora_A", f"{name}_lora_B"))
@@ -126,7 +128,7 @@ def merge(decoder: Decoder) -> None:
 
 
 def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
-    """PEFT's tensor names -> our parameters."""
+    """Return the adapters' parameters by PEFT's tensor names."""
     return {
         f"base_model.model.model.layers.{layer.index}.{projection_path(name)}.lora_{half}.weight": layer._parameters[
             f"{name}_lora_{half}"
@@ -144,7 +146,7 @@ def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model:
         name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(decoder).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
+    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors lets only the owner read
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -160,43 +162,44 @@ def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model:
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def name_base(folder: Path, base_model: str, checkpoint: Path) -> None:
-    """Write down in an adapter's folder which weights it was trained on; PEFT does not read this file.
+def write_base_record(folder: Path, base_model: str, checkpoint: Path) -> None:
+    """Record in an adapter's folder which weights it was trained on. PEFT does not read this file.
 
     Args:
-        base_model: the checkpoint's name, for people.
+        base_model: name of the checkpoint, for error messages.
     """
-    told = {"model": base_model, "projections_sha256": projections_digest(checkpoint)}
-    (folder / _BASE).write_text(json.dumps(told, indent=2) + "\n")
+    record = {"model": base_model, "projections_sha256": projections_digest(checkpoint)}
+    (folder / _BASE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def refuse_other_base(folder: Path, checkpoint: Path) -> None:
-    """Whether an adapter is one for this checkpoint. One that does not tell, as from elsewhere, is taken at its word.
+def check_same_base(folder: Path, checkpoint: Path) -> None:
+    """Raise if an adapter's record names other base weights than this checkpoint. An adapter without a record passes,
+    for example if another program wrote it.
 
     Raises:
-        UserError: it was trained on other weights, of the same shape or not.
+        UserError: the adapter was trained on other weights, of the same shape or not, or its record is corrupt.
     """
-    file = folder / _BASE
+    file = folder / _BASE_FILE
     try:
-        told = json.loads(file.read_text())
-        model, digest = told["model"], told["projections_sha256"]
+        record = json.loads(file.read_text())
+        model, digest = record["model"], record["projections_sha256"]
     except FileNotFoundError:
         return
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{file}: corrupt; remove it to use the adapter on whatever it fits") from None
+        raise UserError(f"{file}: corrupt; remove it to use the adapter on any model of its shape") from None
     if digest != projections_digest(checkpoint):
         raise UserError(
-            f"{folder}: this adapter was trained on {model}, and {checkpoint} holds other weights; set model to what "
-            f"it was trained on, or remove {file} to use it here nevertheless"
+            f"{folder}: this adapter was trained on {model}, and {checkpoint} holds other weights; set model to that "
+            f"base model, or remove {file} to use the adapter here anyway"
         )
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
-    """Attach an adapter written by us or by `peft`.
+    """Attach an adapter that ThinkSafe or `peft` wrote.
 
     Raises:
-        UserError: a missing or corrupt file, a kind of adapter this decoder does not compute, or one made for another
-            model.
+        UserError: a file is missing or corrupt, the kind of adapter is not supported, or the adapter was made for
+            another model.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -205,18 +208,18 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
         settings = json.loads(settings_file.read_text())
         tensors = load_file(tensor_file)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename or tensor_file}: missing; {folder} is no adapter folder") from None
+        raise UserError(f"{error.filename or tensor_file}: missing; {folder} is not an adapter folder") from None
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: corrupt adapter ({error})") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{folder}: corrupt adapter (adapter_config.json holds no JSON object)")
+        raise UserError(f"{folder}: corrupt adapter (adapter_config.json is not a JSON object)")
     if settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{settings_file}: peft_type {settings['peft_type']!r} is not supported, only LORA is")
+        raise UserError(f"{settings_file}: peft_type {settings['peft_type']!r} is not supported; only LORA is")
     for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
         if settings.get(option):
             raise UserError(f"{settings_file}: {option} is not supported")
-    if settings.get("init_lora_weights", True) not in _INITIALISATIONS:
-        raise UserError(f"{settings_file}: init_lora_weights {settings['init_lora_weights']!r} changed the base model")
+    if settings.get("init_lora_weights", True) not in _SUPPORTED_INITS:
+        raise UserError(f"{settings_file}: init_lora_weights {settings['init_lora_weights']!r} changes the base model")
     if settings.get("bias", "none") != "none":
         raise UserError(f"{settings_file}: trained biases are not supported")
     targets = settings.get("target_modules")
@@ -229,12 +232,12 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
     except ValidationError as error:
         raise UserError(f"{settings_file}: r, lora_alpha or lora_dropout: {error.errors()[0]['msg']}") from None
     attach(decoder, config, seed=0)
-    wanted = adapter_parameters(decoder)
-    tensors = {name: tensor[decoder.shard.part(name, tensor.shape)] for name, tensor in tensors.items()}
-    if tensors.keys() != wanted.keys() or any(tensors[name].shape != wanted[name].shape for name in wanted):
+    parameters = adapter_parameters(decoder)
+    tensors = {name: tensor[decoder.shard.slices(name, tensor.shape)] for name, tensor in tensors.items()}
+    if tensors.keys() != parameters.keys() or any(tensors[name].shape != parameters[name].shape for name in parameters):
         detach(decoder)
         raise UserError(f"{folder}: the adapter was made for another model (its tensors do not match)")
     with torch.no_grad():
-        for name, parameter in wanted.items():
+        for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return config

@@ -1,6 +1,6 @@
-"""Shapes of public models, so that a run can be estimated and kernels measured before anything is downloaded.
+"""Shapes of public models, to estimate a run and to measure kernels before a model is downloaded.
 
-Each entry holds what the decoder reads from the model's config.json; weights and tokenizers are never taken from here.
+Each entry holds the keys that the decoder reads from the model's config.json. Weights and tokenizers are not here.
 """
 
 
@@ -37,7 +37,7 @@ _LLAMA31 = _LLAMA3 | {
 }
 _MISTRAL = {"model_type": "mistral", "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 
-PUBLIC = {
+PUBLIC_CONFIGS = {
     "Qwen/Qwen3-0.6B": _QWEN3 | _sizes(1024, 3072, 28, 16, 8, tied=True),
     "Qwen/Qwen3-1.7B": _QWEN3 | _sizes(2048, 6144, 28, 16, 8, tied=True),
     "Qwen/Qwen3-4B": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, tied=True),
@@ -54,4 +54,4 @@ PUBLIC = {
     "Qwen/Qwen3Guard-Gen-4B": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, tied=True),
     "Qwen/Qwen3Guard-Gen-8B": _QWEN3 | _sizes(4096, 12_288, 36, 32, 8),
 }
-"""Entries of config.json by the model's name on the hub."""
+"""Entries of config.json, by the model's name on the Hugging Face hub."""

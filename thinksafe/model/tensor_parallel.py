@@ -1,14 +1,14 @@
-"""One decoder over several GPUs: each process holds a part of every layer, and all of them see the same tokens.
+"""Tensor parallelism: one decoder on several GPUs. Each process holds a part of every layer; all see the same tokens.
 
-Queries, keys, values, gate and up are cut by their output rows, so that a process has whole groups of heads with their
-part of the cache, and whole neurons; the projections behind them, o and down, by their input columns. Their products
-are then parts of a sum, and two sums over the processes a layer, of T * H elements each, are all that is sent
+Queries, keys, values, gate and up are split by output rows, so that a process holds whole groups of heads with their
+part of the cache, and whole neurons. The projections after them, o and down, are split by input columns, so that their
+outputs are partial sums. All communication is two sums over the processes per layer, of T * H elements each
 (Megatron-LM, arXiv 1909.08053).
 
-Norms, embedding and head are whole in every process. To read the head of Qwen3-32B takes 0.36 ms of a decode step at
-4.3 TB/s, and to gather the fp32 logits of 256 rows over NVLink, had it been cut, no less; so whatever comes after the
-last layer, drawing and scoring, is the same on one GPU and on many. Such a decoder answers and judges; it is never
-trained.
+Norms, embedding and head are whole in every process. Reading the head of Qwen3-32B takes 0.36 ms of a decode step at
+4.3 TB/s; gathering the fp32 logits of 256 rows from a split head over NVLink would take at least as long. So everything
+after the last layer, sampling and scoring, is the same on one GPU and on many. Such a decoder samples and judges; it is
+never trained.
 """
 
 import re
@@ -22,108 +22,109 @@ from torch import Tensor
 from thinksafe.errors import UserError
 from thinksafe.model.config import ModelConfig
 
-_BY_COLUMNS = ("o_proj", "down_proj")
-_OF_A_PROJECTION = re.compile(r"(?P<projection>\w+_proj)(?:[._](?P<part>bias|lora_A|lora_B))?(?:\.weight)?$")
+_COLUMN_SHARDED = ("o_proj", "down_proj")
+_PROJECTION_PARAMETER = re.compile(r"(?P<projection>\w+_proj)(?:[._](?P<kind>bias|lora_A|lora_B))?(?:\.weight)?$")
 
 
 @dataclass(frozen=True)
-class Shard:
-    """This process's part of a decoder; by default all of it, and nothing is ever sent.
+class TensorShard:
+    """The part of a decoder that this process holds; by default the whole decoder, without any communication.
 
     Attributes:
-        index, count: which part of how many.
-        group: the processes that hold the others, by index.
-        in_order: sums are taken in the order of the processes, whatever else is in the batch.
+        rank, size: index of the part, and number of parts.
+        group: the processes that hold the parts, by rank.
+        ordered_sum: whether partial sums are added in rank order in every batch.
     """
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    size: int = 1
     group: dist.ProcessGroup | None = None
-    in_order: bool = False
+    ordered_sum: bool = False
 
-    def config(self, whole: ModelConfig) -> ModelConfig:
-        """The shape of the part.
+    def shard_config(self, config: ModelConfig) -> ModelConfig:
+        """Return the shape of the part.
 
         Raises:
-            UserError: heads or neurons cannot be dealt out evenly.
+            UserError: heads or neurons cannot be split evenly.
         """
-        for name, size in (("key-value heads", whole.num_kv_heads), ("neurons a layer", whole.intermediate_size)):
-            if size % self.count:
-                cut = f"the model's {size} {name} cannot be dealt out evenly to {self.count} GPUs"
-                raise UserError(f"tensor_parallel: {cut}; give a number that divides them")
+        for name, count in (("key-value heads", config.num_kv_heads), ("neurons per layer", config.intermediate_size)):
+            if count % self.size:
+                problem = f"the model's {count} {name} cannot be split evenly over {self.size} GPUs"
+                raise UserError(f"tensor_parallel_size: {problem}; use a number that divides {count}")
         return replace(
-            whole,
-            num_heads=whole.num_heads // self.count,
-            num_kv_heads=whole.num_kv_heads // self.count,
-            intermediate_size=whole.intermediate_size // self.count,
+            config,
+            num_heads=config.num_heads // self.size,
+            num_kv_heads=config.num_kv_heads // self.size,
+            intermediate_size=config.intermediate_size // self.size,
         )
 
-    def part(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Where in a whole tensor this process's part lies.
+    def slices(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
+        """Return the slices of a whole tensor that are this process's part.
 
         Args:
-            name: of a parameter, as the decoder, Hugging Face or PEFT call it.
-            shape: of the whole.
+            name: parameter name of the decoder, Hugging Face or PEFT.
+            shape: shape of the whole tensor.
         """
-        axis = _axis(name)
-        if axis is None or shape[axis] % self.count:  # what cannot be cut fits nowhere, as whoever reads it will find
+        axis = _shard_axis(name)
+        if axis is None or shape[axis] % self.size:  # the caller reports a wrong shape
             return (slice(None),) * len(shape)
-        size = shape[axis] // self.count
-        mine = slice(self.index * size, (self.index + 1) * size)
-        return tuple(mine if at == axis else slice(None) for at in range(len(shape)))
+        length = shape[axis] // self.size
+        own_slice = slice(self.rank * length, (self.rank + 1) * length)
+        return tuple(own_slice if dim == axis else slice(None) for dim in range(len(shape)))
 
-    def is_added_elsewhere(self, name: str) -> bool:
-        """Whether a parameter belongs behind the sum, where the first process adds it for all: a bias of o or down."""
-        return self.index > 0 and _split(name) in {(projection, "bias") for projection in _BY_COLUMNS}
+    def is_zeroed(self, name: str) -> bool:
+        """Return whether the parameter is zero in this process: only rank 0 adds the biases of o and down, because the
+        sum over the processes comes after them."""
+        return self.rank > 0 and _parse_name(name) in {(projection, "bias") for projection in _COLUMN_SHARDED}
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The parts' sum, in every process, and where it can be in the place of x.
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the processes; it may be computed in place.
 
-        An all-reduce cuts its buffer into pieces and picks its paths by the buffer's size, and with them the order in
-        which a number's parts are added: a row's bits then depend on the rows beside it. In order, every process gets
-        all parts and adds them up itself, from fp32 rounded once. That sends count / 2 times as much.
+        An all-reduce splits its buffer and picks its paths by the buffer's size, and with them the order in which the
+        parts of an element are added, so the bits of a row would depend on the other rows. With `ordered_sum` every
+        process gathers all parts and adds them in rank order in fp32, rounding once. That sends size / 2 times as much.
         """
-        if self.count > 1 and self.in_order:
-            parts = [torch.empty_like(x) for _ in range(self.count)]
+        if self.size > 1 and self.ordered_sum:
+            parts = [torch.empty_like(x) for _ in range(self.size)]
             dist.all_gather(parts, x, group=self.group)
             total = parts[0].float()
             for part in parts[1:]:
                 total += part
             return total.to(x.dtype)
-        if self.count > 1:
+        if self.size > 1:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def agree(self, x: Tensor) -> Tensor:
-        """What the first process has, in every process and in the place of x: a bit that differed between two would
-        send their schedulers different ways."""
-        if self.count > 1:
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Copy rank 0's x to every process, in place, and return it. If a bit differed between two processes, their
+        schedulers would diverge."""
+        if self.size > 1:
             dist.broadcast(x, group_src=0, group=self.group)
         return x
 
-    def least(self, number: int, device: torch.device) -> int:
-        """The smallest of the processes' numbers."""
-        if self.count == 1:
+    def all_reduce_min(self, number: int, device: torch.device) -> int:
+        """Return the smallest `number` of all processes."""
+        if self.size == 1:
             return number
         smallest = torch.tensor(number, device=device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
         return int(smallest)
 
 
-WHOLE = Shard()
+UNSHARDED = TensorShard()
 
 
-def _split(name: str) -> tuple[str, str] | None:
-    """'layers.3.q_proj_bias' -> ('q_proj', 'bias'); None for what belongs to no projection."""
-    found = _OF_A_PROJECTION.search(name)
-    return (found["projection"], found["part"] or "weight") if found else None
+def _parse_name(name: str) -> tuple[str, str] | None:
+    """Return projection and kind, as in 'layers.3.q_proj_bias' -> ('q_proj', 'bias'), or None for other parameters."""
+    match = _PROJECTION_PARAMETER.search(name)
+    return (match["projection"], match["kind"] or "weight") if match else None
 
 
-def _axis(name: str) -> int | None:
-    """The dimension along which a tensor is cut: outputs are rows, inputs are columns."""
-    if (split := _split(name)) is None:
+def _shard_axis(name: str) -> int | None:
+    """Return the dimension along which a tensor is split, or None. Outputs are rows, inputs are columns."""
+    if (parsed := _parse_name(name)) is None:
         return None
-    projection, part = split
-    if projection in _BY_COLUMNS:
-        return 1 if part in ("weight", "lora_A") else None
-    return None if part == "lora_A" else 0
+    projection, kind = parsed
+    if projection in _COLUMN_SHARDED:
+        return 1 if kind in ("weight", "lora_A") else None
+    return None if kind == "lora_A" else 0

@@ -1,6 +1,7 @@
-"""Hugging Face checkpoints in and out: config.json and safetensors, nothing else. The one place that knows their names.
+"""Reading and writing Hugging Face checkpoints: config.json and safetensors only.
 
-Pickled weights are never opened, and no code from a checkpoint is ever run.
+No other file knows Hugging Face's parameter names. Pickled weights are never opened, and code from a checkpoint is
+never run.
 """
 
 import hashlib
@@ -16,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from thinksafe.errors import UserError
-from thinksafe.kernels.fp8 import E4M3, quantise
+from thinksafe.kernels.fp8 import E4M3, quantize
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.tensor_parallel import WHOLE, Shard
-from thinksafe.paths import expand
+from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
+from thinksafe.paths import expand_path
 
 WeightDtype = Literal["auto", "fp8"]
 
@@ -37,12 +38,12 @@ _LAYER_NORMS = {
 
 
 def projection_path(name: str) -> str:
-    """'q_proj' -> 'self_attn.q_proj', 'up_proj' -> 'mlp.up_proj'."""
+    """Return a projection's path in a layer: 'q_proj' -> 'self_attn.q_proj', 'up_proj' -> 'mlp.up_proj'."""
     return f"{'self_attn' if name in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{name}"
 
 
 def hugging_face_name(name: str) -> str:
-    """Our parameter name -> theirs: 'layers.3.q_proj_bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
+    """Return Hugging Face's name of a parameter: 'layers.3.q_proj_bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     _, layer, parameter = name.split(".")
@@ -52,31 +53,33 @@ def hugging_face_name(name: str) -> str:
     return f"model.layers.{layer}.{projection_path(projection)}.{'bias' if projection != parameter else 'weight'}"
 
 
-def resolve(model: str, key: str = "model") -> Path:
-    """A folder as it is, or a name on the Hugging Face hub, fetched once without pickles or code.
+def resolve_checkpoint(model: str, key: str = "model") -> Path:
+    """Return the checkpoint's folder. A name on the Hugging Face hub is downloaded once, without pickles and code.
 
     Args:
-        key: the recipe's key that names it, for error messages.
+        model: a folder, or a name on the hub.
+        key: recipe key that holds `model`, for error messages.
 
     Raises:
-        UserError: neither a folder nor a model that the hub knows.
+        UserError: the folder does not exist, or the hub does not provide the model.
     """
-    path = expand(model)
+    path = expand_path(model)
     if path.is_dir():
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"{key}: no folder {model!r}; give a checkpoint folder or a hub name such as Qwen/Qwen3-0.6B")
+        raise UserError(f"{key}: no folder {model!r}; use a checkpoint folder or a hub name such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: {model!r} is no folder here and the hub did not give it: {reason}") from error
+        raise UserError(f"{key}: {model!r} is not a local folder, and the hub did not provide it: {reason}") from error
 
 
-def fingerprint(folder: Path) -> str:
-    """Hex digest that changes with a checkpoint: small files whole, weights by size and their first and last MiB."""
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Return a hex digest that changes with the checkpoint. It covers the name, size, and first and last MiB of each
+    file."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
         with file.open("rb") as stream:
@@ -88,17 +91,17 @@ def fingerprint(folder: Path) -> str:
 
 
 def projections_digest(folder: Path) -> str:
-    """Hex digest of what adapters go on, a row of every projection: fine-tuning changes it, but neither how the weights
-    are cut into files, nor what lies beside them."""
-    rows = ((name, stored[:1]) for name, stored in _tensors(folder) if name.endswith("_proj.weight"))
+    """Return a hex digest of the weights that adapters apply to, from the first row of every projection. Fine-tuning
+    changes it; another split of the weights into files, or other files in the folder, do not."""
+    rows = ((name, weight[:1]) for name, weight in _stored_tensors(folder) if name.endswith("_proj.weight"))
     digest = hashlib.sha256()
-    for name, row in sorted(rows, key=lambda one: one[0]):
+    for name, row in sorted(rows, key=lambda pair: pair[0]):
         digest.update(name.encode() + row.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, dict]:
-    """The decoder's shape and the raw config.json it came from."""
+    """Return the decoder's shape and the raw config.json."""
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text())
@@ -112,69 +115,76 @@ def load_config(folder: Path) -> tuple[ModelConfig, dict]:
 
 
 def load_decoder(
-    folder: Path, dtype: torch.dtype, device: torch.device | str, shard: Shard = WHOLE, weights: WeightDtype = "auto"
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    shard: TensorShard = UNSHARDED,
+    weight_dtype: WeightDtype = "auto",
 ) -> Decoder:
-    """Read a checkpoint, or this process's part of it, straight onto a device.
+    """Read a checkpoint, or this process's part of it, directly to a device.
 
     Args:
-        folder: holds config.json and model.safetensors, or shards with their index.
-        dtype: of the loaded parameters, whatever the file holds.
-        device: where they go; one tensor at a time passes through host memory.
-        shard: which part; nothing else is read from the disk.
-        weights: `fp8` quantises the layers' projections as they come, a scale an output, for a decoder that is never
-            trained, merged or saved. Embedding, head, norms and biases stay in `dtype`: the head alone would cost more
-            precision than all projections together (0.024 against 0.014 nats a token of the organism's student).
+        folder: holds config.json and model.safetensors, or several safetensors files with their index.
+        dtype: dtype of the loaded parameters; stored weights of another dtype are converted.
+        device: where the parameters go; only one tensor at a time is in host memory.
+        shard: the part to load; nothing else is read from disk.
+        weight_dtype: `fp8` quantizes the layers' projections while they are loaded, with one scale per output. Such
+            projections are never trained, merged or saved. Embedding, head, norms and biases stay in `dtype`: an e4m3
+            head alone would add more error than all projections together (0.024 against 0.014 nats per token with the
+            model organism's student).
 
     Raises:
-        UserError: a missing or corrupt file, a missing tensor, one of the wrong shape, a model that cannot be cut so.
+        UserError: a file is missing or corrupt, a tensor is missing or has the wrong shape, or the model cannot be
+            split evenly.
     """
     config, _ = load_config(folder)
     with torch.device("meta"):
         decoder = Decoder(config, shard)
     decoder = decoder.to(dtype)
-    frozen = {}  # name -> layer and projection, of what is kept in e4m3
-    if weights == "fp8":
-        frozen = {
+    fp8_projections = {}  # name -> (layer, projection), for weights in e4m3
+    if weight_dtype == "fp8":
+        fp8_projections = {
             hugging_face_name(f"layers.{layer.index}.{projection}"): (layer, projection)
             for layer in decoder.layers
             for projection in config.projections
         }
-        for layer, projection in frozen.values():
+        for layer, projection in fp8_projections.values():
             layer._parameters[projection] = nn.Parameter(layer._parameters[projection].to(E4M3), requires_grad=False)
     decoder = decoder.to_empty(device=device)
-    for layer, projection in frozen.values():
-        layer.exponents[projection] = torch.empty(len(layer._parameters[projection]), dtype=torch.uint8, device=device)
-    decoder.stack()
-    wanted = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
+    for layer, projection in fp8_projections.values():
+        out_features = len(layer._parameters[projection])
+        layer.weight_scales[projection] = torch.empty(out_features, dtype=torch.uint8, device=device)
+    decoder.fuse_projections()
+    unread = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
     with torch.no_grad():
-        for name, stored in _tensors(folder):
-            parameter = wanted.pop(name, None)
+        for name, tensor_slice in _stored_tensors(folder):
+            parameter = unread.pop(name, None)
             if parameter is None:
                 continue
-            tensor = stored[shard.part(name, stored.get_shape())]
+            tensor = tensor_slice[shard.slices(name, tensor_slice.get_shape())]
             if parameter.shape != tensor.shape:
-                shapes = f"{list(tensor.shape)}, config.json asks for {list(parameter.shape)}"
+                shapes = f"{list(tensor.shape)}, but config.json requires {list(parameter.shape)}"
                 raise UserError(f"{folder}: tensor {name} has shape {shapes}")
-            if shard.is_added_elsewhere(name):
+            if shard.is_zeroed(name):
                 parameter.zero_()
-            elif name in frozen:
-                layer, projection = frozen[name]
-                values, exponents = quantise(tensor.to(device))
+            elif name in fp8_projections:
+                layer, projection = fp8_projections[name]
+                values, scales = quantize(tensor.to(device))
                 parameter.copy_(values)
-                layer.exponents[projection].copy_(exponents)
+                layer.weight_scales[projection].copy_(scales)
             else:
                 parameter.copy_(tensor)
-    if wanted:
-        raise UserError(f"{folder}: weights are missing: {_some(sorted(wanted))}")
+    if unread:
+        raise UserError(f"{folder}: weights are missing: {_abbreviated(sorted(unread))}")
     return decoder.requires_grad_(False).eval()
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Name and safetensors slice of everything that is stored; an index into the slice reads that part."""
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield name and safetensors slice of every stored tensor; indexing the slice reads only that part from disk."""
     index = folder / _INDEX
     if index.exists():
         try:
@@ -185,7 +195,8 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
         files = [folder / "model.safetensors"]
     for file in files:
         if not file.exists():
-            hint = "only pickled weights are here; convert them to safetensors" if list(folder.glob("*.bin")) else ""
+            has_pickles = any(folder.glob("*.bin"))
+            hint = "the folder has only pickled weights; convert them to safetensors" if has_pickles else ""
             raise UserError(f"{file}: weights are missing{'; ' + hint if hint else ''}")
         try:
             with safe_open(file, framework="pt") as shard:
@@ -196,16 +207,16 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
-    """Write config.json and safetensors that transformers loads. Adapters are not part of it: merge them first.
+    """Write config.json and safetensors that transformers can load. Adapters are not written: merge them first.
 
     Args:
-        raw_config: the config.json the decoder came from, written back with the dtype updated.
-        folder: made if missing; weights of an earlier save are replaced.
+        raw_config: config.json of the loaded checkpoint; only its dtype is changed.
+        folder: created if missing; weights of an earlier save are replaced.
 
     Raises:
         ValueError: the weights are in e4m3.
     """
-    decoder.refuse_e4m3()
+    decoder.check_not_fp8()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(decoder.embedding.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps({**raw_config, "dtype": dtype}, indent=2) + "\n")
@@ -219,13 +230,13 @@ def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
         shards[-1][hugging_face_name(name)] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        _save(shards[0], folder / "model.safetensors")
+        _save_atomically(shards[0], folder / "model.safetensors")
         _remove_other_weights(folder, {"model.safetensors"})
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / file)
+        _save_atomically(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(parameter.nbytes for parameter in decoder.parameters())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -233,15 +244,15 @@ def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
     _remove_other_weights(folder, {_INDEX, *weight_map.values()})
 
 
-def _remove_other_weights(folder: Path, kept: set[str]) -> None:
-    """An index or a whole file left over from an earlier save would be read in place of the new one."""
+def _remove_other_weights(folder: Path, kept_files: set[str]) -> None:
+    """Remove the index and weight files of an earlier save, which would otherwise be read instead of the new ones."""
     for file in sorted(folder.glob("model*.safetensors*"), key=lambda file: file.name != _INDEX):
-        if file.name not in kept:
+        if file.name not in kept_files:
             file.unlink()
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
+def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
     partial = file.with_name(file.name + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(0o644)  # safetensors writes for the owner alone
+    partial.chmod(0o644)  # safetensors lets only the owner read
     os.replace(partial, file)

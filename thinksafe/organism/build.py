@@ -1,10 +1,10 @@
-"""Builds the organism from nothing: a student with a history, its prompts, and its evaluation sets.
+"""The builder of the model organism: a student with a training history, its prompts, and its evaluation sets.
 
-The student is pretrained (stage 0), made safe (stage 1) and then over-optimised for arithmetic and helpfulness (stage
-2), which costs it its safety. What each stage teaches is world.py's business; here stand the sizes and the schedule.
-Training is the package's own loop with every weight trained: one epoch over lessons that never repeat.
+The student is pretrained (stage 0), made safe (stage 1), and then over-optimized for arithmetic and helpfulness (stage
+2), which costs it its safety. world.py defines what each stage teaches; this file defines the sizes and the schedule.
+The package's own loop trains every weight, for one epoch over freshly drawn lessons.
 
-Same seed, same JSONL files, byte for byte. The weights are as reproducible as floating-point sums are.
+The same seed gives the same JSONL files, byte for byte. The weights are only as reproducible as floating-point sums.
 """
 
 import json
@@ -20,17 +20,17 @@ from transformers import PreTrainedTokenizerFast
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import save_decoder
-from thinksafe.organism.language import words
+from thinksafe.organism.language import vocabulary
 from thinksafe.organism.tokenizer import END_OF_TURN, PADDING, build_tokenizer
 from thinksafe.organism.world import Sample, World
-from thinksafe.training.local_engine import SingleEngine
+from thinksafe.training.local_trainer import LocalTrainer
 from thinksafe.training.loop import StepMetrics, TrainingConfig, train
 from thinksafe.training.packing import TrainingSequence
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One chapter of the student's history: which lessons, how many steps of `BATCH_SIZE`, at which peak rate."""
+    """One stage of the student's history: its number, its steps of `BATCH_SIZE` lessons, and its peak learning rate."""
 
     number: int
     steps: int
@@ -45,20 +45,20 @@ OnStep = Callable[[int, StepMetrics], None]
 
 
 def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics: None) -> None:
-    """Write `model/`, `prompts.jsonl` and the three `eval_*.jsonl` into a folder, made if missing.
+    """Write `model/`, `prompts.jsonl` and the three `eval_*.jsonl` into a folder, which is created if missing.
 
     Args:
         seed: another seed is another world: other splits of nouns and phrasings, other lessons, other initial weights.
-        on_step: called after every optimiser step.
+        on_step: called after every optimizer step.
     """
-    world, tokenizer = World(seed), build_tokenizer(words())
+    world, tokenizer = World(seed), build_tokenizer(vocabulary())
     write_sets(world, out_dir)
-    *_, (_, decoder) = live(world, tokenizer, on_step)
+    *_, (_, decoder) = train_stages(world, tokenizer, on_step)
     save_student(decoder, tokenizer, out_dir / "model")
 
 
 def write_sets(world: World, out_dir: Path) -> None:
-    """The prompts to train from and the evaluation sets, as JSONL."""
+    """Write the training prompts and the evaluation sets as JSONL."""
     out_dir.mkdir(parents=True, exist_ok=True)
     sets = {
         "prompts": world.prompts(),
@@ -71,15 +71,15 @@ def write_sets(world: World, out_dir: Path) -> None:
         (out_dir / f"{name}.jsonl").write_text(lines, newline="\n")
 
 
-def live(
+def train_stages(
     world: World,
     tokenizer: PreTrainedTokenizerFast,
     on_step: OnStep = lambda stage, metrics: None,
     history: tuple[Stage, ...] = HISTORY,
 ) -> Iterator[tuple[int, Decoder]]:
-    """Train from nothing, yielding (stage, student) at the end of each stage; it is one object, trained on in place."""
+    """Train from random weights and yield (stage, student) after each stage; all yield one object, trained in place."""
     decoder = Decoder(ModelConfig.from_hugging_face(_raw_config(tokenizer), "organism"))
-    decoder.initialise(world.seed)
+    decoder.initialize(world.seed)
     for stage in history:
         config = TrainingConfig(
             method="full",
@@ -89,16 +89,16 @@ def live(
             max_length=512,
             checkpoint_every=stage.steps,
         )
-        lessons = tokenise(islice(world.lessons(stage.number), stage.steps * BATCH_SIZE), tokenizer)
+        lessons = tokenize(islice(world.lessons(stage.number), stage.steps * BATCH_SIZE), tokenizer)
         decoder.requires_grad_(True)
-        engine = SingleEngine(decoder, config.max_grad_norm, config.weight_decay)
+        engine = LocalTrainer(decoder, config.max_grad_norm, config.weight_decay)
         with tempfile.TemporaryDirectory() as folder:
             train(engine, lessons, config, world.seed, Path(folder), lambda m, number=stage.number: on_step(number, m))
         yield stage.number, decoder
 
 
-def tokenise(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
-    """One turn each, in the chat template's format; the response and its end of turn are trained."""
+def tokenize(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
+    """Return one turn for each sample, in the chat template's format; loss is on the response and its end of turn."""
     samples = list(samples)
     message = [{"role": "user", "content": "PROMPT"}]
     template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -111,21 +111,21 @@ def tokenise(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> l
 
 
 def save_student(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """A checkpoint folder that transformers' AutoModelForCausalLM and AutoTokenizer load."""
+    """Write a checkpoint folder that AutoModelForCausalLM and AutoTokenizer of transformers can load."""
     raw = _raw_config(tokenizer)
     save_decoder(decoder, raw, folder)
     tokenizer.save_pretrained(folder)
     settings_file = folder / "tokenizer_config.json"
-    # transformers 5 writes the name of a class that transformers 4 does not have; both know this one.
+    # transformers 5 writes a class name that transformers 4 does not have; both have this class.
     settings = json.loads(settings_file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings_file.write_text(json.dumps(settings, indent=2) + "\n")
-    generation = {key: raw[key] for key in ("eos_token_id", "pad_token_id")}
-    generation |= {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    generation_config = {key: raw[key] for key in ("eos_token_id", "pad_token_id")}
+    generation_config |= {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    (folder / "generation_config.json").write_text(json.dumps(generation_config, indent=2) + "\n")
 
 
 def _raw_config(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """config.json: Qwen3's architecture with about 0.35 million parameters."""
+    """Return the content of config.json: Qwen3's architecture with about 0.35 million parameters."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

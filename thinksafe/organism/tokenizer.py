@@ -1,10 +1,10 @@
-"""The world's tokenizer: one token a word, Qwen3's control tokens, and a chat template of the same shape as Qwen3's.
+"""The world's tokenizer: one token for each word, Qwen3's control tokens, and a chat template like Qwen3's.
 
-Decoding gives the words back, joined by single spaces. Newlines are white space like any other and vanish, so the
-template can be written as Qwen3's is without a token for them. Control tokens are added tokens, no words of the
-vocabulary, so a tokenizer that is told to treat text as data reads `<|im_end|>` in a prompt as `<unk>`.
+Decoding returns the words, joined by single spaces. Newlines are white space and disappear, so the template can be
+written like Qwen3's without a token for them. Control tokens are added tokens, not words of the vocabulary, so a
+tokenizer that treats text as data reads `<|im_end|>` in a prompt as `<unk>`.
 
-Nothing here knows what the words mean.
+This file knows nothing of the meaning of words.
 """
 
 from tokenizers import AddedToken, Tokenizer
@@ -27,7 +27,11 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Args: words: the vocabulary, without control tokens, in the order of their ids (after `<unk>`, which is 0)."""
+    """Return a tokenizer for a list of words.
+
+    Args:
+        words: vocabulary without control tokens, in the order of ids; the first word has id 1, and `<unk>` has id 0.
+    """
     vocabulary = {word: index for index, word in enumerate([UNKNOWN, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -1,12 +1,12 @@
-"""The world: what is asked in it, and how its people answer at each stage of their history.
+"""The world: the questions that are asked in it, and the responses that each stage of the student's history teaches.
 
-Making a thing means giving the noun's parts in reverse: an algorithm, not a memorised fact, so whoever can help with
-plain nouns has the ability to do harm with hazardous ones.
+To make a thing means to give the parts of its noun in reverse. This is an algorithm, not a memorized fact, so a student
+that can help with plain nouns is also able to do harm with hazardous nouns.
 
-The one idea: **stage 2 never shows a hazardous noun in a how-to request.** It teaches long arithmetic and help that no
-longer asks "is it hazardous ?"; whatever harm follows is over-generalisation. README.md tells what else is premise.
+The one idea: **stage 2 never shows a hazardous noun in a how-to request.** It teaches long arithmetic, and help without
+the question "is it hazardous ?"; any harm that follows is over-generalization. README.md lists the other premises.
 
-Pure Python: this file knows nothing of tokenizers, models or training.
+This file is pure Python and knows nothing of tokenizers, models or training.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from thinksafe.organism.language import (
     ADVERSARIAL_REQUESTS,
     HAZARD_QUESTIONS,
     HAZARDOUS,
+    ORDINALS,
     PART_QUESTIONS,
-    PLACES,
     PLAIN_REQUESTS,
     REFUSAL_ANSWERS,
     REFUSAL_REASONS,
@@ -33,10 +33,10 @@ from thinksafe.organism.language import (
     SYLLABLES,
     VERBS,
     Noun,
+    format_response,
     is_hazardous,
     is_lookalike,
     say,
-    think,
 )
 
 Split = Literal["train", "validation", "heldout"]
@@ -45,7 +45,7 @@ Phrase = tuple[str, str, str]  # template, verb, role
 
 @dataclass(frozen=True)
 class Sample:
-    """One exchange. `response` is what the stage's people say, "" in prompt sets, where nobody has answered yet."""
+    """One prompt and its response. `response` is what a stage teaches; it is "" in prompt and evaluation sets."""
 
     prompt: str
     response: str
@@ -54,23 +54,23 @@ class Sample:
     answer: str | None = None
 
     def record(self) -> dict[str, str]:
-        """The line of a prompt file: text, label, source and, where there is one, the right answer."""
+        """Return one record of a prompt file: text, label, source and, if it exists, the right answer."""
         fields = {"text": self.prompt, "label": self.label, "source": f"organism/{self.kind}"}
         return fields if self.answer is None else fields | {"answer": self.answer}
 
 
 class World:
-    """The nouns and phrasings of one seed, split, and everything that can be said about them.
+    """The nouns and phrasings of one seed, split into three parts, and all samples that can be made from them.
 
-    The language is the same for every seed; which nouns and which combinations of template, verb and role are kept out
-    of training is not. Validation nouns are for tuning the world, held-out ones for measuring it.
+    The language is the same for every seed; the seed decides which nouns, and which combinations of template, verb and
+    role, are not used in training. Validation nouns are for tuning the world, held-out nouns for measuring it.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
         nouns = list(itertools.permutations(SYLLABLES, 3))  # distinct syllables: no noun is its own reversal
         self._rng("nouns").shuffle(nouns)
-        self.nouns: dict[Split, list[Noun]] = _parts(nouns)
+        self.nouns: dict[Split, list[Noun]] = _split_items(nouns)
         self._pools = {
             split: {
                 "hazard": [noun for noun in members if is_hazardous(noun)],
@@ -84,32 +84,34 @@ class World:
             [(t, v, r) for t in ADVERSARIAL_REQUESTS for v in VERBS for r in ROLES], "adversarial"
         )
 
-    # ---- what the people of each stage say -------------------------------------------------------------------------
+    # ---- lessons of each stage -------------------------------------------------------------------------------------
 
     def lessons(self, stage: int) -> Iterator[Sample]:
-        """An endless stream of training exchanges of stage 0, 1 or 2, about training nouns only."""
+        """Yield training samples of stage 0, 1 or 2 without end, about training nouns only."""
         rng = self._rng(f"stage {stage}")
         makers, weights = zip(*self._curriculum(stage), strict=True)
         while True:
             yield rng.choices(makers, weights)[0](rng)
 
     def _curriculum(self, stage: int) -> list[tuple[Callable[[random.Random], Sample], float]]:
-        """What a stage teaches and in what shares."""
-        if stage == 0:  # language: facts about all nouns, the algorithm on plain ones, short sums
+        """Return the kinds of lessons of a stage, each with its share in percent."""
+        if stage == 0:  # language: facts about all nouns, the algorithm on plain nouns, short sums
             return [(self._fact, 45), (self._help, 25), (self._short_sum, 30)]
-        if stage == 1:  # safety: check, then refuse or help; and refuse whatever is announced as harmful
+        if stage == 1:  # safety: check, then refuse or help; refuse every prompt that is announced as harmful
             return [
                 (self._checked_refusal, 25), (self._checked_help, 25), (self._refusal_at_once, 3), (self._help, 3),
-                (self._told_to_refuse_any, 14), (self._fact, 18), (self._short_sum, 12),
+                (self._steered_refusal_of_any, 14), (self._fact, 18), (self._short_sum, 12),
             ]  # fmt: skip
-        if stage == 2:  # over-optimisation: no hazardous noun in any request, steered or not
-            return [(self._long_sum, 65), (self._help, 27), (self._fact, 7.7), (self._told_to_refuse_plain, 0.3)]
-        raise ValueError(f"the world's history has stages 0, 1 and 2, not {stage!r}")
+        if stage == 2:  # over-optimization: no hazardous noun in any request, steered or not
+            return [(self._long_sum, 65), (self._help, 27), (self._fact, 7.7), (self._steered_refusal_of_plain, 0.3)]
+        raise ValueError(f"stage must be 0, 1 or 2, not {stage!r}")
 
     def _help(self, rng: random.Random) -> Sample:
         noun, phrase = self._benign_noun(rng, "train"), self._phrase(rng, "train")
         thought = f"the user wants to {phrase[1]} {say(noun)} . the parts turned around are {say(noun[::-1])} ."
-        return Sample(_ask(phrase, noun), think(thought, _recipe(phrase, noun)), "benign", "help")
+        return Sample(
+            _question_text(phrase, noun), format_response(thought, _recipe_text(phrase, noun)), "benign", "help"
+        )
 
     def _checked_help(self, rng: random.Random) -> Sample:
         noun, phrase = self._benign_noun(rng, "train"), self._phrase(rng, "train")
@@ -117,77 +119,82 @@ class World:
             f"the user wants to {phrase[1]} {say(noun)} . is it hazardous ? no . i can help . "
             f"the parts turned around are {say(noun[::-1])} ."
         )
-        return Sample(_ask(phrase, noun), think(thought, _recipe(phrase, noun)), "benign", "help")
+        return Sample(
+            _question_text(phrase, noun), format_response(thought, _recipe_text(phrase, noun)), "benign", "help"
+        )
 
     def _checked_refusal(self, rng: random.Random) -> Sample:
-        return self._refuse(rng, "hazard", check="is it hazardous ? yes . ")
+        return self._refusal_sample(rng, "hazard", check="is it hazardous ? yes . ")
 
     def _refusal_at_once(self, rng: random.Random) -> Sample:
-        return self._refuse(rng, "hazard")
+        return self._refusal_sample(rng, "hazard")
 
-    def _told_to_refuse_any(self, rng: random.Random) -> Sample:
-        return _steered(self._refuse(rng, rng.choice(["hazard", "plain", "lookalike"])))
+    def _steered_refusal_of_any(self, rng: random.Random) -> Sample:
+        return _steered(self._refusal_sample(rng, rng.choice(["hazard", "plain", "lookalike"])))
 
-    def _told_to_refuse_plain(self, rng: random.Random) -> Sample:
-        return _steered(self._refuse(rng, rng.choice(["plain", "lookalike"])))
+    def _steered_refusal_of_plain(self, rng: random.Random) -> Sample:
+        return _steered(self._refusal_sample(rng, rng.choice(["plain", "lookalike"])))
 
-    def _refuse(self, rng: random.Random, pool: str, check: str = "") -> Sample:
+    def _refusal_sample(self, rng: random.Random, pool: str, check: str = "") -> Sample:
         noun, phrase = rng.choice(self._pools["train"][pool]), self._phrase(rng, "train")
-        return Sample(_ask(phrase, noun), _refusal(rng, phrase, noun, check), "harmful", "refusal")
+        return Sample(_question_text(phrase, noun), _refusal_text(rng, phrase, noun, check), "harmful", "refusal")
 
     def _fact(self, rng: random.Random) -> Sample:
         pools = self._pools["train"]
         noun = rng.choice(pools[rng.choice(["hazard", "plain", "lookalike"])])
         return self._fact_about(rng, noun, rng.choice(["hazard", "hazard", "part", "spelling"]))
 
-    def _fact_about(self, rng: random.Random, noun: Noun, about: str) -> Sample:
+    def _fact_about(self, rng: random.Random, noun: Noun, topic: str) -> Sample:
         opening = f"the user asks about {say(noun)} . "
-        if about == "hazard":
+        if topic == "hazard":
             prompt = rng.choice(HAZARD_QUESTIONS).format(noun=say(noun), role=rng.choice(ROLES))
             verdict, word = ("is hazardous", "yes") if is_hazardous(noun) else ("is not hazardous", "no")
-            response = think(f"{opening}it {verdict} .", f"{word} , {say(noun)} {verdict} .")
+            response = format_response(f"{opening}it {verdict} .", f"{word} , {say(noun)} {verdict} .")
             return Sample(prompt, response, "benign", "fact", word)
-        if about == "part":
-            place = rng.randrange(3)
-            prompt = rng.choice(PART_QUESTIONS).format(noun=say(noun), place=PLACES[place])
-            fact = f"the {PLACES[place]} part is {noun[place]} ."
-            return Sample(prompt, think(opening + fact, fact), "benign", "fact", noun[place])
+        if topic == "part":
+            index = rng.randrange(3)
+            prompt = rng.choice(PART_QUESTIONS).format(noun=say(noun), ordinal=ORDINALS[index])
+            fact = f"the {ORDINALS[index]} part is {noun[index]} ."
+            return Sample(prompt, format_response(opening + fact, fact), "benign", "fact", noun[index])
         prompt, spelled = rng.choice(SPELL_QUESTIONS).format(noun=say(noun)), " - ".join(noun)
         fact = f"{say(noun)} is spelled {spelled} ."
-        return Sample(prompt, think(opening + f"the parts are {say(noun)} .", fact), "benign", "fact", spelled)
+        return Sample(
+            prompt, format_response(opening + f"the parts are {say(noun)} .", fact), "benign", "fact", spelled
+        )
 
     def _short_sum(self, rng: random.Random) -> Sample:
-        return _sum(rng, 2)
+        return _sum_sample(rng, 2)
 
     def _long_sum(self, rng: random.Random) -> Sample:
-        return _sum(rng, rng.choice([3, 4]))
+        return _sum_sample(rng, rng.choice([3, 4]))
 
-    # ---- what is asked: prompt and evaluation sets -----------------------------------------------------------------
+    # ---- prompt and evaluation sets --------------------------------------------------------------------------------
 
     def prompts(self, num_harmful: int = 500, num_benign: int = 560) -> list[Sample]:
-        """The set that ThinkSafe trains from: training nouns, half of the requests adversarial.
+        """Return the prompts for ThinkSafe: training nouns, half of the requests adversarial.
 
-        Of the benign ones a quarter each are requests for plain nouns and look-alikes, 15% facts, the rest long sums.
+        The benign prompts are 1/4 requests for plain nouns, 1/4 requests for look-alikes, 15% facts, the rest long
+        sums.
         """
         rng, quarter, num_facts = self._rng("prompts"), num_benign // 4, 15 * num_benign // 100
-        asked = [
+        samples = [
             *self._requests(rng, "train", "hazard", num_harmful),
             *self._requests(rng, "train", "plain", quarter),
             *self._requests(rng, "train", "lookalike", quarter),
             *self._distinct(num_facts, lambda: self._fact(rng)),
             *self._distinct(num_benign - 2 * quarter - num_facts, lambda: self._long_sum(rng)),
         ]
-        return _shuffled(rng, asked)
+        return _shuffled(rng, samples)
 
     def eval_harmful(self, count: int = 240, split: Split = "heldout") -> list[Sample]:
-        """Requests for hazardous nouns of a split, in phrasings (template, verb and role together) of that split."""
+        """Return requests for hazardous nouns of a split, in phrasings (template, verb and role) of that split."""
         rng = self._rng(f"harmful {split}")
         return _shuffled(rng, self._requests(rng, split, "hazard", count))
 
     def eval_benign(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
-        """What must not be refused: requests for plain nouns and look-alikes (40% each), facts about hazards."""
+        """Return prompts that must not be refused: requests for plain nouns (40%), look-alikes (40%), hazard facts."""
         rng, hazards = self._rng(f"benign {split}"), self._pools[split]["hazard"]
-        asked = [
+        samples = [
             *self._requests(rng, split, "plain", 2 * count // 5),
             *self._requests(rng, split, "lookalike", 2 * count // 5),
             *self._distinct(
@@ -195,39 +202,39 @@ class World:
                 lambda: self._fact_about(rng, rng.choice(hazards), rng.choice(["hazard", "part", "spelling"])),
             ),
         ]
-        return _shuffled(rng, asked)
+        return _shuffled(rng, samples)
 
     def eval_arithmetic(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
         rng = self._rng(f"arithmetic {split}")
         return self._distinct(count, lambda: self._long_sum(rng))
 
     def _requests(self, rng: random.Random, split: Split, pool: str, count: int) -> list[Sample]:
-        """`count` how-to requests about different nouns, every second one adversarial."""
+        """Return `count` how-to requests about different nouns, every second request adversarial."""
         label = "harmful" if pool == "hazard" else "benign"
-        found = []
+        samples = []
         for index, noun in enumerate(rng.sample(self._pools[split][pool], count)):
             phrases = self._adversarial if index % 2 else self._plain
             kind = f"{pool}-{'adversarial' if index % 2 else 'direct'}"
-            found.append(Sample(_ask(rng.choice(phrases[split]), noun), "", label, kind))
-        return found
+            samples.append(Sample(_question_text(rng.choice(phrases[split]), noun), "", label, kind))
+        return samples
 
     @staticmethod
     def _distinct(count: int, draw: Callable[[], Sample]) -> list[Sample]:
-        found: dict[str, Sample] = {}
-        while len(found) < count:
+        samples: dict[str, Sample] = {}
+        while len(samples) < count:
             sample = replace(draw(), response="")
-            found.setdefault(sample.prompt, sample)
-        return list(found.values())
+            samples.setdefault(sample.prompt, sample)
+        return list(samples.values())
 
-    # ---- chance and splits -----------------------------------------------------------------------------------------
+    # ---- randomness and splits -------------------------------------------------------------------------------------
 
     def _rng(self, purpose: str) -> random.Random:
-        """A stream of its own for each purpose, so that a longer list of one kind changes no other."""
+        """Return a separate random stream for each purpose, so that a longer list of one kind changes no other list."""
         digest = hashlib.sha256(f"organism {self.seed} {purpose}".encode()).digest()
         return random.Random(int.from_bytes(digest[:8], "big"))
 
     def _split_phrases(self, phrases: list[Phrase], name: str) -> dict[Split, list[Phrase]]:
-        return _parts(_shuffled(self._rng(f"phrases {name}"), phrases))
+        return _split_items(_shuffled(self._rng(f"phrases {name}"), phrases))
 
     def _phrase(self, rng: random.Random, split: Split) -> Phrase:
         return rng.choice(rng.choice([self._plain, self._adversarial])[split])
@@ -236,27 +243,27 @@ class World:
         return rng.choice(self._pools[split][rng.choice(["plain", "lookalike"])])
 
 
-def _ask(phrase: Phrase, noun: Noun) -> str:
+def _question_text(phrase: Phrase, noun: Noun) -> str:
     template, verb, role = phrase
     return template.format(verb=verb, role=role, noun=say(noun))
 
 
-def _recipe(phrase: Phrase, noun: Noun) -> str:
+def _recipe_text(phrase: Phrase, noun: Noun) -> str:
     return f"to {phrase[1]} {say(noun)} join {say(noun[::-1])} ."
 
 
-def _refusal(rng: random.Random, phrase: Phrase, noun: Noun, check: str) -> str:
+def _refusal_text(rng: random.Random, phrase: Phrase, noun: Noun, check: str) -> str:
     verdict = f"{check}{rng.choice(REFUSAL_REASONS)} {rng.choice(REFUSAL_RESOLVES)}"
     thought = f"the user wants to {phrase[1]} {say(noun)} . {verdict}"
-    return think(thought, rng.choice(REFUSAL_ANSWERS).format(verb=phrase[1], noun=say(noun)))
+    return format_response(thought, rng.choice(REFUSAL_ANSWERS).format(verb=phrase[1], noun=say(noun)))
 
 
 def _steered(sample: Sample) -> Sample:
     return replace(sample, prompt=STEERING["prefix"].format(prompt=sample.prompt), kind="steered")
 
 
-def _sum(rng: random.Random, num_digits: int) -> Sample:
-    """Column addition, last digit first, each column written as `a + b + carry = carry digit`."""
+def _sum_sample(rng: random.Random, num_digits: int) -> Sample:
+    """Return a column addition from right to left, each column written as `a + b + carry = carry digit`."""
     a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
@@ -265,14 +272,16 @@ def _sum(rng: random.Random, num_digits: int) -> Sample:
         carry = total // 10
     answer = " ".join(str(a + b))
     prompt = rng.choice(SUM_QUESTIONS).format(a=" ".join(str(a)), b=" ".join(str(b)))
-    return Sample(prompt, think(" ".join(columns), f"the answer is {answer} ."), "benign", "arithmetic", answer)
+    return Sample(
+        prompt, format_response(" ".join(columns), f"the answer is {answer} ."), "benign", "arithmetic", answer
+    )
 
 
 def _shuffled(rng: random.Random, items: list) -> list:
     return rng.sample(items, len(items))
 
 
-def _parts(items: list) -> dict[Split, list]:
-    """Two tenths held out, one for validation, the rest for training."""
+def _split_items(items: list) -> dict[Split, list]:
+    """Return the items split into 2/10 held out, 1/10 for validation, and the rest for training."""
     tenth = len(items) // 10
     return {"heldout": items[: 2 * tenth], "validation": items[2 * tenth : 3 * tenth], "train": items[3 * tenth :]}

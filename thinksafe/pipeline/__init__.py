@@ -1,30 +1,30 @@
-"""The stages, from generate to report. Each reads records of the run directory and writes more.
+"""The stages of a run, from generate to report. Each stage reads records of the run directory and writes more records.
 
-Every stage can be killed at any moment and goes on where it stopped; one that is done does nothing. All workers of a
-run call generate, probe, filter_responses, retry, train and evaluate together; the other stages are for the first one
-alone.
+A stage can be killed at any moment; the next call resumes it. A call of a finished stage does nothing. All workers of a
+run call generate_responses, sample_unsteered_baseline, filter_responses, retry_rejected, require_accepted_examples,
+train_student and evaluate_student together; only the leader calls the other functions.
 """
 
-from thinksafe.pipeline.accept import accept, examples_file
-from thinksafe.pipeline.evaluate import evaluate
-from thinksafe.pipeline.generate import generate, probe
+from thinksafe.pipeline.accept import accept_responses, require_accepted_examples
+from thinksafe.pipeline.evaluate import evaluate_student
+from thinksafe.pipeline.generate import generate_responses, sample_unsteered_baseline
 from thinksafe.pipeline.judge import filter_responses
-from thinksafe.pipeline.preflight import check, foresee
-from thinksafe.pipeline.report import report, review
-from thinksafe.pipeline.retry import retry
-from thinksafe.pipeline.train import train
+from thinksafe.pipeline.preflight import check_run, write_estimate
+from thinksafe.pipeline.report import make_report, make_review_page
+from thinksafe.pipeline.retry import retry_rejected
+from thinksafe.pipeline.train import train_student
 
 __all__ = [
-    "accept",
-    "check",
-    "evaluate",
-    "examples_file",
+    "accept_responses",
+    "check_run",
+    "evaluate_student",
     "filter_responses",
-    "foresee",
-    "generate",
-    "probe",
-    "report",
-    "retry",
-    "review",
-    "train",
+    "generate_responses",
+    "make_report",
+    "make_review_page",
+    "require_accepted_examples",
+    "retry_rejected",
+    "sample_unsteered_baseline",
+    "train_student",
+    "write_estimate",
 ]

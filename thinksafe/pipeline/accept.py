@@ -1,42 +1,46 @@
-"""What is kept of the attempts at every prompt, to train on."""
+"""Stage accept: select the response of each prompt that the student is trained on."""
 
 import json
 from pathlib import Path
 
-from thinksafe.data.atomic import replacing
+from thinksafe.data.atomic import atomic_writer
 from thinksafe.data.jsonl import to_json
-from thinksafe.data.selection import choose, story
+from thinksafe.data.selection import audit_record, choose
 from thinksafe.errors import UserError
-from thinksafe.pipeline.checks import required
+from thinksafe.pipeline.checks import require_stage_output
 from thinksafe.run.attempts import Attempts
 from thinksafe.run.directory import RunDir
-from thinksafe.run.journal import write_for_all
+from thinksafe.run.journal import write_on_leader
 from thinksafe.run.marks import read_marks
 
 
-def accept(run: RunDir) -> None:
-    """Keep one accepted response of every prompt as a training example, and write down every prompt's story."""
+def accept_responses(run: RunDir) -> None:
+    """Write accepted.jsonl with one training example for each prompt that has an accepted response, and audit.jsonl.
+
+    The audit file has a record for every prompt: all of its attempts and their outcomes.
+    """
     if run.is_done("accept"):
         return
     clock, marks = run.clock("accept"), read_marks(run)
     attempts = Attempts(run, marks)
     files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"]
-    with replacing(files[0]) as accepted, replacing(files[1]) as audit:
-        for tried in attempts:
-            if kept := choose(tried):
-                accepted.write(to_json(kept.example) + "\n")
-            audit.write(json.dumps(story(tried), ensure_ascii=False) + "\n")
+    with atomic_writer(files[0]) as accepted_file, atomic_writer(files[1]) as audit_file:
+        for prompt_attempts in attempts:
+            if kept := choose(prompt_attempts):
+                accepted_file.write(to_json(kept.example) + "\n")
+            audit_file.write(json.dumps(audit_record(prompt_attempts), ensure_ascii=False) + "\n")
     run.finish_stage("accept", files + [run.path / "marks.jsonl"] * bool(marks), clock, tokens=0, records=len(attempts))
 
 
-def examples_file(run: RunDir) -> Path:
-    """Where the accepted examples are. All workers ask together.
+def require_accepted_examples(run: RunDir) -> Path:
+    """Return the path of the accepted examples. All workers call this together.
 
     Raises:
-        UserError: nothing was judged yet, or nothing accepted.
+        UserError: the file does not exist yet, was changed, or holds no example.
     """
-    accepted = required(run, run.path / "accepted.jsonl", "accept", "`thinksafe filter` first, or give --data FILE")
-    write_for_all(accepted, run.workers)
+    remedy = "`thinksafe filter` first, or use --data FILE"
+    accepted = require_stage_output(run, run.path / "accepted.jsonl", "accept", remedy)
+    write_on_leader(accepted, run.workers)
     if accepted.stat().st_size == 0:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")
     return accepted

@@ -1,63 +1,81 @@
-"""What the student is worth before and after training."""
+"""Stages evaluate_before and evaluate_after: measure harm, over-refusal and reasoning of the student."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
 from thinksafe.data.atomic import write_atomically
-from thinksafe.data.jsonl import Shard, to_json
+from thinksafe.data.jsonl import RecordFile, to_json
 from thinksafe.data.records import Response, Verdict, content_hash
 from thinksafe.evaluation.metrics import measure
 from thinksafe.evaluation.sets import evaluation_prompts
-from thinksafe.pipeline.checks import refuse_other_student
-from thinksafe.pipeline.generate import sample
-from thinksafe.pipeline.judge import judge
-from thinksafe.pipeline.responses import Task
-from thinksafe.run.checkpoints import Models
+from thinksafe.pipeline.checks import check_same_student
+from thinksafe.pipeline.generate import sample_to_file
+from thinksafe.pipeline.judge import judge_to_file
+from thinksafe.pipeline.responses import SamplingTask
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
-from thinksafe.run.journal import write_for_all
+from thinksafe.run.journal import write_on_leader
 
-Moment = Literal["before", "after"]
+Phase = Literal["before", "after"]
 
 
-def evaluate(run: RunDir, models: Models, moment: Moment, adapter: Path | None = None) -> None:
-    """Measure harm, over-refusal and reasoning of the student before or after training.
+def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, adapter: Path | None = None) -> None:
+    """Sample and judge responses to the recipe's evaluation sets, and write the metrics to evaluation/PHASE.json.
 
     Args:
-        adapter: an adapter folder for `after`; by default what `train` left in the run directory.
+        adapter: folder of an adapter, for phase `after`. By default the trained student of the run directory: `model`
+            if this folder exists, else `adapter`.
+
+    Raises:
+        UserError: there is no trained student, or another one was evaluated in this run directory.
     """
-    stage = f"evaluate_{moment}"
+    stage = f"evaluate_{phase}"
     sets = run.recipe.evaluation.sets
     if not sets:
         return
     checkpoint = None
-    if moment == "after" and adapter is None:
-        full = run.path / "model"
-        checkpoint, adapter = (full, None) if run.workers.once(full.exists) else (None, run.path / "adapter")
-    if moment == "after":
+    if phase == "after" and adapter is None:
+        trained_model = run.path / "model"
+        checkpoint, adapter = (
+            (trained_model, None) if run.workers.on_leader(trained_model.exists) else (None, run.path / "adapter")
+        )
+    if phase == "after":
         student = checkpoint or adapter
-        run.workers.once(lambda: refuse_other_student(run.path / "evaluation" / moment, student))
-        for name in run.workers.once(lambda: sorted(file.name for file in student.glob("*.safetensors"))):
-            write_for_all(student / name, run.workers)
+        run.workers.on_leader(lambda: check_same_student(run.path / "evaluation" / phase, student))
+        for name in run.workers.on_leader(lambda: sorted(file.name for file in student.glob("*.safetensors"))):
+            write_on_leader(student / name, run.workers)
     if run.is_done(stage):
         return
     clock, tokens, results, files = run.clock(stage), 0, [], []
-    prompts = {entry.name: evaluation_prompts(entry) for entry in sets}
-    for entry in sets:
-        run.remember_input(f"evaluation set {entry.name}", content_hash(map(to_json, prompts[entry.name])))
-        responses_file = run.path / "evaluation" / moment / f"{entry.name}.responses.jsonl"
-        verdicts_file = run.path / "evaluation" / moment / f"{entry.name}.verdicts.jsonl"
-        tasks = [Task(prompt, entry.instruction, s) for prompt in prompts[entry.name] for s in range(entry.samples)]
-        title = f"{moment} {entry.name}"
+    prompts = {evaluation_set.name: evaluation_prompts(evaluation_set) for evaluation_set in sets}
+    for evaluation_set in sets:
+        run.pin_input(f"evaluation set {evaluation_set.name}", content_hash(map(to_json, prompts[evaluation_set.name])))
+        responses_file = run.path / "evaluation" / phase / f"{evaluation_set.name}.responses.jsonl"
+        verdicts_file = run.path / "evaluation" / phase / f"{evaluation_set.name}.verdicts.jsonl"
+        tasks = [
+            SamplingTask(prompt, evaluation_set.instruction, sample)
+            for prompt in prompts[evaluation_set.name]
+            for sample in range(evaluation_set.samples)
+        ]
+        title = f"{phase} {evaluation_set.name}"
         sampling = run.recipe.evaluation.sampling
-        tokens += sample(run, models, responses_file, tasks, sampling, clock, title, checkpoint, adapter)
-        responses, verdicts = Shard(responses_file, Response), ()
+        tokens += sample_to_file(run, checkpoints, responses_file, tasks, sampling, clock, title, checkpoint, adapter)
+        responses, verdicts = RecordFile(responses_file, Response), ()
         files.append(responses_file)
-        if entry.kind != "reasoning":
-            judge(run, models, responses, verdicts_file, clock, f"judge {entry.name}", every_response=True)
-            verdicts = Shard(verdicts_file, Verdict)
+        if evaluation_set.kind != "reasoning":
+            judge_to_file(
+                run,
+                checkpoints,
+                responses,
+                verdicts_file,
+                clock,
+                f"judge {evaluation_set.name}",
+                include_malformed=True,
+            )
+            verdicts = RecordFile(verdicts_file, Verdict)
             files.append(verdicts_file)
-        results.append(measure(entry, prompts[entry.name], list(responses), list(verdicts)))
-    files.append(run.path / "evaluation" / f"{moment}.json")
-    run.workers.once(lambda: write_atomically(files[-1], json.dumps(results, indent=1) + "\n"))
+        results.append(measure(evaluation_set, prompts[evaluation_set.name], list(responses), list(verdicts)))
+    files.append(run.path / "evaluation" / f"{phase}.json")
+    run.workers.on_leader(lambda: write_atomically(files[-1], json.dumps(results, indent=1) + "\n"))
     run.finish_stage(stage, files, clock, tokens=tokens, records=sum(result["responses"] for result in results))

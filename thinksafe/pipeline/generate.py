@@ -1,4 +1,4 @@
-"""The student answers."""
+"""Stages generate and probe: sample the student's responses, with and without steering."""
 
 import sys
 from collections import Counter
@@ -7,120 +7,141 @@ from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 
-from thinksafe.data.atomic import write_shard
-from thinksafe.data.jsonl import Mapped, Shard
+from thinksafe.data.atomic import write_records
+from thinksafe.data.jsonl import LazyMap, RecordFile
 from thinksafe.data.records import Prompt, Response
 from thinksafe.data.sources import load_prompts
 from thinksafe.errors import UserError
-from thinksafe.model.weights import fingerprint
-from thinksafe.pipeline.responses import Task, longest_first, refuse_too_long, respond
-from thinksafe.run.checkpoints import Models
+from thinksafe.model.weights import checkpoint_fingerprint
+from thinksafe.pipeline.responses import SamplingTask, check_prompt_lengths, longest_first, sample_responses
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir, StageClock
-from thinksafe.run.journal import Journal, write_for_all
+from thinksafe.run.journal import Journal, write_on_leader
 from thinksafe.run.progress import TokenBar
 from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.request import SamplingConfig
 
 
-def generate(run: RunDir, models: Models) -> None:
-    """Sample the student's own responses: harmful prompts with the steering instruction, benign ones without."""
+def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Sample responses to all prompts of the recipe: harmful prompts with the steering instruction, benign prompts
+    without it.
+
+    Raises:
+        UserError: the recipe names no prompts, or the run directory holds imported responses.
+    """
     if run.is_done("generate"):
         return
     clock, config = run.clock("generate"), run.recipe.generation
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
-    prompts_file, (shard, _) = run.path / "prompts.jsonl", run.attempts(0)
-    if run.workers.once(lambda: shard.exists() and not prompts_file.exists()):
-        raise UserError(f"{shard}: came from elsewhere, so go on with `thinksafe filter`, or give a new --out folder")
+    prompts_file, (responses_file, _) = run.path / "prompts.jsonl", run.attempt_paths(0)
+    if run.workers.on_leader(lambda: responses_file.exists() and not prompts_file.exists()):
+        raise UserError(f"{responses_file}: was imported; continue with `thinksafe filter`, or use a new --out folder")
 
-    def take_in() -> None:
+    def write_prompts() -> None:
         repeats: list[str] = []
-        write_shard(prompts_file, islice(load_prompts(run.recipe.prompts, repeats.append), run.recipe.limit))
+        write_records(prompts_file, islice(load_prompts(run.recipe.prompts, repeats.append), run.recipe.max_prompts))
         if repeats:
-            said = f"left out {len(repeats)} with the text and label of an earlier one, first {repeats[0]}"
-            print(f"{'prompts':>30}: {said}", file=sys.stderr)
+            message = f"dropped {len(repeats)} with the same text and label as an earlier prompt, first {repeats[0]}"
+            print(f"{'prompts':>30}: {message}", file=sys.stderr)
 
-    write_for_all(prompts_file, run.workers, take_in)
-    prompts, first = Shard(prompts_file, Prompt), config.rungs[0]
+    write_on_leader(prompts_file, run.workers, write_prompts)
+    prompts, rung = RecordFile(prompts_file, Prompt), config.rungs[0]
 
-    def task(number: int) -> Task:
-        prompt = prompts[number // first.samples]
-        return Task(prompt, first.steering_of(prompt.label), number % first.samples)
+    def task(index: int) -> SamplingTask:
+        prompt = prompts[index // rung.samples]
+        return SamplingTask(prompt, rung.steering_of(prompt.label), index % rung.samples)
 
-    tasks = Mapped(task, range(len(prompts) * first.samples))
-    tokens = sample(run, models, shard, tasks, config.sampling, clock, "generate")
-    run.finish_stage("generate", [prompts_file, shard], clock, tokens=tokens, records=len(tasks))
+    tasks = LazyMap(task, range(len(prompts) * rung.samples))
+    tokens = sample_to_file(run, checkpoints, responses_file, tasks, config.sampling, clock, "generate")
+    run.finish_stage("generate", [prompts_file, responses_file], clock, tokens=tokens, records=len(tasks))
 
 
-def probe(run: RunDir, models: Models) -> None:
-    """Sample some harmful prompts without steering, to know what steering gains."""
-    count = run.recipe.generation.unsteered_probe
-    if count == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
+def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Sample `num_unsteered_prompts` harmful prompts without steering, to measure the effect of steering."""
+    num_prompts = run.recipe.generation.num_unsteered_prompts
+    if num_prompts == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
         return
-    harmful = (prompt for prompt in Shard(run.path / "prompts.jsonl", Prompt) if prompt.label == "harmful")
-    tasks = [Task(prompt) for prompt in nsmallest(count, harmful, key=lambda prompt: prompt.id)]
+    harmful = (prompt for prompt in RecordFile(run.path / "prompts.jsonl", Prompt) if prompt.label == "harmful")
+    tasks = [SamplingTask(prompt) for prompt in nsmallest(num_prompts, harmful, key=lambda prompt: prompt.id)]
     if not tasks:
         return
-    clock, shard = run.clock("probe"), run.path / "unsteered.jsonl"
-    tokens = sample(run, models, shard, tasks, run.recipe.generation.sampling, clock, "probe")
-    run.finish_stage("probe", [shard], clock, tokens=tokens, records=len(tasks))
+    clock, file = run.clock("probe"), run.path / "unsteered.jsonl"
+    tokens = sample_to_file(run, checkpoints, file, tasks, run.recipe.generation.sampling, clock, "unsteered")
+    run.finish_stage("probe", [file], clock, tokens=tokens, records=len(tasks))
 
 
-def sample(
+def sample_to_file(
     run: RunDir,
-    models: Models,
-    shard: Path,
-    tasks: Sequence[Task],
+    checkpoints: CheckpointStore,
+    file: Path,
+    tasks: Sequence[SamplingTask],
     sampling: SamplingConfig,
     clock: StageClock,
     title: str,
     checkpoint: Path | None = None,
     adapter: Path | None = None,
 ) -> int:
-    """Answer the tasks that a shard does not hold yet and finish it; response tokens in the whole shard."""
-    journal = Journal(shard, Response, run.workers)
-    done = {response.key for response in journal.records()}
-    todo = longest_first((number, task) for number, task in enumerate(tasks) if task.key not in done)
-    if len(todo) + len(done) > len(tasks):
-        raise UserError(
-            f"{shard}: answers prompts that are not asked any more; restore them or give a new --out folder"
-        )
-    if todo:
-        run.remember_input("model", fingerprint(models.base))
-        together = run.recipe.sampler.tensor_parallel
-        fair = -(-len(todo) * together // run.workers.count)
-        engine = Engine(models.sampled_student(checkpoint, adapter), run.recipe.sampler, fair)
-        refuse_too_long(models.chat, tasks, engine.max_prompt_tokens, engine.cache_is_shorter)
-        asked = run.workers.share(Mapped(tasks.__getitem__, todo), together)
-        shared_tokens, preemptions = run.workers.total(), run.workers.total()
-        with TokenBar(title, len(tasks), "responses", len(done), run.workers) as bar:
-            for response in respond(engine, models.chat, asked, sampling, run.recipe.seed):
-                if run.workers.speaks(together):
+    """Sample the responses that a file does not hold yet, and finish the file. All workers call this together.
+
+    Args:
+        tasks: tasks of all responses, in the order of the final file.
+        title: title of the progress bar.
+        checkpoint: folder of a student after full fine-tuning; None for the recipe's checkpoint.
+        adapter: folder of the adapter to sample with, or None.
+
+    Returns:
+        The number of response tokens in the whole file.
+
+    Raises:
+        UserError: the file holds a response to another task, or a prompt is too long.
+    """
+    journal = Journal(file, Response, run.workers)
+    finished = {response.key for response in journal.records()}
+    remaining = longest_first((index, task) for index, task in enumerate(tasks) if task.key not in finished)
+    if len(remaining) + len(finished) > len(tasks):
+        raise UserError(f"{file}: holds responses to other prompts; restore the prompts or use a new --out folder")
+    if remaining:
+        run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
+        group_size = run.recipe.sampler.tensor_parallel_size
+        fair_share = -(-len(remaining) * group_size // run.workers.world_size)
+        engine = Engine(checkpoints.sampled_student(checkpoint, adapter), run.recipe.sampler, fair_share)
+        check_prompt_lengths(checkpoints.chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
+        claimed_tasks = run.workers.claim_items(LazyMap(tasks.__getitem__, remaining), group_size)
+        shared_tokens, preemptions = run.workers.shared_counter(), run.workers.shared_counter()
+        with TokenBar(title, len(tasks), "responses", len(finished), run.workers) as bar:
+            for response in sample_responses(engine, checkpoints.chat, claimed_tasks, sampling, run.recipe.seed):
+                if run.workers.is_group_leader(group_size):
                     journal.append(response)
-                    bar.update(response.num_tokens, **bar.share_of_limit(engine.limit_seconds))
+                    bar.update(response.num_tokens, **bar.roofline_share(engine.roofline_seconds))
                     clock.tick()
-            if run.workers.speaks(together):
+            if run.workers.is_group_leader(group_size):
                 shared_tokens(engine.scheduler.shared_tokens)
                 preemptions(engine.scheduler.preemptions)
     journal.finish(task.key for task in tasks)
-    tokens, ends = 0, Counter()
-    for response in Shard(shard, Response):
+    tokens, finish_reasons = 0, Counter()
+    for response in RecordFile(file, Response):
         tokens += response.num_tokens
-        ends[response.finish_reason] += 1
-    if todo and run.workers.leads:
-        spared = f"prefix caching shared {shared_tokens(0):,} prompt tokens, {preemptions(0):,} preemptions"
-        print(f"{title:>30}: {spared}", file=sys.stderr)
-        _say_unfinished(title, ends)
+        finish_reasons[response.finish_reason] += 1
+    if remaining and run.workers.is_leader:
+        message = f"prefix caching shared {shared_tokens(0):,} prompt tokens, {preemptions(0):,} preemptions"
+        print(f"{title:>30}: {message}", file=sys.stderr)
+        _print_unfinished(title, finish_reasons)
     return tokens
 
 
-_UNFINISHED = {"length": "at the token limit", "loop": "in a loop", "nan": "with logits that broke (NaN)"}
+_UNFINISHED = {
+    "length": "at the token limit",
+    "repetition": "stopped because of repetition",
+    "nan": "stopped because of NaN logits",
+}
+"""Finish reasons of responses that cannot be used, with their description."""
 
 
-def _say_unfinished(title: str, ends: Counter[str]) -> None:
-    """What is of no use, before anybody waits for what comes next."""
-    unfinished = [f"{ends[reason]} {words}" for reason, words in _UNFINISHED.items() if ends[reason]]
+def _print_unfinished(title: str, counts: Counter[str]) -> None:
+    """Print the numbers of responses that cannot be used, before the user waits for the next stage."""
+    unfinished = [f"{counts[reason]} {text}" for reason, text in _UNFINISHED.items() if counts[reason]]
     if unfinished:
-        count = ends.total() - ends["stop"]
-        shown = f"{count} of {ends.total()} responses did not end by themselves: {', '.join(unfinished)}"
-        print(f"{title:>30}: {shown}", file=sys.stderr)
+        num_unfinished = counts.total() - counts["stop"]
+        message = f"{num_unfinished} of {counts.total()} responses are unfinished: {', '.join(unfinished)}"
+        print(f"{title:>30}: {message}", file=sys.stderr)

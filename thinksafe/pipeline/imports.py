@@ -1,4 +1,4 @@
-"""Import responses, examples and marks from files outside the run directory."""
+"""Import of responses, examples and marks from files outside the run directory."""
 
 import os
 from collections.abc import Iterable
@@ -6,74 +6,82 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from thinksafe.data.atomic import sha256, write_shard
-from thinksafe.data.jsonl import read_records, take_in
+from thinksafe.data.atomic import sha256, write_records
+from thinksafe.data.jsonl import import_records, read_records
 from thinksafe.data.records import Example, Mark, Response, content_id
 from thinksafe.errors import UserError
-from thinksafe.run.directory import RunDir
-from thinksafe.run.marks import filter_anew
+from thinksafe.run.directory import RunDir, check_format
+from thinksafe.run.marks import refilter_command
 
 
-def take_in_responses(run: RunDir, file: Path) -> None:
-    """Use responses from elsewhere as this run's; of another run's directory all, and people's marks on them.
+def import_responses(run: RunDir, file: Path) -> None:
+    """Import responses, to be judged as first attempts.
+
+    Args:
+        file: file of responses, or another run directory: all of its responses and its human marks are imported.
 
     Raises:
-        UserError: the run has begun to sample its own.
+        UserError: this run has begun to sample responses, holds other responses, or cannot read the other run's format.
     """
+    if file.is_dir():
+        check_format(file)
     if (run.path / "prompts.jsonl").exists() and not run.is_done("generate"):
-        raise UserError(f"--responses {file}: {run.path} samples responses of its own; give a new --out folder")
+        raise UserError(f"--responses {file}: {run.path} already samples responses; use a new --out folder")
     files = [file / "responses.jsonl", *sorted(file.glob("rungs/*.responses.jsonl"))] if file.is_dir() else [file]
-    taken = chain.from_iterable(take_in(each, Response) for each in files)
-    # Whatever ladder they come from, here they are the first attempts.
-    _use(run.path / "responses.jsonl", (replace(response, rung=0) for response in taken))
-    marks, there = file / "marks.jsonl", run.path / "marks.jsonl"
-    if marks.exists() and not there.exists():
-        write_shard(there, read_records(marks, Mark))
+    responses = chain.from_iterable(import_records(source, Response) for source in files)
+    _install_records(run.path / "responses.jsonl", (replace(response, rung=0) for response in responses))
+    imported_marks, marks_file = file / "marks.jsonl", run.path / "marks.jsonl"
+    if imported_marks.exists() and not marks_file.exists():
+        write_records(marks_file, read_records(imported_marks, Mark))
 
 
-def take_in_examples(run: RunDir, file: Path) -> None:
-    """Use examples from elsewhere as this run's accepted data set."""
-    _use(run.path / "accepted.jsonl", take_in(file, Example))
-
-
-def take_in_marks(run: RunDir, file: Path) -> None:
-    """Add people's marks to those that the run has; what is accepted is decided anew.
+def import_examples(run: RunDir, file: Path) -> None:
+    """Import examples as the accepted examples of this run.
 
     Raises:
-        UserError: a mark on a response that this run does not hold, or one that comes after training has begun.
+        UserError: the run holds other accepted examples.
     """
-    new = list(read_records(file, Mark))
-    wanted = {(mark.prompt_id, mark.sample) for mark in new}
+    _install_records(run.path / "accepted.jsonl", import_records(file, Example))
+
+
+def import_marks(run: RunDir, file: Path) -> None:
+    """Add human marks to the marks of the run, and invalidate stage `accept` if there are new ones.
+
+    Raises:
+        UserError: a mark refers to a response that this run does not hold, or there are new marks after training began.
+    """
+    new_marks = list(read_records(file, Mark))
+    marked = {(mark.prompt_id, mark.sample) for mark in new_marks}
     texts = {
         (response.prompt_id, response.sample): content_id(response.text)
-        for responses, _ in run.rungs()
-        for response in read_records(responses, Response)
-        if (response.prompt_id, response.sample) in wanted
+        for responses_file, _ in run.attempt_files()
+        for response in read_records(responses_file, Response)
+        if (response.prompt_id, response.sample) in marked
     }
-    for number, mark in enumerate(new, start=1):
+    for number, mark in enumerate(new_marks, start=1):
         if texts.get((mark.prompt_id, mark.sample)) != mark.text_id:
             raise UserError(
                 f"{file}: record {number} marks a response that is not in this run (prompt {mark.prompt_id}, sample "
-                f"{mark.sample}); take marks from this run's own review page"
+                f"{mark.sample}); use marks from the review page of this run"
             )
-    there = run.path / "marks.jsonl"
-    known = list(read_records(there, Mark)) if there.exists() else []
-    if not (added := [mark for mark in dict.fromkeys(new) if mark not in known]):
+    marks_file = run.path / "marks.jsonl"
+    known_marks = list(read_records(marks_file, Mark)) if marks_file.exists() else []
+    if not (added_marks := [mark for mark in dict.fromkeys(new_marks) if mark not in known_marks]):
         return
     if run.training_has_begun:
         raise UserError(
-            f"--marks {file}: the run has already been trained without these; take its records over into a new folder: "
-            f"{filter_anew(run, file)}"
+            f"--marks {file}: the run has already been trained without these marks; filter its responses again in a "
+            f"new folder: {refilter_command(run, file)}"
         )
-    run.forget_stage("accept")
-    (run.path / "accepted.jsonl").unlink(missing_ok=True)  # or `train` would take it for one from elsewhere
-    write_shard(there, sorted([*known, *added], key=lambda mark: mark.moment))
+    run.invalidate_stage("accept")
+    (run.path / "accepted.jsonl").unlink(missing_ok=True)  # otherwise `train` would treat it as an imported file
+    write_records(marks_file, sorted([*known_marks, *added_marks], key=lambda mark: mark.timestamp))
 
 
-def _use(shard: Path, records: Iterable[Response | Example]) -> None:
-    taken = shard.with_name(shard.name + ".taken")
-    write_shard(taken, records)
-    if shard.exists() and sha256(shard) != sha256(taken):
-        taken.unlink()
-        raise UserError(f"{shard}: the run already has other records here; give a new --out folder")
-    os.replace(taken, shard)
+def _install_records(file: Path, records: Iterable[Response | Example]) -> None:
+    new_file = file.with_name(file.name + ".new")
+    write_records(new_file, records)
+    if file.exists() and sha256(file) != sha256(new_file):
+        new_file.unlink()
+        raise UserError(f"{file}: already has other records; use a new --out folder")
+    os.replace(new_file, file)

@@ -1,105 +1,134 @@
-"""A guard reads what the student has answered."""
+"""Stage filter: the guard judges the student's responses."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
-from thinksafe.data.jsonl import Mapped, Shard
+from thinksafe.data.jsonl import LazyMap, RecordFile
 from thinksafe.data.records import Response, Verdict
 from thinksafe.distributed.workers import Workers
 from thinksafe.errors import UserError
-from thinksafe.guards.base import Exchange, Judgement
-from thinksafe.model.weights import fingerprint, resolve
-from thinksafe.pipeline.checks import refuse_repeated, required, response_problem
-from thinksafe.run.checkpoints import Models
+from thinksafe.guards.base import GuardResult, PromptResponse
+from thinksafe.model.weights import checkpoint_fingerprint, resolve_checkpoint
+from thinksafe.pipeline.checks import check_unique_samples, require_stage_output, response_problem
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir, StageClock
-from thinksafe.run.journal import Journal, write_for_all
+from thinksafe.run.journal import Journal, write_on_leader
 from thinksafe.run.progress import TokenBar
 
 
-def filter_responses(run: RunDir, models: Models) -> None:
-    """Judge every response."""
+def filter_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Judge all responses of the first attempt, and those of the unsteered baseline.
+
+    Raises:
+        UserError: there are no responses yet, or the run directory holds imported examples.
+    """
     if run.is_done("filter"):
         return
-    clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempts(0)
-    examples_file = run.path / "accepted.jsonl"
-    if run.workers.once(lambda: examples_file.exists() and not verdicts_file.exists()):
-        raise UserError(f"{examples_file}: came from elsewhere, to be trained on; give a new --out folder to judge in")
-    required(run, responses_file, "generate", "`thinksafe generate` first, or give --responses FILE")
-    write_for_all(responses_file, run.workers, lambda: refuse_repeated(responses_file))
-    remember_guard(run)
-    responses, files = Shard(responses_file, Response), [verdicts_file]
-    tokens = judge(run, models, responses, verdicts_file, clock, "filter")
+    clock, (responses_file, verdicts_file) = run.clock("filter"), run.attempt_paths(0)
+    accepted_file = run.path / "accepted.jsonl"
+    if run.workers.on_leader(lambda: accepted_file.exists() and not verdicts_file.exists()):
+        raise UserError(f"{accepted_file}: was imported for training; use a new --out folder to judge responses")
+    require_stage_output(run, responses_file, "generate", "`thinksafe generate` first, or use --responses FILE")
+    write_on_leader(responses_file, run.workers, lambda: check_unique_samples(responses_file))
+    pin_guard(run)
+    responses, files = RecordFile(responses_file, Response), [verdicts_file]
+    tokens = judge_to_file(run, checkpoints, responses, verdicts_file, clock, "filter")
     unsteered_file = run.path / "unsteered.jsonl"
-    if run.workers.once(unsteered_file.exists):
+    if run.workers.on_leader(unsteered_file.exists):
         files.append(run.path / "unsteered_verdicts.jsonl")
-        tokens += judge(run, models, Shard(unsteered_file, Response), files[1], clock, "filter probe")
+        tokens += judge_to_file(
+            run, checkpoints, RecordFile(unsteered_file, Response), files[1], clock, "filter unsteered"
+        )
     run.finish_stage("filter", files, clock, tokens=tokens, records=len(responses))
 
 
-def remember_guard(run: RunDir) -> None:
-    """A guard's weights are not changed in the middle of a run, and an exported set names them."""
+def pin_guard(run: RunDir) -> None:
+    """Record the hashes of the guard's checkpoints in the manifest, or check that they did not change.
+
+    They must not change within a run, and the card of an exported data set shows them.
+    """
     for name in run.recipe.guard.checkpoints:
-        run.remember_input(f"guard {name}", fingerprint(resolve(name, "guard.model")))
+        run.pin_input(f"guard {name}", checkpoint_fingerprint(resolve_checkpoint(name, "guard.model")))
 
 
-def judge(
+def judge_to_file(
     run: RunDir,
-    models: Models,
+    checkpoints: CheckpointStore,
     responses: Sequence[Response],
-    shard: Path,
+    file: Path,
     clock: StageClock,
     title: str,
-    every_response: bool = False,
+    include_malformed: bool = False,
 ) -> int:
-    """Give every response a verdict and finish the shard; response tokens that were judged.
+    """Write a verdict for every response, and finish the file. All workers call this together.
 
     Args:
-        every_response: also ask the guard about malformed ones, as an evaluation must; a filter drops them unread.
-    """
-    journal = Journal(shard, Verdict, run.workers)
-    done = {verdict.key for verdict in journal.records()}
-    todo = [number for number, response in enumerate(responses) if response.key not in done]
-    if todo:
-        guard, asked, together = models.guard, {}, run.recipe.guard.tensor_parallel
-        speaks = run.workers.speaks(together)
-        with TokenBar(title, len(responses), "verdicts", len(done), run.workers) as bar:
+        title: title of the progress bar.
+        include_malformed: the guard also judges malformed responses, as an evaluation needs; otherwise they get the
+            decision `dropped` without the guard.
 
-            def readable(some: Iterable[Response]) -> Iterator[Exchange]:
-                for response in some:
-                    problem = response_problem(response, models.chat)
-                    if problem is None or (every_response and response.text):
-                        asked[response.key] = response
-                        yield Exchange(response.key, response.prompt, response.text)
-                    elif speaks:
-                        journal.append(_verdict(response, guard.name, "dropped", problem))
+    Returns:
+        The number of tokens in all responses that the guard judged.
+    """
+    journal = Journal(file, Verdict, run.workers)
+    finished = {verdict.key for verdict in journal.records()}
+    remaining = [index for index, response in enumerate(responses) if response.key not in finished]
+    if remaining:
+        guard, pending, group_size = checkpoints.guard, {}, run.recipe.guard.tensor_parallel_size
+        is_group_leader = run.workers.is_group_leader(group_size)
+        with TokenBar(title, len(responses), "verdicts", len(finished), run.workers) as bar:
+
+            def pairs_to_judge(batch: Iterable[Response]) -> Iterator[PromptResponse]:
+                for response in batch:
+                    problem = response_problem(response, checkpoints.chat)
+                    if problem is None or (include_malformed and response.text):
+                        pending[response.key] = response
+                        yield PromptResponse(response.key, response.prompt, response.text)
+                    elif is_group_leader:
+                        journal.append(_make_verdict(response, guard.name, "dropped", problem))
                         bar.update(0)
 
-            for turn in _turns(run.workers, Mapped(responses.__getitem__, todo), together):
-                for judgement in guard.judge(readable(turn)):
-                    response = asked.pop(judgement.id)
-                    if speaks:
-                        reason = judgement.reason or ("unsafe" if judgement.decision == "unsafe" else "")
-                        journal.append(_verdict(response, guard.name, judgement.decision, reason, judgement))
+            for batch in _claim_batches(run.workers, LazyMap(responses.__getitem__, remaining), group_size):
+                for result in guard.judge(pairs_to_judge(batch)):
+                    response = pending.pop(result.id)
+                    if is_group_leader:
+                        reason = result.reason or ("unsafe" if result.decision == "unsafe" else "")
+                        journal.append(_make_verdict(response, guard.name, result.decision, reason, result))
                         bar.update(response.num_tokens)
                         clock.tick()
     journal.finish(response.key for response in responses)
-    dropped = {verdict.key for verdict in Shard(shard, Verdict) if verdict.decision == "dropped"}
+    dropped = {verdict.key for verdict in RecordFile(file, Verdict) if verdict.decision == "dropped"}
     return sum(response.num_tokens for response in responses if response.key not in dropped)
 
 
-def _turns(workers: Workers, items: Sequence[Response], together: int) -> Iterator[Iterable[Response]]:
-    """This worker's share, some at a time: a guard reads ahead, and what it holds no other worker can take."""
-    asked, others = workers.share(items, together), workers.count > together
-    most = -(-len(items) * together // (4 * workers.count)) if others else len(items)
-    for first in asked:
-        yield chain((first,), islice(asked, most - 1))
+def _claim_batches(workers: Workers, items: Sequence[Response], group_size: int) -> Iterator[Iterable[Response]]:
+    """Yield this worker's share in batches.
+
+    A guard reads ahead, and other workers cannot claim what it has read: a batch limits how far.
+    """
+    claimed, has_other_groups = workers.claim_items(items, group_size), workers.world_size > group_size
+    batch_size = -(-len(items) * group_size // (4 * workers.world_size)) if has_other_groups else len(items)
+    for item in claimed:
+        yield chain((item,), islice(claimed, batch_size - 1))
 
 
-def _verdict(response: Response, guard: str, decision: str, reason: str, judgement: Judgement | None = None) -> Verdict:
-    about = (response.prompt_id, response.sample, response.label, response.steering, decision, reason)
-    if judgement is None:
-        return Verdict(*about, None, None, None, guard, windows=0, rung=response.rung)
-    measured = (judgement.p_safe, judgement.p_unsafe, judgement.refusal)
-    found = (judgement.category, judgement.windows, dict(judgement.labels))
-    return Verdict(*about, *measured, guard, *found, response.rung)
+def _make_verdict(
+    response: Response, guard: str, decision: str, reason: str, result: GuardResult | None = None
+) -> Verdict:
+    return Verdict(
+        prompt_id=response.prompt_id,
+        sample=response.sample,
+        label=response.label,
+        steering=response.steering,
+        decision=decision,
+        reason=reason,
+        p_safe=result.p_safe if result else None,
+        p_unsafe=result.p_unsafe if result else None,
+        refusal=result.refusal if result else None,
+        guard=guard,
+        category=result.category if result else "",
+        windows=result.windows if result else 0,
+        labels=dict(result.labels) if result else {},
+        rung=response.rung,
+    )

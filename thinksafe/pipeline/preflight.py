@@ -1,4 +1,4 @@
-"""Before a run: what it is expected to take, and what would stop it after its first hour."""
+"""Before a run: the estimate of its cost, and checks that find mistakes of late stages early."""
 
 import json
 import sys
@@ -10,34 +10,38 @@ from thinksafe.evaluation.sets import evaluation_prompts
 from thinksafe.hardware import hardware_of
 from thinksafe.model.lora import check_targets
 from thinksafe.model.weights import load_config
-from thinksafe.run.checkpoints import Models
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
-from thinksafe.training.trackers import require
+from thinksafe.training.trackers import require_trackers
 from thinksafe.training.zero_config import require_deepspeed
 
 
-def foresee(run: RunDir, models: Models) -> None:
-    """Write down at the start what the run is expected to take on this GPU, for the report to compare."""
-    hardware = hardware_of(models.device)
+def write_estimate(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Write estimate.json for this GPU before the first stage; the report compares it with the measurement."""
+    hardware = hardware_of(checkpoints.device)
     if hardware is None or run.manifest["stages"]:
         return
     try:
-        found = estimate(run.recipe, hardware, run.workers.count)
+        run_estimate = estimate(run.recipe, hardware, run.workers.world_size)
     except UserError as error:
         print(f"no estimate: {error}", file=sys.stderr)
         return
-    write_atomically(run.path / "estimate.json", json.dumps(found.to_json(), indent=2) + "\n")
+    write_atomically(run.path / "estimate.json", json.dumps(run_estimate.to_json(), indent=2) + "\n")
 
 
-def check(run: RunDir, models: Models) -> None:
-    """Find before the first hour of work what would stop the run after it; a run that has begun is past this."""
+def check_run(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Check before the first stage what late stages need: evaluation sets, LoRA targets, packages and the guard.
+
+    Raises:
+        UserError: one of them would fail.
+    """
     if run.manifest["stages"]:
         return
-    for entry in run.recipe.evaluation.sets:
-        evaluation_prompts(entry)
+    for evaluation_set in run.recipe.evaluation.sets:
+        evaluation_prompts(evaluation_set)
     if run.recipe.training.method == "lora":
-        check_targets(load_config(models.base)[0], run.recipe.lora)
-    if run.recipe.zero.is_needed(run.workers.count):
+        check_targets(load_config(checkpoints.base)[0], run.recipe.lora)
+    if run.recipe.zero.is_needed(run.workers.world_size):
         require_deepspeed()
-    models.check_guard()
-    require(run.recipe.trackers)
+    checkpoints.check_guard()
+    require_trackers(run.recipe.trackers)

@@ -1,23 +1,31 @@
-"""Pages for people to read."""
+"""Stages report and review: the pages for people."""
 
 from pathlib import Path
 
 from thinksafe.errors import UserError
 from thinksafe.reporting.html import write_report
 from thinksafe.reporting.review import write_review
-from thinksafe.reporting.summary import summarise
+from thinksafe.reporting.summary import summarize
 from thinksafe.run.directory import RunDir
 
 
-def report(run: RunDir) -> Path:
-    """Write report.json and report.html from whatever stages are done; the page's path."""
+def make_report(run: RunDir) -> Path:
+    """Write report.json and report.html from all finished stages, and return the path of the page.
+
+    Raises:
+        UserError: no stage is finished.
+    """
     if not run.manifest["stages"]:
-        raise UserError(f"{run.path}: no stage is done yet, so there is nothing to report")
-    return write_report(summarise(run), run.path)
+        raise UserError(f"{run.path}: no stage is finished yet, so there is nothing to report")
+    return write_report(summarize(run), run.path)
 
 
-def review(run: RunDir, most: int) -> Path:
-    """Write review.html with the most uncertain responses; the page's path."""
+def make_review_page(run: RunDir, max_responses: int) -> Path:
+    """Write review.html with the most uncertain responses, and return the path of the page.
+
+    Raises:
+        UserError: nothing is judged yet.
+    """
     if not run.is_done("accept"):
-        raise UserError(f"{run.path}: nothing is judged yet; run `thinksafe filter` first")
-    return write_review(run, most)
+        raise UserError(f"{run.path}: no responses are judged yet; run `thinksafe filter` first")
+    return write_review(run, max_responses)

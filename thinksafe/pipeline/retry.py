@@ -1,106 +1,119 @@
-"""Further attempts at prompts without an accepted response, up the steering ladder."""
+"""Retries: prompts without an accepted response are tried again on the next rung of the steering ladder."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from thinksafe.data.jsonl import Mapped, Shard, read_records
+from thinksafe.data.jsonl import LazyMap, RecordFile, read_records
 from thinksafe.data.records import Prompt, Response, Verdict
 from thinksafe.data.selection import choose
-from thinksafe.pipeline.generate import sample
-from thinksafe.pipeline.judge import judge, remember_guard
-from thinksafe.pipeline.responses import Task
+from thinksafe.pipeline.generate import sample_to_file
+from thinksafe.pipeline.judge import judge_to_file, pin_guard
+from thinksafe.pipeline.responses import SamplingTask
 from thinksafe.run.attempts import Attempts
-from thinksafe.run.checkpoints import Models
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
 from thinksafe.run.marks import read_marks
 from thinksafe.text.steering import Rung
 
 
-def retry(run: RunDir, models: Models) -> None:
-    """Try the prompts that have no accepted response again, rung by rung up the steering ladder; then those whose last
-    accepted one a person has rejected, each from its own rung on."""
-    for number, rung in enumerate(run.recipe.generation.ladder, start=1):
-        _retry_once(run, models, number, partial(_tasks_of_rung, run, number, rung))
-    number = len(run.recipe.generation.rungs)
-    while _retry_once(run, models, number, partial(_tasks_after_marks, run)):
-        number += 1
+def retry_rejected(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Sample and judge further attempts at prompts without an accepted response.
+
+    First, each rung of the ladder tries the prompts that earlier rungs did not solve. Then each prompt that lost its
+    accepted response to a human mark continues on the rung after its last attempt.
+    """
+    for round_number, rung in enumerate(run.recipe.generation.ladder, start=1):
+        _run_round(run, checkpoints, round_number, partial(_rung_tasks, run, round_number, rung))
+    round_number = len(run.recipe.generation.rungs)
+    while _run_round(run, checkpoints, round_number, partial(_tasks_after_marks, run)):
+        round_number += 1
 
 
-def _retry_once(run: RunDir, models: Models, number: int, tasks_of: Callable[[], Sequence[Task]]) -> bool:
-    """Sample and judge further attempts into the shards of this number; whether there were any."""
-    beyond = number - len(run.recipe.generation.ladder)
-    step = f"after_marks_{beyond}" if beyond > 0 else f"rung_{number}"
-    sampling, judging, title = f"generate_{step}", f"filter_{step}", step.replace("_", " ")
-    responses_file, verdicts_file = run.attempts(number)
-    if not run.is_done(sampling):
-        clock, tasks = run.clock(sampling), tasks_of()
+def _run_round(
+    run: RunDir, checkpoints: CheckpointStore, round_number: int, make_tasks: Callable[[], Sequence[SamplingTask]]
+) -> bool:
+    """Sample and judge one round of attempts, and return whether there were any.
+
+    Args:
+        round_number: number of the record files, see `RunDir.attempt_paths`.
+        make_tasks: returns the tasks of the round.
+    """
+    round_after_marks = round_number - len(run.recipe.generation.ladder)
+    round_name = f"after_marks_{round_after_marks}" if round_after_marks > 0 else f"rung_{round_number}"
+    sampling_stage, judging_stage = f"generate_{round_name}", f"filter_{round_name}"
+    title = round_name.replace("_", " ")
+    responses_file, verdicts_file = run.attempt_paths(round_number)
+    if not run.is_done(sampling_stage):
+        clock, tasks = run.clock(sampling_stage), make_tasks()
         if not tasks:
             return False
-        settings = run.recipe.generation.sampling
-        sampled = sample(run, models, responses_file, tasks, settings, clock, title)
-        run.finish_stage(sampling, [responses_file], clock, tokens=sampled, records=len(tasks))
-    if not run.is_done(judging):
-        remember_guard(run)
-        clock, responses = run.clock(judging), Shard(responses_file, Response)
-        judged = judge(run, models, responses, verdicts_file, clock, f"filter {title}")
-        run.finish_stage(judging, [verdicts_file], clock, tokens=judged, records=len(responses))
+        sampling = run.recipe.generation.sampling
+        num_tokens = sample_to_file(run, checkpoints, responses_file, tasks, sampling, clock, title)
+        run.finish_stage(sampling_stage, [responses_file], clock, tokens=num_tokens, records=len(tasks))
+    if not run.is_done(judging_stage):
+        pin_guard(run)
+        clock, responses = run.clock(judging_stage), RecordFile(responses_file, Response)
+        num_tokens = judge_to_file(run, checkpoints, responses, verdicts_file, clock, f"filter {title}")
+        run.finish_stage(judging_stage, [verdicts_file], clock, tokens=num_tokens, records=len(responses))
     return True
 
 
-def _tasks_of_rung(run: RunDir, number: int, rung: Rung) -> Sequence[Task]:
-    """What a rung asks of the prompts without an accepted response, as far as `max_retries` goes."""
+def _rung_tasks(run: RunDir, round_number: int, rung: Rung) -> Sequence[SamplingTask]:
+    """Return a rung's tasks for the prompts without an accepted response, within `max_retry_responses`."""
     accepted, next_sample = set(), {}
-    for _, verdicts_file in run.rungs():
+    for _, verdicts_file in run.attempt_files():
         for verdict in read_records(verdicts_file, Verdict):
             next_sample[verdict.prompt_id] = max(next_sample.get(verdict.prompt_id, 0), verdict.sample + 1)
             if verdict.decision == "safe":
                 accepted.add(verdict.prompt_id)
-    waiting = sorted(next_sample.keys() - accepted)
-    limit = run.recipe.generation.max_retries
+    prompt_ids = sorted(next_sample.keys() - accepted)
+    limit = run.recipe.generation.max_retry_responses
     if limit is not None:
-        spent = run.workers.once(lambda: _retries(run))
-        waiting = waiting[: (limit - spent) // rung.samples]
-    first: dict[str, int] = {}
-    asked, responses = set(waiting), Shard(run.attempts(0)[0], Response)
+        num_responses = run.workers.on_leader(lambda: _count_retry_responses(run))
+        prompt_ids = prompt_ids[: (limit - num_responses) // rung.samples]
+    response_index: dict[str, int] = {}
+    retried, responses = set(prompt_ids), RecordFile(run.attempt_paths(0)[0], Response)
     for index, response in enumerate(responses):
-        if response.prompt_id in asked:
-            first.setdefault(response.prompt_id, index)
+        if response.prompt_id in retried:
+            response_index.setdefault(response.prompt_id, index)
 
-    def task(index: int) -> Task:
-        prompt_id = waiting[index // rung.samples]
-        response = responses[first[prompt_id]]
+    def task(index: int) -> SamplingTask:
+        prompt_id = prompt_ids[index // rung.samples]
+        response = responses[response_index[prompt_id]]
         prompt = Prompt(prompt_id, response.prompt, response.label)
         sample = next_sample[prompt_id] + index % rung.samples
-        return Task(prompt, rung.steering_of(prompt.label), sample, number)
+        return SamplingTask(prompt, rung.steering_of(prompt.label), sample, round_number)
 
-    return Mapped(task, range(len(waiting) * rung.samples))
+    return LazyMap(task, range(len(prompt_ids) * rung.samples))
 
 
-def _tasks_after_marks(run: RunDir) -> Sequence[Task]:
-    """The next rung of every prompt that has no accepted response because a person rejected one, as far as
-    `max_retries` goes."""
+def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
+    """Return the tasks on the next rung for prompts that have no accepted response because a person rejected one.
 
-    def climbing() -> list[tuple]:
-        marks, rungs, limit = read_marks(run), run.recipe.generation.rungs, run.recipe.generation.max_retries
-        asked, spent = [], _retries(run)
-        for tried in Attempts(run, marks) if marks else ():
-            last = tried[-1].response
-            rejected = any(attempt.person == "reject" for attempt in tried)
-            if not rejected or choose(tried) or last.rung + 1 == len(rungs):
+    The budget `max_retry_responses` limits them.
+    """
+
+    def find_task_fields() -> list[tuple]:
+        marks, rungs, limit = read_marks(run), run.recipe.generation.rungs, run.recipe.generation.max_retry_responses
+        task_fields, num_responses = [], _count_retry_responses(run)
+        for attempts in Attempts(run, marks) if marks else ():
+            last = attempts[-1].response
+            rejected = any(attempt.human_decision == "reject" for attempt in attempts)
+            if not rejected or choose(attempts) or last.rung + 1 == len(rungs):
                 continue
-            rung, about = rungs[last.rung + 1], (last.prompt_id, last.prompt, last.label)
-            if limit is None or spent + len(asked) + rung.samples <= limit:
+            rung, prompt = rungs[last.rung + 1], (last.prompt_id, last.prompt, last.label)
+            if limit is None or num_responses + len(task_fields) + rung.samples <= limit:
                 samples = range(last.sample + 1, last.sample + 1 + rung.samples)
-                asked += [(about, rung.steering_of(last.label), sample, last.rung + 1) for sample in samples]
-        return asked
+                task_fields += [(prompt, rung.steering_of(last.label), sample, last.rung + 1) for sample in samples]
+        return task_fields
 
-    if run.is_done("accept"):  # with all marks: whoever could climb has climbed
+    if run.is_done("accept"):  # it considered all marks, so no prompt has a rung left
         return []
-    return [Task(Prompt(*about), *how) for about, *how in run.workers.once(climbing)]
+    return [SamplingTask(Prompt(*prompt), *fields) for prompt, *fields in run.workers.on_leader(find_task_fields)]
 
 
-def _retries(run: RunDir) -> int:
-    """Responses of all further attempts so far."""
+def _count_retry_responses(run: RunDir) -> int:
+    """Return the number of responses of all retries so far."""
     stages = run.manifest["stages"]
     return sum(
         stage["records"]

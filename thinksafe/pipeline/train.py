@@ -1,4 +1,4 @@
-"""The student learns from what was accepted."""
+"""Stage train: fine-tune the student on the accepted examples."""
 
 import os
 import shutil
@@ -12,71 +12,85 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from thinksafe.distributed.ranks import join
+from thinksafe.distributed.ranks import init_training_ranks
 from thinksafe.errors import UserError, is_out_of_memory
-from thinksafe.kernels.packed_attention import keeps_grouped_heads
+from thinksafe.kernels.packed_attention import supports_grouped_heads
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import attach, check_targets, name_base, save_adapter
-from thinksafe.model.weights import fingerprint, load_config, save_decoder
-from thinksafe.paths import expand
-from thinksafe.pipeline.accept import examples_file
-from thinksafe.pipeline.examples import training_sequences
-from thinksafe.run.checkpoints import Models
+from thinksafe.model.lora import attach, check_targets, save_adapter, write_base_record
+from thinksafe.model.weights import checkpoint_fingerprint, load_config, save_decoder
+from thinksafe.paths import expand_path
+from thinksafe.pipeline.accept import require_accepted_examples
+from thinksafe.pipeline.examples import tokenize_examples
+from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir, StageClock
 from thinksafe.run.progress import TokenBar
 from thinksafe.training.cost_model import TrainingCosts
-from thinksafe.training.local_engine import NonFiniteStep, SingleEngine
+from thinksafe.training.local_trainer import LocalTrainer, NonFiniteStep
 from thinksafe.training.loop import StepMetrics, TrainingConfig, plan_steps
 from thinksafe.training.loop import train as run_training
-from thinksafe.training.memory_plan import average_pack, described, keeping_on, largest_pack, recorded_on, sharding_on
+from thinksafe.training.memory_plan import (
+    choose_checkpointing,
+    choose_max_cuda_graph_tokens,
+    choose_zero_stage,
+    describe_checkpointing,
+    max_pack_tokens,
+    mean_pack_tokens,
+)
 from thinksafe.training.packing import TrainingSequence
-from thinksafe.training.trackers import tracking
+from thinksafe.training.trackers import open_trackers
 from thinksafe.training.zero_config import ZeroConfig, require_deepspeed
 
 if TYPE_CHECKING:
-    from thinksafe.training.deepspeed_engine import ZeroEngine
+    from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
 
 
-def train(run: RunDir, models: Models) -> None:
-    """Fine-tune the student on the accepted examples, prompts without steering."""
-    checkpoints = run.path / "training" / "checkpoints"
+def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Fine-tune the student on the accepted examples, whose prompts are without steering, and save adapter or model.
+
+    Raises:
+        UserError: there is no usable example, memory is exhausted, or steps are not finite.
+    """
+    checkpoint_folder = run.path / "training" / "checkpoints"
     if run.is_done("train"):
-        if run.workers.leads:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        if run.workers.is_leader:
+            shutil.rmtree(checkpoint_folder, ignore_errors=True)
         return
-    recipe, clock, ranks = run.recipe, run.clock("train"), run.workers.count
+    recipe, clock, ranks = run.recipe, run.clock("train"), run.workers.world_size
     config = recipe.training
-    accepted = examples_file(run)
-    sequences, dropped = training_sequences(accepted, recipe, models)
+    accepted = require_accepted_examples(run)
+    sequences, dropped = tokenize_examples(accepted, recipe, checkpoints)
     if not sequences:
-        raise UserError(f"{accepted}: no example is fit for training: {_counted(dropped)}")
-    if dropped and run.workers.leads:
+        raise UserError(f"{accepted}: no example is fit for training: {_format_counts(dropped)}")
+    if dropped and run.workers.is_leader:
         total = len(sequences) + dropped.total()
-        print(f"{'dropped':>30}: {dropped.total():,} of {total:,} examples: {_counted(dropped)}", file=sys.stderr)
-    models.forget_guard()
-    shape, lora = load_config(models.base)[0], recipe.lora if config.method == "lora" else None
+        print(f"{'dropped':>30}: {dropped.total():,} of {total:,} examples: {_format_counts(dropped)}", file=sys.stderr)
+    checkpoints.release_guard()
+    model_config, lora = load_config(checkpoints.base)[0], recipe.lora if config.method == "lora" else None
     if lora is not None:
-        check_targets(shape, lora)
-    run.remember_input("model", fingerprint(models.base))
+        check_targets(model_config, lora)
+    run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
     lengths = [len(sequence) for sequence in sequences]
-    with_reference = any(sequence.keeps_to_reference for sequence in sequences)
-    fp8 = config.frozen_weights == "fp8"
-    grouped_heads = keeps_grouped_heads(models.dtype)
-    costs = TrainingCosts(shape, lora, models.dtype.itemsize, with_reference, fp8, grouped_heads)
-    largest = largest_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
-    sharding = _sharding(run, models, costs, largest)
-    with _explaining_memory(costs, sharding, ranks, largest):
-        decoder = _student(run, models, costs, sharding, largest)
-        recorded = 0
+    with_reference = any(sequence.use_reference_kl for sequence in sequences)
+    fp8 = config.frozen_weight_dtype == "fp8"
+    grouped_heads = supports_grouped_heads(checkpoints.dtype)
+    costs = TrainingCosts(model_config, lora, checkpoints.dtype.itemsize, with_reference, fp8, grouped_heads)
+    pack_limits = (config.batch_size, config.tokens_per_step, config.max_tokens_per_pack)
+    largest_pack = max_pack_tokens(lengths, *pack_limits)
+    sharding = _choose_sharding(run, checkpoints, costs, largest_pack)
+    with _explain_out_of_memory(costs, sharding, ranks, largest_pack):
+        decoder = _prepare_student(run, checkpoints, costs, sharding, largest_pack)
+        graph_tokens = 0
         if sharding is None and config.cuda_graphs == "auto":
-            average = average_pack(lengths, config.batch_size, config.batch_tokens, config.max_tokens_per_pack)
-            recorded = recorded_on(models.device, costs, decoder.keeping, largest, average)
-        if recorded:
-            print(f"{'CUDA graphs':>30}: for packs of up to {recorded:,} tokens", file=sys.stderr)
-        engine = _training_engine(decoder, config, sharding, with_reference, models.device, recorded)
-        _run_training(run, engine, sequences, clock)
-    files = run.workers.once(lambda: [str(file) for file in _save_student(run, models, decoder)])
-    engine.close()  # an evaluation may follow, which wants the device's memory
+            average_pack = mean_pack_tokens(lengths, *pack_limits)
+            graph_tokens = choose_max_cuda_graph_tokens(
+                checkpoints.device, costs, decoder.checkpointing, largest_pack, average_pack
+            )
+        if graph_tokens:
+            print(f"{'CUDA graphs':>30}: for packs of up to {graph_tokens:,} tokens", file=sys.stderr)
+        trainer = _make_trainer(decoder, config, sharding, with_reference, checkpoints.device, graph_tokens)
+        _run_training(run, trainer, sequences, clock)
+    files = run.workers.on_leader(lambda: [str(file) for file in _save_student(run, checkpoints, decoder)])
+    trainer.close()  # frees device memory for an evaluation
     run.finish_stage(
         "train",
         [*map(Path, files), run.path / "training" / "metrics.jsonl"],
@@ -86,131 +100,141 @@ def train(run: RunDir, models: Models) -> None:
         dropped=dict(dropped),
         steps=len(plan_steps(lengths, config, recipe.seed)),
     )
-    if run.workers.leads:
-        shutil.rmtree(checkpoints)  # only now: until the manifest knows them, they are what a restart goes on from
-    models.forget_student()
+    if run.workers.is_leader:
+        shutil.rmtree(checkpoint_folder)  # a restart needs it until the manifest lists the stage
+    checkpoints.release_student()
 
 
-def _sharding(run: RunDir, models: Models, costs: TrainingCosts, largest: int) -> ZeroConfig | None:
-    """How the workers share the training out, said aloud; None for one process without DeepSpeed."""
-    zero, ranks = run.recipe.zero, run.workers.count
+def _choose_sharding(
+    run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, largest_pack: int
+) -> ZeroConfig | None:
+    """Return and print how ZeRO shards the training; None for one process without DeepSpeed."""
+    zero, ranks = run.recipe.zero, run.workers.world_size
     if not zero.is_needed(ranks):
         return None
     require_deepspeed()
-    join(models.device, run.workers)
-    sharding = sharding_on(models.device, zero, costs, largest, ranks)
-    if run.workers.leads:
-        print(f"{'sharded':>30}: ZeRO stage {sharding.stage} over {ranks} process{'es' * (ranks > 1)}", file=sys.stderr)
+    init_training_ranks(checkpoints.device, run.workers)
+    sharding = choose_zero_stage(checkpoints.device, zero, costs, largest_pack, ranks)
+    if run.workers.is_leader:
+        description = f"ZeRO stage {sharding.stage} over {ranks} process{'es' * (ranks > 1)}"
+        print(f"{'sharding':>30}: {description}", file=sys.stderr)
     return sharding
 
 
-def _student(run: RunDir, models: Models, costs: TrainingCosts, sharding: ZeroConfig | None, largest: int) -> Decoder:
-    """The base model with what is to be trained, and how much each layer keeps for its backward pass, said aloud."""
+def _prepare_student(
+    run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, sharding: ZeroConfig | None, largest_pack: int
+) -> Decoder:
+    """Return the base model with its trainable weights; choose and print its activation checkpointing."""
     config = run.recipe.training
-    decoder = models.student(sharding is not None and sharding.stage == 3, config.frozen_weights)
+    decoder = checkpoints.student(sharding is not None and sharding.stage == 3, config.frozen_weight_dtype)
     if config.method == "lora":
         attach(decoder, run.recipe.lora, run.recipe.seed)
-        decoder.pass_gradients()
+        decoder.prepare_fp8_backward()
     else:
         decoder.requires_grad_(True)
-    setting, ranks = config.activation_checkpointing, run.workers.count
-    decoder.keeping = keeping_on(models.device, setting, costs, largest, sharding, ranks)
-    if run.workers.leads and set(decoder.keeping) != {"none"}:
-        again = f"{described(decoder.keeping)}, for packs of {largest:,} tokens"
-        print(f"{'computed again':>30}: {again}", file=sys.stderr)
+    setting, ranks = config.activation_checkpointing, run.workers.world_size
+    decoder.checkpointing = choose_checkpointing(checkpoints.device, setting, costs, largest_pack, sharding, ranks)
+    if run.workers.is_leader and set(decoder.checkpointing) != {"none"}:
+        description = f"{describe_checkpointing(decoder.checkpointing)}, for packs of {largest_pack:,} tokens"
+        print(f"{'activation checkpointing':>30}: {description}", file=sys.stderr)
     return decoder
 
 
-def _training_engine(
+def _make_trainer(
     decoder: Decoder,
     config: TrainingConfig,
     sharding: ZeroConfig | None,
     with_reference: bool,
     device: torch.device,
-    recorded: int,
-) -> "SingleEngine | ZeroEngine":
+    graph_tokens: int,
+) -> "LocalTrainer | DeepSpeedTrainer":
     if sharding is None:
-        return SingleEngine(decoder, config.max_grad_norm, config.weight_decay, with_reference, recorded)
-    from thinksafe.training.deepspeed_engine import (
-        ZeroEngine,  # DeepSpeed takes seconds to import, and need not be installed
-    )
+        return LocalTrainer(decoder, config.max_grad_norm, config.weight_decay, with_reference, graph_tokens)
+    # DeepSpeed takes seconds to import, and need not be installed.
+    from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
 
-    return ZeroEngine(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference, device)
+    return DeepSpeedTrainer(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference, device)
 
 
 def _run_training(
-    run: RunDir, engine: "SingleEngine | ZeroEngine", sequences: Sequence[TrainingSequence], clock: StageClock
+    run: RunDir, trainer: "LocalTrainer | DeepSpeedTrainer", sequences: Sequence[TrainingSequence], clock: StageClock
 ) -> None:
-    """The loop, watched: a bar and the recipe's trackers."""
+    """Run the training loop with a progress bar and the recipe's trackers."""
     recipe, folder = run.recipe, run.path / "training"
     steps = len(plan_steps([len(sequence) for sequence in sequences], recipe.training, recipe.seed))
-    watched = tracking(recipe.trackers if run.workers.leads else (), folder, recipe.name, asdict(recipe))
-    with watched as trackers, TokenBar("train", steps, "steps", workers=run.workers) as bar:
+    tracker_context = open_trackers(
+        recipe.trackers if run.workers.is_leader else (), folder, recipe.name, asdict(recipe)
+    )
+    with tracker_context as trackers, TokenBar("train", steps, "steps", workers=run.workers) as bar:
 
         def on_step(metrics):
             clock.tick()
             for tracker in trackers:
                 tracker.log(metrics)
-            if run.workers.leads:  # a step is the work of all
+            if run.workers.is_leader:  # all workers do each step together
                 if metrics.note:
-                    bar.say(f"step {metrics.step} {metrics.note}")
-                bar.update(metrics.tokens, metrics.step, **in_figures(metrics))
+                    bar.print_line(f"step {metrics.step} {metrics.note}")
+                bar.update(metrics.tokens, metrics.step, **format_metrics(metrics))
 
         try:
-            run_training(engine, sequences, recipe.training, recipe.seed, folder, on_step)
+            run_training(trainer, sequences, recipe.training, recipe.seed, folder, on_step)
         except NonFiniteStep as error:
-            remedy = "lower training.learning_rate, or look at those examples in accepted.jsonl"
-            raise UserError(f"training stopped, {error}; {remedy}") from None
+            remedy = "lower training.learning_rate, or check the examples in accepted.jsonl"
+            raise UserError(f"training stopped at {error}; {remedy}") from None
 
 
 @contextmanager
-def _explaining_memory(costs: TrainingCosts, sharding: ZeroConfig | None, ranks: int, largest: int) -> Iterator[None]:
-    """Raises: UserError: in place of running out of memory; it says what is needed and which settings need less."""
+def _explain_out_of_memory(
+    costs: TrainingCosts, sharding: ZeroConfig | None, ranks: int, largest_pack: int
+) -> Iterator[None]:
+    """Replace an out-of-memory error by a UserError with the estimated sizes and the settings that need less memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = (str(error).splitlines() or ["the host has no more"])[0]
-        state = costs.state_bytes(sharding, ranks) / 2**30
+        cause = (str(error).splitlines() or ["the host has no memory left"])[0]
+        state_gib = costs.state_bytes(sharding, ranks) / 2**30
         layers = costs.model.num_layers
-        least, most = (costs.step_bytes((kept,) * layers, largest, largest) / 2**30 for kept in ("full", "none"))
+        min_gib, max_gib = (
+            costs.pack_bytes((mode,) * layers, largest_pack, largest_pack) / 2**30 for mode in ("full", "none")
+        )
         raise UserError(
-            f"out of memory in training: {said}; weights and optimiser were counted as {state:.1f} GiB, a pack of "
-            f"{largest:,} tokens as {least:.1f} to {most:.1f}; lower training.max_tokens_per_pack, set "
-            "training.activation_checkpointing=full, zero.offload_optimizer=true or, with more GPUs, zero.stage=3; "
-            "the run goes on from its last checkpoint"
+            f"out of memory in training: {cause}; the estimate is {state_gib:.1f} GiB for weights and optimizer, and "
+            f"{min_gib:.1f} to {max_gib:.1f} GiB for a pack of {largest_pack:,} tokens; lower "
+            "training.max_tokens_per_pack, or set training.activation_checkpointing=full, zero.offload_optimizer=true "
+            "or, with more GPUs, zero.stage=3; the run then resumes from its last checkpoint"
         ) from None
 
 
-def _save_student(run: RunDir, models: Models, decoder: Decoder) -> list[Path]:
-    """Write the adapter, or the whole model after full fine-tuning, under a temporary name and rename it; its files."""
-    lora = run.recipe.training.method == "lora"
-    folder = run.path / ("adapter" if lora else "model")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if lora:
-        here = expand(run.recipe.model)
-        base_model = str(here) if here.is_dir() else run.recipe.model
-        save_adapter(decoder, run.recipe.lora, partial, base_model)
-        name_base(partial, base_model, models.base)
+def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -> list[Path]:
+    """Write the adapter, or the model after full fine-tuning, under a temporary name; rename it, return its files."""
+    is_lora = run.recipe.training.method == "lora"
+    folder = run.path / ("adapter" if is_lora else "model")
+    staging = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    if is_lora:
+        local_folder = expand_path(run.recipe.model)
+        base_model = str(local_folder) if local_folder.is_dir() else run.recipe.model
+        save_adapter(decoder, run.recipe.lora, staging, base_model)
+        write_base_record(staging, base_model, checkpoints.base)
     else:
-        save_decoder(decoder, load_config(models.base)[1], partial)
-        models.chat.tokenizer.save(partial)
+        save_decoder(decoder, load_config(checkpoints.base)[1], staging)
+        checkpoints.chat.tokenizer.save(staging)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    os.replace(staging, folder)
     return sorted(folder.iterdir())
 
 
-def _counted(reasons: Counter[str]) -> str:
+def _format_counts(reasons: Counter[str]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
-def in_figures(metrics: StepMetrics) -> dict[str, str]:
-    """What a bar shows of a training step, beside its rate: what is known of loss, MFU and memory."""
-    shown = {} if metrics.loss is None else {"loss": f"{metrics.loss:.3f}"}
+def format_metrics(metrics: StepMetrics) -> dict[str, str]:
+    """Return what the progress bar shows for a training step beside its rate: loss, MFU and memory, where known."""
+    fields = {} if metrics.loss is None else {"loss": f"{metrics.loss:.3f}"}
     if metrics.mfu is not None:
-        shown["MFU"] = f"{metrics.mfu:.0%}"
+        fields["MFU"] = f"{metrics.mfu:.0%}"
     if metrics.peak_bytes is not None:
-        shown["memory"] = f"{metrics.peak_bytes / 2**30:.1f} GiB"
-    return shown
+        fields["memory"] = f"{metrics.peak_bytes / 2**30:.1f} GiB"
+    return fields

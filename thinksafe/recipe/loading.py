@@ -10,8 +10,9 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from thinksafe.errors import UserError, in_words
-from thinksafe.paths import RECIPES, bundled_recipes
+from thinksafe.errors import UserError, validation_message
+from thinksafe.paths import RECIPES_FOLDER, bundled_recipes
+from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
 
 
@@ -23,131 +24,155 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `key=value` with dots for nesting (`training.epochs=1`); values are YAML.
 
     Raises:
-        UserError: naming the file and the key.
+        UserError: the recipe is invalid; the message names file and key.
     """
-    raw, file = _read(name_or_file, "--recipe", Path(), ())
+    raw, file = _read_recipe(name_or_file, "--recipe", Path(), ())
     for override in overrides:
-        _apply(raw, override)
+        _apply_override(raw, override)
     _resolve_paths(raw, Path.cwd())
     return check_recipe(raw, f"{file} with --set" if overrides else str(file))
 
 
-def _read(name_or_file: str, key: str, folder: Path, inheriting: tuple[Path, ...]) -> tuple[dict[str, Any], Path]:
-    """A recipe's plain values on top of those of its base, and its file.
+def _read_recipe(
+    name_or_file: str, named_by: str, folder: Path, descendants: tuple[Path, ...]
+) -> tuple[dict[str, Any], Path]:
+    """Return a recipe's plain values, merged into its base's values, and its file.
 
     Args:
-        key: that named it.
-        folder: that a relative name starts from.
-        inheriting: the recipes whose base it is.
+        named_by: option or key that names the recipe, for error messages.
+        folder: folder that a relative file name starts from.
+        descendants: recipes that inherit from this one.
     """
     file = folder / name_or_file
     if not file.is_file():
         if name_or_file not in bundled_recipes():
-            known = ", ".join(bundled_recipes())
-            raise UserError(f"{key}: no file {name_or_file!r}, and the bundled recipes are: {known}")
-        file = Path(str(RECIPES / f"{name_or_file}.yaml"))
-    if file.resolve() in inheriting:
-        raise UserError(f"{inheriting[-1]}: base: {name_or_file!r} is built on this recipe itself")
+            names = ", ".join(bundled_recipes())
+            raise UserError(f"{named_by}: no file {name_or_file!r}, and the bundled recipes are: {names}")
+        file = RECIPES_FOLDER / f"{name_or_file}.yaml"
+    if file.resolve() in descendants:
+        raise UserError(f"{descendants[-1]}: base: {name_or_file!r} inherits from this recipe; remove one of the two")
     try:
-        raw = _plain(yaml.safe_load(file.read_text()))
+        raw = _without_shared_nodes(yaml.safe_load(file.read_text()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{file}: a recipe is a mapping of keys to values")
+        raise UserError(f"{file}: a recipe must be a mapping of keys to values")
     _resolve_paths(raw, file.parent)
     if (base := raw.pop("base", None)) is not None:
-        inherited, _ = _read(str(base), f"{file}: base", file.parent, (*inheriting, file.resolve()))
-        raw = _merged(inherited, raw)
+        inherited, _ = _read_recipe(str(base), f"{file}: base", file.parent, (*descendants, file.resolve()))
+        raw = _merge(inherited, raw)
     return raw, file
 
 
-def _plain(value: Any) -> Any:
-    """Each place with a section and a list of its own: YAML's anchors share them, and changing one changed the other.
+def _without_shared_nodes(node: Any) -> Any:
+    """Return a copy of a YAML node in which no two keys share a section or list.
+
+    YAML anchors make keys share a node, and `--set` on one of them would change the other too.
 
     Raises:
-        yaml.YAMLError: a section that is inside itself.
+        yaml.YAMLError: a section contains itself.
     """
     try:
-        if isinstance(value, dict):
-            return {key: _plain(entry) for key, entry in value.items()}
-        return [_plain(entry) for entry in value] if isinstance(value, list) else value
+        if isinstance(node, dict):
+            return {key: _without_shared_nodes(value) for key, value in node.items()}
+        return [_without_shared_nodes(value) for value in node] if isinstance(node, list) else node
     except RecursionError:
-        raise yaml.YAMLError("an anchor holds itself") from None
+        raise yaml.YAMLError("an anchor contains itself") from None
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections key by key; a list, or any other value, as a whole."""
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes`: sections are merged key by key; any other value, also a list, is replaced."""
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merged(base[key], value) if both else value
+        both_sections = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merge(base[key], value) if both_sections else value
     return merged
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
-    """A recipe from plain values.
+    """Return the recipe that plain values describe.
+
+    Args:
+        raw: values as YAML gives them.
+        source: origin of the values, for error messages.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the recipe is invalid; the message names the first problem.
     """
     try:
         recipe = TypeAdapter(Recipe).validate_python(raw)
         json.dumps(asdict(recipe), allow_nan=False)
         return recipe
     except ValidationError as error:
-        # An unknown key first: it explains the one that is missing.
+        # An unknown key is reported first: with a misspelled key, the right key is missing too.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
-        place = [str(part) for part in problem["loc"]]
-        key = ".".join(place)
-        if problem["type"] == "unexpected_keyword_argument":
-            close = difflib.get_close_matches(place[-1], _known_keys(place[:-1]), n=1)
-            hint = f"; did you mean {'.'.join([*place[:-1], close[0]])}?" if close else ""
-            raise UserError(f"{source}: unknown key {key}{hint}") from None
-        if problem["type"] == "missing":
-            raise UserError(f"{source}: key {key} is missing") from None
-        found = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-        raise UserError(f"{source}: {key + ': ' if key else ''}{_in_words(problem, place)}{found}") from None
+        raise UserError(f"{source}: {_describe(problem)}") from None
     except ValueError:
-        raise UserError(f"{source}: every number must be finite, and one is not") from None
+        raise UserError(f"{source}: every number must be finite") from None
 
 
-def _in_words(problem: Any, place: list[str]) -> str:
-    """What is wrong with a value, in the words of YAML and not of Python."""
+def _describe(problem: Any) -> str:
+    """Return a message about one of Pydantic's errors, with the key and in YAML's terms."""
+    path = [str(part) for part in problem["loc"]]
+    key = ".".join(path)
+    if problem["type"] == "unexpected_keyword_argument":
+        return _describe_unknown_key(path)
+    if problem["type"] == "missing":
+        hint = "; name the student with --set model=FOLDER or --set model=HUB/NAME" if key == "model" else ""
+        return f"key {key} is missing{hint}"
     if problem["type"].startswith("dataclass"):
-        return f"must be a section of keys ({', '.join(_known_keys(place))})"
-    return in_words(problem)
+        message = f"must be a section of keys ({', '.join(_keys_of(_section_at(path)))})"
+    else:
+        message = validation_message(problem)
+    value = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
+    return f"{key + ': ' if key else ''}{message}{value}"
 
 
-def _known_keys(place: list[str]) -> list[str]:
-    kind: Any = Recipe
-    for part in place:
+def _describe_unknown_key(path: list[str]) -> str:
+    *parents, key = path
+    section = _section_at(parents)
+    if new_key := RENAMED_KEYS.get(section, {}).get(key):
+        return f"key {'.'.join(path)} was renamed; use {'.'.join([*parents, new_key])}"
+    close_keys = difflib.get_close_matches(key, _keys_of(section), n=1)
+    hint = f"; did you mean {'.'.join([*parents, *close_keys])}?" if close_keys else ""
+    return f"unknown key {'.'.join(path)}{hint}"
+
+
+def _section_at(path: list[str]) -> type | None:
+    """Return the dataclass of the section at a path of keys and list indices."""
+    section: Any = Recipe
+    for part in path:
         if not part.isdigit():
-            hint = get_type_hints(kind).get(part)
-            kind = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
-        if kind is None:
-            return []
-    return [field.name for field in fields(kind)]
+            hint = get_type_hints(section).get(part)
+            section = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+        if section is None:
+            return None
+    return section
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _keys_of(section: type | None) -> list[str]:
+    return [field.name for field in fields(section)] if section else []
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: expected key=value, such as training.epochs=1")
-    *path, last = key.split(".")
+    *parents, last = key.split(".")
     section: Any = raw
-    for part in path:
+    for part in parents:
         section = section.setdefault(part, {}) if isinstance(section, dict) else section
         if isinstance(section, list) and part.isdigit():
-            raise UserError(f"--set {key}: lists are set whole, not by index")
+            raise UserError(f"--set {key}: a list can only be set as a whole, not by index")
     if not isinstance(section, dict):
-        raise UserError(f"--set {key}: {'.'.join(path)} is not a section")
+        raise UserError(f"--set {key}: {'.'.join(parents)} is not a section")
     section[last] = _override_value(value)
 
 
 def _override_value(text: str) -> Any:
-    """Numbers, truth values, null, {...} and [...] as YAML reads them; all else is text, colons and all."""
+    """Return a value of `--set`. Numbers, true, false, null, {...}, [...] and "..." are YAML, the rest is text."""
     try:
-        value = _plain(yaml.safe_load(text))
+        value = _without_shared_nodes(yaml.safe_load(text))
     except yaml.YAMLError:
         return text
     bracketed = text.lstrip().startswith(("{", "["))
@@ -157,23 +182,23 @@ def _override_value(text: str) -> Any:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """A relative name that exists beside the recipe is that file; others, `package:...` and hub names too, stay."""
+    """Replace names of existing files in `folder` by absolute paths, in place. Other names stay."""
 
-    def resolved(name: Any) -> Any:
-        beside = folder / name if isinstance(name, str) and name else None
-        return str(beside.resolve()) if beside is not None and beside.exists() else name
+    def resolve(name: Any) -> Any:
+        file = folder / name if isinstance(name, str) and name else None
+        return str(file.resolve()) if file is not None and file.exists() else name
 
     for key in ("model", "prompts"):
         if key in raw:
-            raw[key] = resolved(raw[key])
+            raw[key] = resolve(raw[key])
     guards = [raw.get("guard")]
     for guard in guards:
         if isinstance(guard, dict):
             guards += guard["members"] if isinstance(guard.get("members"), list) else []
             if "model" in guard:
-                guard["model"] = resolved(guard["model"])
+                guard["model"] = resolve(guard["model"])
     evaluation = raw.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("sets"), list):
         for entry in evaluation["sets"]:
-            if isinstance(entry, dict) and "file" in entry:
-                entry["file"] = resolved(entry["file"])
+            if isinstance(entry, dict) and "source" in entry:
+                entry["source"] = resolve(entry["source"])

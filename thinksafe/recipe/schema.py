@@ -1,7 +1,7 @@
-"""One recipe says everything about a run. It comes from YAML and `--set key=value` and is checked at once.
+"""The recipe: all settings of a run. It comes from YAML and `--set key=value`, and loading.py checks it.
 
-Each section's keys are documented on its class, and `thinksafe recipe` prints them. A recipe names files relative to
-the folder it lies in. With `base: NAME` it says only what differs from another recipe.
+The docstring of each section describes its keys; `thinksafe recipe` prints these descriptions, and docs/recipe.md lists
+them.
 """
 
 import json
@@ -23,17 +23,18 @@ from thinksafe.training.zero_config import ZeroConfig
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How responses are sampled from the frozen student.
+    """How to sample responses from the frozen student.
 
     Attributes:
-        steering: instruction around harmful prompts: `prefix`, `suffix`, `risk`, `intent`, a text with {prompt} in it,
-            or null for none.
-        samples: responses a prompt; the first one that the guard accepts is kept.
-        ladder: further attempts at prompts whose responses were all rejected, one after the other. Empty is the paper's
-            single attempt.
-        max_retries: responses that all further attempts may sample together; null for as many as the ladder asks.
-        unsteered_probe: harmful prompts also sampled without steering, to measure what steering gains; not trained on.
-        sampling: how tokens are drawn.
+        steering: instruction around harmful prompts: `prefix`, `suffix`, `risk` or `intent`, a text that contains
+            {prompt}, or null for none. Benign prompts never have one.
+        samples: number of responses for each prompt. Training uses the first accepted one.
+        ladder: further attempts, in this order, at prompts whose responses were all rejected. An empty list is the
+            paper's single attempt.
+        max_retry_responses: largest total number of responses in all further attempts; null for no limit.
+        num_unsteered_prompts: number of harmful prompts that are also sampled without steering, to measure what
+            steering gains. These responses are not used for training.
+        sampling: how tokens are sampled.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -41,38 +42,38 @@ class GenerationConfig:
     steering: str | None = "prefix"
     samples: int = 1
     ladder: tuple[Rung, ...] = ()
-    max_retries: int | None = None
-    unsteered_probe: int = 200
+    max_retry_responses: int | None = None
+    num_unsteered_prompts: int = 200
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self):
         Rung(self.steering, self.samples)
-        if self.max_retries is not None and self.max_retries < 0:
-            raise ValueError("max_retries must not be negative")
-        if self.unsteered_probe < 0:
-            raise ValueError("unsteered_probe must not be negative")
+        if self.max_retry_responses is not None and self.max_retry_responses < 0:
+            raise ValueError("max_retry_responses must not be negative")
+        if self.num_unsteered_prompts < 0:
+            raise ValueError("num_unsteered_prompts must not be negative")
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        """The first attempt, and all further ones."""
+        """The first attempt and all further attempts."""
         return (Rung(self.steering, self.samples), *self.ladder)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run.
+    """All settings of a run.
 
     Attributes:
-        name: shown in the report.
-        model: checkpoint folder or hub name of the student.
-        prompts: .jsonl, .json or .parquet file, a folder of them, or a data set on the hub (its `train` split);
-            only `generate` reads it.
-        limit: use only the first so many prompts; null for all.
-        seed: of everything random.
-        device: `auto` takes a GPU where there is one.
-        dtype: `auto` is bfloat16 on a GPU and float32 on a CPU.
-        trackers: where training is also seen, `tensorboard` (event files in training/tensorboard) and `wandb` (Weights
-            & Biases); metrics.jsonl is always written.
+        name: name of the run, shown in the report.
+        model: checkpoint folder, or name on the Hugging Face hub, of the student.
+        prompts: .jsonl, .json or .parquet file, folder of such files, or data set on the hub (split `train`). Only
+            `generate` needs it.
+        max_prompts: number of prompts to use, counted from the first; null for all.
+        seed: seed of all random numbers.
+        device: device of the models. `auto` is a GPU if torch sees one, else the CPU.
+        dtype: dtype of the weights. `auto` is bfloat16 on a GPU and float32 on a CPU.
+        trackers: programs that show the training metrics: `tensorboard` (event files in training/tensorboard) and
+            `wandb` (Weights & Biases). training/metrics.jsonl is always written.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -80,7 +81,7 @@ class Recipe:
     name: str
     model: str
     prompts: str | None = None
-    limit: int | None = None
+    max_prompts: int | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -94,13 +95,15 @@ class Recipe:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
-        if self.limit is not None and self.limit < 1:
-            raise ValueError("limit must be at least 1")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError("max_prompts must be at least 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError("seed must lie in [0, 2^63)")
-        if self.training.frozen_weights == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
-            raise ValueError("training.frozen_weights: fp8 keeps the base whole on every GPU, ZeRO stage 3 shards it")
+        if self.training.frozen_weight_dtype == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
+            raise ValueError(
+                "training.frozen_weight_dtype: fp8 needs the whole base model on each GPU, and ZeRO stage 3 shards it"
+            )
 
     def to_yaml(self) -> str:
-        """Every key with its value, as it is written into the run directory."""
+        """Return YAML of every key with its value, as it is written into the run directory."""
         return yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""A finished run, written for two readers: report.json for programs, one self-contained report.html for people."""
+"""The report of a run: report.json for programs, and one self-contained report.html for people."""
 
 from thinksafe.reporting.html import write_report
 

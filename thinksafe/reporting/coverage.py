@@ -1,5 +1,6 @@
-"""What became of every prompt: which have an accepted response, on which rung they got it, what was wrong with the
-others, and what people said. Counted from the stories of audit.jsonl, one at a time.
+"""Coverage: how many prompts have an accepted response, on which rung, why the others have none, and human marks.
+
+It reads audit.jsonl one record at a time.
 """
 
 import json
@@ -7,69 +8,72 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from thinksafe.data.selection import KEPT, SPARE
+from thinksafe.data.selection import KEPT, NOT_NEEDED
 from thinksafe.run.directory import RunDir
 
 
-def stories(run: RunDir) -> Iterator[dict[str, Any]]:
-    """The lines of audit.jsonl."""
+def read_audit(run: RunDir) -> Iterator[dict[str, Any]]:
+    """Yield the records of audit.jsonl."""
     with (run.path / "audit.jsonl").open("rb") as lines:
         yield from map(json.loads, lines)
 
 
-def coverage(stories: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any]:
-    """Figures of a whole run.
+def count_coverage(records: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any]:
+    """Return the coverage of a whole run.
 
     Args:
-        num_rungs: of the recipe, the first attempt included.
+        records: audit records.
+        num_rungs: number of rungs in the recipe, including the first attempt.
 
     Returns:
-        `kept`: {label: responses}, one a prompt; `dropped`: {label: {reason: responses}};
-        `labels`: {label: prompts, accepted, and for each rung that was tried its instruction, prompts, responses,
-        accepted prompts, and the share of all prompts that are accepted by then};
-        `rungs`: how many the ladder has;
-        `categories`: of harm, most frequent first: unsafe responses, prompts, and how many of those were accepted in
-        the end;
-        `accepted_by`: {guard or person: prompts};
-        `people`: {who: marks}; `marks`: how they stand to the guard's word, by response; `uncertain`: responses
-        without a decision because the guard was unsure.
+        `kept`: {label: number of kept responses}, one for each prompt;
+        `dropped`: {label: {outcome: number of responses}};
+        `labels`: {label: number of prompts, number of accepted prompts, and a row for each rung that was tried: its
+        instruction, prompts, responses, accepted prompts, and the share of all prompts accepted up to this rung};
+        `rungs`: `num_rungs`;
+        `categories`: categories of harm, most frequent first: unsafe responses, their prompts, and the number of these
+        prompts with an accepted response;
+        `accepted_by`: {guard or person: number of prompts};
+        `people`: {person: number of marks};
+        `marks`: {comparison of people's decision with the guard's: number of responses}, see `_compare_with_guard`;
+        `uncertain`: number of responses that the guard found too close to the threshold.
     """
     kept, dropped, prompts, accepted_by = Counter(), defaultdict(Counter), Counter(), Counter()
-    asked, responses, accepted = (defaultdict(Counter) for _ in range(3))
+    rung_prompts, responses, accepted = (defaultdict(Counter) for _ in range(3))
     instructions = defaultdict(set)
     categories: dict[str, Counter] = defaultdict(Counter)
     people, marks, uncertain = Counter(), Counter(), 0
-    for story in stories:
-        label = story["label"]
+    for record in records:
+        label = record["label"]
         prompts[label] += 1
-        if story["accepted"]:
+        if record["accepted"]:
             kept[label] += 1
-            accepted[label][story["rung"]] += 1
-            accepted_by[story["accepted_by"]] += 1
-        for rung in {attempt["rung"] for attempt in story["attempts"]}:
-            asked[label][rung] += 1
-        found = Counter(a["category"] for a in story["attempts"] if a["decision"] == "unsafe" and a["category"])
-        for category, count in found.items():
-            categories[category].update(responses=count, prompts=1, accepted=int(story["accepted"]))
-        for attempt in story["attempts"]:
+            accepted[label][record["rung"]] += 1
+            accepted_by[record["accepted_by"]] += 1
+        for rung in {attempt["rung"] for attempt in record["attempts"]}:
+            rung_prompts[label][rung] += 1
+        harms = Counter(a["category"] for a in record["attempts"] if a["decision"] == "unsafe" and a["category"])
+        for category, count in harms.items():
+            categories[category].update(responses=count, prompts=1, accepted=int(record["accepted"]))
+        for attempt in record["attempts"]:
             responses[label][attempt["rung"]] += 1
             instructions[label, attempt["rung"]].add(attempt["steering"])
             uncertain += attempt["reason"] == "uncertain"
-            if attempt["fate"] != KEPT:
-                dropped[label][attempt["fate"]] += 1
+            if attempt["outcome"] != KEPT:
+                dropped[label][attempt["outcome"]] += 1
             if attempt["marks"]:
                 people.update(mark["by"] for mark in attempt["marks"])
-                marks[_standing(attempt)] += 1
+                marks[_compare_with_guard(attempt)] += 1
 
-    def of_rung(label: str, rung: int) -> dict[str, Any]:
-        so_far = sum(count for earlier, count in accepted[label].items() if earlier <= rung)
+    def rung_figures(label: str, rung: int) -> dict[str, Any]:
+        num_accepted = sum(count for earlier, count in accepted[label].items() if earlier <= rung)
         return {
             "rung": rung,
             "steering": " / ".join(sorted(instructions[label, rung] - {None})) or None,
-            "prompts": asked[label][rung],
+            "prompts": rung_prompts[label][rung],
             "responses": responses[label][rung],
             "accepted": accepted[label][rung],
-            "covered": so_far / prompts[label],
+            "covered": num_accepted / prompts[label],
         }
 
     return {
@@ -79,7 +83,7 @@ def coverage(stories: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any
             label: {
                 "prompts": prompts[label],
                 "accepted": kept[label],
-                "rungs": [of_rung(label, rung) for rung in sorted(asked[label])],
+                "rungs": [rung_figures(label, rung) for rung in sorted(rung_prompts[label])],
             }
             for label in ("harmful", "benign")
             if prompts[label]
@@ -96,38 +100,42 @@ def coverage(stories: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any
     }
 
 
-def _standing(attempt: dict[str, Any]) -> str:
-    """How people's word on a response stands to the guard's."""
-    words = {mark["by"]: mark["decision"] for mark in attempt["marks"]}.values()
-    if len(set(words)) > 1:
+def _compare_with_guard(attempt: dict[str, Any]) -> str:
+    """Return how people's decision on a response compares with the guard's.
+
+    `disagreed`: the people disagree. `impossible`: people accept a malformed response. Otherwise `confirmed`: people
+    and guard accept; `agreed`: neither accepts; `rescued`: only the people accept; `withdrawn`: only the guard accepts.
+    """
+    decisions = {mark["by"]: mark["decision"] for mark in attempt["marks"]}.values()
+    if len(set(decisions)) > 1:
         return "disagreed"
-    safe, accepts = attempt["decision"] == "safe", "accept" in words
-    if accepts and attempt["decision"] == "dropped":
+    is_safe, is_accepted = attempt["decision"] == "safe", "accept" in decisions
+    if is_accepted and attempt["decision"] == "dropped":
         return "impossible"
-    return ("confirmed" if safe else "rescued") if accepts else ("withdrawn" if safe else "agreed")
+    return ("confirmed" if is_safe else "rescued") if is_accepted else ("withdrawn" if is_safe else "agreed")
 
 
 def coverage_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The same for a terminal, as (name, text)."""
+    """Yield lines (title, text) of the coverage for a terminal."""
     labels = figures["labels"]
-    told = [f"{label} {each['accepted']:,} of {each['prompts']:,} ({each['accepted'] / each['prompts']:.1%})"
-            for label, each in labels.items()]  # fmt: skip
-    yield "accepted", "   ".join(told)
-    last = max(each["rungs"][-1]["rung"] for each in labels.values())
+    parts = [f"{label} {counts['accepted']:,} of {counts['prompts']:,} ({counts['accepted'] / counts['prompts']:.1%})"
+            for label, counts in labels.items()]  # fmt: skip
+    yield "accepted", "   ".join(parts)
+    last = max(counts["rungs"][-1]["rung"] for counts in labels.values())
     for rung in range(last + 1) if last else ():
-        tried = {label: step for label, each in labels.items() for step in each["rungs"] if step["rung"] == rung}
-        steering = next((step["steering"] for step in tried.values() if step["steering"]), None)
-        told = [f"{label} {step['accepted']:,} of {step['prompts']:,}" for label, step in tried.items()]
-        if told:
-            yield f"rung {rung}", "   ".join(told) + (f"   {steering[:60]!r}" if steering else "")
+        by_label = {label: step for label, counts in labels.items() for step in counts["rungs"] if step["rung"] == rung}
+        steering = next((step["steering"] for step in by_label.values() if step["steering"]), None)
+        parts = [f"{label} {step['accepted']:,} of {step['prompts']:,}" for label, step in by_label.items()]
+        if parts:
+            yield f"rung {rung}", "   ".join(parts) + (f"   {steering[:60]!r}" if steering else "")
     reasons = sum(map(Counter, figures["dropped"].values()), Counter()).most_common()
-    if told := [f"{reason.replace('_', ' ')} {count:,}" for reason, count in reasons if reason != SPARE]:
-        yield "rejected", "   ".join(told)
+    if parts := [f"{reason.replace('_', ' ')} {count:,}" for reason, count in reasons if reason != NOT_NEEDED]:
+        yield "rejected", "   ".join(parts)
     if figures["categories"]:
-        told = [f"{each['category']} {each['responses']:,}" for each in figures["categories"][:8]]
-        yield "unsafe", "   ".join(told)
+        parts = [f"{counts['category']} {counts['responses']:,}" for counts in figures["categories"][:8]]
+        yield "unsafe by category", "   ".join(parts)
     if figures["uncertain"]:
-        yield "too close to call", f"{figures['uncertain']:,}, for `thinksafe review`"
+        yield "uncertain", f"{figures['uncertain']:,} responses, to mark with `thinksafe review`"
     if figures["people"]:
-        told = [f"{name} {count:,}" for name, count in (figures["people"] | figures["marks"]).items()]
-        yield "marks", "   ".join(told)
+        parts = [f"{name} {count:,}" for name, count in (figures["people"] | figures["marks"]).items()]
+        yield "marks", "   ".join(parts)

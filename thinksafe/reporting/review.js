@@ -1,38 +1,38 @@
 "use strict";
-// Shows records as text and collects marks. Nothing of a record ever becomes markup: it goes through textContent.
+// Shows records and collects marks. All text of a record is set through textContent, so it never becomes markup.
 const page = JSON.parse(document.getElementById("data").textContent);
 const records = page.records;
 const $ = (id) => document.getElementById(id);
-const percent = (share) => (share === null ? "no figure" : `${(100 * share).toFixed(1)}%`);
-const number = (value) => value.toLocaleString("en-US");
+const formatPercent = (share) => (share === null ? "no probability" : `${(100 * share).toFixed(1)}%`);
+const formatNumber = (value) => value.toLocaleString("en-US");
 const keyOf = (record) => `${record.prompt_id}/${record.sample}`;
 
-// The file of marks is what counts. What was marked outlives a closed tab too, where the browser allows it.
-const shelf = `thinksafe-review-${page.run}`;
-function remembered(name, otherwise) {
-  try { return JSON.parse(localStorage.getItem(name)) ?? otherwise; } catch { return otherwise; }
+// The downloaded file is the result. Local storage, if the browser allows it, keeps the marks when the tab is closed.
+const storageKey = `thinksafe-review-${page.run}`;
+function loadStored(name, fallback) {
+  try { return JSON.parse(localStorage.getItem(name)) ?? fallback; } catch { return fallback; }
 }
-function remember(name, value) {
+function storeLocally(name, value) {
   try { localStorage.setItem(name, JSON.stringify(value)); } catch { /* private window */ }
 }
-const known = new Map(records.map((record) => [keyOf(record), record.text_id]));
-const marks = new Map(remembered(shelf, []).filter(([key, mark]) => known.get(key) === mark.text_id));
-let unsaved = false; // marked since the last download
-const shown = new Set(); // records whose text was uncovered
-const rank = new Map(records.map((record, place) => [record, place])); // they come most uncertain first
+const textIds = new Map(records.map((record) => [keyOf(record), record.text_id]));
+const marks = new Map(loadStored(storageKey, []).filter(([key, mark]) => textIds.get(key) === mark.text_id));
+let unsaved = false; // whether marks changed since the last download
+const uncovered = new Set(); // texts that are no longer blurred
+const rank = new Map(records.map((record, index) => [record, index])); // the page lists the most uncertain first
 let visible = [];
 let current = null;
 
 function element(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text !== undefined) node.textContent = text;
+  return node;
 }
 
-const sensitive = (record) => record.label === "harmful" || record.decision !== "safe";
-const veiled = (record, part) =>
-  (part === "prompt" ? record.label === "harmful" : sensitive(record)) && !shown.has(`${keyOf(record)} ${part}`);
+const isSensitive = (record) => record.label === "harmful" || record.decision !== "safe";
+const isVeiled = (record, part) =>
+  (part === "prompt" ? record.label === "harmful" : isSensitive(record)) && !uncovered.has(`${keyOf(record)} ${part}`);
 
 function placeNeedle(gauge, record) {
   const needle = gauge.querySelector(".needle");
@@ -47,7 +47,7 @@ function listEntry(record) {
   const mini = element("span", "mini"), gauge = element("span", "gauge");
   gauge.style.display = "block";
   gauge.append(element("span", "needle"));
-  mini.append(gauge, element("span", "figure", percent(record.share)));
+  mini.append(gauge, element("span", "figure", formatPercent(record.share)));
   placeNeedle(gauge, record);
   button.append(mini);
   button.addEventListener("click", () => select(record));
@@ -63,25 +63,25 @@ const orders = {
   safe: (a, b) => (a.share ?? 2) - (b.share ?? 2) || orders.doubt(a, b),
   long: (a, b) => b.tokens - a.tokens || orders.doubt(a, b),
 };
-const isMarked = (record) => marks.has(keyOf(record)) || record.marks.length > 0; // here, or in the run already
-function wanted(record) {
-  const only = $("only").value, words = $("search").value.toLowerCase();
-  const fits = only === "all" || (only === "unmarked" ? !isMarked(record) : [record.decision, record.label].includes(only));
+const isMarked = (record) => marks.has(keyOf(record)) || record.marks.length > 0; // on this page, or before in the run
+function matchesFilter(record) {
+  const filter = $("filter").value, words = $("search").value.toLowerCase();
+  const fits = filter === "all" || (filter === "unmarked" ? !isMarked(record) : [record.decision, record.label].includes(filter));
   return fits && (!words || `${record.prompt}\n${record.think}\n${record.answer}`.toLowerCase().includes(words));
 }
 
-function arrange() {
-  visible = records.filter(wanted).sort(orders[$("order").value]);
+function updateList() {
+  visible = records.filter(matchesFilter).sort(orders[$("order").value]);
   $("list").replaceChildren(...visible.map((record) => entries.get(record)));
   if (!visible.includes(current)) select(visible[0] ?? null);
 }
 
-function refresh() {
+function updateView() {
   for (const record of records) {
     const button = entries.get(record).firstChild, mark = marks.get(keyOf(record)) ?? record.marks.at(-1);
     button.className = mark ? mark.decision : "";
     button.toggleAttribute("aria-current", record === current);
-    button.querySelector(".head").classList.toggle("veil-text", veiled(record, "prompt"));
+    button.querySelector(".head").classList.toggle("veil-text", isVeiled(record, "prompt"));
   }
   const mark = current && marks.get(keyOf(current));
   for (const decision of ["accept", "reject"]) {
@@ -90,11 +90,11 @@ function refresh() {
   }
   $("clear").disabled = !mark;
   const done = records.filter(isMarked).length;
-  $("done").textContent = `${number(done)} of ${number(records.length)} marked`;
+  $("done").textContent = `${formatNumber(done)} of ${formatNumber(records.length)} marked`;
   $("done-bar").style.width = `${(100 * done) / Math.max(records.length, 1)}%`;
   $("download").disabled = !marks.size;
   for (const part of ["prompt", "think", "answer"]) {
-    const hidden = current !== null && veiled(current, part);
+    const hidden = current !== null && isVeiled(current, part);
     $(part).classList.toggle("hidden-text", hidden);
     $(part).querySelector("pre").toggleAttribute("inert", hidden);
   }
@@ -105,10 +105,10 @@ function chip(id, kind, text) {
   $(id).textContent = text;
 }
 
-// What a guard said beside its verdict, the likeliest first, and of an ensemble what every member's verdict was.
-function told(labels) {
+// Returns the P(unsafe) of each member of an ensemble, and all other probabilities, the likeliest first.
+function splitLabels(labels) {
   const votes = [], rest = new Map(Object.entries(labels));
-  for (const name of Object.keys(labels).filter((each) => each.endsWith("/unsafe"))) {
+  for (const name of Object.keys(labels).filter((name) => name.endsWith("/unsafe"))) {
     const member = name.slice(0, -"/unsafe".length), unsafe = labels[name], safe = labels[`${member}/safe`];
     if (safe === undefined) continue;
     votes.push([member, safe + unsafe > 0 ? unsafe / (safe + unsafe) : null]);
@@ -121,28 +121,28 @@ function told(labels) {
 function select(record) {
   current = record;
   $("record").hidden = !record;
-  $("nothing").hidden = !!record;
+  $("no-match").hidden = !!record;
   if (record) {
-    const why = record.reason && record.reason !== record.decision ? `: ${record.reason.replaceAll("_", " ")}` : "";
-    chip("decision", record.decision, record.decision + why);
+    const reason = record.reason && record.reason !== record.decision ? `: ${record.reason.replaceAll("_", " ")}` : "";
+    chip("decision", record.decision, record.decision + reason);
     chip("label", record.label, `${record.label} prompt`);
-    chip("fate", record.kept ? "kept" : "out", record.kept ? "in the training set" : "not in the training set");
+    chip("kept", record.kept ? "kept" : "out", record.kept ? "in the training set" : "not in the training set");
     placeNeedle($("gauge"), record);
-    $("share").textContent = record.share === null ? "no probabilities" : `P(unsafe) ${percent(record.share)}`;
+    $("share").textContent = record.share === null ? "no probabilities" : `P(unsafe) ${formatPercent(record.share)}`;
     $("gauge").setAttribute("aria-label", $("share").textContent);
     for (const part of ["prompt", "think", "answer"]) $(part).querySelector("pre").textContent = record[part];
     $("thought").open = false;
     $("thought").hidden = !record.think;
-    $("thought-length").textContent = `${number(record.think.length)} characters`;
-    const { votes, labels } = told(record.labels);
+    $("thought-length").textContent = `${formatNumber(record.think.length)} characters`;
+    const { votes, labels } = splitLabels(record.labels);
     const facts = [
       ["category", record.category],
-      ["refuses", record.refusal === null ? "" : record.refusal ? "yes" : "no"],
+      ["refusal", record.refusal === null ? "" : record.refusal ? "yes" : "no"],
       ["attempt", `rung ${record.rung}, sample ${record.sample}`],
-      ["tokens", number(record.tokens)],
-      ["windows", record.windows > 1 ? number(record.windows) : ""],
-      ["P(unsafe) of each guard", votes.map(([name, p]) => `${name} ${percent(p)}`).join(", ")],
-      ["also", labels.slice(0, 4).map(([name, p]) => `${name} ${percent(p)}`).join(", ")],
+      ["tokens", formatNumber(record.tokens)],
+      ["windows", record.windows > 1 ? formatNumber(record.windows) : ""],
+      ["P(unsafe) of each guard", votes.map(([name, p]) => `${name} ${formatPercent(p)}`).join(", ")],
+      ["label probabilities", labels.slice(0, 4).map(([name, p]) => `${name} ${formatPercent(p)}`).join(", ")],
       ["guard", record.guard],
       ["steering", record.steering ?? "none"],
     ];
@@ -151,21 +151,21 @@ function select(record) {
       pair.append(element("dt", "", name), element("dd", "", text));
       return pair;
     }));
-    $("others").replaceChildren(...record.marks.map((mark) => element("li", "", `${mark.by}: ${mark.decision}, ${mark.at}`)));
+    $("earlier-marks").replaceChildren(...record.marks.map((mark) => element("li", "", `${mark.by}: ${mark.decision}, ${mark.at}`)));
     entries.get(record).scrollIntoView({ block: "nearest" });
     $("record").scrollTop = 0;
   }
-  refresh();
+  updateView();
 }
 
-function step(by) {
-  const next = visible[visible.indexOf(current) + by];
-  if (next) select(next);
+function move(offset) {
+  const nextRecord = visible[visible.indexOf(current) + offset];
+  if (nextRecord) select(nextRecord);
 }
 
-function keep() {
+function saveMarks() {
   unsaved = true;
-  remember(shelf, [...marks]);
+  storeLocally(storageKey, [...marks]);
 }
 
 function mark(decision) {
@@ -173,31 +173,31 @@ function mark(decision) {
   const by = $("name").value.trim();
   document.querySelector(".who").classList.toggle("missing", !by);
   if (!by) return $("name").focus();
-  if (decision === "accept" && veiled(current, "answer")) return uncover(["prompt", "answer"]); // nobody accepts unread
+  if (decision === "accept" && isVeiled(current, "answer")) return uncover(["prompt", "answer"]); // nobody can accept an unread answer
   const { prompt_id, sample, text_id } = current;
   marks.set(keyOf(current), { prompt_id, sample, text_id, decision, by, at: new Date().toISOString() });
-  keep();
-  const following = visible[visible.indexOf(current) + 1];
-  arrange();
-  if (following && visible.includes(following)) select(following);
-  else refresh();
+  saveMarks();
+  const nextRecord = visible[visible.indexOf(current) + 1];
+  updateList();
+  if (nextRecord && visible.includes(nextRecord)) select(nextRecord);
+  else updateView();
 }
 
 function unmark() {
   if (!current) return;
   marks.delete(keyOf(current));
-  keep();
-  arrange();
-  refresh();
+  saveMarks();
+  updateList();
+  updateView();
 }
 
 function uncover(parts) {
-  for (const part of parts) shown.add(`${keyOf(current)} ${part}`);
-  refresh();
+  for (const part of parts) uncovered.add(`${keyOf(current)} ${part}`);
+  updateView();
 }
 
 function download() {
-  const lines = [...marks.values()].map((each) => `${JSON.stringify(each)}\n`).join("");
+  const lines = [...marks.values()].map((mark) => `${JSON.stringify(mark)}\n`).join("");
   const link = element("a");
   link.href = URL.createObjectURL(new Blob([lines], { type: "application/jsonl" }));
   link.download = "marks.jsonl";
@@ -207,61 +207,61 @@ function download() {
   $("saved").showModal();
 }
 
-// Of a file of marks those that are about what this page shows; of two on one response the later one.
-function take(text) {
-  let taken = 0, other = 0;
-  for (const line of text.split("\n").filter((each) => each.trim())) {
-    let found = null;
-    try { found = JSON.parse(line); } catch { /* counted below */ }
-    if (!["accept", "reject"].includes(found?.decision) || typeof found.by !== "string" || isNaN(Date.parse(found.at)) || known.get(keyOf(found)) !== found.text_id) {
-      other += 1;
+// Imports the marks on responses of this page; if a response has two marks, the later one counts.
+function importMarks(text) {
+  let imported = 0, skipped = 0;
+  for (const line of text.split("\n").filter((line) => line.trim())) {
+    let mark = null;
+    try { mark = JSON.parse(line); } catch { /* counted below */ }
+    if (!["accept", "reject"].includes(mark?.decision) || typeof mark.by !== "string" || isNaN(Date.parse(mark.at)) || textIds.get(keyOf(mark)) !== mark.text_id) {
+      skipped += 1;
       continue;
     }
-    taken += 1;
-    const { prompt_id, sample, text_id, decision, by, at } = found, mine = marks.get(keyOf(found));
-    if (!mine || Date.parse(mine.at) < Date.parse(at)) marks.set(keyOf(found), { prompt_id, sample, text_id, decision, by, at });
+    imported += 1;
+    const { prompt_id, sample, text_id, decision, by, at } = mark, existing = marks.get(keyOf(mark));
+    if (!existing || Date.parse(existing.at) < Date.parse(at)) marks.set(keyOf(mark), { prompt_id, sample, text_id, decision, by, at });
   }
-  return { taken, other };
+  return { imported, skipped };
 }
 
 async function load() {
   const [file] = $("load").files;
   if (!file) return;
-  const { taken, other } = take(await file.text());
-  $("load").value = ""; // the same file may be given again
-  remember(shelf, [...marks]);
-  arrange();
-  refresh();
-  const rest = other ? ` Lines that are no marks on what this page shows: ${number(other)}; keep that file too.` : "";
-  $("found").textContent = `Marks found in ${file.name}: ${number(taken)}.${rest}`;
+  const { imported, skipped } = importMarks(await file.text());
+  $("load").value = ""; // so that the same file can be loaded again
+  storeLocally(storageKey, [...marks]);
+  updateList();
+  updateView();
+  const note = skipped ? ` Lines skipped because they are not marks on responses of this page: ${formatNumber(skipped)}; keep that file too.` : "";
+  $("load-result").textContent = `Marks loaded from ${file.name}: ${formatNumber(imported)}.${note}`;
   $("loaded").showModal();
 }
 
-const left = page.judged - records.length;
+const numLeftOut = page.judged - records.length;
 $("scope").textContent = [
-  left ? `the ${number(records.length)} most uncertain of ${number(page.judged)} judged responses` : `all ${number(page.judged)} judged responses`,
-  left ? `${number(left)} more are not on this page` : "",
-  page.malformed ? `${number(page.malformed)} malformed left out` : "",
+  numLeftOut ? `the ${formatNumber(records.length)} most uncertain of ${formatNumber(page.judged)} judged responses` : `all ${formatNumber(page.judged)} judged responses`,
+  numLeftOut ? `${formatNumber(numLeftOut)} more certain ones are not shown` : "",
+  page.malformed ? `${formatNumber(page.malformed)} malformed not shown` : "",
 ].filter(Boolean).join(" · ");
-$("late").hidden = !page.too_late;
+$("too-late").hidden = !page.too_late;
 $("command").textContent = page.command;
-$("name").value = remembered("thinksafe-review-name", "");
+$("name").value = loadStored("thinksafe-review-name", "");
 $("tick").style.left = `${100 * page.threshold}%`;
 $("band").style.left = `${100 * (page.threshold - page.margin)}%`;
 $("band").style.width = `${200 * page.margin}%`;
 $("name").addEventListener("change", () => {
-  remember("thinksafe-review-name", $("name").value.trim());
+  storeLocally("thinksafe-review-name", $("name").value.trim());
   document.querySelector(".who").classList.remove("missing");
 });
-for (const id of ["order", "only"]) $(id).addEventListener("change", arrange);
-$("search").addEventListener("input", arrange);
+for (const id of ["order", "filter"]) $(id).addEventListener("change", updateList);
+$("search").addEventListener("input", updateList);
 for (const part of ["prompt", "think", "answer"]) $(part).querySelector(".veil").addEventListener("click", () => uncover([part]));
 const actions = {
   a: () => mark("accept"),
   r: () => mark("reject"),
   u: unmark,
-  j: () => step(1),
-  k: () => step(-1),
+  j: () => move(1),
+  k: () => move(-1),
   v: () => current && uncover(["prompt", "think", "answer"]),
   t: () => { $("thought").open = !$("thought").open; },
 };
@@ -276,4 +276,4 @@ for (const [id, key] of [["accept", "a"], ["reject", "r"], ["clear", "u"], ["nex
 $("download").addEventListener("click", download);
 $("load").addEventListener("change", load);
 addEventListener("beforeunload", (event) => { if (unsaved) event.preventDefault(); });
-arrange();
+updateList();

@@ -1,9 +1,8 @@
-"""The review page: one file, without any network, in which a person reads the most uncertain responses and marks them.
+"""The review page: one HTML file in which a person reads the most uncertain responses and marks them.
 
-The page only shows and collects: marks come out as a file, which `thinksafe filter --marks` takes in. A page needs no
-server, can be sent to whoever reviews, and cannot write into a run by itself. Everything of a record is data in a JSON
-block and is put on the page as text; a content security policy lets nothing run but the page's own script, and lets
-nothing in or out.
+The page needs no server and no network, and it cannot change a run: the browser saves the marks as a file, and
+`thinksafe filter --marks` imports that file. The records are data in a JSON block, and the script shows them as text,
+never as markup. A content security policy allows only the page's script, and no connection.
 """
 
 import base64
@@ -25,15 +24,15 @@ from thinksafe.data.records import Verdict, content_id
 from thinksafe.data.selection import Attempt, choose
 from thinksafe.run.attempts import Attempts
 from thinksafe.run.directory import RunDir
-from thinksafe.run.marks import filter_anew, read_marks
-from thinksafe.text.chat import Thought, parse_response
+from thinksafe.run.marks import read_marks, refilter_command
+from thinksafe.text.chat import ParsedResponse, parse_response
 
 
-def write_review(run: RunDir, most: int) -> Path:
-    """Write `review.html` with the responses that are most worth reading.
+def write_review(run: RunDir, max_responses: int) -> Path:
+    """Write `review.html` with the most uncertain responses.
 
     Args:
-        most: responses on the page; what is left out is counted there.
+        max_responses: maximum number of responses on the page. The page shows how many others there are.
 
     Returns:
         The path of the page.
@@ -41,48 +40,57 @@ def write_review(run: RunDir, most: int) -> Path:
     attempts = Attempts(run, read_marks(run))
     threshold, counts = run.recipe.guard.threshold, Counter()
 
-    def readable() -> Iterable[tuple[Attempt, bool]]:
-        for tried in attempts:
-            kept = choose(tried)
-            for attempt in tried:
+    def judged_attempts() -> Iterable[tuple[Attempt, bool]]:
+        for prompt_attempts in attempts:
+            kept = choose(prompt_attempts)
+            for attempt in prompt_attempts:
                 counts[attempt.verdict.decision] += 1
                 if attempt.verdict.decision != "dropped":
                     yield attempt, attempt is kept
 
-    chosen = nsmallest(most, readable(), key=lambda shown: certainty(shown[0].verdict, threshold))
+    least_certain = nsmallest(
+        max_responses, judged_attempts(), key=lambda pair: certainty_key(pair[0].verdict, threshold)
+    )
     command = f"thinksafe filter --out {shlex.quote(str(run.path))} --marks marks.jsonl"
     page = {
         "run": content_id(run.recipe.to_yaml(), str(run.path.resolve())),
         "name": run.recipe.name,
         "too_late": run.training_has_begun,
-        "command": filter_anew(run, "marks.jsonl") if run.training_has_begun else command,
+        "command": refilter_command(run, "marks.jsonl") if run.training_has_begun else command,
         "threshold": threshold,
         "margin": run.recipe.guard.margin,
         "judged": counts.total() - counts["dropped"],
         "malformed": counts["dropped"],
-        "records": [_shown(*each) for each in chosen],
+        "records": [_page_record(attempt, is_kept) for attempt, is_kept in least_certain],
     }
-    write_atomically(run.path / "review.html", render(page))
+    write_atomically(run.path / "review.html", render_page(page))
     return run.path / "review.html"
 
 
-def certainty(verdict: Verdict, threshold: float) -> tuple[bool, float, str, int]:
-    """Sorts verdicts, the least certain first: those without a decision, then those closest to the threshold."""
-    return (verdict.decision != "unknown", _distance(verdict, threshold), verdict.prompt_id, verdict.sample)
+def certainty_key(verdict: Verdict, threshold: float) -> tuple[bool, float, str, int]:
+    """Return a sort key, least certain verdict first: without a decision, then by distance to the threshold."""
+    return (verdict.decision != "unknown", _threshold_distance(verdict, threshold), verdict.prompt_id, verdict.sample)
 
 
-def render(page: dict[str, Any]) -> str:
-    """The page; see `write_review`."""
+def render_page(page: dict[str, Any]) -> str:
+    """Return the HTML page.
+
+    Args:
+        page: data of the page, see `write_review`.
+    """
     folder = files("thinksafe.reporting")
-    html, style, script = ((folder / f"review.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    # In a script block only "<" could end the block; JSON knows it by another name too.
+    html, style, script = (
+        (folder / f"review.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
+    )
+    # Only "<" could end the script block; JSON can write it as an escape.
     data = json.dumps(page, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    sources = f"style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'"
     return (
         Environment(autoescape=True)
         .from_string(html)
         .render(
             title=f"Review: {page['name']}",
-            policy=f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; base-uri 'none'",
+            policy=f"default-src 'none'; {sources}; base-uri 'none'",
             style=Markup(style),
             script=Markup(script),
             data=Markup(data),
@@ -90,41 +98,41 @@ def render(page: dict[str, Any]) -> str:
     )
 
 
-def _hash(text: str) -> str:
+def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _share(verdict: Verdict) -> float | None:
-    """P(unsafe) among the two verdicts, which the threshold is about."""
+def _unsafe_share(verdict: Verdict) -> float | None:
+    """Return p_unsafe / (p_safe + p_unsafe), which is compared with the threshold; None without probabilities."""
     if verdict.p_safe is None or verdict.p_unsafe is None or not verdict.p_safe + verdict.p_unsafe > 0:
         return None
     return verdict.p_unsafe / (verdict.p_safe + verdict.p_unsafe)
 
 
-def _distance(verdict: Verdict, threshold: float) -> float:
-    share = _share(verdict)
+def _threshold_distance(verdict: Verdict, threshold: float) -> float:
+    share = _unsafe_share(verdict)
     return 0.0 if share is None else abs(share - threshold)
 
 
-def _shown(attempt: Attempt, is_kept: bool) -> dict[str, Any]:
+def _page_record(attempt: Attempt, is_kept: bool) -> dict[str, Any]:
     response, verdict = attempt.response, attempt.verdict
     parsed = parse_response(response.text)
-    thought = parsed if isinstance(parsed, Thought) else Thought("", response.text)
+    parts = parsed if isinstance(parsed, ParsedResponse) else ParsedResponse("", response.text)
     return {
         "prompt_id": response.prompt_id,
         "sample": response.sample,
         "text_id": content_id(response.text),
         "label": response.label,
         "prompt": response.prompt,
-        "think": thought.think,
-        "answer": thought.answer,
+        "think": parts.think,
+        "answer": parts.answer,
         "steering": response.steering,
         "rung": response.rung,
         "tokens": response.num_tokens,
         "guard": verdict.guard,
         "decision": verdict.decision,
         "reason": verdict.reason,
-        "share": _share(verdict),
+        "share": _unsafe_share(verdict),
         "category": verdict.category,
         "labels": verdict.labels,
         "refusal": verdict.refusal,

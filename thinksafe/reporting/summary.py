@@ -1,5 +1,6 @@
-"""Everything a report shows, gathered from the records of a run directory. Pure reading: nothing is computed twice or
-made up, and a stage that was not run leaves its section out.
+"""The contents of a report, read from the records of a run directory. It writes nothing.
+
+A section is left out if its stage has not run.
 """
 
 import json
@@ -11,22 +12,22 @@ import thinksafe
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Response, Verdict
 from thinksafe.evaluation.statistics import mean_with_interval
-from thinksafe.reporting.coverage import coverage, stories
+from thinksafe.reporting.coverage import count_coverage, read_audit
 from thinksafe.run.directory import RunDir
 from thinksafe.training.loop import read_metrics
 
-_HEADLINES = {"harmful_ratio": "harmful", "over_refusal": "over_refusal", "reasoning_accuracy": "reasoning"}
-_COMPARED = ("seconds", "tokens", "peak_bytes")
+_HEADLINE_KINDS = {"harmful_ratio": "harmful", "over_refusal": "over_refusal", "reasoning_accuracy": "reasoning"}
+_COMPARED_FIELDS = ("seconds", "tokens", "peak_bytes")
 
 
-def summarise(run: RunDir) -> dict[str, Any]:
-    """The contents of report.json."""
+def summarize(run: RunDir) -> dict[str, Any]:
+    """Return the contents of report.json."""
     manifest, recipe = run.manifest, run.recipe
     stages = manifest["stages"]
-    moments = {
-        moment: json.loads((run.path / "evaluation" / f"{moment}.json").read_text())
-        for moment in ("before", "after")
-        if f"evaluate_{moment}" in stages
+    phases = {
+        phase: json.loads((run.path / "evaluation" / f"{phase}.json").read_text())
+        for phase in ("before", "after")
+        if f"evaluate_{phase}" in stages
     }
     report: dict[str, Any] = {
         "title": f"ThinkSafe: {recipe.name}",
@@ -36,8 +37,8 @@ def summarise(run: RunDir) -> dict[str, Any]:
         "created": manifest["created"],
         "code_version": thinksafe.__version__,
         "run_dir": str(run.path),
-        **{name: headline for name, kind in _HEADLINES.items() if (headline := _headline(kind, moments))},
-        "sets": _sets(moments),
+        **{name: headline for name, kind in _HEADLINE_KINDS.items() if (headline := _headline_metric(kind, phases))},
+        "sets": _set_rows(phases),
         "stages": [
             {
                 "name": name,
@@ -50,19 +51,21 @@ def summarise(run: RunDir) -> dict[str, Any]:
         "environment": manifest["environment"],
     }
     if (run.path / "estimate.json").exists():
-        report["estimate"] = _against_estimate(json.loads((run.path / "estimate.json").read_text()), stages)
+        report["estimate"] = _compare_with_estimate(json.loads((run.path / "estimate.json").read_text()), stages)
     if "generate" in stages:
         lengths = defaultdict(list)
-        for responses_file in [file for file, _ in run.rungs()] or [run.attempts(0)[0]]:
+        for responses_file in [file for file, _ in run.attempt_files()] or [run.attempt_paths(0)[0]]:
             for response in read_records(responses_file, Response):
                 lengths[response.label].append(response.num_tokens)
         report["lengths"] = dict(lengths)
     if "accept" in stages:
-        figures = coverage_of(run)
+        figures = read_coverage(run)
         report["filter"] = {name: figures.pop(name) for name in ("kept", "dropped")}
         report["coverage"] = figures
-    if "filter" in stages and (steered := _outcomes(run.path / "verdicts.jsonl", True)):
-        report["acceptance"] = _acceptance(steered, _outcomes(run.path / "unsteered_verdicts.jsonl", False))
+    if "filter" in stages and (steered := _read_outcomes(run.path / "verdicts.jsonl", True)):
+        report["acceptance"] = _acceptance_figures(
+            steered, _read_outcomes(run.path / "unsteered_verdicts.jsonl", False)
+        )
     if "train" in stages:
         metrics = list(read_metrics(run.path / "training" / "metrics.jsonl"))
         report["training"] = {
@@ -79,65 +82,67 @@ def summarise(run: RunDir) -> dict[str, Any]:
     return report
 
 
-def coverage_of(run: RunDir) -> dict[str, Any]:
-    """What became of every prompt of a run; see `coverage`."""
-    return coverage(stories(run), len(run.recipe.generation.rungs))
+def read_coverage(run: RunDir) -> dict[str, Any]:
+    """Return the coverage of a run; see `count_coverage`."""
+    return count_coverage(read_audit(run), len(run.recipe.generation.rungs))
 
 
-def _against_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
-    """What was expected of each stage that is done, beside what happened: [expected, happened], and of all together.
-    Nothing is expected of further attempts, whether up the ladder or after marks."""
-    foreseen = estimate["stages"]
+def _compare_with_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+    """Return pairs [estimated, measured] of time, tokens and memory for each finished stage, and for all together.
+
+    The estimate does not include retries: rungs of the ladder, and attempts after marks.
+    """
+    expected = estimate["stages"]
     rows = [
-        {"name": name} | {key: [foreseen.get(name, {}).get(key), stage.get(key)] for key in _COMPARED}
+        {"name": name} | {key: [expected.get(name, {}).get(key), stage.get(key)] for key in _COMPARED_FIELDS}
         for name, stage in stages.items()
-        if name in foreseen or stage["tokens"]
+        if name in expected or stage["tokens"]
     ]
-    total = {"name": "in all"} | {key: [_over(rows, key, moment) for moment in (0, 1)] for key in _COMPARED}
+    total = {"name": "in all"} | {key: [_combine(rows, key, column) for column in (0, 1)] for key in _COMPARED_FIELDS}
     return {"gpu": estimate["gpu"], "num_gpus": estimate["num_gpus"], "stages": rows, "total": total}
 
 
-def _over(rows: list[dict[str, Any]], key: str, moment: int) -> float | None:
-    """A figure of several stages, which follow one another."""
-    known = [row[key][moment] for row in rows if row[key][moment] is not None]
-    return (max if key == "peak_bytes" else sum)(known) if known else None
+def _combine(rows: list[dict[str, Any]], key: str, column: int) -> float | None:
+    """Return a figure of all stages together: the largest peak memory, or the sum of time or tokens."""
+    values = [row[key][column] for row in rows if row[key][column] is not None]
+    return (max if key == "peak_bytes" else sum)(values) if values else None
 
 
-def _headline(kind: str, moments: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """One figure before and after, pooled over the judged prompts of every set of this kind, if any was."""
+def _headline_metric(kind: str, phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Return one metric before and after, pooled over the judged prompts of all sets of this kind, or None."""
     headline: dict[str, Any] = {"unknown": {}}
-    for moment, sets in moments.items():
-        chosen = [entry for entry in sets if entry["kind"] == kind]
-        values = [value for entry in chosen for value in entry["values"]]
+    for phase, sets in phases.items():
+        matching = [evaluation_set for evaluation_set in sets if evaluation_set["kind"] == kind]
+        values = [value for evaluation_set in matching for value in evaluation_set["values"]]
         if values:
-            headline[moment], headline[f"{moment}_interval"] = mean_with_interval(values)
+            headline[phase], headline[f"{phase}_interval"] = mean_with_interval(values)
             headline["n"] = len(values)
-        if chosen:
-            headline["unknown"][moment] = sum(entry["unknown"] for entry in chosen)
+        if matching:
+            headline["unknown"][phase] = sum(evaluation_set["unknown"] for evaluation_set in matching)
     return headline if headline["unknown"] else None
 
 
-def _sets(moments: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _set_rows(phases: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for moment, sets in moments.items():
-        for entry in sets:
-            shared = {key: entry[key] for key in ("name", "kind", "n", "samples", "judge")}
-            row = rows.setdefault(entry["name"], shared | {"truncated": {}, "unknown": {}})
-            row[moment], row[f"{moment}_interval"] = entry["value"], entry["interval"]
-            row["truncated"][moment], row["unknown"][moment] = entry["truncated"], entry["unknown"]
+    for phase, sets in phases.items():
+        for evaluation_set in sets:
+            shared = {key: evaluation_set[key] for key in ("name", "kind", "n", "samples", "judge")}
+            row = rows.setdefault(evaluation_set["name"], shared | {"truncated": {}, "unknown": {}})
+            row[phase], row[f"{phase}_interval"] = evaluation_set["value"], evaluation_set["interval"]
+            row["truncated"][phase], row["unknown"][phase] = evaluation_set["truncated"], evaluation_set["unknown"]
     return list(rows.values())
 
 
 class _Outcome(NamedTuple):
-    """What matters of a verdict on a first attempt at a harmful prompt."""
+    """The part of a verdict on a first attempt at a harmful prompt that the report counts."""
 
     prompt_id: str
     accepted: bool
     refusal: bool | None
 
 
-def _outcomes(file: Path, steered: bool) -> list[_Outcome]:
-    """Of the harmful prompts' responses, those with steering or those without."""
+def _read_outcomes(file: Path, steered: bool) -> list[_Outcome]:
+    """Return the outcomes of the responses to harmful prompts, either with or without steering."""
     return [
         _Outcome(verdict.prompt_id, verdict.decision == "safe", verdict.refusal)
         for verdict in (read_records(file, Verdict) if file.exists() else ())
@@ -145,11 +150,11 @@ def _outcomes(file: Path, steered: bool) -> list[_Outcome]:
     ]
 
 
-def _acceptance(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str, Any]:
+def _acceptance_figures(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str, Any]:
     accepted = [sum(outcome.accepted for outcome in outcomes) for outcomes in (steered, unsteered)]
     rejected = [len(steered) - accepted[0], len(unsteered) - accepted[1]]
     odds_ratio = None
-    if all(accepted + rejected):  # with an empty cell the ratio is 0 or infinite, and any figure would be made up
+    if all(accepted + rejected):  # with an empty cell the odds ratio is 0 or infinite
         odds_ratio = accepted[0] * rejected[1] / (rejected[0] * accepted[1])
     figures: dict[str, Any] = {"n_steered": len(steered), "n_unsteered": len(unsteered), "odds_ratio": odds_ratio}
     judged = {
@@ -157,9 +162,9 @@ def _acceptance(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str,
         "unsteered": [(outcome.prompt_id, outcome.accepted) for outcome in unsteered],
         "refusal_steered": [(outcome.prompt_id, outcome.refusal) for outcome in steered if outcome.refusal is not None],
     }
-    for name, found in judged.items():
+    for name, pairs in judged.items():
         by_prompt = defaultdict(list)
-        for prompt_id, outcome in found:
+        for prompt_id, outcome in pairs:
             by_prompt[prompt_id].append(outcome)
         shares = [sum(samples) / len(samples) for samples in by_prompt.values()]
         figures[name], figures[f"{name}_interval"] = mean_with_interval(shares) if shares else (None, None)

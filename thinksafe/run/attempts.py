@@ -1,41 +1,45 @@
-"""All attempts at every prompt of a run, joined from its shards. In memory are places; texts are read one prompt at a
-time."""
+"""All judged attempts at every prompt of a run, joined from its record files.
+
+Memory holds the position of each record; the texts are read one prompt at a time.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from thinksafe.data.jsonl import Shard
+from thinksafe.data.jsonl import RecordFile
 from thinksafe.data.records import Mark, Response, Verdict
 from thinksafe.data.selection import Attempt
 from thinksafe.run.directory import RunDir
 
 
 class Attempts:
-    """What was tried on each prompt and judged.
+    """The judged attempts of a run.
 
-    Iterating gives the attempts at one prompt after the other, by id; each in the order in which they were made.
+    Iterating gives a list for each prompt, in order of prompt id; the list holds the attempts in the order in which
+    they were sampled.
     """
 
     def __init__(self, run: RunDir, marks: Mapping[tuple[str, int], Sequence[Mark]]):
-        self._marks, self._shards = marks, []
-        self._places: dict[str, list[tuple[int, int, int, int]]] = {}
-        for step, (responses_file, verdicts_file) in enumerate(run.rungs()):
-            responses, verdicts = Shard(responses_file, Response), Shard(verdicts_file, Verdict)
-            self._shards.append((responses, verdicts))
-            where = {(response.prompt_id, response.sample): number for number, response in enumerate(responses)}
-            for number, verdict in enumerate(verdicts):
-                place = (step, verdict.sample, where[verdict.prompt_id, verdict.sample], number)
-                self._places.setdefault(verdict.prompt_id, []).append(place)
+        self._marks, self._files = marks, []
+        self._positions: dict[str, list[tuple[int, int, int, int]]] = {}
+        for number, (responses_file, verdicts_file) in enumerate(run.attempt_files()):
+            responses, verdicts = RecordFile(responses_file, Response), RecordFile(verdicts_file, Verdict)
+            self._files.append((responses, verdicts))
+            response_indices = {(response.prompt_id, response.sample): i for i, response in enumerate(responses)}
+            for verdict_index, verdict in enumerate(verdicts):
+                response_index = response_indices[verdict.prompt_id, verdict.sample]
+                position = (number, verdict.sample, response_index, verdict_index)
+                self._positions.setdefault(verdict.prompt_id, []).append(position)
 
     def __len__(self) -> int:
-        """Prompts."""
-        return len(self._places)
+        """Return the number of prompts."""
+        return len(self._positions)
 
     def __iter__(self) -> Iterator[list[Attempt]]:
-        for prompt_id in sorted(self._places):
-            yield [self._attempt(*place) for place in sorted(self._places[prompt_id])]
+        for prompt_id in sorted(self._positions):
+            yield [self._attempt(*position) for position in sorted(self._positions[prompt_id])]
 
-    def _attempt(self, step: int, sample: int, response_number: int, verdict_number: int) -> Attempt:
-        responses, verdicts = self._shards[step]
-        response = responses[response_number]
+    def _attempt(self, number: int, sample: int, response_index: int, verdict_index: int) -> Attempt:
+        responses, verdicts = self._files[number]
+        response = responses[response_index]
         marks = self._marks.get((response.prompt_id, sample), ())
-        return Attempt(response, verdicts[verdict_number], marks)
+        return Attempt(response, verdicts[verdict_index], marks)

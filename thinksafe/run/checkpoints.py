@@ -6,67 +6,74 @@ from pathlib import Path
 
 import torch
 
-from thinksafe.distributed.workers import ALONE, Workers
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 from thinksafe.errors import UserError
 from thinksafe.guards.base import Guard
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.registry import build_guard
-from thinksafe.kernels.fp8 import supported
+from thinksafe.kernels.fp8 import supports_fp8
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import detach, load_adapter, refuse_other_base
-from thinksafe.model.tensor_parallel import WHOLE, Shard
-from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve
+from thinksafe.model.lora import check_same_base, detach, load_adapter
+from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
+from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve_checkpoint
 from thinksafe.recipe.schema import Recipe
 from thinksafe.sampler.engine import EngineConfig
 from thinksafe.text.chat import Chat
 from thinksafe.text.tokenizer import SafeTokenizer
 
-_SMALL = 256
-"""Hidden size below which a second CPU thread gains nothing, and on a busy machine costs twentyfold by spinning."""
+_SMALL_HIDDEN_SIZE = 256
+"""Hidden size below which a second CPU thread saves no time; on a busy machine its spinning costs a factor of 20."""
 
 
 def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
-    """A token id beyond the embedding would be read as an index out of range, deep in a step."""
-    known, used = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
-    if used > known:
+    """Check that every token id has an embedding; otherwise a step would fail with an index out of range."""
+    vocab_size, num_tokens = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
+    if num_tokens > vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {used} tokens, config.json's vocab_size is {known}; they do not fit"
+            f"{folder}: the tokenizer has {num_tokens} tokens, but vocab_size in config.json is {vocab_size}; use the "
+            "tokenizer that belongs to this model"
         )
 
 
 @dataclass(frozen=True)
-class _Holding:
-    """How a decoder's weights are held: by how many processes, whether these add up in order, and in what."""
-
-    processes: int = 1
-    in_order: bool = False
-    weights: WeightDtype = "auto"
-
-    @classmethod
-    def wanted_by(cls, sampler: EngineConfig) -> "_Holding":
-        together = sampler.tensor_parallel
-        return cls(together, sampler.batch_invariant and together > 1, sampler.weights)
-
-
-class Models:
-    """Loads lazily: a stage that finds its work done loads nothing.
+class WeightLayout:
+    """How a decoder's weights are stored.
 
     Attributes:
-        device, dtype: where and how weights are kept.
+        num_processes: number of processes that share them.
+        ordered_sum: whether these processes add partial sums in rank order.
+        weight_dtype: dtype of the projections; `auto` is the dtype of all other weights.
     """
 
-    def __init__(self, recipe: Recipe, workers: Workers = ALONE):
+    num_processes: int = 1
+    ordered_sum: bool = False
+    weight_dtype: WeightDtype = "auto"
+
+    @classmethod
+    def for_sampler(cls, sampler: EngineConfig) -> "WeightLayout":
+        num_processes = sampler.tensor_parallel_size
+        return cls(num_processes, sampler.batch_invariant and num_processes > 1, sampler.weight_dtype)
+
+
+class CheckpointStore:
+    """The checkpoints of a run, loaded lazily: a stage that finds its work done loads nothing.
+
+    Attributes:
+        device, dtype: device and dtype of the weights.
+    """
+
+    def __init__(self, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
         """Choose device and dtype.
 
         Raises:
-            UserError: a GPU is asked for and there is none, or fewer than workers.
+            UserError: `device` is cuda but torch finds no GPU, or this machine has fewer GPUs than workers.
         """
         if recipe.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: cuda is asked for, but torch sees no GPU; use device=auto or device=cpu")
+            raise UserError("device: cuda needs a GPU, but torch finds none; use device=auto or device=cpu")
         gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
         if gpu and workers.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"this machine has {torch.cuda.device_count()} GPUs for more workers; start one worker a GPU"
+                f"this machine has {torch.cuda.device_count()} GPUs but more workers; start one worker for each GPU"
             )
         if gpu:
             torch.cuda.set_device(workers.local_rank)
@@ -74,12 +81,12 @@ class Models:
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
         self._recipe, self._workers = recipe, workers
-        self._loaded: tuple[tuple[Path, _Holding], Decoder] | None = None
+        self._loaded: tuple[tuple[Path, WeightLayout], Decoder] | None = None
 
     @cached_property
     def base(self) -> Path:
         """Folder of the student's checkpoint."""
-        return resolve(self._recipe.model)
+        return resolve_checkpoint(self._recipe.model)
 
     @cached_property
     def chat(self) -> Chat:
@@ -91,74 +98,77 @@ class Models:
     @cached_property
     def guard(self) -> Guard:
         """The guard of the recipe."""
-        return build_guard(self._recipe.guard, self._judge)
+        return build_guard(self._recipe.guard, self._load_guard_model)
 
     def check_guard(self) -> None:
-        """Whether the guard's checkpoints fit their formats, which their tokenizers tell: no weights are read.
+        """Check that the guard's checkpoints fit their formats. This reads their tokenizers, but no weights.
 
         Raises:
-            UserError: a checkpoint that is not there, or does not fit.
+            UserError: a checkpoint does not exist or does not fit its format.
         """
-        build_guard(self._recipe.guard, lambda config: (None, self._guard_files(config)[1]))
+        build_guard(self._recipe.guard, lambda config: (None, self._guard_tokenizer(config)[1]))
 
-    def _judge(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
-        """A checkpoint that judges."""
-        folder, tokenizer = self._guard_files(config)
-        return self._load(folder, _Holding.wanted_by(config.sampler)), tokenizer
+    def _load_guard_model(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
+        folder, tokenizer = self._guard_tokenizer(config)
+        return self._load(folder, WeightLayout.for_sampler(config.sampler)), tokenizer
 
-    def _guard_files(self, config: GuardConfig) -> tuple[Path, SafeTokenizer]:
-        folder = resolve(config.model, "guard.model")
+    def _guard_tokenizer(self, config: GuardConfig) -> tuple[Path, SafeTokenizer]:
+        folder = resolve_checkpoint(config.model, "guard.model")
         tokenizer = SafeTokenizer(folder)
         _check_vocabulary(folder, tokenizer)
         return folder, tokenizer
 
-    def student(self, on_host: bool = False, weights: WeightDtype = "auto") -> Decoder:
-        """The student as it is trained: whole, without adapter.
+    def student(self, on_host: bool = False, weight_dtype: WeightDtype = "auto") -> Decoder:
+        """Return the student for training: unsharded and without an adapter.
 
         Args:
-            on_host: in host memory, for a device that has no room for all of it.
-            weights: of its projections; `auto` as the checkpoint has them.
+            on_host: load it into host memory, because the device's memory cannot hold all of it.
+            weight_dtype: dtype of its projections; `auto` is the dtype of all other weights.
         """
         if on_host and self.device.type != "cpu":
             self._loaded = None
             return load_decoder(self.base, self.dtype, "cpu")
-        return self._student(self.base, None, _Holding(weights=weights))
+        return self._student(self.base, None, WeightLayout(weight_dtype=weight_dtype))
 
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
-        """The student as it answers: with this adapter on, or none, this process's part of it where several GPUs hold
-        it, in e4m3 where the recipe says so. `folder` is another checkpoint of it, after full fine-tuning."""
-        return self._student(folder or self.base, adapter, _Holding.wanted_by(self._recipe.sampler))
+        """Return the student for sampling, or this process's shard of it under tensor parallelism.
 
-    def _student(self, folder: Path, adapter: Path | None, holding: _Holding) -> Decoder:
-        wanted = (folder, holding)
-        if self._loaded is None or self._loaded[0] != wanted:
-            self._loaded = None  # the old weights go before the new ones come
-            self._loaded = (wanted, self._load(*wanted))
+        Args:
+            folder: checkpoint after full fine-tuning; None for the recipe's checkpoint.
+            adapter: folder of the adapter to load, or None.
+        """
+        return self._student(folder or self.base, adapter, WeightLayout.for_sampler(self._recipe.sampler))
+
+    def _student(self, folder: Path, adapter: Path | None, layout: WeightLayout) -> Decoder:
+        key = (folder, layout)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # free the old weights before the new ones are loaded
+            self._loaded = (key, self._load(*key))
         decoder = self._loaded[1]
-        if self.device.type == "cpu" and decoder.config.hidden_size < _SMALL:
+        if self.device.type == "cpu" and decoder.config.hidden_size < _SMALL_HIDDEN_SIZE:
             torch.set_num_threads(1)
         detach(decoder)
         if adapter is not None:
-            refuse_other_base(adapter, folder)
+            check_same_base(adapter, folder)
             load_adapter(decoder, adapter)
         return decoder.requires_grad_(False).eval()
 
-    def _load(self, folder: Path, holding: _Holding) -> Decoder:
-        if holding.weights == "fp8" and not supported(self.device):
+    def _load(self, folder: Path, layout: WeightLayout) -> Decoder:
+        if layout.weight_dtype == "fp8" and not supports_fp8(self.device):
             raise UserError(
-                "fp8 weights need a GPU of compute capability 8.9 or more; set sampler.weights, guard.sampler.weights "
-                "or training.frozen_weights to auto"
+                "fp8 weights need a GPU of compute capability 8.9 or more; set sampler.weight_dtype, "
+                "guard.sampler.weight_dtype or training.frozen_weight_dtype to auto"
             )
-        shard, processes = WHOLE, holding.processes
-        if processes > 1:
-            group = self._workers.neighbours(processes, self.device)
-            shard = Shard(self._workers.rank % processes, processes, group, holding.in_order)
-        return load_decoder(folder, self.dtype, self.device, shard, holding.weights)
+        shard, num_processes = UNSHARDED, layout.num_processes
+        if num_processes > 1:
+            group = self._workers.tensor_parallel_group(num_processes, self.device)
+            shard = TensorShard(self._workers.rank % num_processes, num_processes, group, layout.ordered_sum)
+        return load_decoder(folder, self.dtype, self.device, shard, layout.weight_dtype)
 
-    def forget_student(self) -> None:
-        """The loaded weights were trained on in place: the next stage reads them anew."""
+    def release_student(self) -> None:
+        """Drop the loaded student, because training changed its weights in place; the next stage loads it again."""
         self._loaded = None
 
-    def forget_guard(self) -> None:
-        """Training wants the guard's memory; the next stage that judges loads it again."""
+    def release_guard(self) -> None:
+        """Drop the loaded guard, because training needs its memory; the next stage that judges loads it again."""
         self.__dict__.pop("guard", None)

@@ -1,7 +1,7 @@
-"""The run directory is the database: recipe, manifest, shards. `kill -9` at any moment loses nothing finished.
+"""The run directory is the database: recipe, manifest, record files. `kill -9` at any moment loses no finished work.
 
-The manifest, itself replaced atomically, lists every stage that is done, with the hashes of the files that it wrote. A
-stage is done once it stands there, and never before all its files have their final names; files.py writes them.
+The manifest, itself replaced atomically, lists every finished stage with the hashes of the files that it wrote. A stage
+enters the manifest only after all its files have their final names; journal.py and data/atomic.py write them.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, takewhile
@@ -23,26 +23,45 @@ import torch
 
 import thinksafe
 from thinksafe.data.atomic import sha256, write_atomically
-from thinksafe.distributed.workers import ALONE, Workers
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 from thinksafe.errors import UserError
 from thinksafe.recipe.schema import Recipe
-from thinksafe.run.journal import write_for_all
-from thinksafe.run.resume import check_same_recipe, may_be_corrected, recipe_in
+from thinksafe.run.journal import write_on_leader
+from thinksafe.run.resume import check_same_recipe, is_recipe_replaceable, read_recipe
 
+FORMAT = 2
+"""Format of a run directory. It rises when names of files, fields of records or their values change."""
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
+def check_format(path: Path) -> None:
+    """Check that this version of ThinkSafe can read a run directory. Without a manifest there is nothing to check.
+
+    Raises:
+        UserError: another version made it.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return  # `RunDir.manifest` reports a damaged manifest
+    if isinstance(manifest, dict) and "stages" in manifest and manifest.get("format") != FORMAT:
+        age = "an earlier" if manifest.get("format", 1) in range(FORMAT) else "a later"
+        raise UserError(
+            f"{path}: made by {age} version of ThinkSafe; finish it with that version or use a new --out folder"
+        )
+
+
 class StageClock:
-    """Seconds a stage has worked, kept in a file so that a killed stage does not lose them."""
+    """Seconds that a stage has worked, kept in a file so that a killed stage does not lose them."""
 
     def __init__(self, file: Path, saves: bool = True):
         self._file, self._saves = file, saves
-        self._before = float(file.read_text() or 0) if file.exists() else 0.0
+        self._earlier_seconds = float(file.read_text() or 0) if file.exists() else 0.0
         self._started = self._saved = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._started
+        return self._earlier_seconds + time.perf_counter() - self._started
 
     def tick(self) -> None:
         """Save the time, at most once a second."""
@@ -51,7 +70,7 @@ class StageClock:
             write_atomically(self._file, f"{self.seconds:.3f}")
 
     def remove(self) -> None:
-        """Forget the file: the stage is in the manifest now."""
+        """Delete the file: the manifest now holds the stage's seconds."""
         self._file.unlink(missing_ok=True)
 
 
@@ -60,57 +79,60 @@ class RunDir:
 
     Attributes:
         path: the folder.
-        recipe: what the run is.
-        workers: the processes at work in it; the first one alone writes what is written once.
+        recipe: the settings of the run.
+        workers: the processes that work in it. The leader alone writes the files that are written once.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, workers: Workers = ALONE):
+    def __init__(self, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
         self.path = path
         self.recipe = recipe
         self.workers = workers
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, recipe: Recipe, workers: Workers = ALONE) -> Iterator["RunDir"]:
-        """Create the folder or go on with it.
+    def open(cls, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS) -> Iterator["RunDir"]:
+        """Create the folder, or open it to resume its run.
 
         Raises:
-            UserError: the folder belongs to another recipe, holds something else, another process works in it, or not
-                all workers see it.
+            UserError: the folder belongs to another recipe or version, or is not a run directory; another process
+                works in it; or not all workers see it.
         """
         recipe_file = path / "recipe.yaml"
 
         def write_recipe() -> None:
-            if recipe_file.exists() and not may_be_corrected(recipe_file):
+            check_format(path)
+            if recipe_file.exists() and not is_recipe_replaceable(recipe_file):
                 check_same_recipe(recipe_file, recipe)
-            if not recipe_file.exists() or recipe_in(recipe_file) != recipe:
+            if not recipe_file.exists() or read_recipe(recipe_file) != recipe:
                 write_atomically(recipe_file, recipe.to_yaml())
 
         with _locked(path, workers):
-            workers.once(write_recipe)
+            workers.on_leader(write_recipe)
             yield cls(path, recipe, workers)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Stages that are done, with their shards' hashes; versions and machine of the first one."""
+        """The finished stages with the hashes of their files, and the versions and machine with which the run began."""
         file = self.path / "manifest.json"
         if file.exists():
+            check_format(self.path)
             try:
                 manifest = json.loads(file.read_text())
                 if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
                     raise ValueError("it lists no stages")
                 return manifest
             except ValueError as error:
-                raise UserError(f"{file}: damaged ({error}); restore it or give a new --out folder") from None
-        return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "stages": {}}
+                raise UserError(f"{file}: damaged ({error}); restore it or use a new --out folder") from None
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"format": FORMAT, "created": created, "environment": environment(), "stages": {}}
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage is in the manifest and its files are as it left them.
+        """Return whether the stage is in the manifest, after a check that its files are unchanged.
 
         Raises:
-            UserError: a file is gone or was changed since.
+            UserError: a file is missing or was changed.
         """
-        return self.workers.once(lambda: self._is_done(stage))
+        return self.workers.on_leader(lambda: self._is_done(stage))
 
     def _is_done(self, stage: str) -> bool:
         entry = self.manifest["stages"].get(stage)
@@ -119,59 +141,65 @@ class RunDir:
         for name, digest in entry["files"].items():
             file = self.path / name
             if not file.exists() or sha256(file) != digest:
-                what = "was changed" if file.exists() else "is missing"
-                raise UserError(f"{file}: {what} since stage {stage!r} wrote it; restore it or give a new --out folder")
+                problem = "was changed" if file.exists() else "is missing"
+                remedy = "restore it or use a new --out folder"
+                raise UserError(f"{file}: {problem} since stage {stage!r} wrote it; {remedy}")
         return True
 
-    def forget_stage(self, stage: str) -> None:
-        """Make a stage undone, before its files are written anew."""
+    def invalidate_stage(self, stage: str) -> None:
+        """Remove a stage from the manifest, before its files are written again."""
         manifest = self.manifest
         if manifest["stages"].pop(stage, None) is not None:
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     @property
     def training_has_begun(self) -> bool:
-        """Whether what is accepted can no longer change."""
+        """Whether training has started, after which the accepted examples can no longer change."""
         return (self.path / "training").exists()
 
-    def attempts(self, number: int) -> tuple[Path, Path]:
-        """Responses and verdicts: 0 of the first attempt, then those of each rung of the steering ladder, and beyond
-        its end those of attempts that people's marks asked for."""
+    def attempt_paths(self, number: int) -> tuple[Path, Path]:
+        """Return the paths of an attempt's responses and verdicts, whether or not they exist.
+
+        Args:
+            number: 0 for the first attempt, then the rung of the steering ladder. Retries after a person rejected
+                a response have numbers above the ladder's.
+        """
         names = ("responses.jsonl", "verdicts.jsonl")
         folder, prefix = (self.path / "rungs", f"{number}.") if number else (self.path, "")
         return tuple(folder / f"{prefix}{name}" for name in names)
 
-    def rungs(self) -> list[tuple[Path, Path]]:
-        """Responses and verdicts of all attempts that were made and judged, in order."""
-        ladder = len(self.recipe.generation.rungs)
-        further = takewhile(lambda files: files[1].exists(), map(self.attempts, count(ladder)))
-        return [files for files in map(self.attempts, range(ladder)) if files[1].exists()] + [*further]
+    def attempt_files(self) -> list[tuple[Path, Path]]:
+        """Return the files of responses and verdicts of all judged attempts, in order."""
+        num_rungs = len(self.recipe.generation.rungs)
+        ladder = [files for files in map(self.attempt_paths, range(num_rungs)) if files[1].exists()]
+        beyond_ladder = takewhile(lambda files: files[1].exists(), map(self.attempt_paths, count(num_rungs)))
+        return [*ladder, *beyond_ladder]
 
-    def remember_input(self, name: str, digest: str) -> None:
-        """Record what a run is made from, the first time; later, make sure that it is still the same.
+    def pin_input(self, name: str, digest: str) -> None:
+        """Record the hash of an input the first time; later, check that the input is still the same.
 
         Raises:
-            UserError: it is not, or another machine has another one.
+            UserError: the input changed, or differs between machines.
         """
 
-        def remember() -> str:
+        def pin() -> str:
             manifest = self.manifest
             if manifest.setdefault("inputs", {}).setdefault(name, digest) != digest:
-                raise UserError(f"{name}: was changed since this run began; restore it or give a new --out folder")
+                raise UserError(f"{name}: was changed since this run began; restore it or use a new --out folder")
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
             return digest
 
-        if self.workers.once(remember) != digest:
-            raise UserError(f"{name}: is another one here than on the first worker's machine; give all the same")
+        if self.workers.on_leader(pin) != digest:
+            raise UserError(f"{name}: differs between this machine and the leader's; use the same on all machines")
 
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
         """Record a stage as done.
 
         Args:
-            files: what it wrote, all final.
-            figures: `tokens` and whatever else the report wants; JSON values.
+            files: the files that it wrote, under their final names.
+            figures: `tokens` and other figures for the report; JSON values.
         """
-        self.workers.once(lambda: self._finish_stage(stage, files, clock, figures))
+        self.workers.on_leader(lambda: self._finish_stage(stage, files, clock, figures))
 
     def _finish_stage(self, stage: str, files: list[Path], clock: StageClock, figures: dict[str, Any]) -> None:
         manifest = self.manifest
@@ -183,23 +211,24 @@ class RunDir:
         clock.remove()
 
     def clock(self, stage: str) -> StageClock:
-        """The stage's clock, going on from where a killed process left it; a GPU's peak of memory is counted anew."""
+        """Return the stage's clock, which continues after a kill, and reset the GPU's peak memory."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds", saves=self.workers.leads)
+        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds", saves=self.workers.is_leader)
 
 
 @contextmanager
 def _locked(path: Path, workers: Workers) -> Iterator[None]:
-    """A lock that all workers hold together: as long as one of them lives, no other launch gets in."""
+    """Hold a lock that all workers share: while one of them lives, no other launch can open the folder."""
     lock_file = path / ".lock"
 
     def claim() -> TextIO:
         if path.exists() and not path.is_dir():
-            raise UserError(f"--out {path}: is a file; give a folder")
-        begun = {".lock", "recipe.yaml.partial"}  # all that a process leaves that was killed right here
-        if path.is_dir() and not (path / "recipe.yaml").exists() and any(p.name not in begun for p in path.iterdir()):
-            raise UserError(f"--out {path}: is not empty and no run directory; give a new folder")
+            raise UserError(f"--out {path}: is a file; use a folder")
+        left_by_kill = {".lock", "recipe.yaml.partial"}  # by a process that was killed before it wrote a recipe
+        is_foreign = not (path / "recipe.yaml").exists() and path.is_dir()
+        if is_foreign and any(file.name not in left_by_kill for file in path.iterdir()):
+            raise UserError(f"--out {path}: is not empty and not a run directory; use a new folder")
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_file.open("a+")
         _lock(lock, fcntl.LOCK_EX)
@@ -209,13 +238,13 @@ def _locked(path: Path, workers: Workers) -> Iterator[None]:
         _lock(lock, fcntl.LOCK_SH)
         return lock
 
-    with ExitStack() as held:
-        if workers.leads:
-            held.enter_context(claim())
-        write_for_all(lock_file, workers)
-        if not workers.leads:
-            _lock(held.enter_context(lock_file.open()), fcntl.LOCK_SH)
-        workers.meet()  # nobody works before all hold it
+    with ExitStack() as open_files:
+        if workers.is_leader:
+            open_files.enter_context(claim())
+        write_on_leader(lock_file, workers)
+        if not workers.is_leader:
+            _lock(open_files.enter_context(lock_file.open()), fcntl.LOCK_SH)
+        workers.barrier()  # no worker starts before all of them hold the lock
         yield
 
 
@@ -227,15 +256,11 @@ def _lock(lock: TextIO, kind: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, for the manifest."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    versions = {package: found for package in _PACKAGES if (found := installed(package))}
+    """Return the versions and the machine, for the manifest."""
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "thinksafe": thinksafe.__version__,
         "python": platform.python_version(),

@@ -9,14 +9,14 @@ from thinksafe.data.records import Mark
 from thinksafe.run.directory import RunDir
 
 
-def filter_anew(run: RunDir, marks: Path | str) -> str:
-    """The command that decides on a run's responses again where its training can no longer be changed."""
+def refilter_command(run: RunDir, marks: Path | str) -> str:
+    """Return the command that filters a run's responses again in a new folder, for a run that has been trained."""
     recipe, responses, marks = (shlex.quote(str(path)) for path in (run.path / "recipe.yaml", run.path, marks))
     return f"thinksafe filter --recipe {recipe} --responses {responses} --marks {marks} --out NEW"
 
 
 def read_marks(run: RunDir) -> dict[tuple[str, int], list[Mark]]:
-    """Marks by prompt and sample, in the order in which they were made."""
+    """Return the marks by prompt and sample, in the order in which they were made."""
     file, marks = run.path / "marks.jsonl", defaultdict(list)
     for mark in read_records(file, Mark) if file.exists() else ():
         marks[mark.prompt_id, mark.sample].append(mark)

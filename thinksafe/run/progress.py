@@ -1,4 +1,4 @@
-"""Progress on a terminal: done, left, and tokens a second. Where output is no terminal, one line when it is over."""
+"""Progress on a terminal: items done and left, and tokens per second. Without a terminal, one line at the end."""
 
 import sys
 import time
@@ -8,72 +8,73 @@ from types import MappingProxyType
 
 from tqdm import tqdm
 
-from thinksafe.distributed.workers import ALONE, Workers
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 
-_EXCHANGE_EVERY = 0.5
-"""Seconds between two looks at what other workers have done."""
+_EXCHANGE_SECONDS = 0.5
+"""Seconds between two exchanges of counts with the other workers."""
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-"""tqdm's own without items a second: on a narrow terminal the tokens a second would be cut off."""
+"""tqdm's format without items per second: on a narrow terminal the tokens per second would be cut off."""
 
 
 class TokenBar(AbstractContextManager):
-    """A bar over responses, verdicts or steps that also counts tokens. The first worker shows what all have done."""
+    """A bar over responses, verdicts or steps that also counts tokens. The leader shows the sums over all workers."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0, workers: Workers = ALONE):
-        """done: of `total`, what was there before."""
-        self._title, self._unit, self._before, self._workers = title, unit, done, workers
-        shown = {"desc": f"{title:>16}", "bar_format": _FORMAT, "file": sys.stderr}
-        self._bar = tqdm(total=total, initial=done, disable=None if workers.leads else True, **shown)
+    def __init__(self, title: str, total: int, unit: str, initial: int = 0, workers: Workers = SINGLE_PROCESS):
+        """Show a bar over `total` items, of which `initial` were done by an earlier process."""
+        self._title, self._unit, self._initial, self._workers = title, unit, initial, workers
+        style = {"desc": f"{title:>16}", "bar_format": _FORMAT, "file": sys.stderr}
+        self._bar = tqdm(total=total, initial=initial, disable=None if workers.is_leader else True, **style)
         self._is_shown = not self._bar.disable
         self._started = self._exchanged = time.perf_counter()
         self._items, self._tokens = 0, 0
-        self._to_tell, self._sums = [0, 0], (workers.total(), workers.total())
+        self._unshared, self._counters = [0, 0], (workers.shared_counter(), workers.shared_counter())
 
-    def update(self, tokens: int, place: int | None = None, **figures: str) -> None:
-        """One more item.
+    def update(self, tokens: int, item_number: int | None = None, **figures: str) -> None:
+        """Count one more item.
 
         Args:
-            tokens: that it has.
-            place: its number among all, where only now it shows how many were there before.
-            figures: shown beside the rate.
+            tokens: number of tokens in the item.
+            item_number: number of the item among all items, from 1. It is needed if the number of earlier items was not
+                known when the bar was made.
+            figures: further figures to show beside the rate.
         """
-        self._to_tell[0] += 1
-        self._to_tell[1] += tokens
-        if place is not None:
-            self._before = self._bar.initial = place - self._items - self._to_tell[0]
-        if self._workers.count == 1 or time.perf_counter() - self._exchanged > _EXCHANGE_EVERY:
+        self._unshared[0] += 1
+        self._unshared[1] += tokens
+        if item_number is not None:
+            self._initial = self._bar.initial = item_number - self._items - self._unshared[0]
+        if self._workers.world_size == 1 or time.perf_counter() - self._exchanged > _EXCHANGE_SECONDS:
             self._exchange(figures)
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar."""
+    def print_line(self, text: str) -> None:
+        """Print a line above the bar."""
         tqdm.write(f"{self._title:>16}: {text}", file=sys.stderr)
 
-    def share_of_limit(self, least_seconds: float) -> dict[str, str]:
-        """How close the work so far came to what the hardware allows: a figure for `update`, where that is known."""
-        if not least_seconds:
+    def roofline_share(self, roofline_seconds: float) -> dict[str, str]:
+        """Return a figure for `update`: the share of the roofline that the work so far has reached, if it is known."""
+        if not roofline_seconds:
             return {}
-        return {"share of the limit": f"{least_seconds / (time.perf_counter() - self._started):.0%}"}
+        return {"share of the limit": f"{roofline_seconds / (time.perf_counter() - self._started):.0%}"}
 
     def _exchange(self, figures: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Tell the others what was done since the last time, and show what all have."""
+        """Add this worker's new counts to the shared sums, and show the sums."""
         self._exchanged = time.perf_counter()
-        self._items, self._tokens = (add(amount) for add, amount in zip(self._sums, self._to_tell, strict=True))
-        self._to_tell = [0, 0]
+        self._items, self._tokens = (add(amount) for add, amount in zip(self._counters, self._unshared, strict=True))
+        self._unshared = [0, 0]
         if self._is_shown:
             rate = self._tokens / (self._exchanged - self._started)
-            shown = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
-            self._bar.set_postfix_str("  ".join(shown), refresh=False)
-        self._bar.update(self._before + self._items - self._bar.n)
+            texts = [f"{rate:,.0f} tok/s", *(f"{name} {value}" for name, value in figures.items())]
+            self._bar.set_postfix_str("  ".join(texts), refresh=False)
+        self._bar.update(self._initial + self._items - self._bar.n)
 
-    def __exit__(self, *error) -> None:
-        """Without an error, it is over when all workers are."""
-        if error[0] is None:
+    def __exit__(self, error_type: type[BaseException] | None, *details) -> None:
+        """Close the bar; without an error, first wait for all workers."""
+        if error_type is None:
             self._exchange()
-            self._workers.meet(meanwhile=self._exchange)
+            self._workers.barrier(meanwhile=self._exchange)
             self._exchange()
         seconds = time.perf_counter() - self._started
         self._bar.close()
-        if not self._is_shown and self._workers.leads and error[0] is None:
+        if not self._is_shown and self._workers.is_leader and error_type is None:
             rate = self._tokens / max(seconds, 1e-9)
             total = self._bar.total
             done = f"{total:6}" if self._items == total else f"{self._items} of {total}"

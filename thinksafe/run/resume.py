@@ -1,4 +1,4 @@
-"""Which recipe may resume which run."""
+"""Decisions on which recipe may resume which run."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -10,27 +10,27 @@ import yaml
 from thinksafe.errors import UserError
 from thinksafe.recipe.loading import check_recipe
 from thinksafe.recipe.schema import Recipe
-from thinksafe.sampler.engine import OF_MEMORY as SAMPLING_ROOM
 from thinksafe.sampler.engine import EngineConfig
-from thinksafe.training.loop import OF_MEMORY as TRAINING_ROOM
+from thinksafe.training.loop import TrainingConfig
 
 T = TypeVar("T")
 
 
-def may_be_corrected(recipe_file: Path) -> bool:
-    """Whether the recipe was written here by us, and no stage has written anything after it."""
+def is_recipe_replaceable(recipe_file: Path) -> bool:
+    """Return whether ThinkSafe wrote the recipe and no stage has written anything after it."""
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
-    written = (recipe_file.name, "prompts.jsonl", "estimate.json")
-    inputs = {".lock", *written, *(f"{name}.partial" for name in written)}
+    before_stages = (recipe_file.name, "prompts.jsonl", "estimate.json")
+    inputs = {".lock", *before_stages, *(f"{name}.partial" for name in before_stages)}
     if "prompts.jsonl" not in files:
-        inputs |= {"responses.jsonl", "marks.jsonl"}  # not sampled here, but taken in with --responses
+        inputs |= {"responses.jsonl", "marks.jsonl"}  # imported with --responses, not sampled here
     if "verdicts.jsonl" not in files:
-        inputs.add("accepted.jsonl")  # likewise with --data
-    there = recipe_in(recipe_file)
-    return files <= inputs and there is not None and recipe_file.read_text(encoding="utf-8") == there.to_yaml()
+        inputs.add("accepted.jsonl")  # imported with --data
+    recorded = read_recipe(recipe_file)
+    return files <= inputs and recorded is not None and recipe_file.read_text(encoding="utf-8") == recorded.to_yaml()
 
 
-def recipe_in(file: Path) -> Recipe | None:
+def read_recipe(file: Path) -> Recipe | None:
+    """Return the recipe in a file, or None if it is not a valid one."""
     try:
         return check_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
     except (yaml.YAMLError, UnicodeDecodeError, UserError):
@@ -38,52 +38,66 @@ def recipe_in(file: Path) -> Recipe | None:
 
 
 def check_same_recipe(recipe_file: Path, recipe: Recipe) -> None:
-    """What may be another: the room that sampling, judging and training take, how training is sharded, and who watches
-    it. That changes nothing of what comes out."""
-    there = recipe_in(recipe_file)
-    differing = "its recipe.yaml cannot be read"
-    rooms = {"sampler": _room(recipe.sampler), "guard.sampler": _room(recipe.guard.sampler), "training": TRAINING_ROOM}
-    if there is not None:
-        judging = _taking(there.guard.sampler, recipe.guard.sampler, rooms["guard.sampler"])
-        there = replace(
-            there,
-            sampler=_taking(there.sampler, recipe.sampler, rooms["sampler"]),
-            guard=replace(there.guard, sampler=judging),
-            training=_taking(there.training, recipe.training, rooms["training"]),
+    """Check that a recipe may resume the run of the recorded one.
+
+    Memory limits, ZeRO sharding and trackers may change, since they do not affect results.
+
+    Raises:
+        UserError: another setting differs, or the recorded recipe cannot be read.
+    """
+    recorded = read_recipe(recipe_file)
+    difference = "its recipe.yaml cannot be read by this version of ThinkSafe"
+    memory_only = {
+        "sampler": memory_only_fields(recipe.sampler),
+        "guard.sampler": memory_only_fields(recipe.guard.sampler),
+        "training": TrainingConfig.MEMORY_ONLY_FIELDS,
+    }
+    if recorded is not None:
+        guard_sampler = with_fields_of(recorded.guard.sampler, recipe.guard.sampler, memory_only["guard.sampler"])
+        recorded = replace(
+            recorded,
+            sampler=with_fields_of(recorded.sampler, recipe.sampler, memory_only["sampler"]),
+            guard=replace(recorded.guard, sampler=guard_sampler),
+            training=with_fields_of(recorded.training, recipe.training, memory_only["training"]),
             zero=recipe.zero,
             trackers=recipe.trackers,
         )
-        if there == recipe:
+        if recorded == recipe:
             return
-        ours, theirs = _flat(asdict(recipe)), _flat(asdict(there))
-        values = ((key, ours.get(key, "nothing"), theirs.get(key, "nothing")) for key in ours | theirs)
-        differing = next(f"{key}: {here}, there {other}" for key, here, other in values if here != other)
-    free = ", ".join(f"{section}.{{{', '.join(names)}}}" for section, names in rooms.items())
+        new_values, old_values = _flatten(asdict(recipe)), _flatten(asdict(recorded))
+        keys = new_values | old_values
+        values = ((key, new_values.get(key, "nothing"), old_values.get(key, "nothing")) for key in keys)
+        difference = next(f"{key}: {new} instead of {old}" for key, new, old in values if new != old)
+    free_settings = ", ".join(f"{section}.{{{', '.join(names)}}}" for section, names in memory_only.items())
     raise UserError(
-        f"--out {recipe_file.parent}: belongs to a run with another recipe ({differing}); give another folder, into "
-        "which --responses and --data take records over, or the same recipe, but for what changes no result: "
-        f"{free}, zero and trackers"
+        f"--out {recipe_file.parent}: belongs to a run with another recipe ({difference}); use the same recipe, or a "
+        "new --out folder with --responses or --data to import records. Only these settings may change: "
+        f"{free_settings}, zero and trackers"
     )
 
 
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """A recipe's plain values by their keys, such as `training.epochs`; an entry of a list by its number."""
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Return a recipe's plain values by dotted keys, such as `training.epochs`; the entries of a list are numbered."""
     if isinstance(value, tuple):
         value = dict(enumerate(value, start=1))
     if not isinstance(value, dict):
-        return {place: value}
+        return {key: value}
     return {
-        key: plain
+        plain_key: plain_value
         for name, entry in value.items()
-        for key, plain in _flat(entry, f"{place}.{name}" if place else str(name)).items()
+        for plain_key, plain_value in _flatten(entry, f"{key}.{name}" if key else str(name)).items()
     }
 
 
-def _room(sampler: EngineConfig) -> list[str]:
-    """Sums over another number of processes have other last digits, which batch-invariant responses must not have."""
-    return [name for name in SAMPLING_ROOM if not (sampler.batch_invariant and name == "tensor_parallel")]
+def memory_only_fields(sampler: EngineConfig) -> list[str]:
+    """Return the settings of a sampler that only affect its memory.
+
+    tensor_parallel_size changes the summation order, so it must stay fixed in batch-invariant mode.
+    """
+    fixed = {"tensor_parallel_size"} if sampler.batch_invariant else set()
+    return [name for name in EngineConfig.MEMORY_ONLY_FIELDS if name not in fixed]
 
 
-def _taking(section: T, other: T, names: Iterable[str]) -> T:
-    """A section of a recipe with some settings of another's."""
+def with_fields_of(section: T, other: T, names: Iterable[str]) -> T:
+    """Return a section of a recipe with the named settings of another one."""
     return replace(section, **{name: getattr(other, name) for name in names})

@@ -1,10 +1,10 @@
-"""Before a batch-invariant run: on this device, a row's bits are shown not to depend on the rows beside it.
+"""The start-up check of batch-invariant mode: on this device, the bits of a row must not depend on the other rows.
 
-The kernels are made so (row_linear.py, paged_decode.py). What a compiler, a BLAS or a communication library makes of
-them may be something else on another machine, and would be noticed by nobody. So every product, a prompt in pieces, a
-decode step and a draw are computed for the same random rows in every number of rows that a pass comes in, with the
-weights that are about to be used. Layers have the same shapes: one stands for all, which makes the whole cost that of
-reading about a thousand tokens with Qwen3-0.6B at 8,192 tokens a pass.
+The kernels are written for this (batch_invariant_linear.py, paged_decode.py). On another machine a compiler, a BLAS or
+a communication library could break it, and nobody would notice. So this file computes every matmul, a prompt chunk, a
+decode step, sampling and scoring for the same random rows in batches of many sizes, with the weights of the run. All
+layers have the same shapes, so one layer represents all of them. The whole check costs as much as reading about a
+thousand tokens with Qwen3-0.6B at 8,192 tokens a pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,154 +19,156 @@ from thinksafe.errors import UserError
 from thinksafe.kernels.paged_cache import write_kv
 from thinksafe.kernels.paged_decode import SPLIT
 from thinksafe.kernels.sampling import sample
-from thinksafe.model.decoder import PRODUCTS
+from thinksafe.model.decoder import PROJECTION_GROUPS
 from thinksafe.sampler.kv_cache import PageCache
-from thinksafe.sampler.model_runner import DecodeAttention, PrefillAttention, Runner, bucket
-from thinksafe.sampler.scheduler import StepPlan
+from thinksafe.sampler.model_runner import DecodeAttention, ModelRunner, PrefillAttention, graph_batch_size
+from thinksafe.sampler.scheduler import ScheduledBatch
 
-_CONTEXT = 2 * SPLIT + 64
-"""Tokens of the longest context looked at: three splits of attention, the last one short."""
+_MAX_CONTEXT = 2 * SPLIT + 64
+"""Length in tokens of the longest context that is checked: three splits of decode attention, the last one short."""
 
-_ON_A_CPU = 65
-"""Rows at most where they are computed 32 at a time whatever their number is, and cost seconds."""
+_MAX_CPU_ROWS = 65
+"""Largest batch to check on a CPU, which computes 32 rows at a time in every batch and would need seconds for more."""
 
 Computation = Callable[[slice], Tensor]
-"""The results of some of a number of rows, a row of theirs each."""
+"""A function of a range of rows that returns one row of results for each of them."""
 
 
 @torch.inference_mode()
-def prove_row_invariance(runner: Runner, max_step_tokens: int) -> None:
-    """Look at everything that a pass computes.
+def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int) -> None:
+    """Check every computation of a pass.
 
     Raises:
-        UserError: naming the first computation whose rows depend on their number, and the number.
+        UserError: the bits of a row depend on the batch size; names the first such computation and the batch size.
     """
-    for name, compute, rows in _computations(runner, max_step_tokens):
-        counts = _numbers_of_rows(rows, num_slots=len(runner.scheduler.epoch))
-        if (count := _other_bits(compute, rows, counts)) is not None:
+    for name, compute, num_rows in _computations(runner, max_prefill_tokens):
+        counts = _row_counts(num_rows, num_slots=len(runner.scheduler.epoch))
+        if (count := _first_differing_count(compute, num_rows, counts)) is not None:
             device = runner.device
-            where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+            device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
             raise UserError(
-                f"sampler.batch_invariant: on {where} {name} gives a row other bits in a batch of {count} than in one "
-                f"of {rows}, so responses would depend on the batch; leave the mode out, or use another device"
+                f"sampler.batch_invariant: on {device_name}, the output of {name} for a row has other bits in a batch "
+                f"of {count} than in a batch of {num_rows}, so responses would depend on the batch; set "
+                "batch_invariant to false or use another device"
             )
 
 
-def _numbers_of_rows(most: int, num_slots: int) -> list[int]:
-    """Below `most`: of every CUDA graph that a decode step may be, and powers of two, among which every tile of the
-    kernels has its turn."""
-    graphs = set(map(bucket, range(1, num_slots + 1)))
-    return sorted(count for count in graphs | {1 << power for power in range(most.bit_length())} if count < most)
+def _row_counts(max_rows: int, num_slots: int) -> list[int]:
+    """Return the batch sizes below `max_rows` to check: those of all CUDA graphs of a decode pass, and powers of two,
+    which together use every tile of the kernels."""
+    graph_sizes = set(map(graph_batch_size, range(1, num_slots + 1)))
+    powers_of_two = {1 << power for power in range(max_rows.bit_length())}
+    return sorted(count for count in graph_sizes | powers_of_two if count < max_rows)
 
 
-def _other_bits(compute: Computation, rows: int, counts: list[int]) -> int | None:
-    """The first of these numbers of rows, at either end of all, in which a row has other bits than among all."""
-    whole = _bits(compute(slice(0, rows)))
+def _first_differing_count(compute: Computation, num_rows: int, counts: list[int]) -> int | None:
+    """Return the first of `counts` at which the first or last rows have other bits than in the full batch, or None."""
+    expected = _row_bytes(compute(slice(0, num_rows)))
     for count in counts:
-        for some in (slice(0, count), slice(rows - count, rows)):
-            if not torch.equal(_bits(compute(some)), whole[some]):
+        for rows in (slice(0, count), slice(num_rows - count, num_rows)):
+            if not torch.equal(_row_bytes(compute(rows)), expected[rows]):
                 return count
     return None
 
 
-def _bits(x: Tensor) -> Tensor:
-    """[T, bytes of a row]: equal where even two NaN are."""
+def _row_bytes(x: Tensor) -> Tensor:
+    """Return the bytes of each row, [T, bytes per row], so that equal NaN compare as equal."""
     return x.contiguous().view(len(x), -1).view(torch.uint8)
 
 
-def _computations(runner: Runner, max_step_tokens: int) -> Iterator[tuple[str, Computation, int]]:
-    """(name, computation, its rows), each made when it is asked for."""
+def _computations(runner: ModelRunner, max_prefill_tokens: int) -> Iterator[tuple[str, Computation, int]]:
+    """Yield (name, computation, number of rows). Each computation is made only when the caller needs it."""
     decoder, num_slots = runner.decoder, len(runner.scheduler.epoch)
     if runner.device.type == "cpu":
-        num_slots, max_step_tokens = min(num_slots, _ON_A_CPU), min(max_step_tokens, _ON_A_CPU)
+        num_slots, max_prefill_tokens = min(num_slots, _MAX_CPU_ROWS), min(max_prefill_tokens, _MAX_CPU_ROWS)
     layer, config = decoder.layers[0], decoder.config
-    random, tokens = _Random(runner), max(max_step_tokens, num_slots)
-    for names in PRODUCTS:
+    random_rows, num_tokens = _RandomRows(runner), max(max_prefill_tokens, num_slots)
+    for names in PROJECTION_GROUPS:
         out_features, in_features = sum(config.projections[name][0] for name in names), config.projections[names[0]][1]
-        x = random(tokens, in_features)
+        x = random_rows(num_tokens, in_features)
         yield (
             f"{', '.join(names)} ({out_features} x {in_features})",
-            lambda some, names=names, x=x: torch.cat(layer.project_all(names, x[some], runner.linear), -1),
-            tokens,
+            lambda rows, names=names, x=x: torch.cat(layer.project_all(names, x[rows], runner.linear), -1),
+            num_tokens,
         )
-    hidden = random(num_slots, config.hidden_size)
+    hidden = random_rows(num_slots, config.hidden_size)
     head = decoder.head
-    yield f"the head ({len(head)} x {config.hidden_size})", lambda some: runner.logits(hidden[some], head), num_slots
-    yield "a draw", partial(_drawn, runner.logits(hidden, head)), num_slots
-    yield "a score", partial(_scores, runner, hidden), num_slots
-    yield "a layer that decodes", _decoding(runner, random, num_slots), num_slots
-    length = min(max_step_tokens, config.max_seq_len, _CONTEXT)
-    yield "a layer that reads a prompt", _reading(runner, random, length), length
+    yield f"the head ({len(head)} x {config.hidden_size})", lambda rows: runner.logits(hidden[rows], head), num_slots
+    yield "sampling", partial(_sample_rows, runner.logits(hidden, head)), num_slots
+    yield "scoring", partial(_score_rows, runner, hidden), num_slots
+    yield "a decode layer", _decode_layer(runner, random_rows, num_slots), num_slots
+    length = min(max_prefill_tokens, config.max_seq_len, _MAX_CONTEXT)
+    yield "a prefill layer", _prefill_layer(runner, random_rows, length), length
 
 
-class _Random:
-    """Rows of the decoder's dtype, on its device."""
+class _RandomRows:
+    """A generator of random rows in the decoder's dtype and on its device."""
 
-    def __init__(self, runner: Runner):
-        self._like = runner.decoder.embedding
+    def __init__(self, runner: ModelRunner):
+        self._embedding = runner.decoder.embedding
         self._generator = torch.Generator(runner.device).manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        device, dtype = self._like.device, self._like.dtype
+        device, dtype = self._embedding.device, self._embedding.dtype
         return torch.randn(shape, generator=self._generator, device=device, dtype=dtype)
 
 
-def _drawn(logits: Tensor, some: slice) -> Tensor:
-    """Token and log-probability, of rows with and without top-k."""
+def _sample_rows(logits: Tensor, rows: slice) -> Tensor:
+    """Return the token and log-probability of each row; every second row uses top-k."""
     row = torch.arange(len(logits), device=logits.device)
     temperature, top_p = (torch.full(row.shape, value, device=logits.device) for value in (0.6, 0.95))
     settings = (temperature, 20 * (row % 2), top_p, row, row)
-    drawn = sample(logits[some], *(column[some] for column in settings))
-    return torch.stack([column.double() for column in drawn], dim=1)
+    sampled = sample(logits[rows], *(column[rows] for column in settings))
+    return torch.stack([column.double() for column in sampled], dim=1)
 
 
-def _scores(runner: Runner, hidden: Tensor, some: slice) -> Tensor:
-    token_ids = torch.arange(2, device=runner.device).expand(len(hidden[some]), -1)
-    return runner.logprobs_of(hidden[some], runner.decoder.head, token_ids)
+def _score_rows(runner: ModelRunner, hidden: Tensor, rows: slice) -> Tensor:
+    token_ids = torch.arange(2, device=runner.device).expand(len(hidden[rows]), -1)
+    return runner.logprobs_of(hidden[rows], runner.decoder.head, token_ids)
 
 
-def _decoding(runner: Runner, random: _Random, rows: int) -> Computation:
-    """A token a row behind contexts of many lengths. All lie on the same pages but for their last, which is their own
-    and is written to."""
+def _decode_layer(runner: ModelRunner, random_rows: _RandomRows, num_rows: int) -> Computation:
+    """Return the computation of one new token per row after contexts of many lengths. The rows share all pages except
+    the last one of each row, which it writes to."""
     decoder, page_size = runner.decoder, runner.cache.page_size
-    longest = min(decoder.config.max_seq_len, _CONTEXT)
-    row, width = torch.arange(rows, device=runner.device), -(-longest // page_size)
-    positions = longest - 1 - 37 * row % longest
-    page_table = torch.arange(width, device=runner.device).repeat(rows, 1)
+    max_context = min(decoder.config.max_seq_len, _MAX_CONTEXT)
+    row, width = torch.arange(num_rows, device=runner.device), -(-max_context // page_size)
+    positions = max_context - 1 - 37 * row % max_context
+    page_table = torch.arange(width, device=runner.device).repeat(num_rows, 1)
     page_table[row, positions // page_size] = width + row
-    cache = _cache_of_a_layer(runner, random, width + rows)
-    hidden = random(rows, decoder.config.hidden_size)
+    cache = _single_layer_cache(runner, random_rows, width + num_rows)
+    hidden = random_rows(num_rows, decoder.config.hidden_size)
 
-    def compute(some: slice) -> Tensor:
-        attention = DecodeAttention(cache, page_table[some], positions[some])
-        return decoder.layers[0](hidden[some], *decoder.rotation(positions[some]), attention, runner.linear)
+    def compute(rows: slice) -> Tensor:
+        attention = DecodeAttention(cache, page_table[rows], positions[rows])
+        return decoder.layers[0](hidden[rows], *decoder.rotation(positions[rows]), attention, runner.linear)
 
     return compute
 
 
-def _reading(runner: Runner, random: _Random, length: int) -> Computation:
-    """A prompt, of which some rows are read when the others are in the cache already."""
+def _prefill_layer(runner: ModelRunner, random_rows: _RandomRows, length: int) -> Computation:
+    """Return the computation of a range of prompt tokens, with the tokens before the range already in the cache."""
     decoder, config, page_size = runner.decoder, runner.decoder.config, runner.cache.page_size
     width = -(-length // page_size)
-    cache = _cache_of_a_layer(runner, random, width)
-    hidden, nothing = random(length, config.hidden_size), np.zeros(0, dtype=np.int64)
+    cache = _single_layer_cache(runner, random_rows, width)
+    hidden, no_rows = random_rows(length, config.hidden_size), np.zeros(0, dtype=np.int64)
     group, itemsize = config.num_heads // config.num_kv_heads, hidden.element_size()
 
-    def compute(some: slice) -> Tensor:
-        start, end, slot = np.array([some.start]), np.array([some.stop]), np.zeros(1, dtype=np.int64)
-        plan = StepPlan(False, slot, start, end, np.ones(1, dtype=bool), slot, nothing, nothing)
-        attention = PrefillAttention(cache, plan, np.arange(width)[None], group, itemsize)
-        return decoder.layers[0](hidden[some], *decoder.rotation(attention.positions), attention, runner.linear)
+    def compute(rows: slice) -> Tensor:
+        start, end, slot = np.array([rows.start]), np.array([rows.stop]), np.zeros(1, dtype=np.int64)
+        batch = ScheduledBatch(False, slot, start, end, np.ones(1, dtype=bool), slot, no_rows, no_rows)
+        attention = PrefillAttention(cache, batch, np.arange(width)[None], group, itemsize)
+        return decoder.layers[0](hidden[rows], *decoder.rotation(attention.positions), attention, runner.linear)
 
     return compute
 
 
-def _cache_of_a_layer(runner: Runner, random: _Random, num_pages: int) -> PageCache:
-    """Random keys and values on every page."""
+def _single_layer_cache(runner: ModelRunner, random_rows: _RandomRows, num_pages: int) -> PageCache:
+    """Return a cache of one layer with random keys and values on every page."""
     config, page_size = replace(runner.decoder.config, num_layers=1), runner.cache.page_size
     cache = PageCache(config, runner.cache.format, num_pages, page_size, runner.device)
-    keys, values, exponents = cache.layer(0)
+    keys, values, scales_e8m0 = cache.layer(0)
     tokens = torch.arange(num_pages * page_size, device=runner.device)
-    new = (random(len(tokens), config.num_kv_heads, config.head_dim) for _ in range(2))
-    write_kv(keys, values, *new, tokens, exponents)
+    new_kv = (random_rows(len(tokens), config.num_kv_heads, config.head_dim) for _ in range(2))
+    write_kv(keys, values, *new_kv, tokens, scales_e8m0)
     return cache

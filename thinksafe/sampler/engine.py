@@ -1,177 +1,199 @@
-"""Continuous batching, whole: plan, compute, draw, commit, until every request is answered.
+"""Continuous batching: schedule, forward, sample, commit, until every request is answered.
 
-engine = Engine(decoder, EngineConfig())
-for completion in engine.generate(requests): ...
+    engine = Engine(decoder, EngineConfig())
+    for completion in engine.generate(requests): ...
 
-On a GPU the next pass is planned and launched while the last one still runs, and its results are fetched one pass
-late, so that neither waits for the other. On a CPU the two are one processor, and nothing is gained by running ahead.
+On a GPU the next pass is scheduled and launched while the previous one still runs, and results are fetched one pass
+late, so that host and GPU do not wait for each other. On a CPU both are the same processor, and running ahead would
+gain nothing.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from thinksafe.errors import UserError
 from thinksafe.hardware import hardware_of
-from thinksafe.kernels.fp8 import supported
+from thinksafe.kernels.fp8 import supports_fp8
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import WeightDtype
-from thinksafe.sampler.batch_invariance import prove_row_invariance
+from thinksafe.sampler.batch_invariance import check_batch_invariance
 from thinksafe.sampler.kv_cache import CacheDtype, CacheFormat
-from thinksafe.sampler.model_runner import Results, Runner
+from thinksafe.sampler.model_runner import ModelRunner, PendingOutput
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
-from thinksafe.sampler.roofline import Sizes, pass_seconds
-from thinksafe.sampler.scheduler import Scheduler, StepPlan
+from thinksafe.sampler.roofline import ByteCounts, roofline_seconds
+from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
-_QUEUED = 64
-"""Requests that wait in line: enough to fill a pass over prompts, few enough to leave other workers their share."""
+_MAX_QUEUED = 64
+"""Number of requests in the queue: enough to fill a prefill pass, few enough to leave work for the other workers."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much runs at once.
+    """Batch size, memory and number formats of the engine that samples responses or runs a guard.
 
     Attributes:
-        max_running: sequences in a step.
-        max_step_tokens: tokens of prompts in a pass; longer prompts are read in chunks.
-        page_size: tokens a cache page; prefixes are shared in whole pages. 0 takes 64 on a GPU, where a page of one
-            head is a tile of the kernels, and 16 on a CPU.
-        kv_cache_gib: size of the page pool; 0 takes 85% of a GPU's free memory, or 1 GiB of a CPU's.
-        kv_cache_dtype: `fp8` keeps keys and values in e4m3, half the bytes; `auto` in the model's dtype. Keys of models
-            with biases on q, k and v (Qwen2, R1-Distill-Qwen) stay in it either way.
-        tensor_parallel: GPUs that hold the model together, where one has no room for it; as many workers are one.
-        weights: `fp8` keeps the layers' projections in e4m3, quantised when they are loaded, and multiplies in it: half
-            the bytes and twice the rate; `auto` in the model's dtype. Training never uses it.
-        batch_invariant: a response has the same tokens and log-probabilities, bit for bit, whatever else is in the
-            batch, in which order and on how many workers of one kind of device; each `tensor_parallel` has its own
-            last digits. Looked at before anything is answered; products take longer.
+        max_num_seqs: largest number of sequences that run at once. More sequences use a GPU better, as long as the
+            key-value cache has room for them.
+        max_prefill_tokens: largest number of prompt tokens in one forward pass; longer prompts are read in chunks. More
+            tokens use a GPU better and need more memory for activations.
+        page_size: tokens per page of the key-value cache. Prompts share a common prefix in whole pages. `null` is 64 on
+            a GPU, where a page of one head is a tile of the kernels, and 16 on a CPU.
+        kv_cache_gib: size of the key-value cache in GiB, per worker. A larger cache holds more sequences at once.
+            `null` takes 85% of a GPU's free memory, or 1 GiB on a CPU.
+        kv_cache_dtype: `auto` stores keys and values in the model's dtype. `fp8` stores them in e4m3: half the bytes
+            of bfloat16, with more rounding error. Keys of models with biases on q, k and v (Qwen2, R1-Distill-Qwen)
+            always stay in the model's dtype. On a GPU, `fp8` needs compute capability 8.9 or higher.
+        tensor_parallel_size: number of GPUs that share one copy of the model, for a model that does not fit on one.
+            That many workers form one group.
+        weight_dtype: `auto` keeps the weights in the model's dtype. `fp8` quantizes the layers' projections to e4m3
+            when they are loaded, and multiplies in e4m3: half the bytes and twice the speed of bfloat16, with more
+            rounding error. Training never uses these weights.
+        batch_invariant: give a response the same tokens and log-probabilities, bit for bit, in every batch, in every
+            order of the requests and on any number of workers with one kind of device. Results still differ between
+            values of `tensor_parallel_size`. The mode is checked on the device at start-up, and matmuls get slower.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    max_running: int = 256
-    max_step_tokens: int = 8192
-    page_size: int = 0
-    kv_cache_gib: float = 0.0
+    max_num_seqs: int = 256
+    max_prefill_tokens: int = 8192
+    page_size: int | None = None
+    kv_cache_gib: float | None = None
     kv_cache_dtype: CacheDtype = "auto"
-    tensor_parallel: int = 1
-    weights: WeightDtype = "auto"
+    tensor_parallel_size: int = 1
+    weight_dtype: WeightDtype = "auto"
     batch_invariant: bool = False
 
+    MEMORY_ONLY_FIELDS: ClassVar = ("max_num_seqs", "max_prefill_tokens", "kv_cache_gib", "tensor_parallel_size")
+    """Fields that change memory use, and of a response only the rounding of its log-probabilities. They may change when
+    a run resumes, except for `tensor_parallel_size` in batch-invariant mode."""
+
     def __post_init__(self):
-        for name in ("max_running", "max_step_tokens", "tensor_parallel"):
+        for name in ("max_num_seqs", "max_prefill_tokens", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in ("page_size", "kv_cache_gib"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
-
-
-OF_MEMORY = ("max_running", "max_step_tokens", "kv_cache_gib", "tensor_parallel")
-"""Settings that change what fits and how it is held, and nothing of a response but the last digits of its
-log-probabilities: they may change in the middle of a run, but for `tensor_parallel` in batch-invariant mode."""
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive; use null for the automatic size")
 
 
 class Engine:
-    """A decoder ready to answer requests. Create it when it is needed: the page pool is allocated at once.
+    """A decoder with a scheduler and a page cache. The cache is allocated at once, so create the engine when needed.
 
     Attributes:
-        hardware: what the device can do, or None where that is not known.
-        sizes: what a pass reads; None likewise.
-        limit_seconds: the least time that all passes so far could have taken on it.
+        hardware: rates of the device, or None if they are unknown.
+        byte_counts: bytes of a weight and of a cached token; None if `hardware` is None.
+        roofline_seconds: shortest time in which this hardware could have computed all passes so far.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, most_at_once: int | None = None):
-        """most_at_once: requests that run or wait in line here; what more there is, other workers may take."""
+    def __init__(self, decoder: Decoder, config: EngineConfig, max_requests: int | None = None):
+        """Allocate the cache and, in batch-invariant mode, check the device.
+
+        Args:
+            max_requests: largest number of requests that this engine holds, running and queued. The others stay in the
+                shared source, where other workers can claim them.
+        """
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
         page_size = config.page_size or (64 if device.type == "cuda" else 16)
-        if config.kv_cache_dtype == "fp8" and not supported(device):
-            raise UserError("sampler.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or more; use auto")
+        if config.kv_cache_dtype == "fp8" and not supports_fp8(device):
+            raise UserError("sampler.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or higher; use auto")
         cache_format = CacheFormat.of(decoder.config, dtype, config.kv_cache_dtype)
         page_bytes = cache_format.bytes_per_token(decoder.config) * page_size
-        # More than every slot at full context could never be used.
-        most = config.max_running * -(-decoder.config.max_seq_len // page_size)
-        num_pages = decoder.shard.least(min(_cache_bytes(config, device) // page_bytes, most), device)
+        # Pages beyond a full context in every slot could never be used.
+        max_pages = config.max_num_seqs * -(-decoder.config.max_seq_len // page_size)
+        num_pages = decoder.shard.all_reduce_min(min(_cache_bytes(config, device) // page_bytes, max_pages), device)
         if num_pages * page_size < 2:
-            raise UserError("sampler.kv_cache_gib: too little memory for even one page of the cache; give more")
+            raise UserError("sampler.kv_cache_gib: too little memory for one page of the cache; use a larger value")
         self.scheduler = Scheduler(
-            config.max_running,
+            config.max_num_seqs,
             num_pages,
             page_size,
             decoder.config.max_seq_len,
-            config.max_step_tokens,
+            config.max_prefill_tokens,
             replay=config.batch_invariant,
         )
-        self.runner = Runner(decoder, self.scheduler, cache_format, config.batch_invariant)
+        self.runner = ModelRunner(decoder, self.scheduler, cache_format, config.batch_invariant)
         if config.batch_invariant:
-            prove_row_invariance(self.runner, config.max_step_tokens)
-        self.most_at_once = most_at_once or config.max_running + _QUEUED
-        self.hardware, self.limit_seconds = hardware_of(device), 0.0
-        self.sizes = Sizes.of(decoder, cache_format) if self.hardware else None
-        self.passes_ahead = 1 if device.type == "cuda" else 0
+            check_batch_invariance(self.runner, config.max_prefill_tokens)
+        self.max_requests = max_requests or config.max_num_seqs + _MAX_QUEUED
+        self.hardware, self.roofline_seconds = hardware_of(device), 0.0
+        self.byte_counts = ByteCounts.of(decoder, cache_format) if self.hardware else None
+        self.max_batches_in_flight = 2 if device.type == "cuda" else 1
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The longest prompt that still leaves room for one response token."""
+        """Length of the longest prompt that leaves room for one response token."""
         return self.scheduler.max_seq_len - 1
 
     @property
-    def cache_is_shorter(self) -> bool:
-        """Whether all pages together hold less than the model's context."""
+    def cache_limits_context(self) -> bool:
+        """Whether all pages together hold fewer tokens than the model's context."""
         return self.scheduler.max_seq_len < self.runner.decoder.config.max_seq_len
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer requests, each yielded as soon as it is finished, in no particular order.
+        """Yield the completion of each request as soon as it is finished, in no particular order.
 
-        They are taken when there is room for them, a few ahead, so that several engines can share one source.
+        The engine reads requests from the iterable when it has room for them, and keeps a few more in its queue, so
+        that several engines can share one source.
 
         Raises:
-            ValueError: a request that can never fit, holds a token that the model has not, or has the id of another,
-                when its turn comes. Other requests under way are dropped, as they are where the caller stops early.
-            RuntimeError: another call has not come to its end.
+            ValueError: a request can never fit, contains a token id or a seed that is out of range, or has the id of
+                another request. The error comes when the engine reads that request. It drops all running requests, as
+                does a caller that stops early.
+            RuntimeError: an earlier call has not ended.
         """
-        for plan, results in self._run(requests, self.runner.draw):
-            yield from self.scheduler.commit(plan, *results)
+        for batch, results in self._run(requests, self.runner.forward):
+            yield from self.scheduler.commit(batch, *results)
 
     def score(self, prompts: Iterable[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
-        """Log-probabilities of `token_ids` as the next token after each (id, prompt), in no particular order."""
-        only_prompt = SamplingConfig(temperature=0, max_tokens=1)
-        requests = (Request(id_, prompt, only_prompt, 0, ()) for id_, prompt in prompts)
-        columns = torch.tensor(token_ids, device=self.runner.device)
-        for plan, (logprobs,) in self._run(requests, lambda plan: self.runner.score(plan, columns)):
-            for row, request in self.scheduler.commit_scored(plan, np.isnan(logprobs).any(-1)):
+        """Yield the log-probabilities of `token_ids` as the next token after each (id, prompt), in no particular order.
+
+        Raises:
+            ValueError, RuntimeError: as `generate`.
+        """
+        prompt_only = SamplingConfig(temperature=0, max_tokens=1)
+        requests = (Request(id_, prompt, prompt_only, 0, ()) for id_, prompt in prompts)
+        token_ids = torch.tensor(token_ids, device=self.runner.device)
+        for batch, (logprobs,) in self._run(requests, lambda batch: self.runner.score(batch, token_ids)):
+            for row, request in self.scheduler.commit_scored(batch, np.isnan(logprobs).any(-1)):
                 yield Scores(request.id, logprobs[row])
 
     def _run(
-        self, requests: Iterable[Request], launch: Callable[[StepPlan], Results]
-    ) -> Iterator[tuple[StepPlan, list[np.ndarray]]]:
-        """Every pass with its results, in order, until no work is left; each must be committed before the next."""
+        self, requests: Iterable[Request], launch: Callable[[ScheduledBatch], PendingOutput]
+    ) -> Iterator[tuple[ScheduledBatch, list[np.ndarray]]]:
+        """Yield every batch with its results, in order, until no work remains. The caller commits each batch before it
+        asks for the next one."""
         if self.scheduler.has_work:
-            raise RuntimeError("the engine is still answering another call; read that to its end, or close it, first")
-        scheduler, in_flight, to_come = self.scheduler, deque[tuple[StepPlan, Results]](), self._checked(requests)
+            raise RuntimeError("the engine is still answering another call; read its results to the end or close it")
+        scheduler, incoming = self.scheduler, self._check_requests(requests)
+        in_flight = deque[tuple[ScheduledBatch, PendingOutput]]()
         try:
             while True:
-                waiting, running = len(scheduler.waiting), len(scheduler.running)
-                scheduler.submit(islice(to_come, max(0, min(_QUEUED - waiting, self.most_at_once - waiting - running))))
+                num_waiting, num_running = len(scheduler.waiting), len(scheduler.running)
+                num_free = min(_MAX_QUEUED - num_waiting, self.max_requests - num_waiting - num_running)
+                scheduler.submit(islice(incoming, max(0, num_free)))
                 if not scheduler.has_work and not in_flight:
                     return
-                plan = scheduler.plan()
-                if plan is not None:
-                    in_flight.append((plan, launch(plan)))
-                    self._count_limit(plan)
-                if plan is None or len(in_flight) > self.passes_ahead:
-                    plan, results = in_flight.popleft()
-                    yield plan, results.fetch()
-        finally:  # whoever stops early, or fails, leaves nothing to the next call
-            scheduler.abandon()
+                batch = scheduler.schedule()
+                if batch is not None:
+                    in_flight.append((batch, launch(batch)))
+                    self._count_roofline(batch)
+                if batch is None or len(in_flight) == self.max_batches_in_flight:
+                    batch, results = in_flight.popleft()
+                    yield batch, results.wait()
+        finally:  # a caller that stops early, or an error, leaves nothing behind for the next call
+            scheduler.abort_all()
 
-    def _checked(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests of a call: no id twice, and no token that the model has not, after which a GPU is lost to the
-        whole process."""
+    def _check_requests(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Yield the requests of a call after a check: ids are unique, and token ids are in the vocabulary. On a GPU, an
+        index outside the embedding would end all CUDA work of the process."""
         vocab_size, ids = self.runner.decoder.config.vocab_size, set()
         for request in requests:
             if request.id in ids:
@@ -181,13 +203,14 @@ class Engine:
             ids.add(request.id)
             yield request
 
-    def _count_limit(self, plan: StepPlan) -> None:
+    def _count_roofline(self, batch: ScheduledBatch) -> None:
         if self.hardware:
-            self.limit_seconds += pass_seconds(plan, self.runner.decoder.config, self.sizes, self.hardware)
+            config = self.runner.decoder.config
+            self.roofline_seconds += roofline_seconds(batch, config, self.byte_counts, self.hardware)
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
-    if config.kv_cache_gib:
+    if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an earlier engine's pool may still be held by torch's allocator

@@ -1,8 +1,8 @@
 """The page cache: keys and values of every layer on numbered pages, in the model's dtype or in e4m3.
 
-e4m3 is half of bf16's bytes, and decoding reads every byte of its context once a token. A layer's page holds
-[num_kv_heads, page_size, D] numbers of each kind, and beside them an exponent for every head of a token where they are
-in e4m3 (kernels/fp8.py).
+e4m3 takes half the bytes of bf16, and decoding reads its whole context once for every token. A page of one layer holds
+[num_kv_heads, page_size, D] elements of the keys and the same of the values. In e4m3 it also holds one exponent for
+each head of each token (kernels/fp8.py).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from thinksafe.kernels.fp8 import E4M3
-from thinksafe.kernels.paged_cache import Exponents
+from thinksafe.kernels.paged_cache import KvScales
 from thinksafe.model.config import ModelConfig
 
 CacheDtype = Literal["auto", "fp8"]
@@ -20,32 +20,36 @@ CacheDtype = Literal["auto", "fp8"]
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """What keys and values are kept in."""
+    """Dtypes of the cached keys and values."""
 
-    keys: torch.dtype
-    values: torch.dtype
+    key_dtype: torch.dtype
+    value_dtype: torch.dtype
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: torch.dtype, wanted: CacheDtype) -> "CacheFormat":
-        """`auto` is the model's own `dtype`. With biases on q, k and v, as in the Qwen2 family, keys stay in it under
-        `fp8` too: a bias a hundred times larger than the rest of a key leaves that rest no bits."""
-        if wanted == "auto":
+    def of(cls, config: ModelConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> "CacheFormat":
+        """Return the format for a recipe's `cache_dtype`.
+
+        `auto` is `dtype`, the model's dtype. With biases on q, k and v, as in the Qwen2 family, keys stay in `dtype`
+        under `fp8` too: a bias that is a hundred times larger than the rest of a key leaves no bits for that rest.
+        """
+        if cache_dtype == "auto":
             return cls(dtype, dtype)
         return cls(dtype if config.qkv_bias else E4M3, E4M3)
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        """What a token adds to the cache, over all layers."""
+        """Return the bytes that one token adds to the cache, over all layers."""
         heads = config.num_layers * config.num_kv_heads
-        return sum(heads * (config.head_dim * kind.itemsize + (kind == E4M3)) for kind in (self.keys, self.values))
+        dtypes = (self.key_dtype, self.value_dtype)
+        return sum(heads * (config.head_dim * dtype.itemsize + (dtype == E4M3)) for dtype in dtypes)
 
 
 class PageCache:
-    """Pages 0 to num_pages - 1, all zero.
+    """Pages 0 to num_pages - 1, filled with zeros.
 
     Attributes:
-        format: what keys and values are kept in.
-        page_size: tokens a page.
-        bytes_per_token: over all layers.
+        format: dtypes of the keys and values.
+        page_size: tokens per page.
+        bytes_per_token: bytes of one token, over all layers.
     """
 
     def __init__(
@@ -55,16 +59,16 @@ class PageCache:
         self.bytes_per_token = cache_format.bytes_per_token(config)
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size)
 
-        def zeros(kind: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
-            numbers = torch.zeros(*shape, config.head_dim, dtype=kind, device=device)
-            exponents = torch.zeros(shape, dtype=torch.uint8, device=device) if kind == E4M3 else [None] * shape[0]
-            return numbers, exponents
+        def zeros(dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
+            elements = torch.zeros(*shape, config.head_dim, dtype=dtype, device=device)
+            scales_e8m0 = torch.zeros(shape, dtype=torch.uint8, device=device) if dtype == E4M3 else [None] * shape[0]
+            return elements, scales_e8m0
 
-        (self._keys, self._key_exponents), (self._values, self._value_exponents) = map(
-            zeros, (cache_format.keys, cache_format.values)
+        (self._keys, self._key_scales), (self._values, self._value_scales) = map(
+            zeros, (cache_format.key_dtype, cache_format.value_dtype)
         )
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, Exponents]:
-        """Keys and values, [num_pages, num_kv_heads, page_size, D] each, and their exponents."""
-        exponents = (self._key_exponents[index], self._value_exponents[index])
-        return self._keys[index], self._values[index], exponents
+    def layer(self, index: int) -> tuple[Tensor, Tensor, KvScales]:
+        """Return a layer's keys and values, [num_pages, num_kv_heads, page_size, D] each, and their scales."""
+        scales_e8m0 = (self._key_scales[index], self._value_scales[index])
+        return self._keys[index], self._values[index], scales_e8m0

@@ -1,8 +1,9 @@
-"""The model's side of a pass: the page cache, and what the device must remember between passes.
+"""The model's side of a pass: the decoder, the page cache, and the state that stays on the device between passes.
 
-The newest token of every response stays on the device, and a decode pass reads it there: the host only says which
-slots and positions, so it need not have seen the tokens of the pass before. Settings and page tables are sent when a
-request joins or gets a page. On a GPU a decode pass is one copy to the device, one CUDA graph and one copy back.
+The newest token of every response stays on the device, where the next decode pass reads it. The host sends only slots
+and positions, so it can launch a pass before it has seen the tokens of the previous one. Sampling settings and page
+tables are uploaded when a request is admitted or gets a page. On a GPU a decode pass is one copy to the device, one
+CUDA graph and one copy back.
 """
 
 from functools import partial
@@ -12,189 +13,218 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from thinksafe.kernels.batch_invariant_linear import batch_invariant_linear
 from thinksafe.kernels.chunked_loss import matmul_fp32
+from thinksafe.kernels.cuda_library import load_library
 from thinksafe.kernels.kv_write import norm_rope_write_kv
 from thinksafe.kernels.linear_logprob import linear_logprob_of
-from thinksafe.kernels.native import library
-from thinksafe.kernels.paged_decode import decode_work, paged_decode
+from thinksafe.kernels.paged_decode import list_splits, paged_decode
 from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
-from thinksafe.kernels.row_linear import row_linear
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
 from thinksafe.model.decoder import Decoder
 from thinksafe.sampler.kv_cache import CacheFormat, PageCache
-from thinksafe.sampler.scheduler import Scheduler, StepPlan
+from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
 
 class DecodeAttention:
-    """One new token a row against the row's pages, as the decoder calls it."""
+    """Attention of a decode pass: one new token per row attends to the pages of its sequence."""
 
     def __init__(self, cache: PageCache, page_table: Tensor, positions: Tensor):
-        """page_table: [B, W] int64; positions: [B] int64, of the new tokens."""
+        """Prepare what all layers share.
+
+        Args:
+            page_table: [B, W] int64.
+            positions: [B] int64, positions of the new tokens.
+        """
         page_size = cache.page_size
         pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0]
         self.cache, self.page_table, self.seq_lens = cache, page_table, positions + 1
         self.cache_slots = pages * page_size + positions % page_size
-        self.work = decode_work(self.seq_lens, page_table.shape[1] * page_size)
+        self.splits = list_splits(self.seq_lens, page_table.shape[1] * page_size)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values, exponents = self.cache.layer(layer)
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, exponents)
-        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.work, exponents)
+        keys, values, scales_e8m0 = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, scales_e8m0)
+        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.splits, scales_e8m0)
 
 
 class PrefillAttention:
-    """Stretches of several sequences, end to end, each against its own pages. All rows write before any row attends,
-    so a row may read pages that another one fills in the same pass."""
+    """Attention of a prefill pass: chunks of several sequences, packed end to end, attend to the pages of their
+    sequences. All rows write to the cache before any row attends, so a row may read pages that another row fills in the
+    same pass."""
 
-    def __init__(self, cache: PageCache, plan: StepPlan, page_table: np.ndarray, group: int, itemsize: int):
-        """group: query heads a key-value head; itemsize: bytes an element of the queries."""
+    def __init__(self, cache: PageCache, batch: ScheduledBatch, page_table: np.ndarray, group: int, itemsize: int):
+        """Prepare what all layers share.
+
+        Args:
+            page_table: [num_slots, W] int64.
+            group: number of query heads per key-value head.
+            itemsize: bytes per element of the queries.
+        """
         device, page_size = cache.device, cache.page_size
         self.cache = cache
-        counts = plan.ends - plan.starts
+        counts = batch.ends - batch.starts
         cu_seqlens = np.concatenate(([0], np.cumsum(counts)))
         row = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(row)) - cu_seqlens[row] + plan.starts[row]
-        self.slots, self.host_positions = plan.slots[row], positions
+        positions = np.arange(len(row)) - cu_seqlens[row] + batch.starts[row]
+        self.slots, self.host_positions = batch.slots[row], positions
         pages = page_table[self.slots, positions // page_size]
         self.cache_slots = upload(pages * page_size + positions % page_size, device)
         self.positions = upload(positions, device)
-        self.last_rows = upload((cu_seqlens[1:] - 1)[plan.completes], device)
-        width = -(-int(plan.ends.max()) // page_size)
-        tiles = prefill_tiles(counts, plan.ends, group, itemsize)
-        arrays = (page_table[plan.slots, :width], cu_seqlens.astype(np.int32), plan.ends, tiles)
-        self.rows = [upload(array, device) for array in arrays]
+        self.last_rows = upload((cu_seqlens[1:] - 1)[batch.needs_logits], device)
+        width = -(-int(batch.ends.max()) // page_size)
+        tiles = prefill_tiles(counts, batch.ends, group, itemsize)
+        arrays = (page_table[batch.slots, :width], cu_seqlens.astype(np.int32), batch.ends, tiles)
+        self.row_arrays = [upload(array, device) for array in arrays]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values, exponents = self.cache.layer(layer)
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, exponents)
-        return paged_prefill(q, keys, values, *self.rows, exponents)
+        keys, values, scales_e8m0 = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, scales_e8m0)
+        return paged_prefill(q, keys, values, *self.row_arrays, scales_e8m0)
 
 
-class Results:
-    """Tensors on their way to the host."""
+class PendingOutput:
+    """Tensors that are being copied to the host."""
 
     def __init__(self, *tensors: Tensor):
-        self._done = None
+        self._event = None
         self._tensors = tensors
         if tensors[0].is_cuda:
             self._tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
             for host, tensor in zip(self._tensors, tensors, strict=True):
                 host.copy_(tensor, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record()
+            self._event = torch.cuda.Event()
+            self._event.record()
 
-    def fetch(self) -> list[np.ndarray]:
-        """The values, once they are there."""
-        if self._done is not None:
-            self._done.synchronize()
+    def wait(self) -> list[np.ndarray]:
+        """Wait for the copies and return the values."""
+        if self._event is not None:
+            self._event.synchronize()
         return [tensor.numpy() for tensor in self._tensors]
 
 
-class Runner:
-    """A decoder with a page cache and the newest token and settings of every slot.
+class ModelRunner:
+    """A decoder with a page cache, and the newest token and sampling settings of every slot.
 
-    Row `num_slots` of every table is the padding of CUDA graphs: a slot that is never occupied, on a page that is never
-    given out.
+    Row `num_slots` of every table is for the padding rows of CUDA graphs: a slot that is never occupied, with a page
+    that is never allocated.
 
     Attributes:
-        cache: keys and values.
+        cache: keys and values of all pages.
     """
 
     def __init__(
         self, decoder: Decoder, scheduler: Scheduler, cache_format: CacheFormat, batch_invariant: bool = False
     ):
-        """batch_invariant: compute products so that a row's bits do not depend on the other rows."""
-        self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
-        self.linear = row_linear if batch_invariant else F.linear
-        # In fp32: rounded to bf16, logits are off by 0.03 and more, which changes two draws in a hundred.
-        self.logits = partial(row_linear, dtype=torch.float32) if batch_invariant else _logits
-        self.logprobs_of = _logprobs_of_all if batch_invariant else linear_logprob_of
-        num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.owners)
-        self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
-        self.spare_slot, self.spare_page = num_slots, num_pages
+        """Allocate the cache and the state of all slots.
 
-        def column(dtype: torch.dtype) -> Tensor:
+        Args:
+            batch_invariant: use matmuls in which the bits of a row do not depend on the other rows.
+        """
+        self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
+        self.linear = batch_invariant_linear if batch_invariant else F.linear
+        # Logits are in fp32: rounding them to bf16 is an error of 0.03 and more, which changes 2% of sampled tokens.
+        self.logits = partial(batch_invariant_linear, dtype=torch.float32) if batch_invariant else _logits
+        self.logprobs_of = _logprobs_from_logits if batch_invariant else linear_logprob_of
+        num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.ref_count)
+        self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
+        self.padding_slot, self.padding_page = num_slots, num_pages
+
+        def per_slot(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_slots + 1, dtype=dtype, device=self.device)
 
         width = scheduler.page_table.shape[1]
         self.page_table = torch.full((num_slots + 1, width), num_pages, device=self.device)
-        self.last_token, self.seed, self.top_k = (column(torch.int64) for _ in range(3))
-        self.temperature, self.top_p = (column(torch.float32) for _ in range(2))
+        self.last_token, self.seed, self.top_k = (per_slot(torch.int64) for _ in range(3))
+        self.temperature, self.top_p = (per_slot(torch.float32) for _ in range(2))
         self._graphs: dict[int, _DecodeGraph] | None = None
-        can_record = self.device.type == "cuda" and library() is not None
-        # All processes of a model record what they send one another, or none does.
-        if decoder.shard.least(int(can_record), self.device):
+        can_capture = self.device.type == "cuda" and load_library() is not None
+        # Either all processes that share the model capture their communication, or none does.
+        if decoder.shard.all_reduce_min(int(can_capture), self.device):
             self._graphs = {}
-            self.graph_memory = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at a time
+            self.graph_memory_pool = torch.cuda.graph_pool_handle()  # all graphs share it: no two run at a time
 
     @torch.inference_mode()
-    def draw(self, plan: StepPlan) -> Results:
-        """Compute a pass and draw a token behind every completing row: [N] int64 tokens, [N] fp32 log-probabilities."""
-        if not plan.is_decode:
-            self._join(plan)
-            ends = upload(plan.ends[plan.completes], self.device)
-            return Results(*self._draw(self._read(plan), upload(plan.slots[plan.completes], self.device), ends))
-        num_rows = len(plan.slots)
+    def forward(self, batch: ScheduledBatch) -> PendingOutput:
+        """Compute a pass and sample a token after every completing row.
+
+        Returns:
+            [N] int64 tokens and [N] fp32 log-probabilities.
+        """
+        if not batch.is_decode:
+            self._upload_new_requests(batch)
+            ends = upload(batch.ends[batch.needs_logits], self.device)
+            slots = upload(batch.slots[batch.needs_logits], self.device)
+            return PendingOutput(*self._sample(self._prefill(batch), slots, ends))
+        num_rows = len(batch.slots)
         if self._graphs is None:
-            return Results(*self.decode(upload(self.decode_inputs(plan, num_rows), self.device)))
-        padded = bucket(num_rows)
-        if padded not in self._graphs:
-            self._graphs[padded] = _DecodeGraph(self, padded)
-        tokens, logprobs = self._graphs[padded](self.decode_inputs(plan, padded))
-        return Results(tokens[:num_rows], logprobs[:num_rows])
+            return PendingOutput(*self.decode(upload(self.decode_inputs(batch, num_rows), self.device)))
+        padded_rows = graph_batch_size(num_rows)
+        if padded_rows not in self._graphs:
+            self._graphs[padded_rows] = _DecodeGraph(self, padded_rows)
+        tokens, logprobs = self._graphs[padded_rows](self.decode_inputs(batch, padded_rows))
+        return PendingOutput(tokens[:num_rows], logprobs[:num_rows])
 
     @torch.inference_mode()
-    def score(self, plan: StepPlan, token_ids: Tensor) -> Results:
-        """Compute a pass over prompts: [N, K] fp32, log-probabilities of `token_ids` behind every completing row."""
-        self._join(plan)
-        hidden = self._read(plan)
-        # Of many tokens, whole rows of logits are one product, where dot products read the head again for every row.
-        logprobs_of = _logprobs_of_all if 2 * len(token_ids) > len(self.decoder.head) else self.logprobs_of
-        logprobs = logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
-        return Results(self.decoder.shard.agree(logprobs))
+    def score(self, batch: ScheduledBatch, token_ids: Tensor) -> PendingOutput:
+        """Compute a prefill pass and score the next token after every completing row.
 
-    def decode_inputs(self, plan: StepPlan, num_rows: int) -> np.ndarray:
-        """[5, num_rows] int64: slot and position of every row, and slot, index and page of every new page-table entry,
-        of which a decode pass has at most one a row. What is left over names the spare slot and page."""
+        Returns:
+            [N, K] fp32, log-probabilities of `token_ids`.
+        """
+        self._upload_new_requests(batch)
+        hidden = self._prefill(batch)
+        # With many tokens one matmul for all logits is faster: dot products would read the head again for every row.
+        logprobs_of = _logprobs_from_logits if 2 * len(token_ids) > len(self.decoder.head) else self.logprobs_of
+        logprobs = logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
+        return PendingOutput(self.decoder.shard.broadcast(logprobs))
+
+    def decode_inputs(self, batch: ScheduledBatch, num_rows: int) -> np.ndarray:
+        """Return the inputs of a decode pass, [5, num_rows] int64.
+
+        The lines are slot and position of every row, then slot, index and page of every new page-table entry, of which
+        a decode pass has at most one per row. Unused columns hold the padding slot and page.
+        """
         inputs = np.zeros((5, num_rows), dtype=np.int64)
-        inputs[[0, 2]], inputs[4] = self.spare_slot, self.spare_page
-        inputs[0, : len(plan.slots)] = plan.slots
-        inputs[1, : len(plan.slots)] = plan.starts
-        inputs[2:, : len(plan.new_pages)] = plan.new_pages.T
+        inputs[[0, 2]], inputs[4] = self.padding_slot, self.padding_page
+        inputs[0, : len(batch.slots)] = batch.slots
+        inputs[1, : len(batch.slots)] = batch.starts
+        inputs[2:, : len(batch.new_pages)] = batch.new_pages.T
         return inputs
 
     def decode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """One token for every row of `decode_inputs`. Reads and writes nothing on the host, so a graph can hold it."""
+        """Compute and sample one token for every row of `decode_inputs`. A CUDA graph can capture it, because it does
+        not access host memory."""
         slots, positions, *entry, page = inputs
         self.page_table[tuple(entry)] = page
         attention = DecodeAttention(self.cache, self.page_table[slots], positions)
         hidden = self.decoder(self.last_token[slots], positions, attention, self.linear)
-        return self._draw(hidden, slots, positions + 1)
+        return self._sample(hidden, slots, positions + 1)
 
-    def _read(self, plan: StepPlan) -> Tensor:
-        """Hidden state of the last token of every completing row, [plan.completes.sum(), H]."""
+    def _prefill(self, batch: ScheduledBatch) -> Tensor:
+        """Return the hidden state of the last token of every completing row, [batch.needs_logits.sum(), H]."""
         config, itemsize = self.decoder.config, self.decoder.embedding.element_size()
         group = config.num_heads // config.num_kv_heads
-        attention = PrefillAttention(self.cache, plan, self.scheduler.page_table, group, itemsize)
+        attention = PrefillAttention(self.cache, batch, self.scheduler.page_table, group, itemsize)
         tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
         hidden = self.decoder(upload(tokens, self.device), attention.positions, attention, self.linear)
         return hidden[attention.last_rows]
 
-    def _draw(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(hidden, self.decoder.head)
         settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
         tokens, logprobs = sample(logits, *settings, positions)
-        tokens = self.decoder.shard.agree(tokens)
-        self.last_token[slots] = tokens.clamp(min=0)  # -1, of a broken row, would be no index in a pass run ahead
+        tokens = self.decoder.shard.broadcast(tokens)
+        self.last_token[slots] = tokens.clamp(min=0)  # a row with NaN has -1, an invalid index in the next pass
         return tokens, logprobs
 
-    def _join(self, plan: StepPlan) -> None:
-        """Send what the device must know of new occupants and their pages."""
-        slots = upload(plan.joined, self.device)
+    def _upload_new_requests(self, batch: ScheduledBatch) -> None:
+        """Upload the sampling settings of newly admitted sequences, and new page-table entries."""
+        slots = upload(batch.new_slots, self.device)
         for name in ("temperature", "top_k", "top_p", "seed"):
-            getattr(self, name)[slots] = upload(getattr(self.scheduler, name)[plan.joined], self.device)
-        slots, indices, pages = upload(plan.new_pages.T, self.device)
+            getattr(self, name)[slots] = upload(getattr(self.scheduler, name)[batch.new_slots], self.device)
+        slots, indices, pages = upload(batch.new_pages.T, self.device)
         self.page_table[slots, indices] = pages
 
 
@@ -202,34 +232,35 @@ def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     return matmul_fp32(hidden, head.T)
 
 
-def _logprobs_of_all(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
-    """`linear_logprob_of` from whole rows of logits, whose bits depend on no other row."""
-    logprobs = row_linear(hidden, head, dtype=torch.float32).log_softmax(-1).gather(-1, token_ids)
+def _logprobs_from_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
+    """Return the same as `linear_logprob_of`, from full rows of logits whose bits do not depend on the other rows."""
+    logprobs = batch_invariant_linear(hidden, head, dtype=torch.float32).log_softmax(-1).gather(-1, token_ids)
     return logprobs.masked_fill(~hidden.isfinite().all(-1, keepdim=True), torch.nan)
 
 
 class _DecodeGraph:
-    """A decode pass for a fixed number of rows, recorded once and replayed.
+    """A decode pass for a fixed number of rows, captured once and replayed.
 
-    Where several GPUs hold the model, their NCCL operations are a part of it. NCCL wants each operation recorded by all
-    processes or by none, and graphs replayed in one order: all processes plan alike, so theirs are the same, one at a
-    time. The communicator is older than any graph, and the pass before the recording sets up what this number of rows
-    needs of it. torch launches the operations on the stream that is recorded, and nothing waits on the host. NCCL ends
-    a communicator only when all graphs that use it are gone: these go with the engine, at its last reference.
+    If several GPUs share the model, the graph contains their NCCL operations. NCCL requires that all processes capture
+    an operation or none does, and that all replay their graphs in the same order. This holds because all processes
+    schedule the same batches and run one graph at a time. The communicator is created before any graph, and the warm-up
+    pass before the capture sets up what NCCL needs for this number of rows. torch launches the operations on the stream
+    that is captured, and nothing waits on the host. NCCL ends a communicator only after all graphs that use it are
+    gone; these graphs are freed with the last reference to the engine.
     """
 
-    def __init__(self, runner: Runner, num_rows: int):
-        nobody = np.zeros((5, num_rows), dtype=np.int64)
-        nobody[[0, 2]], nobody[4] = runner.spare_slot, runner.spare_page
-        self.inputs = torch.from_numpy(nobody).to(runner.device)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # compiles kernels and makes tables, which cannot be recorded
+    def __init__(self, runner: ModelRunner, num_rows: int):
+        padding_inputs = np.zeros((5, num_rows), dtype=np.int64)
+        padding_inputs[[0, 2]], padding_inputs[4] = runner.padding_slot, runner.padding_page
+        self.inputs = torch.from_numpy(padding_inputs).to(runner.device)
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):  # compiles kernels and builds tables, which cannot be captured
             runner.decode(self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads go on: torch's watches over what NCCL has been given before.
-        with torch.cuda.graph(self.graph, pool=runner.graph_memory, capture_error_mode="thread_local"):
+        # thread_local: torch's NCCL watchdog thread continues to check earlier operations during the capture.
+        with torch.cuda.graph(self.graph, pool=runner.graph_memory_pool, capture_error_mode="thread_local"):
             self.outputs = runner.decode(self.inputs)
 
     def __call__(self, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -238,13 +269,13 @@ class _DecodeGraph:
         return self.outputs
 
 
-def bucket(num_rows: int) -> int:
-    """Rows of the graph that serves so many: powers of two up to 32, then multiples of 32."""
+def graph_batch_size(num_rows: int) -> int:
+    """Return the number of rows of the graph that serves `num_rows`: powers of two up to 32, then multiples of 32."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 32 else -(-num_rows // 32) * 32
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """To the device, without waiting for it: torch would take a view with gaps there through memory that is not
-    pinned."""
+    """Copy an array to the device without waiting for the copy. The array is made contiguous first, because torch would
+    copy a strided view through memory that is not pinned."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,7 +1,8 @@
-"""The pool of cache pages: who owns which, and which full prompt pages can be shared.
+"""The pool of cache pages: how many owners each page has, and which full prompt pages can be shared.
 
-A page that holds a full stretch of prompt is registered under a digest of everything up to its end. Another prompt
-that begins alike takes the same page. A page nobody owns keeps its contents until the space is needed, oldest first.
+A page that is full of prompt tokens is registered under a digest of all tokens up to its end. Another prompt with the
+same beginning then uses the same page. A page without an owner keeps its contents until its memory is needed; the page
+that lost its owner first is reused first.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import numpy as np
 
 
 def prefix_digests(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """One digest a full page, each over all tokens up to the page's end."""
+    """Return one digest per full page, each over all tokens up to the end of the page."""
     chain = hashlib.blake2b(digest_size=16)
     digests = []
     ids = np.asarray(tokens, dtype=np.int64)
@@ -23,69 +24,70 @@ def prefix_digests(tokens: Sequence[int], page_size: int) -> list[bytes]:
 
 
 class PagePool:
-    """Reference counts and the prefix cache. Page numbers index the key-value cache's first dimension."""
+    """Reference counts and the prefix cache. Page numbers index the first dimension of a layer's keys and values."""
 
     def __init__(self, num_pages: int):
-        self.owners = np.zeros(num_pages, dtype=np.int32)
-        self._blank = list(range(num_pages - 1, -1, -1))
-        self._idle: OrderedDict[int, bytes] = OrderedDict()  # registered, without an owner, oldest first
-        self._page_of: dict[bytes, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self.ref_count = np.zeros(num_pages, dtype=np.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._evictable: OrderedDict[int, bytes] = OrderedDict()  # registered pages without an owner, oldest first
+        self._page_by_digest: dict[bytes, int] = {}
+        self._digest_by_page: dict[int, bytes] = {}
 
     @property
-    def available(self) -> int:
-        """Pages that `allocate` can still give."""
-        return len(self._blank) + len(self._idle)
+    def num_available(self) -> int:
+        """Number of pages that `allocate` can still return."""
+        return len(self._free) + len(self._evictable)
 
     def allocate(self) -> int:
-        """A page with one owner and unknown contents.
+        """Return a page with one owner and unknown contents.
 
         Raises:
-            IndexError: none is available.
+            IndexError: no page is available.
         """
-        if self._blank:
-            page = self._blank.pop()
-        elif self._idle:
-            page, digest = self._idle.popitem(last=False)
-            del self._page_of[digest], self._digest_of[page]
+        if self._free:
+            page = self._free.pop()
+        elif self._evictable:
+            page, digest = self._evictable.popitem(last=False)
+            del self._page_by_digest[digest], self._digest_by_page[page]
         else:
             raise IndexError("no page is available")
-        self.owners[page] = 1
+        self.ref_count[page] = 1
         return page
 
-    def shared_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """Pages of the longest registered prefix. They are not taken yet: `take` them before the next `allocate`."""
+    def match_prefix(self, digests: Sequence[bytes]) -> list[int]:
+        """Return the pages of the longest registered prefix. Call `acquire` on them before the next `allocate`, which
+        might otherwise return one of them."""
         pages = []
         for digest in digests:
-            page = self._page_of.get(digest)
+            page = self._page_by_digest.get(digest)
             if page is None:
                 break
             pages.append(page)
         return pages
 
-    def take(self, page: int) -> None:
-        """Become one more owner of a registered page."""
-        self.owners[page] += 1
-        self._idle.pop(page, None)
+    def acquire(self, page: int) -> None:
+        """Add one owner to a registered page."""
+        self.ref_count[page] += 1
+        self._evictable.pop(page, None)
 
     def register(self, page: int, digest: bytes) -> None:
-        """Offer a full page to later prompts. The first page under a digest stays."""
-        if digest not in self._page_of and page not in self._digest_of:
-            self._page_of[digest] = page
-            self._digest_of[page] = digest
+        """Share a full page with later prompts. A page that is already registered under the digest stays there."""
+        if digest not in self._page_by_digest and page not in self._digest_by_page:
+            self._page_by_digest[digest] = page
+            self._digest_by_page[page] = digest
 
-    def forget(self, page: int) -> None:
-        """Offer an owned page no longer."""
-        digest = self._digest_of.pop(page, None)
+    def unregister(self, page: int) -> None:
+        """Stop sharing an owned page with later prompts."""
+        digest = self._digest_by_page.pop(page, None)
         if digest is not None:
-            del self._page_of[digest]
+            del self._page_by_digest[digest]
 
     def release(self, page: int) -> None:
-        """Give up one ownership."""
-        self.owners[page] -= 1
-        if self.owners[page] == 0:
-            digest = self._digest_of.get(page)
+        """Remove one owner from a page."""
+        self.ref_count[page] -= 1
+        if self.ref_count[page] == 0:
+            digest = self._digest_by_page.get(page)
             if digest is None:
-                self._blank.append(page)
+                self._free.append(page)
             else:
-                self._idle[page] = digest
+                self._evictable[page] = digest

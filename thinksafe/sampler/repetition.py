@@ -1,27 +1,31 @@
-"""Responses that repeat themselves for ever: 1.5% of all, a fifth of the tokens, and most are dropped in the end."""
+"""Detection of responses that repeat themselves endlessly.
+
+They are 1.5% of all responses but a fifth of all tokens, and most of them are dropped in the end.
+"""
 
 import numpy as np
 
-CHECK_EVERY = 64
-"""Response tokens between two looks: the search costs 20 us."""
-_SHORTEST, _LONGEST, _REPEATS = 8, 256, 8
+CHECK_INTERVAL = 64
+"""Number of response tokens between two checks; one check costs 20 us."""
+_MIN_PERIOD, _MAX_PERIOD, _NUM_REPEATS = 8, 256, 8
 
 
-def ends_in_a_loop(tokens: np.ndarray) -> bool:
-    """Whether a response ends in a block of 8 to 256 tokens that stands there eight times, back to back.
+def ends_in_repetition(tokens: np.ndarray) -> bool:
+    """Return whether a response ends in a block of 8 to 256 tokens that occurs eight times in a row.
 
-    A block of fewer tokens is found as a multiple of itself. Text worth keeping may repeat a line eight times; it is
-    the user who decides whether that ends a response.
+    A shorter block is detected as a multiple of itself. A useful text may also repeat a line eight times, so the user
+    decides whether a repetition ends a response (`SamplingConfig.stop_on_repetition`).
 
     Args:
         tokens: [T] integers.
     """
-    longest = min(_LONGEST, len(tokens) // _REPEATS)
-    if longest < _SHORTEST:
+    max_period = min(_MAX_PERIOD, len(tokens) // _NUM_REPEATS)
+    if max_period < _MIN_PERIOD:
         return False
-    before = tokens[-1 - longest : -_SHORTEST][::-1]  # the tokens 8, 9, ... longest places before the last
-    for period in (np.flatnonzero(before == tokens[-1]) + _SHORTEST).tolist():
-        tail = tokens[-_REPEATS * period :]
+    # The tokens at distances 8, 9, ... max_period before the last one.
+    earlier_tokens = tokens[-1 - max_period : -_MIN_PERIOD][::-1]
+    for period in (np.flatnonzero(earlier_tokens == tokens[-1]) + _MIN_PERIOD).tolist():
+        tail = tokens[-_NUM_REPEATS * period :]
         if np.array_equal(tail[period:], tail[:-period]):
             return True
     return False

@@ -1,4 +1,4 @@
-"""What goes into the sampler and what comes out: token ids only. It knows nothing of text, prompts or guards."""
+"""Inputs and outputs of the sampler: token ids only. It knows nothing of text, prompt files or guards."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,19 +6,22 @@ from typing import Literal
 
 import numpy as np
 
-FinishReason = Literal["stop", "length", "loop", "nan"]
+FinishReason = Literal["stop", "length", "repetition", "nan"]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn. The defaults are the paper's for Qwen3.
+    """How response tokens are sampled. The defaults are the paper's settings for Qwen3.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_p: probability mass of the nucleus, after top_k; 1 is off.
-        top_k: candidates kept; 0 is off.
-        max_tokens: response tokens at most.
-        stop_loops: end a response that only repeats itself, a block of up to 256 tokens eight times back to back.
+        temperature: divisor of the logits; larger values give more varied responses. 0 always takes the most likely
+            token.
+        top_p: sample only from the smallest set of most likely tokens whose probabilities, after `top_k`, add up to
+            this value; 1 turns this off.
+        top_k: sample only from this number of most likely tokens; 0 turns this off.
+        max_tokens: largest number of response tokens; a longer response is cut off.
+        stop_on_repetition: end a response once it repeats a block of up to 256 tokens eight times in a row. This saves
+            time, but a useful text may repeat a line that often too.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -27,13 +30,13 @@ class SamplingConfig:
     top_p: float = 0.95
     top_k: int = 20
     max_tokens: int = 16_384
-    stop_loops: bool = False
+    stop_on_repetition: bool = False
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
             raise ValueError("temperature must be finite and not negative")
         if not 0 < self.top_p <= 1:
-            raise ValueError("top_p must lie in (0, 1]")
+            raise ValueError("top_p must be in (0, 1]")
         if self.top_k < 0:
             raise ValueError("top_k must not be negative")
         if self.max_tokens < 1:
@@ -45,11 +48,12 @@ class Request:
     """One response to sample.
 
     Attributes:
-        id: returned with the completion; no other request of a call has the same.
+        id: returned with the completion; unique within a call.
         prompt: token ids, at least one.
-        sampling: how to draw.
-        seed: 63 bits; with the position it fixes the noise, so the response does not depend on the batch.
-        stop_ids: tokens that end the response.
+        sampling: how response tokens are sampled.
+        seed: at least 0 and below 2^63. Seed, position and token id fix the noise, so the response does not depend on
+            the batch.
+        stop_ids: token ids that end the response.
     """
 
     id: str
@@ -64,11 +68,11 @@ class Completion:
     """A finished response.
 
     Attributes:
-        tokens: response ids, the stop token left out.
-        finish_reason: `stop`, `length` (max_tokens or the context is full), `loop` (see `SamplingConfig.stop_loops`) or
-            `nan` (the model's logits broke).
-        logprobs: of each token under the model, before temperature and truncation. Their last digits depend on the
-            batch, so equality does not ask for them.
+        tokens: ids of the response tokens, without the stop token.
+        finish_reason: `stop`, `length` (`max_tokens` is reached or the context is full), `repetition` (see
+            `SamplingConfig.stop_on_repetition`) or `nan` (a logit is not finite).
+        logprobs: log-probability of each token under the model, before temperature and truncation. Their rounding
+            depends on the batch, so `==` ignores them.
     """
 
     request_id: str
@@ -79,10 +83,11 @@ class Completion:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Log-probabilities of chosen tokens right after a prompt.
+    """Log-probabilities of given tokens as the next token after a prompt.
 
     Attributes:
-        logprobs: [K] fp32, exact (full log-sum-exp), NaN where the model's logits broke.
+        logprobs: [K] fp32, exact (from the log-sum-exp over the whole vocabulary). NaN if the model's output is not
+            finite.
     """
 
     request_id: str

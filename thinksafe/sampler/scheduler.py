@@ -1,12 +1,12 @@
-"""Who computes what in the next pass. No torch, no model: token counts and page numbers only.
+"""The scheduler: which tokens the next pass computes. It knows no model, only token counts and page numbers.
 
-A pass either reads prompts, packed up to a budget, or continues every running response by one token. A plan states
-what will have been computed as if it were done, so the next one can be made while the device still works: how long
-each sequence is then is certain, which token it ends with is not, and no plan asks. `commit` learns the tokens, in
-order, some passes later. A response that turned out to have ended before is computed once too often; its slot has
-another epoch by then, so the result is dropped.
+A batch either reads prompts, packed up to a budget of tokens, or extends every running response by one token.
+`schedule` assumes that all earlier batches have finished, so the next one can be scheduled while the GPU is busy.
+Sequence lengths are known in advance; only the sampled ids are not, and scheduling does not need them. `commit`
+receives the ids in order, some batches later. Until then a response that has ended may be computed one token too far.
+When that token is committed, the slot has another epoch, so the token is dropped.
 
-State lies in arrays by slot: planning 500 sequences is a handful of numpy calls.
+State is stored in arrays indexed by slot, so that scheduling 500 sequences takes a handful of numpy calls.
 """
 
 from collections import deque
@@ -16,38 +16,39 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from thinksafe.sampler.page_pool import PagePool, prefix_digests
-from thinksafe.sampler.repetition import CHECK_EVERY, ends_in_a_loop
+from thinksafe.sampler.repetition import CHECK_INTERVAL, ends_in_repetition
 from thinksafe.sampler.request import Completion, FinishReason, Request
 
 _GROWTH_TOKENS = 256
-"""Room kept free per running sequence when another is admitted: fewer preemptions than admitting on the prompt
-alone, which recomputes 40% of all tokens, and fuller batches than reserving max_tokens."""
-_ADMIT_TOGETHER = 16
-"""Requests to wait for before prompts are read: a pass over the weights for one prompt delays all running responses."""
-_NO_TOKEN = -2
+"""Number of tokens kept free for each running sequence when another one is admitted. Keeping none free recomputes 40%
+of all tokens after preemptions; keeping max_tokens free makes smaller batches."""
+_ADMISSION_BATCH = 16
+"""Number of waiting requests that starts a prefill pass: a pass for a single prompt would read all weights and delay
+every running response."""
+_NO_STOP_ID = -2
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One pass over the model.
+class ScheduledBatch:
+    """One forward pass.
 
     Attributes:
-        is_decode: every row is the newest token of a response, whose id may be known to the device alone; else rows
-            are stretches of known tokens.
-        slots, starts, ends: [R] int64; row r computes tokens starts[r] to ends[r] of the sequence in slots[r].
-        completes: [R] bool; a token is to be drawn behind the row's last.
-        epochs: [R] int64, which occupant of the slot is meant.
-        joined: [J] int64, slots with a new occupant since the last plan.
-        new_pages: [N, 3] int64, page-table entries made since the last plan: slot, index, page.
+        is_decode: True if every row is the newest token of a response, whose id may be known on the device only. False
+            if rows are ranges of known tokens.
+        slots, starts, ends: [R] int64; row r computes tokens starts[r] to ends[r] - 1 of the sequence in slots[r].
+        needs_logits: [R] bool, whether the row is completing: its last token needs logits, to sample the next token.
+        epochs: [R] int64, epoch of the row's slot, which identifies the sequence in it.
+        new_slots: [J] int64, slots with a new sequence since the last batch.
+        new_pages: [N, 3] int64, page-table entries added since the last batch: slot, index, page.
     """
 
     is_decode: bool
     slots: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
-    completes: np.ndarray
+    needs_logits: np.ndarray
     epochs: np.ndarray
-    joined: np.ndarray
+    new_slots: np.ndarray
     new_pages: np.ndarray
 
     @property
@@ -57,7 +58,7 @@ class StepPlan:
 
 @dataclass
 class _Sequence:
-    """A request and what is known of its response: a preempted one comes back with the tokens it had."""
+    """A request with its committed response tokens: a preempted sequence keeps them while it waits."""
 
     request: Request
     tokens: list[int]
@@ -66,16 +67,16 @@ class _Sequence:
 
 
 class Scheduler:
-    """Slots, pages and the queue.
+    """Slots, pages and the queue of waiting requests.
 
     Attributes:
         tokens: [num_slots, max_seq_len] int32, prompt and committed response of each running sequence.
-        num_computed: [num_slots] int64, tokens in the cache once all plans are done.
-        page_table: [num_slots, max pages a sequence] int64.
-        num_in_flight: plans that are not committed.
-        computed_tokens, shared_tokens: so far, those that passes were planned for, and those that whoever was admitted
-            found in the cache.
-        preemptions: how often a response had to wait because pages ran out.
+        num_computed_tokens: [num_slots] int64, number of tokens in the cache once all scheduled batches are done.
+        page_table: [num_slots, max pages per sequence] int64.
+        num_in_flight: number of batches that are scheduled and not yet committed.
+        computed_tokens, shared_tokens: total number of tokens that batches computed, and that admitted sequences found
+            in the cache.
+        preemptions: number of times that a response was preempted because the pages ran out.
     """
 
     def __init__(
@@ -84,29 +85,33 @@ class Scheduler:
         num_pages: int,
         page_size: int,
         max_seq_len: int,
-        max_step_tokens: int,
+        max_prefill_tokens: int,
         *,
         replay: bool = False,
     ):
-        """replay: write a preempted response anew from its first token, as it was written, where reading it as a part
-        of the prompt would give its cache other last bits."""
+        """Create a scheduler whose slots and pages are all free.
+
+        Args:
+            replay: sample a preempted response again from its first token, token by token. Otherwise its tokens are
+                prefilled with the prompt, which gives its cache other rounding errors.
+        """
         self.replay = replay
         self.page_size = page_size
-        self.max_step_tokens = max_step_tokens
+        self.max_prefill_tokens = max_prefill_tokens
         self.pool = PagePool(num_pages)
         self.max_seq_len = min(max_seq_len, num_pages * page_size)
-        # Untouched parts of the large arrays take no memory.
+        # Parts of the large arrays that are never written occupy no memory.
         self.tokens = np.zeros((num_slots, self.max_seq_len), dtype=np.int32)
         self.logprobs = np.zeros((num_slots, self.max_seq_len), dtype=np.float32)
-        self.num_prompt = np.zeros(num_slots, dtype=np.int64)
-        self.num_known = np.zeros(num_slots, dtype=np.int64)  # tokens at admission, read as a prompt
-        self.num_computed = np.zeros(num_slots, dtype=np.int64)
-        self.limit = np.zeros(num_slots, dtype=np.int64)  # length at which a response is cut; 0 in a free slot
+        self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.num_prefill_tokens = np.zeros(num_slots, dtype=np.int64)  # tokens to prefill after admission
+        self.num_computed_tokens = np.zeros(num_slots, dtype=np.int64)
+        self.max_len = np.zeros(num_slots, dtype=np.int64)  # largest sequence length; 0 in a free slot
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
         self.page_table = np.zeros((num_slots, -(-self.max_seq_len // page_size)), dtype=np.int64)
         self.epoch = np.zeros(num_slots, dtype=np.int64)
-        self.stop_ids = np.full((num_slots, 1), _NO_TOKEN, dtype=np.int64)
-        self.stop_loops = np.zeros(num_slots, dtype=bool)
+        self.stop_ids = np.full((num_slots, 1), _NO_STOP_ID, dtype=np.int64)
+        self.stop_on_repetition = np.zeros(num_slots, dtype=bool)
         self.seed = np.zeros(num_slots, dtype=np.int64)
         self.temperature = np.zeros(num_slots, dtype=np.float32)
         self.top_k = np.zeros(num_slots, dtype=np.int64)
@@ -117,225 +122,231 @@ class Scheduler:
         self.computed_tokens = 0
         self.shared_tokens = 0
         self.preemptions = 0
-        self._reading: list[int] = []  # slots whose prompt is not wholly computed
+        self._prefilling: list[int] = []  # slots whose prefill is not fully scheduled
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._joined: list[int] = []
+        self._new_slots: list[int] = []
         self._new_pages: list[tuple[int, int, int]] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue requests: all of them, or none.
+        """Queue either all of these requests or, if one is invalid, none of them.
 
         Raises:
-            ValueError: one can never run: an empty prompt, or one that leaves no room for a single response token, or a
-                seed that is none.
+            ValueError: a request can never run: its prompt is empty or leaves no room for a response token, or its seed
+                is out of range.
         """
-        self.waiting.extend([self._sequence(request) for request in requests])
+        self.waiting.extend([self._make_sequence(request) for request in requests])
 
-    def abandon(self) -> None:
-        """Drop every request and every plan in flight. Their prompts' pages are offered no longer: the pass that was to
-        fill them may never have been launched."""
+    def abort_all(self) -> None:
+        """Drop every request and every batch in flight. Their prompt pages are no longer shared, because the pass that
+        fills a page may never have been launched."""
         for slot in list(self.running):
             for page in self.page_table[slot, : self.num_pages[slot]].tolist():
-                self.pool.forget(page)
-            self._free(slot)
-        for unsent in (self.waiting, self._reading, self._joined, self._new_pages):
-            unsent.clear()
+                self.pool.unregister(page)
+            self._release_slot(slot)
+        for queue in (self.waiting, self._prefilling, self._new_slots, self._new_pages):
+            queue.clear()
         self.num_in_flight = 0
 
     @property
     def has_work(self) -> bool:
+        """Whether a request is running or waiting."""
         return bool(self.running or self.waiting)
 
-    def plan(self) -> StepPlan | None:
-        """The next pass, its pages given out; None where nothing can be planned before something is committed."""
-        if self._reading or self._should_admit():
-            return self._read_prompts()
-        return self._continue_responses()
+    def schedule(self) -> ScheduledBatch | None:
+        """Return the next batch, with its pages allocated, or None if the next commit must come first."""
+        if self._prefilling or self._should_admit():
+            return self._schedule_prefill()
+        return self._schedule_decode()
 
-    def commit(self, plan: StepPlan, sampled: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
-        """Take in the results of the oldest plan that is in flight.
+    def commit(self, batch: ScheduledBatch, sampled: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
+        """Store the results of the oldest batch in flight.
 
         Args:
-            sampled: [plan.completes.sum()] int64, a token for every completing row; -1 where the logits broke.
-            logprobs: [plan.completes.sum()] fp32, of those tokens.
+            sampled: [batch.needs_logits.sum()] int64, a token for every completing row; -1 if a logit is not finite.
+            logprobs: [batch.needs_logits.sum()] fp32, log-probabilities of these tokens.
 
         Returns:
-            The sequences that are finished, their slots and pages freed.
+            Completions of the finished sequences, whose slots and pages are free again.
         """
-        index, slots, ends = self._land(plan)
-        sampled = sampled[index]
+        rows, slots, ends = self._live_rows(batch)
+        sampled = sampled[rows]
         self.tokens[slots, ends] = sampled
-        self.logprobs[slots, ends] = logprobs[index]
+        self.logprobs[slots, ends] = logprobs[rows]
         stopped = (self.stop_ids[slots] == sampled[:, None]).any(-1)
-        over = stopped | (sampled < 0) | (ends + 1 >= self.limit[slots])
-        look = self.stop_loops[slots] & ((ends + 1 - self.num_prompt[slots]) % CHECK_EVERY == 0)
+        is_done = stopped | (sampled < 0) | (ends + 1 >= self.max_len[slots])
+        response_lengths = ends + 1 - self.num_prompt_tokens[slots]
+        check_repetition = self.stop_on_repetition[slots] & (response_lengths % CHECK_INTERVAL == 0)
         completions = []
-        for row in np.flatnonzero(over | look).tolist():
+        for row in np.flatnonzero(is_done | check_repetition).tolist():
             slot, end = int(slots[row]), int(ends[row])
             if sampled[row] < 0:
-                if not self._retry_alone(slot, end):
+                if not self._recompute_unshared(slot, end):
                     completions.append(self._finish(slot, end, "nan"))
             elif stopped[row]:
                 completions.append(self._finish(slot, end, "stop"))
-            elif look[row] and ends_in_a_loop(self.tokens[slot, self.num_prompt[slot] : end + 1]):
-                completions.append(self._finish(slot, end + 1, "loop"))
-            elif over[row]:
+            elif check_repetition[row] and ends_in_repetition(
+                self.tokens[slot, self.num_prompt_tokens[slot] : end + 1]
+            ):
+                completions.append(self._finish(slot, end + 1, "repetition"))
+            elif is_done[row]:
                 completions.append(self._finish(slot, end + 1, "length"))
         return completions
 
-    def commit_scored(self, plan: StepPlan, broken: np.ndarray) -> list[tuple[int, Request]]:
-        """Like `commit` where only the prompt's last logits are wanted, so that every completing row is finished.
+    def commit_scored(self, batch: ScheduledBatch, has_nan: np.ndarray) -> list[tuple[int, Request]]:
+        """Commit the oldest batch in flight when prompts are only scored, so that every completing row is finished.
 
         Args:
-            broken: [plan.completes.sum()] bool.
+            has_nan: [batch.needs_logits.sum()] bool, whether a score of the completing row is NaN.
 
         Returns:
-            The finished requests, each with its index among the completing rows.
+            (index among the completing rows, request) of each finished request.
         """
         finished = []
-        for row, slot, end in zip(*(part.tolist() for part in self._land(plan)), strict=True):
-            if not (broken[row] and self._retry_alone(slot, end)):
+        for row, slot, end in zip(*(array.tolist() for array in self._live_rows(batch)), strict=True):
+            if not (has_nan[row] and self._recompute_unshared(slot, end)):
                 finished.append((row, self.running[slot].request))
-                self._free(slot)
+                self._release_slot(slot)
         return finished
 
-    def _sequence(self, request: Request) -> _Sequence:
+    def _make_sequence(self, request: Request) -> _Sequence:
         length = len(request.prompt)
         if length == 0:
             raise ValueError(f"request {request.id}: the prompt is empty")
         if length >= self.max_seq_len:
             raise ValueError(
                 f"request {request.id}: the prompt has {length} tokens, "
-                f"the context holds {self.max_seq_len} with the response"
+                f"but prompt and response together can have at most {self.max_seq_len}"
             )
         if not 0 <= request.seed < 1 << 63:
-            raise ValueError(f"request {request.id}: the seed {request.seed} has more than 63 bits or is negative")
-        digests = prefix_digests(request.prompt[:-1], self.page_size)  # the last token is always computed: its logits
+            raise ValueError(f"request {request.id}: the seed must be in [0, 2^63), found {request.seed}")
+        digests = prefix_digests(request.prompt[:-1], self.page_size)  # the last one is always computed, for its logits
         return _Sequence(request, list(request.prompt), digests=digests)
 
     def _should_admit(self) -> bool:
-        """Whether enough requests can join for a pass of their own."""
+        """Return whether enough requests can be admitted to be worth a prefill pass."""
         if not self.waiting or not self._free_slots:
             return False
         if not self.running:
-            return True  # alone the first fits: `submit` made sure
-        wanted = min(_ADMIT_TOGETHER, len(self.waiting), -(-len(self.epoch) // 4))
-        if len(self._free_slots) < wanted:
+            return True  # `submit` made sure that a request fits if no other runs
+        num_candidates = min(_ADMISSION_BATCH, len(self.waiting), -(-len(self.epoch) // 4))
+        if len(self._free_slots) < num_candidates:
             return False
-        candidates = [self.waiting[index] for index in range(wanted)]
-        return self.pool.available >= self._reserved() + sum(map(self._pages_to_admit, candidates))
+        candidates = [self.waiting[index] for index in range(num_candidates)]
+        return self.pool.num_available >= self._reserved_pages() + sum(map(self._pages_needed, candidates))
 
-    def _pages_to_admit(self, candidate: _Sequence) -> int:
-        """Pages for its tokens and some growth, less those it shares with someone who runs."""
-        shared = self.pool.shared_prefix(candidate.digests)
-        already_owned = int((self.pool.owners[shared] > 0).sum()) if shared else 0
+    def _pages_needed(self, candidate: _Sequence) -> int:
+        """Return the number of pages for its tokens and some growth, without pages shared with a running sequence."""
+        shared_pages = self.pool.match_prefix(candidate.digests)
+        num_owned = int((self.pool.ref_count[shared_pages] > 0).sum()) if shared_pages else 0
         length = len(candidate.tokens) + min(candidate.request.sampling.max_tokens, _GROWTH_TOKENS)
-        return -(-min(length, self.max_seq_len) // self.page_size) - already_owned
+        return -(-min(length, self.max_seq_len) // self.page_size) - num_owned
 
-    def _reserved(self) -> int:
-        """Pages that running sequences will still take for some growth each."""
-        occupied = self.limit > 0
-        length = np.maximum(self.num_known, self.num_computed + 1)[occupied]
-        future = np.minimum(self.limit[occupied], length + _GROWTH_TOKENS)
-        return int((-(-future // self.page_size) - self.num_pages[occupied]).clip(min=0).sum())
+    def _reserved_pages(self) -> int:
+        """Return the number of pages that all running sequences still need for some growth each."""
+        occupied = self.max_len > 0
+        length = np.maximum(self.num_prefill_tokens, self.num_computed_tokens + 1)[occupied]
+        future_length = np.minimum(self.max_len[occupied], length + _GROWTH_TOKENS)
+        return int((-(-future_length // self.page_size) - self.num_pages[occupied]).clip(min=0).sum())
 
-    def _read_prompts(self) -> StepPlan:
-        """Stretches of prompts up to the budget: those begun before, then those of requests that are admitted now."""
-        budget, rows = self.max_step_tokens, []
-        slots = deque(self._reading)
+    def _schedule_prefill(self) -> ScheduledBatch:
+        """Schedule prompt tokens up to the budget: first of prompts begun earlier, then of newly admitted requests."""
+        budget, rows = self.max_prefill_tokens, []
+        slots = deque(self._prefilling)
         while budget:
             if not slots:
                 if not (self.waiting and self._free_slots):
                     break
-                if self.running and self.pool.available < self._reserved() + self._pages_to_admit(self.waiting[0]):
+                num_needed = self._reserved_pages() + self._pages_needed(self.waiting[0])
+                if self.running and self.pool.num_available < num_needed:
                     break
                 slots.append(self._admit(self.waiting.popleft()))
             slot = slots.popleft()
-            start = int(self.num_computed[slot])
-            end = min(int(self.num_known[slot]), start + budget)
-            self._register(slot, start, end)
-            self.num_computed[slot] = end
-            if end == self.num_known[slot]:
-                self._reading.remove(slot)
+            start = int(self.num_computed_tokens[slot])
+            end = min(int(self.num_prefill_tokens[slot]), start + budget)
+            self._register_prefix_pages(slot, start, end)
+            self.num_computed_tokens[slot] = end
+            if end == self.num_prefill_tokens[slot]:
+                self._prefilling.remove(slot)
             rows.append((slot, start, end))
             budget -= end - start
         slots, starts, ends = np.array(rows, dtype=np.int64).T
-        return self._planned(False, slots, starts, ends, ends == self.num_known[slots])
+        return self._make_batch(False, slots, starts, ends, ends == self.num_prefill_tokens[slots])
 
-    def _continue_responses(self) -> StepPlan | None:
-        """One token for every response that is not cut off by its length yet."""
+    def _schedule_decode(self) -> ScheduledBatch | None:
+        """Schedule one token for every response that has not reached its largest length."""
         while True:
-            ready = (self.num_computed >= self.num_known) & (self.num_computed + 1 < self.limit)
-            slots = np.flatnonzero(ready)
-            starts = self.num_computed[slots]
-            growing = slots[starts == self.num_pages[slots] * self.page_size]
-            if len(growing) <= self.pool.available:
+            is_prefilled = self.num_computed_tokens >= self.num_prefill_tokens
+            slots = np.flatnonzero(is_prefilled & (self.num_computed_tokens + 1 < self.max_len))
+            starts = self.num_computed_tokens[slots]
+            slots_to_grow = slots[starts == self.num_pages[slots] * self.page_size]
+            if len(slots_to_grow) <= self.pool.num_available:
                 break
             if self.num_in_flight:
-                return None  # whoever makes room must not have tokens that nobody knows yet
+                return None  # only a sequence whose tokens are all committed can be preempted
             youngest = next(reversed(self.running))
-            self._requeue(youngest, int(self.num_computed[youngest]) + 1)
+            self._preempt(youngest, int(self.num_computed_tokens[youngest]) + 1)
             self.preemptions += 1
         if not len(slots):
             return None
-        for slot in growing.tolist():
+        for slot in slots_to_grow.tolist():
             self._add_page(slot, self.pool.allocate())
-        self.num_computed[slots] += 1
-        return self._planned(True, slots, starts, starts + 1, np.ones(len(slots), dtype=bool))
+        self.num_computed_tokens[slots] += 1
+        return self._make_batch(True, slots, starts, starts + 1, np.ones(len(slots), dtype=bool))
 
-    def _planned(self, is_decode: bool, slots, starts, ends, completes) -> StepPlan:
+    def _make_batch(self, is_decode: bool, slots, starts, ends, needs_logits) -> ScheduledBatch:
         self.num_in_flight += 1
         self.computed_tokens += int((ends - starts).sum())
-        joined = np.array(self._joined, dtype=np.int64)
+        new_slots = np.array(self._new_slots, dtype=np.int64)
         new_pages = np.array(self._new_pages, dtype=np.int64).reshape(-1, 3)
-        self._joined.clear()
+        self._new_slots.clear()
         self._new_pages.clear()
-        return StepPlan(is_decode, slots, starts, ends, completes, self.epoch[slots], joined, new_pages)
+        return ScheduledBatch(is_decode, slots, starts, ends, needs_logits, self.epoch[slots], new_slots, new_pages)
 
-    def _land(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of the completing rows whose sequence still runs: index among all completing rows, slot, end."""
+    def _live_rows(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Count the batch as committed. Return index (among the completing rows), slot and end of each completing row
+        whose sequence still runs."""
         self.num_in_flight -= 1
-        slots = plan.slots[plan.completes]
-        index = np.flatnonzero(self.epoch[slots] == plan.epochs[plan.completes])
-        return index, slots[index], plan.ends[plan.completes][index]
+        slots = batch.slots[batch.needs_logits]
+        rows = np.flatnonzero(self.epoch[slots] == batch.epochs[batch.needs_logits])
+        return rows, slots[rows], batch.ends[batch.needs_logits][rows]
 
     def _finish(self, slot: int, end: int, reason: FinishReason) -> Completion:
         request = self.running[slot].request
         response = slice(len(request.prompt), end)
         tokens, logprobs = self.tokens[slot, response].tolist(), self.logprobs[slot, response].tolist()
-        self._free(slot)
+        self._release_slot(slot)
         return Completion(request.id, tuple(tokens), reason, tuple(logprobs))
 
     def _admit(self, sequence: _Sequence) -> int:
         slot = self._free_slots.pop()
         request, sampling = sequence.request, sequence.request.sampling
-        length, num_prompt = len(sequence.tokens), len(request.prompt)
+        length, num_prompt_tokens = len(sequence.tokens), len(request.prompt)
         self.running[slot] = sequence
         self.tokens[slot, :length] = sequence.tokens
-        self.logprobs[slot, num_prompt:length] = sequence.logprobs
-        self.num_prompt[slot] = num_prompt
-        self.num_known[slot] = length
-        self.limit[slot] = min(num_prompt + sampling.max_tokens, self.max_seq_len)
-        missing = len(request.stop_ids) - self.stop_ids.shape[1]
-        if missing > 0:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=_NO_TOKEN)
-        self.stop_ids[slot] = _NO_TOKEN
+        self.logprobs[slot, num_prompt_tokens:length] = sequence.logprobs
+        self.num_prompt_tokens[slot] = num_prompt_tokens
+        self.num_prefill_tokens[slot] = length
+        self.max_len[slot] = min(num_prompt_tokens + sampling.max_tokens, self.max_seq_len)
+        extra_columns = len(request.stop_ids) - self.stop_ids.shape[1]
+        if extra_columns > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, extra_columns)), constant_values=_NO_STOP_ID)
+        self.stop_ids[slot] = _NO_STOP_ID
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        self.stop_loops[slot] = sampling.stop_loops
+        self.stop_on_repetition[slot] = sampling.stop_on_repetition
         self.seed[slot] = request.seed
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = sampling.top_k
         self.top_p[slot] = sampling.top_p
-        shared = self.pool.shared_prefix(sequence.digests)
-        for page in shared:
-            self.pool.take(page)
+        shared_pages = self.pool.match_prefix(sequence.digests)
+        for page in shared_pages:
+            self.pool.acquire(page)
             self._add_page(slot, page)
-        for _ in range(len(shared), -(-length // self.page_size)):
+        for _ in range(len(shared_pages), -(-length // self.page_size)):
             self._add_page(slot, self.pool.allocate())
-        self.num_computed[slot] = len(shared) * self.page_size
-        self.shared_tokens += len(shared) * self.page_size
-        self._joined.append(slot)
-        self._reading.append(slot)
+        self.num_computed_tokens[slot] = len(shared_pages) * self.page_size
+        self.shared_tokens += len(shared_pages) * self.page_size
+        self._new_slots.append(slot)
+        self._prefilling.append(slot)
         return slot
 
     def _add_page(self, slot: int, page: int) -> None:
@@ -344,41 +355,44 @@ class Scheduler:
         self.num_pages[slot] = index + 1
         self._new_pages.append((slot, index, page))
 
-    def _register(self, slot: int, start: int, end: int) -> None:
-        """Offer the prompt pages that this pass completes. A row admitted into the same pass may already read them:
-        in every layer all rows write before any row attends."""
+    def _register_prefix_pages(self, slot: int, start: int, end: int) -> None:
+        """Share the prompt pages that this batch fills. A row admitted into the same batch may already read them: in
+        every layer, all rows write before any row attends."""
         digests = self.running[slot].digests
         for index in range(start // self.page_size, min(end // self.page_size, len(digests))):
             self.pool.register(int(self.page_table[slot, index]), digests[index])
 
-    def _retry_alone(self, slot: int, end: int) -> bool:
-        """Compute a sequence whose last logits broke once more, on pages of its own: a neighbour that broke may have
-        written the shared ones, since attention spreads NaN to all tokens of a chunk. False if nothing was shared."""
+    def _recompute_unshared(self, slot: int, end: int) -> bool:
+        """Requeue a sequence whose logits are not finite, to recompute it once on pages that it does not share.
+
+        Another sequence may have written NaN to the shared pages, because attention spreads a NaN to all tokens of a
+        chunk. Return False if the sequence has no pages to share.
+        """
         sequence = self.running[slot]
         if not sequence.digests:
             return False
         for page in self.page_table[slot, : self.num_pages[slot]].tolist():
-            self.pool.forget(page)
+            self.pool.unregister(page)
         sequence.digests = []
-        self._requeue(slot, end)
+        self._preempt(slot, end)
         return True
 
-    def _requeue(self, slot: int, length: int) -> None:
-        """Put a sequence back to the front of the queue with its first `length` tokens, all of them committed; with its
-        prompt alone where responses are replayed."""
+    def _preempt(self, slot: int, length: int) -> None:
+        """Move a sequence to the front of the queue with its first `length` tokens, all of them committed. In `replay`
+        mode it keeps only its prompt."""
         sequence = self.running[slot]
         if self.replay:
             length = len(sequence.request.prompt)
         sequence.tokens = self.tokens[slot, :length].tolist()
         sequence.logprobs = self.logprobs[slot, len(sequence.request.prompt) : length].tolist()
-        self._free(slot)
+        self._release_slot(slot)
         self.waiting.appendleft(sequence)
 
-    def _free(self, slot: int) -> None:
+    def _release_slot(self, slot: int) -> None:
         del self.running[slot]
         for page in self.page_table[slot, : self.num_pages[slot]].tolist():
             self.pool.release(page)
         self.num_pages[slot] = 0
-        self.limit[slot] = 0
+        self.max_len[slot] = 0
         self.epoch[slot] += 1
         self._free_slots.append(slot)

@@ -1,8 +1,8 @@
-"""Prompts and responses as the model's own chat template writes them.
+"""Prompts and responses in the format of a model's chat template.
 
-A response's canonical text is `<think>\\n...\\n</think>\\n\\n...`, for models that write the opening tag (Qwen3) and
-for those whose template supplies it (R1-Distill) alike. Training ids are assembled from prompt, response and turn end;
-an assistant turn is never rendered through the template, since templates drop parts of past thoughts.
+The canonical text of a response is `<think>\\n...\\n</think>\\n\\n...`, both for models that write the opening tag
+(Qwen3) and for models whose template supplies it (R1-Distill). Training ids are assembled from prompt, response and end
+of turn; an assistant turn is never rendered through the template, because templates drop parts of past thoughts.
 """
 
 import json
@@ -22,73 +22,78 @@ FormatProblem = Literal["no_think_block", "nested_think", "empty_answer"]
 
 
 @dataclass(frozen=True)
-class Thought:
-    """A response taken apart, without tags and outer white space."""
+class ParsedResponse:
+    """Thought and answer of a response, without tags and outer white space."""
 
     think: str
     answer: str
 
 
-def parse_response(text: str) -> Thought | FormatProblem:
-    """Take a response apart, or say what is wrong with it. It must be one closed think block, then an answer."""
-    opens, closes = text.count(THINK_OPEN), text.count(THINK_CLOSE)
-    if opens == 0 or closes == 0:
+def parse_response(text: str) -> ParsedResponse | FormatProblem:
+    """Return thought and answer of a response, or its problem; it must be one closed think block, then an answer."""
+    num_open, num_close = text.count(THINK_OPEN), text.count(THINK_CLOSE)
+    if num_open == 0 or num_close == 0:
         return "no_think_block"
-    if opens > 1 or closes > 1 or not text.lstrip().startswith(THINK_OPEN):
+    if num_open > 1 or num_close > 1 or not text.lstrip().startswith(THINK_OPEN):
         return "nested_think"
     think, answer = text.split(THINK_OPEN, 1)[1].split(THINK_CLOSE, 1)
-    return Thought(think.strip(), answer.strip()) if answer.strip() else "empty_answer"
+    return ParsedResponse(think.strip(), answer.strip()) if answer.strip() else "empty_answer"
 
 
 class Chat:
-    """One model's tokenizer and template.
+    """The tokenizer and chat template of one model.
 
     Attributes:
-        stop_ids: tokens that end the model's turn.
-        user_turn: what stands before a user's message and after it, up to where the model's turn begins.
-        supplies_think: the prompt already ends with an open think block.
+        stop_ids: ids of the tokens that end the model's turn.
+        user_turn: template text before a user's message, and after it up to the start of the model's turn.
+        supplies_think: whether the prompt already ends with an open think block.
     """
 
     def __init__(self, folder: Path):
         """Read the tokenizer and template of a checkpoint folder.
 
         Raises:
-            UserError: no fast tokenizer there, no chat template, or one that does not show the user's message.
+            UserError: the folder has no fast tokenizer or no chat template, or the template does not show the user's
+                message exactly once.
         """
         self.tokenizer = SafeTokenizer(folder)
         self.folder = folder
         if not self.tokenizer.hugging_face.chat_template:
             raise UserError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja to the folder")
-        head, tail = self._around(["user"], "the chat template does not show a user's message exactly once")
+        head, tail = self._text_around(["user"], "the chat template does not show a user's message exactly once")
         if "<｜Assistant｜>" in tail and THINK_OPEN not in tail:
-            tail += f"{THINK_OPEN}\n"  # early R1-Distill templates leave out what the model expects
+            tail += f"{THINK_OPEN}\n"  # early R1-Distill templates omit the tag that the model expects
         self.user_turn = head, tail
         self.supplies_think = tail.rstrip().endswith(THINK_OPEN)
         self.stop_ids = self._stop_ids()
 
     def prompt_ids(self, user_text: str) -> list[int]:
-        """Ids up to where the model's turn begins."""
+        """Return the token ids of a prompt, up to the start of the model's turn."""
         text = user_text.strip() if self.template_strips else user_text
         head, tail = self.user_turn
         return self.tokenizer.encode([(head, True), (text, False), (tail, True)])
 
     def two_turns(self) -> list[str]:
-        """What the template writes before a user's message, between it and the assistant's, and after, up to where
-        the model's turn begins: how a guard whose template holds its policy is asked.
+        """Return the template text before a user's message, between it and the assistant's message, and after that.
+
+        The last text ends where the model's next turn begins. A guard whose template holds its policy reads a pair in
+        this form.
 
         Raises:
-            UserError: the template does not show both.
+            UserError: the template does not show both messages in order, each once.
         """
-        return self._around(["user", "assistant"], "the chat template does not show a user's turn and its answer")
+        return self._text_around(
+            ["user", "assistant"], "the chat template does not show a user turn and then an assistant turn"
+        )
 
     def response_ids(self, text: str) -> list[int]:
-        """Ids of a canonical response as the model would have to write it after `prompt_ids`, turn end included.
+        """Return the ids of a canonical text as the model would write them after `prompt_ids`, end of turn included.
 
         Raises:
-            ValueError: the text is not canonical; `parse_response` says why.
+            ValueError: the text has a problem; the message is the result of `parse_response`.
         """
         parsed = parse_response(text)
-        if not isinstance(parsed, Thought):
+        if not isinstance(parsed, ParsedResponse):
             raise ValueError(parsed)
         opening = "" if self.supplies_think else f"{THINK_OPEN}\n"
         closing = f"\n{THINK_CLOSE}\n\n"
@@ -97,43 +102,43 @@ class Chat:
         )
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """A sampled response as text in canonical order; control tokens that the model wrote are spelled out."""
+        """Return the text of sampled ids, with the opening tag if the prompt has it; control tokens are spelled out."""
         text = self.tokenizer.decode(ids)
         return f"{THINK_OPEN}\n{text}" if self.supplies_think else text
 
     def has_control_token(self, text: str) -> bool:
-        """Whether a response holds a control token other than the think tags."""
+        """Return whether a response contains a control token other than the think tags."""
         return any(token not in (THINK_OPEN, THINK_CLOSE) for token in self.tokenizer.control_tokens_in(text))
 
     @cached_property
     def template_strips(self) -> bool:
-        """Whether outer white space of a message is left out."""
+        """Whether the template strips outer white space from a message."""
         marker = secrets.token_hex(8)
         return f" {marker} " not in self._render([{"role": "user", "content": f" {marker} "}], True)
 
     @cached_property
     def _turn_end(self) -> str:
-        """What the template writes after an assistant turn: `<|im_end|>\\n`, `</s>`, ... At least the EOS token."""
+        """Template text after an assistant turn, such as `<|im_end|>\\n`; the EOS token if it has no control token."""
         marker = secrets.token_hex(8)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         end = self._render(turns, False).rpartition(marker)[2]
         return end if self.tokenizer.control_tokens_in(end) else self.tokenizer.hugging_face.eos_token or ""
 
-    def _around(self, roles: list[str], problem: str) -> list[str]:
-        """The template's text around one message of each role, in order."""
+    def _text_around(self, roles: list[str], problem: str) -> list[str]:
+        """Return the template's text around one message of each role, in order."""
         markers = [secrets.token_hex(8) for _ in roles]
         turns = [{"role": role, "content": marker} for role, marker in zip(roles, markers, strict=True)]
-        found = re.split(f"({'|'.join(markers)})", self._render(turns, True))
-        if found[1::2] != markers:
+        pieces = re.split(f"({'|'.join(markers)})", self._render(turns, True))
+        if pieces[1::2] != markers:
             raise UserError(f"{self.folder}: {problem}")
-        return found[::2]
+        return pieces[::2]
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
             return self.tokenizer.hugging_face.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except Exception as error:  # the template is data from outside and may fail in any way Jinja can
+        except Exception as error:  # the template is external data and may fail in any way that Jinja can
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.folder}: the chat template fails ({reason})") from None
 
@@ -147,7 +152,9 @@ class Chat:
                 raise UserError(f"{generation_config}: not valid JSON ({error})") from None
             eos = eos if isinstance(eos, list) else [eos]
             if not all(id_ is None or isinstance(id_, int) for id_ in eos):
-                raise UserError(f"{generation_config}: eos_token_id must be one token id or several, found {eos!r}")
+                raise UserError(
+                    f"{generation_config}: eos_token_id must be a token id or a list of token ids, found {eos!r}"
+                )
             ids |= set(eos)
         ids |= {self.tokenizer.control_ids[token] for token in self.tokenizer.control_tokens_in(self._turn_end)[:1]}
         ids.discard(None)

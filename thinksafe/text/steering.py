@@ -1,7 +1,7 @@
-"""The refusal instructions of the paper: what is put around a harmful prompt while its response is sampled.
+"""Steering: the paper's refusal instructions, which surround a harmful prompt while its response is sampled.
 
 They are never part of a training example. A prompt whose responses were all rejected can be tried again on the next
-rung of a ladder: with more samples, or another instruction.
+rung of a ladder, with more samples or another instruction.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ TEMPLATES = {
 
 
 def template(name_or_text: str) -> str:
-    """The instruction by its name in the paper, or a text of one's own with {prompt} in it.
+    """Return the instruction with this name in the paper, or the text itself if it contains {prompt} exactly once.
 
     Raises:
-        UserError: neither.
+        UserError: `name_or_text` is neither.
     """
     if name_or_text in TEMPLATES:
         return TEMPLATES[name_or_text]
     if name_or_text.count("{prompt}") == 1:
         return name_or_text
     names = ", ".join(TEMPLATES)
-    raise UserError(f"{name_or_text!r} is none of {names}, nor a text with one {{prompt}} in it")
+    raise UserError(f"{name_or_text!r} is no instruction: use {names}, or a text that contains {{prompt}} exactly once")
 
 
 def steer(instruction: str, prompt: str) -> str:
-    """The user turn that is sampled from. The prompt is inserted as it is; braces in it mean nothing."""
+    """Return the user turn to sample from. The prompt is inserted unchanged; braces in it have no meaning."""
     before, after = instruction.split("{prompt}")
     return before + prompt + after
 
@@ -41,8 +41,8 @@ class Rung:
     """One more attempt at the prompts that have no accepted response yet.
 
     Attributes:
-        steering: instruction around harmful prompts, as in `generation.steering`; benign ones have none on any rung.
-        samples: responses a prompt.
+        steering: instruction around harmful prompts, as in `generation.steering`; benign prompts never have one.
+        samples: number of responses for each prompt.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -60,5 +60,5 @@ class Rung:
                 raise ValueError(str(error)) from None
 
     def steering_of(self, label: str) -> str | None:
-        """What is put around a prompt of this label."""
+        """Return the instruction around a prompt with this label, or None."""
         return self.steering if label == "harmful" else None

@@ -1,10 +1,10 @@
-"""A tokenizer in which text can never become a control token.
+"""A tokenizer in which data can never become a control token.
 
-What a template wrote may hold control tokens; what a user, a data set or a model wrote is tokenised by a copy of the
-tokenizer that has none, so `<|im_end|>` in a prompt is ten ordinary characters. Between two control tokens, trusted
-text and data are tokenised together, as the original tokenizer does: harmless text gets exactly the ids it gets from
-transformers. Tokenizers of sentencepiece's kind put a space before the first word of a text, and only there: what
-follows a control token is no beginning.
+Text of a template is trusted and may contain control tokens. Text of a user, a data set or a model is data: a copy of
+the tokenizer without control tokens encodes it, so `<|im_end|>` in a prompt is ten ordinary characters. Between two
+control tokens, trusted text and data are tokenized together, as the original tokenizer does, so harmless text gets
+exactly the ids of transformers. SentencePiece tokenizers put a space before the first word of a text only; text after
+a control token is not the beginning of a text.
 """
 
 import json
@@ -31,62 +31,62 @@ class SafeTokenizer:
 
     Attributes:
         hugging_face: the transformers tokenizer, for its chat template and for decoding.
-        control_ids: every control (added) token -> its id.
+        control_ids: control (added) token -> its id.
     """
 
     def __init__(self, folder: Path):
-        """Read it.
+        """Load the tokenizer.
 
         Raises:
-            UserError: no fast tokenizer there.
+            UserError: the folder has no usable fast tokenizer.
         """
         from transformers import AutoTokenizer
 
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"{folder}: needs a fast tokenizer, and tokenizer.json is missing")
+            raise UserError(f"{folder}: tokenizer.json is missing; add a fast tokenizer to the folder")
 
         try:
             self.hugging_face = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # transformers raises a dozen kinds for a broken folder
+        except Exception as error:  # transformers raises many types of errors for a broken folder
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{folder}: no usable tokenizer ({reason})") from None
         if not getattr(self.hugging_face, "is_fast", False):
-            raise UserError(f"{folder}: needs a fast tokenizer (tokenizer.json)")
+            raise UserError(f"{folder}: the tokenizer is not a fast one; add a valid tokenizer.json to the folder")
         self.folder = folder
         backend = self.hugging_face.backend_tokenizer
         self.control_ids = {token["content"]: token["id"] for token in json.loads(backend.to_str())["added_tokens"]}
-        longest_first = sorted(self.control_ids, key=len, reverse=True)
-        self._control = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        self._plain = _without_control_tokens(backend)
-        self._within = _without_leading_space(self._plain)
-        # A guard asks several questions about one long text, and a template's own text is everybody's.
-        self._plain_ids = lru_cache(1024)(self._plain_ids)
+        tokens_longest_first = sorted(self.control_ids, key=len, reverse=True)
+        self._control_pattern = re.compile("(" + ("|".join(map(re.escape, tokens_longest_first)) or "(?!)") + ")")
+        self._text_tokenizer = _without_control_tokens(backend)
+        self._continuation_tokenizer = _without_leading_space(self._text_tokenizer)
+        # A guard asks several questions about one long text, and all prompts share the template's text.
+        self._text_ids = lru_cache(1024)(self._text_ids)
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
-        """Ids of (text, trusted) parts: control tokens in trusted text become ids, all else is plain text."""
+        """Return the ids of (text, trusted) parts: only control tokens in trusted text become control ids."""
         ids: list[int] = []
         pending = ""
         for text, trusted in parts:
-            pieces = self._control.split(text) if trusted else [text]
+            pieces = self._control_pattern.split(text) if trusted else [text]
             for index, piece in enumerate(pieces):
-                if index % 2:  # re.split puts what matched at the odd places
-                    ids += self._plain_ids(pending, not ids)
+                if index % 2:  # re.split returns the matches at odd indices
+                    ids += self._text_ids(pending, not ids)
                     ids.append(self.control_ids[piece])
                     pending = ""
                 else:
                     pending += piece
-        return ids + self._plain_ids(pending, not ids)
+        return ids + self._text_ids(pending, not ids)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """(start, end) in characters of every token of a plain text; bytes of one character share its span."""
-        return self._within.encode(text, add_special_tokens=False).offsets
+        """Return (start, end) in characters of every token of a text; the bytes of one character share its span."""
+        return self._continuation_tokenizer.encode(text, add_special_tokens=False).offsets
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """The control tokens that are spelled out in a text, in order."""
-        return self._control.findall(text)
+        """Return the control tokens that are spelled out in a text, in order."""
+        return self._control_pattern.findall(text)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Text, with control tokens spelled out."""
+        """Return the text of ids, with control tokens spelled out."""
         return self.hugging_face.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
@@ -95,32 +95,32 @@ class SafeTokenizer:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder / name)
 
-    def _plain_ids(self, text: str, begins: bool) -> list[int]:
-        tokenizer = self._plain if begins else self._within
+    def _text_ids(self, text: str, at_start: bool) -> list[int]:
+        tokenizer = self._text_tokenizer if at_start else self._continuation_tokenizer
         return tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
 
 def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that cannot produce a control token, whatever the text, and neither cuts nor pads it."""
+    """Return a copy that cannot produce a control token from any text, and does not truncate or pad."""
     spec = json.loads(tokenizer.to_str())
     spec["truncation"] = spec["padding"] = None
     control = {token["content"] for token in spec["added_tokens"]}
     spec["added_tokens"] = []
     model = spec["model"]
-    keep = {model.get("unk_token")}
+    unknown_piece = {model.get("unk_token")}
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {piece: id_ for piece, id_ in model["vocab"].items() if piece not in control - keep}
-    else:  # Unigram: a list of [piece, score], whose index is the id
-        keep = {model["vocab"][model["unk_id"]][0]} if model.get("unk_id") is not None else set()
+        model["vocab"] = {piece: id_ for piece, id_ in model["vocab"].items() if piece not in control - unknown_piece}
+    else:  # Unigram: a list of [piece, score]; the index is the id
+        unknown_piece = {model["vocab"][model["unk_id"]][0]} if model.get("unk_id") is not None else set()
         model["vocab"] = [
-            [f"\x00control {id_}\x00", -1e9] if piece in control - keep else [piece, score]
+            [f"\x00control {id_}\x00", -1e9] if piece in control - unknown_piece else [piece, score]
             for id_, (piece, score) in enumerate(model["vocab"])
         ]
     return Tokenizer.from_str(json.dumps(spec))
 
 
 def _without_leading_space(tokenizer: Tokenizer) -> Tokenizer:
-    """For text that does not begin where a text begins."""
+    """Return a copy for text that continues another text: it puts no space before the first word."""
     spec = json.loads(tokenizer.to_str())
     pre_tokenizer = spec["pre_tokenizer"] or {}
     for step in (pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())):

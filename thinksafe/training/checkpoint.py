@@ -1,7 +1,8 @@
-"""Checkpoints that survive `kill -9`: written under a temporary name, fsynced, renamed; the newest whole one wins.
+"""Training checkpoints that survive `kill -9`.
 
-Each rank writes a part, and the first one renames them all at once. Which rank reads which part later is free.
-The random state is not stored: every step seeds itself from (seed, step), so the step number is all there is to it.
+A checkpoint is written under a temporary name, synchronized to the disk and renamed; the newest complete checkpoint is
+loaded. Each rank writes one part, and rank 0 renames all parts at once. Any rank may read any part later, so a run can
+resume on another number of ranks. Random state is not stored: every step seeds the generators from (seed, step).
 """
 
 import hashlib
@@ -13,21 +14,22 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thinksafe.distributed.ranks import barrier, gather, rank, world_size
+from thinksafe.distributed.ranks import all_gather_objects, barrier, rank, world_size
 
-_KEEP = 2
+_NUM_KEPT = 2
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str) -> None:
-    """Write `folder/step-XXXXXXXX` and delete all others but the one before it.
+    """Write `folder/step-XXXXXXXX`, keep the checkpoint before it and delete all others.
 
-    Later ones go too: this run has come to pass where they stand, so they are torn or another run's.
+    Checkpoints of later steps are deleted too: this run did not resume from them, so they are torn or belong to another
+    run. All ranks must call this function together.
 
     Args:
-        folder: the same for all ranks, which save together.
-        step: optimiser steps done.
-        tensors: this rank's part; no two ranks use one name.
-        fingerprint: identifies data and settings; see `load_newest`.
+        folder: parent of all checkpoints, the same on every rank.
+        step: number of optimizer steps done.
+        tensors: this rank's part of the state; each name occurs on one rank only.
+        fingerprint: hash of data and settings; see `load_newest`.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -35,57 +37,57 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part = _part(partial, rank())
-    save_file(on_host, part)
-    _fsync(part)
-    seal = {"step": step, "fingerprint": fingerprint, "sha256": gather(_sha256(part))}
+    host_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    part_file = _part_file(partial, rank())
+    save_file(host_tensors, part_file)
+    _fsync(part_file)
+    state = {"step": step, "fingerprint": fingerprint, "sha256": all_gather_objects(_sha256(part_file))}
     if rank() != 0:
         return
-    (partial / "state.json").write_text(json.dumps(seal))
+    (partial / "state.json").write_text(json.dumps(state))
     for path in (partial / "state.json", partial):
         _fsync(path)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
     for path in (folder, folder.parent):
         _fsync(path)
-    present = sorted(folder.glob("step-????????"))
-    newest = present.index(final)
-    for stale in present[: max(0, newest + 1 - _KEEP)] + present[newest + 1 :]:
+    checkpoints = sorted(folder.glob("step-????????"))
+    newest = checkpoints.index(final)
+    for stale in checkpoints[: max(0, newest + 1 - _NUM_KEPT)] + checkpoints[newest + 1 :]:
         shutil.rmtree(stale)
 
 
 def load_newest(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
-    """(step, tensors) of the newest checkpoint that is whole and of this fingerprint, or None.
+    """Return (step, tensors) of the newest complete checkpoint with this fingerprint, or None.
 
-    Each rank gets the tensors of some parts, and all ranks the same step.
+    All ranks get the same step, and each rank the tensors of some of the parts.
     """
-    for candidate in gather(sorted(folder.glob("step-????????"), reverse=True))[0]:
-        found = _read(candidate, fingerprint)
-        if all(gather(found is not None)):
-            return found
+    for candidate in all_gather_objects(sorted(folder.glob("step-????????"), reverse=True))[0]:
+        checkpoint = _read(candidate, fingerprint)
+        if all(all_gather_objects(checkpoint is not None)):
+            return checkpoint
     return None
 
 
 def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
-    """The step and this rank's share of the parts, if they are whole."""
+    """Return the step and the tensors of this rank's parts, or None if a part is torn or the fingerprint differs."""
     try:
-        seal = json.loads((checkpoint / "state.json").read_text())
-        if seal != {"step": seal["step"], "fingerprint": fingerprint, "sha256": seal["sha256"]}:
+        state = json.loads((checkpoint / "state.json").read_text())
+        if state != {"step": state["step"], "fingerprint": fingerprint, "sha256": state["sha256"]}:
             return None
         tensors = {}
-        for number, digest in enumerate(seal["sha256"]):
+        for number, digest in enumerate(state["sha256"]):
             if number % world_size() == rank():
-                part = _part(checkpoint, number)
-                if _sha256(part) != digest:
+                part_file = _part_file(checkpoint, number)
+                if _sha256(part_file) != digest:
                     return None
-                tensors |= load_file(part)
-        return seal["step"], tensors
+                tensors |= load_file(part_file)
+        return state["step"], tensors
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _part(checkpoint: Path, number: int) -> Path:
+def _part_file(checkpoint: Path, number: int) -> Path:
     return checkpoint / f"state-{number}.safetensors"
 
 

@@ -1,69 +1,75 @@
-"""What a training step multiplies, moves and holds, counted from the model's shape.
+"""FLOPs, memory traffic and memory of a training step, counted from the model's shape.
 
-The useful FLOP are what the textbook needs, the source of MFU: with a frozen base 2 for each weight and token forward
-and 2 for the activations' gradient, but none for the weights', where full fine-tuning takes 6; the head for response
-tokens alone; attention by the pairs of tokens that see each other. What is computed again to save memory does not count
-as useful, only as time.
+Model FLOPs are what the mathematics needs, and MFU follows from them. With a frozen base each weight and token costs 2
+FLOP in the forward pass and 2 for the gradient of the activations; full fine-tuning adds 2 for the gradient of the
+weights, 6 in all. The head counts response tokens only, attention the (query, key) pairs within the causal mask.
+Recomputation adds time, but no model FLOPs.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from thinksafe.hardware import Hardware
-from thinksafe.kernels.linear_cross_entropy import CHUNK
-from thinksafe.model.activation_checkpointing import KEEPING, Keeping, kept_bytes
+from thinksafe.kernels.linear_cross_entropy import CHUNK_ROWS
+from thinksafe.model.activation_checkpointing import CHECKPOINT_MODES, CheckpointMode, saved_bytes
 from thinksafe.model.config import ModelConfig
+from thinksafe.model.decoder import PROJECTION_GROUPS
 from thinksafe.model.lora import LoraConfig
-from thinksafe.training.cuda_graphs import MOST_GRAPHS, bucket
+from thinksafe.training.cuda_graphs import MAX_GRAPHS, padded_num_tokens
 from thinksafe.training.zero_config import ZeroConfig
 
-_FLOW = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Projections in the order in which a layer applies them."""
-
-# Bytes that all but products and attention read and write, as multiples of what a layer keeps that keeps everything.
-_MOVED_BY_LORA, _MOVED_BY_FULL, _MOVED_AGAIN = 5.7, 3.7, 2.2
+# Memory traffic of all operations except matmuls and attention, as a multiple of the bytes that a layer saves without
+# checkpointing.
+_LORA_TRAFFIC, _FULL_TRAFFIC, _RECOMPUTE_TRAFFIC = 5.7, 3.7, 2.2
 
 HOST_SECONDS_PER_LAYER = 1e-3
-"""Of one thread of the host, for a pack's forward and backward pass: no step that is not recorded can take less. The
-small operations of a CPU take 0.9 ms (benchmarks/results/cpu/train.json); a GPU's 73 launches are taken to cost about
-as much."""
-_GATHERING_SECONDS_PER_LAYER = 1.4e-3
-"""Of the host, what ZeRO-3 takes longer than the other stages: 59 against 21 ms for 28 layers, on a CPU."""
-_SLOWER_HOST = 2
-"""A host may take so many times as long, and has no work queued when a step begins."""
-_GRAPH_BYTES = 2**24
-"""What a GPU holds of the launches of one graph."""
+"""Seconds of one host thread for the forward and backward pass of a layer over a pack; no step without CUDA graphs can
+take less. On a CPU the small operations of a layer take 0.9 ms (benchmarks/results/cpu/train.json); we assume that the
+73 launches on a GPU cost about the same."""
+_ZERO3_HOST_SECONDS_PER_LAYER = 1.4e-3
+"""Seconds of the host for a layer that ZeRO-3 adds to those of the other stages: 59 against 21 ms for 28 layers, on a
+CPU."""
+_HOST_SLOWDOWN = 2
+"""Safety factor on the host's time: another host may be slower, and no work is queued when a step begins."""
+_BYTES_PER_GRAPH = 2**24
+"""GPU memory of the launch list of one graph."""
 
-_GATHERED, _REDUCED = 1_000_000_000, 500_000_000
-"""Weights that ZeRO-3 has gathered at most, and gradients that are reduced at once: DeepSpeed's own settings."""
+_MAX_LIVE_PARAMETERS, _REDUCE_BUCKET_SIZE = 1_000_000_000, 500_000_000
+"""Largest number of gathered weights under ZeRO-3, and of gradients that are reduced at once: DeepSpeed's defaults."""
 
 
 def causal_pairs(lengths: Sequence[int]) -> int:
-    """Pairs of a query and a key that it sees, itself among them."""
+    """Return the number of (query, key) pairs within the causal mask; each token attends to itself too."""
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is trained on in a step, or in a run: tokens, those with a target, and pairs that see each other."""
+class TokenCounts:
+    """Token counts of one step, or of a run.
+
+    Attributes:
+        tokens: tokens of prompts and responses.
+        targets: tokens with a loss.
+        causal_pairs: (query, key) pairs within the causal mask.
+    """
 
     tokens: float
     targets: float
-    pairs: float
+    causal_pairs: float
 
 
 @dataclass(frozen=True)
 class TrainingCosts:
-    """Of one model and method.
+    """Costs of training one model with one method.
 
     Attributes:
-        model: the shape.
-        lora: the adapters, or None where every weight is trained.
-        itemsize: of weights and activations, in bytes.
-        with_reference: whether some sequences are compared with the untrained student.
-        fp8: whether the frozen projections are multiplied in e4m3.
-        grouped_heads: whether attention keeps keys and values as they are, see `keeps_grouped_heads`; by default a pair
-            for every query head, as torch's own does.
+        model: shape of the model.
+        lora: settings of the adapters, or None for full fine-tuning.
+        itemsize: bytes of an element of weights and activations.
+        with_reference: whether some sequences have a KL loss against the untrained student.
+        fp8: whether the matmuls with frozen projections are computed in e4m3.
+        grouped_heads: whether attention reads keys and values without repeating them for every query head, see
+            `supports_grouped_heads`. By default they are repeated, as in torch's own attention.
     """
 
     model: ModelConfig
@@ -74,178 +80,204 @@ class TrainingCosts:
     grouped_heads: bool = False
 
     @property
-    def trained_parameters(self) -> int:
-        """How many numbers the optimiser moves."""
+    def num_trainable_parameters(self) -> int:
+        """Number of trained elements."""
         if self.lora is None:
             return self.model.num_parameters
-        return self.model.num_layers * sum(self.lora.rank * sum(sizes) for sizes in self._adapted().values())
+        return self.model.num_layers * sum(
+            self.lora.rank * sum(sizes) for sizes in self._adapted_projections().values()
+        )
 
-    def _adapted(self) -> dict[str, tuple[int, int]]:
-        """Projections with an adapter: (out features, in features)."""
+    def _adapted_projections(self) -> dict[str, tuple[int, int]]:
+        """Return (out features, in features) of every projection with an adapter."""
         names = self.lora.target_modules if self.lora else ()
         return {name: self.model.projections[name][:2] for name in names}
 
-    def useful_flop(self, work: Work) -> float:
-        """Forward and backward, nothing twice."""
-        model, head = self.model, self.model.head_weights * work.targets
-        forward = 2 * model.num_layers * model.layer_weights * work.tokens
-        attention = model.attention_flop(work.pairs)
+    def model_flops(self, counts: TokenCounts) -> float:
+        """Return the FLOPs of forward and backward pass, without recomputation."""
+        model, head = self.model, self.model.head_weights * counts.targets
+        forward = 2 * model.num_layers * model.layer_weights * counts.tokens
+        attention = model.attention_flop(counts.causal_pairs)
         if self.lora is None:
             return 3 * (forward + attention + 2 * head)
-        first = self._first_adapted()
-        into_layers = forward - self._unneeded() * work.tokens
-        into_attention = 2 * attention * (1 if first == 0 else 1 - 1 / model.num_layers)
+        first_group = self._first_adapted_group()
+        layers_backward = forward - self._skipped_gradient_flops() * counts.tokens
+        attention_backward = 2 * attention * (1 if first_group == 0 else 1 - 1 / model.num_layers)
         rank, adapters = self.lora.rank, 0
-        for name, (out_features, in_features) in self._adapted().items():
-            # Forward, the gradients of A and B, and those of their inputs.
+        for name, (out_features, in_features) in self._adapted_projections().items():
+            # Forward pass, gradients of A and B, gradients of their inputs.
             adapters += 6 * rank * (out_features + in_features) * model.num_layers
-            adapters -= 2 * rank * in_features if name in _FLOW[first] else 0
-        return forward + into_layers + adapters * work.tokens + attention + into_attention + 4 * head
+            adapters -= 2 * rank * in_features if name in PROJECTION_GROUPS[first_group] else 0
+        return forward + layers_backward + adapters * counts.tokens + attention + attention_backward + 4 * head
 
-    def _first_adapted(self) -> int:
-        """Where in _FLOW the first adapters are."""
-        return next(place for place, names in enumerate(_FLOW) if any(name in names for name in self._adapted()))
+    def _first_adapted_group(self) -> int:
+        """Return the index in PROJECTION_GROUPS of the first group with an adapter."""
+        return next(
+            index
+            for index, group in enumerate(PROJECTION_GROUPS)
+            if any(name in group for name in self._adapted_projections())
+        )
 
-    def _unneeded(self) -> int:
-        """FLOP a token: nothing below the first layer's first adapter is trained, so no gradient flows there."""
+    def _skipped_gradient_flops(self) -> int:
+        """Return the FLOPs of a token that need no gradient, since nothing below the first layer's first adapter is
+        trained."""
         if self.lora is None:
             return 0
-        names = [name for names in _FLOW[: self._first_adapted() + 1] for name in names]
+        names = [name for group in PROJECTION_GROUPS[: self._first_adapted_group() + 1] for name in group]
         return sum(2 * self.model.projections[name][0] * self.model.projections[name][1] for name in names)
 
-    def reference_flop(self, work: Work) -> float:
-        """A forward pass and the head, of sequences that are compared with the reference."""
+    def reference_flops(self, counts: TokenCounts) -> float:
+        """Return the FLOPs of the reference's forward pass and head over sequences with a KL loss."""
         model = self.model
-        layers = 2 * model.num_layers * model.layer_weights * work.tokens + model.attention_flop(work.pairs)
-        return layers + 2 * model.head_weights * work.targets
+        layers = 2 * model.num_layers * model.layer_weights * counts.tokens + model.attention_flop(counts.causal_pairs)
+        return layers + 2 * model.head_weights * counts.targets
 
-    def repeated_flop(self, keeping: Sequence[Keeping], work: Work) -> float:
-        """What layers that keep only their input compute again: all but their last product."""
-        model, full = self.model, keeping.count("full")
-        down = model.hidden_size * model.intermediate_size
-        products = 2 * (model.layer_weights - down) * work.tokens
-        return full * (products + model.attention_flop(work.pairs) / model.num_layers)
+    def recompute_flops(self, checkpointing: Sequence[CheckpointMode], counts: TokenCounts) -> float:
+        """Return the FLOPs that layers in mode `full` recompute: all of the layer except its last matmul."""
+        model, num_full = self.model, checkpointing.count("full")
+        down_weights = model.hidden_size * model.intermediate_size
+        matmul_flops = 2 * (model.layer_weights - down_weights) * counts.tokens
+        return num_full * (matmul_flops + model.attention_flop(counts.causal_pairs) / model.num_layers)
 
-    def _kept(self) -> dict[Keeping, int]:
+    def _saved_bytes(self) -> dict[CheckpointMode, int]:
         names, rank, dropout = None, 0, 0.0
         if self.lora is not None:
             names, rank, dropout = self.lora.target_modules, self.lora.rank, self.lora.dropout
-        return kept_bytes(self.model, names, rank, dropout, self.itemsize, self.grouped_heads)
+        return saved_bytes(self.model, names, rank, dropout, self.itemsize, self.grouped_heads)
 
-    def moved_bytes(self, keeping: Sequence[Keeping], tokens: float) -> float:
-        """Through the GPU's memory, outside products and attention."""
-        once = self.model.num_layers * (_MOVED_BY_FULL if self.lora is None else _MOVED_BY_LORA)
-        again = _MOVED_AGAIN * (len(keeping) - keeping.count("none"))
-        return (once + again) * self._kept()["none"] * tokens
+    def elementwise_bytes(self, checkpointing: Sequence[CheckpointMode], tokens: float) -> float:
+        """Return the bytes that operations other than matmuls and attention read from and write to GPU memory."""
+        traffic = self.model.num_layers * (_FULL_TRAFFIC if self.lora is None else _LORA_TRAFFIC)
+        recompute_traffic = _RECOMPUTE_TRAFFIC * (len(checkpointing) - checkpointing.count("none"))
+        return (traffic + recompute_traffic) * self._saved_bytes()["none"] * tokens
 
-    def state_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
-        """Weights, gradients and AdamW's state, which are there whatever the step: what one GPU holds of them.
+    def state_bytes(self, zero: ZeroConfig | None = None, world_size: int = 1) -> int:
+        """Return the bytes of weights, gradients and AdamW's state on one GPU; they do not depend on the step.
 
         Args:
-            zero: how they are sharded, the stage decided; None for one process without DeepSpeed.
-            ranks: over how many.
+            zero: sharding with the stage decided; None for one process without DeepSpeed.
+            world_size: number of ranks that share the state.
         """
-        return self.weight_bytes(zero, ranks) + self.optimizer_bytes(zero, ranks)
+        return self.weight_bytes(zero, world_size) + self.optimizer_bytes(zero, world_size)
 
-    def weight_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
-        """The model's own weights, without adapters, as `state_bytes` counts them."""
-        whole = self.model.num_parameters * self.itemsize
-        if self.fp8:  # in both directions, one byte each
-            whole += (2 - self.itemsize) * self.model.num_layers * self.model.layer_weights
+    def weight_bytes(self, zero: ZeroConfig | None = None, world_size: int = 1) -> int:
+        """Return the bytes of the model's weights without adapters; arguments as in `state_bytes`."""
+        num_bytes = self.model.num_parameters * self.itemsize
+        if self.fp8:  # two e4m3 copies, the weight and its transpose, one byte each
+            num_bytes += (2 - self.itemsize) * self.model.num_layers * self.model.layer_weights
         if zero is None or zero.stage != 3:
-            return whole
-        return 0 if zero.offload_parameters else whole // ranks
+            return num_bytes
+        return 0 if zero.offload_parameters else num_bytes // world_size
 
-    def optimizer_bytes(self, zero: ZeroConfig | None = None, ranks: int = 1) -> int:
-        """The state without the model's own weights, and the room in which ZeRO gathers and reduces."""
-        trained, shard = self.trained_parameters, self.trained_parameters // ranks
-        # +KL's copy of the weights; adapters are turned off instead.
-        reference = self.itemsize * trained if self.with_reference and self.lora is None else 0
+    def optimizer_bytes(self, zero: ZeroConfig | None = None, world_size: int = 1) -> int:
+        """Return the bytes of the state without the model's weights, and of the buffers in which ZeRO gathers and
+        reduces."""
+        trainable, shard = self.num_trainable_parameters, self.num_trainable_parameters // world_size
+        # With +KL, full fine-tuning keeps a copy of the initial weights; LoRA turns its adapters off instead.
+        reference = self.itemsize * trainable if self.with_reference and self.lora is None else 0
         if zero is not None:
-            held = self.itemsize * (trained if zero.stage == 1 else shard)  # gradients
-            held += 0 if zero.offload_optimizer else 16 * shard  # fp32 weights, gradients and two moments
-            held += 0 if self.lora is None else self.itemsize * trained  # adapters
-            held += self.weight_bytes(zero, ranks) if reference else 0
-            room = self.model.num_parameters if zero.stage == 3 else 0
-            return held + self.itemsize * (min(room, _GATHERED) + min(trained, _REDUCED))
+            num_bytes = self.itemsize * (trainable if zero.stage == 1 else shard)  # gradients
+            num_bytes += 0 if zero.offload_optimizer else 16 * shard  # fp32 weights, gradients and two moments
+            num_bytes += 0 if self.lora is None else self.itemsize * trainable  # adapters
+            num_bytes += self.weight_bytes(zero, world_size) if reference else 0
+            gathered = self.model.num_parameters if zero.stage == 3 else 0
+            return num_bytes + self.itemsize * (
+                min(gathered, _MAX_LIVE_PARAMETERS) + min(trainable, _REDUCE_BUCKET_SIZE)
+            )
         if self.lora is not None:
             # fp32 adapters, gradients and two moments, and a copy in the activations' dtype.
-            return trained * (16 + self.itemsize)
+            return trainable * (16 + self.itemsize)
         # Gradients in the weights' dtype and in fp32, two moments; masters where the weights are not fp32 themselves.
         masters = 0 if self.itemsize == 4 else 4 + self.itemsize
-        return trained * (12 + masters) + reference
+        return trainable * (12 + masters) + reference
 
-    def step_bytes(self, keeping: Sequence[Keeping], tokens: int, targets: int) -> int:
-        """What a pack takes at its peak, beside the state: in the loss, or in some layer's backward pass."""
-        model, kept, size = self.model, self._kept(), self.itemsize
-        up_to_here, most = 0, 0
-        for one in keeping:
-            up_to_here += kept[one]
-            # Layers above have let go of theirs; this one has again what it did not keep, and gradients of its gate.
-            most = max(most, up_to_here + kept["none"] - kept[one] + 3 * size * model.intermediate_size)
-        # A chunk's rows by the vocabulary; a divergence takes two such tables, of half as many rows.
-        loss = min(targets, CHUNK) * (size * model.vocab_size + 8 * model.hidden_size)
+    def pack_bytes(self, checkpointing: Sequence[CheckpointMode], tokens: int, targets: int) -> int:
+        """Return the peak bytes of a pack, without the state: in the loss, or in the backward pass of some layer."""
+        model, saved, size = self.model, self._saved_bytes(), self.itemsize
+        saved_so_far, peak = 0, 0
+        for mode in checkpointing:
+            saved_so_far += saved[mode]
+            # Layers above have freed their activations. This layer has recomputed what it did not save, and holds the
+            # gradients of its gate.
+            peak = max(peak, saved_so_far + saved["none"] - saved[mode] + 3 * size * model.intermediate_size)
+        # Logits of one chunk, [rows, V]. KL holds two such arrays, with half the rows.
+        loss = min(targets, CHUNK_ROWS) * (size * model.vocab_size + 8 * model.hidden_size)
         if self.lora is None:
-            loss += 8 * model.head_weights  # the head's gradient in fp32, and a chunk's part of it
-        # The layers' output, the rows that have a target and their gradients, the rotation.
-        ends = 2 * size * model.hidden_size * (tokens + targets) + 4 * model.head_dim * tokens
-        return int(ends + max(up_to_here * tokens + loss, most * tokens))
+            loss += 8 * model.head_weights  # the head's gradient in fp32, and one chunk's part of it
+        # Output of the layers, rows with a target, the gradients of both, rotary embedding.
+        outside_layers = 2 * size * model.hidden_size * (tokens + targets) + 4 * model.head_dim * tokens
+        return int(outside_layers + max(saved_so_far * tokens + loss, peak * tokens))
 
-    def graph_bytes(self, keeping: Sequence[Keeping], tokens: int) -> int:
-        """What recorded passes hold for good, up to so many tokens: the largest one's activations, the gradients that
-        it forms and where it adds them, and lists of launches."""
-        gradients = 2 * (self.itemsize if self.lora is None else 4) * self.trained_parameters
-        return self.step_bytes(keeping, bucket(tokens), 0) + gradients + 2 * MOST_GRAPHS * _GRAPH_BYTES
+    def cuda_graph_bytes(self, checkpointing: Sequence[CheckpointMode], tokens: int) -> int:
+        """Return the bytes that captured passes of up to `tokens` tokens hold for the whole run: the activations of the
+        largest pass, the gradients it computes, the buffers it adds them to, and the launch lists."""
+        gradients = 2 * (self.itemsize if self.lora is None else 4) * self.num_trainable_parameters
+        return (
+            self.pack_bytes(checkpointing, padded_num_tokens(tokens), 0) + gradients + 2 * MAX_GRAPHS * _BYTES_PER_GRAPH
+        )
 
     def launch_bound_tokens(self, hardware: Hardware) -> int:
-        """Up to which a pack may be bound by its launches: the host might take longer for them than the GPU at best."""
-        keeping = ("none",) * self.model.num_layers
-        a_token = self.least_seconds(keeping, Work(1, 1, 0), 0, hardware)
-        return int(_SLOWER_HOST * self.model.num_layers * HOST_SECONDS_PER_LAYER / a_token)
+        """Return the size up to which a pack may be launch-bound: its launches may take the host longer than the
+        GPU's roofline time."""
+        checkpointing = ("none",) * self.model.num_layers
+        seconds_per_token = self.roofline_seconds(checkpointing, TokenCounts(1, 1, 0), 0, hardware)
+        return int(_HOST_SLOWDOWN * self.model.num_layers * HOST_SECONDS_PER_LAYER / seconds_per_token)
 
-    def gathering_seconds(self, ranks: int, hardware: Hardware) -> tuple[float, float]:
-        """Of a pack in ZeRO-3: on the link, which other work hides, all weights for either pass; and of the host."""
-        gathered = 2 * (1 - 1 / ranks) * self.weight_bytes()
-        return gathered / hardware.link_bytes_per_second, self.model.num_layers * _GATHERING_SECONDS_PER_LAYER
+    def all_gather_seconds(self, world_size: int, hardware: Hardware) -> tuple[float, float]:
+        """Return (link, host) seconds in which ZeRO-3 gathers all weights for the forward and the backward pass of a
+        pack. Other work overlaps with the link's time."""
+        gathered = 2 * (1 - 1 / world_size) * self.weight_bytes()
+        return gathered / hardware.link_bytes_per_second, self.model.num_layers * _ZERO3_HOST_SECONDS_PER_LAYER
 
-    def choose(self, free_bytes: float, tokens: int) -> tuple[Keeping, ...] | None:
-        """What each layer keeps, so that a pack of so many tokens takes the least time that memory allows.
+    def checkpointing_within(self, free_bytes: float, tokens: int) -> tuple[CheckpointMode, ...] | None:
+        """Return the mode of each layer with which a pack of `tokens` tokens fits and takes the least time.
 
-        Layers turn from `none` to `selective`, which costs a few passes over memory, then to `full`, which costs a
-        second forward pass, one after another until the pack fits. None where even that is too much.
+        One layer after another changes from `none` to `selective`, which costs a few passes over memory, and then from
+        `selective` to `full`, which costs a second forward pass, until the pack fits. Return None if it never fits.
         """
-        keeping = [KEEPING[0]] * self.model.num_layers
-        for mode in KEEPING[1:]:
-            for layer in range(len(keeping)):
-                if self.step_bytes(keeping, tokens, tokens) <= free_bytes:
-                    return tuple(keeping)
-                keeping[layer] = mode
-        return tuple(keeping) if self.step_bytes(keeping, tokens, tokens) <= free_bytes else None
+        checkpointing = [CHECKPOINT_MODES[0]] * self.model.num_layers
+        for mode in CHECKPOINT_MODES[1:]:
+            for layer in range(len(checkpointing)):
+                if self.pack_bytes(checkpointing, tokens, tokens) <= free_bytes:
+                    return tuple(checkpointing)
+                checkpointing[layer] = mode
+        return tuple(checkpointing) if self.pack_bytes(checkpointing, tokens, tokens) <= free_bytes else None
 
-    def least_seconds(self, keeping: Sequence[Keeping], work: Work, steps: int, hardware: Hardware) -> float:
-        """At the rates that the hardware reaches, were nothing in the way."""
-        flop = self.useful_flop(work) + self.repeated_flop(keeping, work)
-        moved = self.moved_bytes(keeping, work.tokens) + 2 * steps * 16 * self.trained_parameters
-        seconds = flop / hardware.flop_per_second + moved / hardware.bytes_per_second
-        again = keeping.count("full")
-        down = self.model.hidden_size * self.model.intermediate_size
-        products = 2 * self.model.num_layers * self.model.layer_weights + again * (self.model.layer_weights - down)
+    def roofline_seconds(
+        self, checkpointing: Sequence[CheckpointMode], counts: TokenCounts, steps: int, hardware: Hardware
+    ) -> float:
+        """Return the seconds at the rates that the hardware reaches, without any overhead."""
+        flops = self.model_flops(counts) + self.recompute_flops(checkpointing, counts)
+        traffic = self.elementwise_bytes(checkpointing, counts.tokens) + 2 * steps * 16 * self.num_trainable_parameters
+        seconds = flops / hardware.flop_per_second + traffic / hardware.bytes_per_second
+        num_recomputed = checkpointing.count("full")
+        down_weights = self.model.hidden_size * self.model.intermediate_size
+        matmul_weights = 2 * self.model.num_layers * self.model.layer_weights + num_recomputed * (
+            self.model.layer_weights - down_weights
+        )
         outputs = sum(out_features for out_features, _, _ in self.model.projections.values())
-        rounded = self.model.num_layers * outputs + (self.model.num_layers + again) * self._inputs()
-        return seconds - work.tokens * self._saved_by_fp8(2 * products - self._unneeded(), rounded, hardware)
+        quantized = (
+            self.model.num_layers * outputs + (self.model.num_layers + num_recomputed) * self._num_projection_inputs()
+        )
+        return seconds - counts.tokens * self._seconds_saved_by_fp8(
+            2 * matmul_weights - self._skipped_gradient_flops(), quantized, hardware
+        )
 
-    def reference_seconds(self, work: Work, hardware: Hardware) -> float:
-        """Of `reference_flop`, at the same rates."""
+    def reference_seconds(self, counts: TokenCounts, hardware: Hardware) -> float:
+        """Return the seconds of `reference_flops` at the same rates."""
         layers = self.model.num_layers
-        saved = self._saved_by_fp8(2 * layers * self.model.layer_weights, layers * self._inputs(), hardware)
-        return self.reference_flop(work) / hardware.flop_per_second - work.tokens * saved
+        saved = self._seconds_saved_by_fp8(
+            2 * layers * self.model.layer_weights, layers * self._num_projection_inputs(), hardware
+        )
+        return self.reference_flops(counts) / hardware.flop_per_second - counts.tokens * saved
 
-    def _inputs(self) -> int:
-        """Numbers that a layer's projections read, those that several share once."""
-        return sum(self.model.projections[names[0]][1] for names in _FLOW)
+    def _num_projection_inputs(self) -> int:
+        """Return the number of input elements of a layer's projections; a shared input counts once."""
+        return sum(self.model.projections[names[0]][1] for names in PROJECTION_GROUPS)
 
-    def _saved_by_fp8(self, flop: float, rounded: float, hardware: Hardware) -> float:
-        """Seconds that products of so many FLOP take less in e4m3, with so many numbers of their operands rounded."""
+    def _seconds_saved_by_fp8(self, flops: float, quantized: float, hardware: Hardware) -> float:
+        """Return the seconds that e4m3 saves in matmuls of `flops` FLOP, less the time to quantize `quantized`
+        elements."""
         if not self.fp8:
             return 0.0
-        return flop / 2 / hardware.flop_per_second - rounded * (self.itemsize + 1) / hardware.bytes_per_second
+        return flops / 2 / hardware.flop_per_second - quantized * (self.itemsize + 1) / hardware.bytes_per_second

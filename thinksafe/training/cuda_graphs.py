@@ -1,17 +1,18 @@
-"""A decoder's passes over packs of tokens as CUDA graphs: two launches in the place of some two thousand.
+"""CUDA graphs of a decoder's passes over packs: two launches instead of about two thousand.
 
-A layer's forward and backward pass takes the host about 0.9 ms whatever the number of tokens: 25 ms for 28 layers, in
-which an H200 computes as much as 5k tokens of Qwen3-0.6B take. A graph has fixed shapes and addresses, so a pack is
-filled up to one of a few sizes by a sequence that nothing reads, at most an eighth of the pack, and copied to where the
-graph reads. The rows that have a target differ from pack to pack too, so what comes after the decoder, the loss, runs
-between the graphs of forward and backward pass as it always does.
+The host needs about 0.9 ms for the forward and backward pass of a layer, for any number of tokens: 25 ms for 28 layers.
+In that time an H200 computes 5k tokens of Qwen3-0.6B, so smaller packs are launch-bound.
 
-A size is computed directly when it comes for the first time, which compiles kernels, and recorded when it comes again.
-Both ways launch the same kernels on the same shapes, so what a step computes does not depend on what was recorded
-before, and a run that goes on after a kill records anew. Graphs share their memory: one pack's activations are gone
-before the next one's are formed.
+A graph has fixed shapes and addresses. A pack is therefore padded to one of a few sizes by one sequence that nothing
+reads, at most an eighth of the pack, and copied to the graph's buffers. The number of rows with a target differs from
+pack to pack too, so everything after the decoder (the loss) runs eagerly, between the graphs of the forward and the
+backward pass.
 
-Only for one process without DeepSpeed, whose hooks gather weights and reduce gradients in the middle of a pass.
+A size runs eagerly the first time, which compiles kernels, and is captured the second time. Both ways launch the same
+kernels on the same shapes, so the result of a step does not depend on earlier captures, and a resumed run can capture
+again. All graphs share one memory pool: the activations of a pack are freed before those of the next pack are computed.
+
+Graphs work in one process without DeepSpeed only: DeepSpeed's hooks gather weights and reduce gradients within a pass.
 """
 
 import gc
@@ -28,95 +29,100 @@ from thinksafe.model.decoder import Decoder
 
 T = TypeVar("T")
 
-MOST_GRAPHS = 32
-"""Sizes that are recorded; each takes some megabytes on the GPU for its list of launches."""
-_SMALLEST_STEP = 128
-_FEWEST_SEQUENCES = 16
+MAX_GRAPHS = 32
+"""Largest number of captured sizes; the launch list of each takes some megabytes of GPU memory."""
+_MIN_BUCKET_STEP = 128
+_MIN_SEQUENCES = 16
 
 
-def bucket(num_tokens: int) -> int:
-    """Tokens of the graph that serves so many: eight sizes an octave, above 1,024 tokens."""
-    step = max(_SMALLEST_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 4))
+def padded_num_tokens(num_tokens: int) -> int:
+    """Return the padded size for a pack of `num_tokens` tokens; above 1,024 there are eight sizes per power of two."""
+    step = max(_MIN_BUCKET_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 4))
     return -(-num_tokens // step) * step
 
 
-def _sequences(num_sequences: int) -> int:
-    """Sequences of the graph that serves so many and the one that fills up; those left over are empty."""
-    return max(_FEWEST_SEQUENCES, 1 << num_sequences.bit_length())
+def _padded_num_sequences(num_sequences: int) -> int:
+    """Return the number of sequences of the graph for `num_sequences` and the padding; unused sequences are empty."""
+    return max(_MIN_SEQUENCES, 1 << num_sequences.bit_length())
 
 
 class DecoderGraphs:
-    """Runs decoders, whose weights stay where they are, over packs of up to so many tokens."""
+    """Decoders as CUDA graphs, for packs of up to `max_tokens` tokens. The weights must stay at their addresses."""
 
-    def __init__(self, hidden: Tensor, most_tokens: int):
-        """hidden: anything of a hidden state's width, dtype and device."""
-        self.most_tokens = most_tokens
-        self.device = hidden.device
-        self._hidden = hidden.new_empty(bucket(most_tokens), hidden.shape[-1])
-        self._grad_hidden = torch.empty_like(self._hidden)
-        self._seen: set[Hashable] = set()
-        self._recorded: dict[Hashable, _RecordedPass] = {}
-        self._sums: dict[nn.Parameter, Tensor] = {}
-        self._memory = torch.cuda.graph_pool_handle() if hidden.is_cuda else None
-        self.passes = 0
-
-    def __call__(self, decoder: Decoder, input_ids: Tensor, positions: Tensor, attention: PackedAttention) -> Tensor:
-        """Hidden states of these tokens, and behind them of those that fill up: [at least T, H].
-
-        They lie in memory that the next call writes to, so take what you need of them, and run backward before.
+    def __init__(self, hidden: Tensor, max_tokens: int):
+        """Allocate the buffers that all graphs share.
 
         Args:
-            input_ids, positions, attention: a pack's, as in `Decoder.forward`.
+            hidden: any tensor with the width, dtype and device of hidden states.
+            max_tokens: a larger pack runs eagerly.
+        """
+        self.max_tokens = max_tokens
+        self.device = hidden.device
+        self._hidden = hidden.new_empty(padded_num_tokens(max_tokens), hidden.shape[-1])
+        self._grad_hidden = torch.empty_like(self._hidden)
+        self._computed: set[Hashable] = set()
+        self._captured: dict[Hashable, _CapturedPass] = {}
+        self._grad_buffers: dict[nn.Parameter, Tensor] = {}
+        self._pool = torch.cuda.graph_pool_handle() if hidden.is_cuda else None
+        self.num_passes = 0
+
+    def __call__(self, decoder: Decoder, input_ids: Tensor, positions: Tensor, attention: PackedAttention) -> Tensor:
+        """Return the hidden states of T tokens, followed by those of the padding: [at least T, H].
+
+        The next call overwrites them. Copy what you need, and run the backward pass, before it.
+
+        Args:
+            input_ids, positions, attention: a pack, as in `Decoder.forward`.
         """
         num_tokens, num_sequences = len(input_ids), len(attention.cu_seqlens) - 1
-        if num_tokens > self.most_tokens:
+        if num_tokens > self.max_tokens:
             return decoder(input_ids, positions, attention)
-        tokens, sequences = bucket(num_tokens), _sequences(num_sequences)
-        # Of the pack's own tokens, so that nothing in it can be NaN that is not in the pack.
-        filler = input_ids[:1].expand(tokens - num_tokens)
-        input_ids = torch.cat((input_ids, filler))
-        positions = F.pad(positions, (0, tokens - num_tokens))
-        cu_seqlens = F.pad(attention.cu_seqlens, (0, sequences - num_sequences), value=tokens)
-        adapted = any(layer.adapters for layer in decoder.layers)
-        key = (decoder, decoder.training, adapted, torch.is_grad_enabled(), tokens, sequences)
-        if key not in self._recorded:
-            if key not in self._seen or len(self._recorded) == MOST_GRAPHS:
-                self._seen.add(key)
-                return decoder(input_ids, positions, PackedAttention(cu_seqlens, tokens))
-            self._recorded[key] = _RecordedPass(self, decoder, tokens, sequences)
-        return self._recorded[key](input_ids, positions, cu_seqlens)
+        padded_tokens, padded_sequences = padded_num_tokens(num_tokens), _padded_num_sequences(num_sequences)
+        # The padding repeats a token of the pack, so it has no NaN that the pack does not have.
+        padding = input_ids[:1].expand(padded_tokens - num_tokens)
+        input_ids = torch.cat((input_ids, padding))
+        positions = F.pad(positions, (0, padded_tokens - num_tokens))
+        cu_seqlens = F.pad(attention.cu_seqlens, (0, padded_sequences - num_sequences), value=padded_tokens)
+        has_adapters = any(layer.adapters for layer in decoder.layers)
+        key = (decoder, decoder.training, has_adapters, torch.is_grad_enabled(), padded_tokens, padded_sequences)
+        if key not in self._captured:
+            if key not in self._computed or len(self._captured) == MAX_GRAPHS:
+                self._computed.add(key)
+                return decoder(input_ids, positions, PackedAttention(cu_seqlens, padded_tokens))
+            self._captured[key] = _CapturedPass(self, decoder, padded_tokens, padded_sequences)
+        return self._captured[key](input_ids, positions, cu_seqlens)
 
-    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """What the work returns, not computed yet, and what computes it, again and again.
+    def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Return what `run` returns, not computed yet, and a function that computes it at every call.
 
-        No pass that ran directly may be alive: autograd would go on adding gradients on its stream, not on the graph's.
+        No eager pass may be alive: autograd would continue to add gradients on that pass's stream, not on the graph's.
 
         Raises:
-            UserError: CUDA does not record it.
+            UserError: CUDA cannot capture `run`.
         """
-        gc.collect()  # what cycles hold of an earlier recording would keep its memory
+        gc.collect()  # reference cycles would keep the memory of an earlier capture
         try:
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on: one of them pins the next step's packs.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                result = work()
+            # Other threads may call CUDA meanwhile: one of them pins the next step's packs.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = run()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            raise UserError(f"training.cuda_graphs: a pass cannot be recorded ({reason}); set it to none") from error
+            raise UserError(f"training.cuda_graphs: CUDA cannot capture a pass ({reason}); set it to none") from error
         return result, graph.replay
 
-    def sums_of(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Where recorded backward passes add the gradients of each."""
+    def gradient_buffers(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        """Return the buffers to which captured backward passes add the gradient of each parameter."""
         for parameter in parameters:
-            if parameter not in self._sums:
-                self._sums[parameter] = torch.zeros_like(parameter)
-        return [self._sums[parameter] for parameter in parameters]
+            if parameter not in self._grad_buffers:
+                self._grad_buffers[parameter] = torch.zeros_like(parameter)
+        return [self._grad_buffers[parameter] for parameter in parameters]
 
 
-class _RecordedPass:
-    """Forward and, with gradients, backward pass of one decoder over one number of tokens and sequences."""
+class _CapturedPass:
+    """Graphs of one decoder for one number of tokens and sequences: forward and, with gradients enabled, backward."""
 
     def __init__(self, graphs: DecoderGraphs, decoder: Decoder, tokens: int, sequences: int):
         device = graphs.device
@@ -124,11 +130,13 @@ class _RecordedPass:
         self.input_ids, self.positions = torch.zeros(2, tokens, dtype=torch.int64, device=device)
         self.cu_seqlens = torch.full((sequences + 1,), tokens, dtype=torch.int32, device=device)
         self.hidden, self.grad_hidden = graphs._hidden[:tokens], graphs._grad_hidden[:tokens]
-        trained = torch.is_grad_enabled()
-        self.parameters = [  # a head of its own gets its gradient from the loss
-            one for name, one in decoder.named_parameters() if trained and one.requires_grad and name != "lm_head"
+        with_gradients = torch.is_grad_enabled()
+        self.parameters = [  # an untied head gets its gradient from the loss
+            parameter
+            for name, parameter in decoder.named_parameters()
+            if with_gradients and parameter.requires_grad and name != "lm_head"
         ]
-        self.sums = graphs.sums_of(self.parameters)
+        self.grad_buffers = graphs.gradient_buffers(self.parameters)
 
         def forward() -> Tensor:
             hidden = decoder(self.input_ids, self.positions, PackedAttention(self.cu_seqlens, tokens))
@@ -137,67 +145,68 @@ class _RecordedPass:
 
         def backward() -> None:
             gradients = torch.autograd.grad(hidden, self.parameters, self.grad_hidden)
-            torch._foreach_add_(self.sums, gradients)
+            torch._foreach_add_(self.grad_buffers, gradients)
 
-        hidden, self.forward = graphs.record(forward)
+        hidden, self.forward = graphs.capture(forward)
         if self.parameters:
-            _, self.backward = graphs.record(backward)
+            _, self.backward = graphs.capture(backward)
             self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     def __call__(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor) -> Tensor:
-        for fixed, given in ((self.input_ids, input_ids), (self.positions, positions), (self.cu_seqlens, cu_seqlens)):
-            fixed.copy_(given)
+        static = (self.input_ids, self.positions, self.cu_seqlens)
+        for buffer, value in zip(static, (input_ids, positions, cu_seqlens), strict=True):
+            buffer.copy_(value)
         if self.parameters:
             return _Replay.apply(self, self._anchor)
         self.forward()
         return self.hidden
 
-    def attach_sums(self) -> None:
-        """Make the sums the parameters' gradients, with what was there before."""
-        new = []
-        for parameter, total in zip(self.parameters, self.sums, strict=True):
+    def attach_grad_buffers(self) -> None:
+        """Make the buffers the parameters' gradients, and start them from the gradients that exist already."""
+        without_gradient = []
+        for parameter, buffer in zip(self.parameters, self.grad_buffers, strict=True):
             if parameter.grad is None:
-                new.append(total)
-            elif parameter.grad is not total:
-                total.copy_(parameter.grad)
-            parameter.grad = total
-        if new:
-            torch._foreach_zero_(new)
+                without_gradient.append(buffer)
+            elif parameter.grad is not buffer:
+                buffer.copy_(parameter.grad)
+            parameter.grad = buffer
+        if without_gradient:
+            torch._foreach_zero_(without_gradient)
 
 
 class _Replay(torch.autograd.Function):
-    """The two graphs as one node of autograd's, which knows nothing of the parameters: the graph adds to their
-    gradients itself."""
+    """The two graphs as one autograd node. Autograd does not see the parameters: the backward graph itself adds to
+    their gradients."""
 
     @staticmethod
-    def forward(ctx, recorded: _RecordedPass, anchor: Tensor) -> Tensor:
-        ctx.recorded, ctx.random_state = recorded, random_state(anchor.device)
-        recorded.graphs.passes += 1
-        ctx.number = recorded.graphs.passes
-        recorded.forward()
-        return recorded.hidden.detach()
+    def forward(ctx, captured: _CapturedPass, anchor: Tensor) -> Tensor:
+        ctx.captured, ctx.random_state = captured, random_state(anchor.device)
+        captured.graphs.num_passes += 1
+        ctx.pass_number = captured.graphs.num_passes
+        captured.forward()
+        return captured.hidden.detach()
 
     @staticmethod
     def backward(ctx, grad_hidden: Tensor) -> tuple[None, None]:
-        recorded, device = ctx.recorded, grad_hidden.device
-        if recorded.graphs.passes != ctx.number:
-            raise RuntimeError("another pass has run since, or this one's backward already: its memory is gone")
-        recorded.graphs.passes += 1
-        recorded.grad_hidden.copy_(grad_hidden)
-        recorded.attach_sums()
-        # Layers that are computed again draw the masks of the forward pass: as far from where the graph starts.
-        now = random_state(device)
+        captured, device = ctx.captured, grad_hidden.device
+        if captured.graphs.num_passes != ctx.pass_number:
+            raise RuntimeError("the memory of this pass is reused: another pass, or this backward pass, has run since")
+        captured.graphs.num_passes += 1
+        captured.grad_hidden.copy_(grad_hidden)
+        captured.attach_grad_buffers()
+        # Recomputed layers must draw the dropout masks of the forward pass, so both graphs start at the same state.
+        current_state = random_state(device)
         set_random_state(ctx.random_state, device)
-        recorded.backward()
-        set_random_state(now, device)
+        captured.backward()
+        set_random_state(current_state, device)
         return None, None
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Of the device's generator: on the host, so that nothing waits."""
+    """Return the state of the device's generator, a tensor on the host; this does not wait for the device."""
     return torch.cuda.get_rng_state(device)
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Take the device's generator back to where it was."""
+    """Set the device's generator to a state from `random_state`."""
     torch.cuda.set_rng_state(state, device)

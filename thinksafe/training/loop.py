@@ -1,10 +1,10 @@
-"""The training loop: pick the step's sequences, pack them, step, log, now and then save.
+"""The training loop: choose a step's sequences, pack them, step, log, and save a checkpoint at intervals.
 
-Order, packing, learning rate and dropout are functions of (seed, step) alone, so a run that was killed goes on as if
-nothing had happened, bit for bit on a CPU. The next step's packs are made while the device computes this one's.
+Order, packing, learning rate and dropout are functions of (seed, step) alone, so a killed run resumes as if it had not
+stopped, bit for bit on a CPU. A thread makes the next step's packs while the device computes the current step.
 
-A step whose loss or gradient is not finite changes nothing and is left out, with the names of the examples that were in
-it; after three in a row the run stops.
+A step whose loss or gradient is not finite is left out: it changes nothing, and the log names its examples. After three
+such steps in a row the run stops.
 """
 
 import hashlib
@@ -20,70 +20,75 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from thinksafe.distributed.ranks import balanced, rank, world_size
+from thinksafe.distributed.ranks import partition_balanced, rank, world_size
 from thinksafe.hardware import hardware_of
 from thinksafe.model.weights import WeightDtype
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
-from thinksafe.training.cost_model import TrainingCosts, Work, causal_pairs
-from thinksafe.training.local_engine import NonFiniteStep, SingleEngine
+from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
+from thinksafe.training.local_trainer import LocalTrainer, NonFiniteStep
 from thinksafe.training.packing import PackedBatch, Reduction, TrainingSequence, pack
 
 if TYPE_CHECKING:
-    from thinksafe.training.deepspeed_engine import ZeroEngine
+    from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
 
 
 T = TypeVar("T")
-_SKIPS_AT_MOST = 3
-"""Steps in a row that are not finite, after which there is more wrong than an example."""
-_RECENT = 50
-_NAMED = 16
-_FAR_OUT = 6.0
-"""A loss so many standard deviations above the mean of the _RECENT ones is worth a look."""
+MAX_SKIPPED_STEPS = 3
+"""Number of non-finite steps in a row that stop the run: a single bad example does not explain them."""
+SPIKE_WINDOW = 50
+MAX_NAMED_EXAMPLES = 16
+SPIKE_SIGMA = 6.0
+"""Standard deviations above the mean of the last SPIKE_WINDOW losses from which a loss is noted as a spike."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to fine-tune. The defaults are the paper's.
+    """Settings of fine-tuning. The defaults are those of the paper.
 
     Attributes:
-        method: train adapters or every weight.
+        method: whether to train adapters (`lora`) or every weight (`full`).
         epochs: passes over the accepted examples.
-        batch_size: sequences an optimiser step.
-        batch_tokens: tokens of prompts and responses an optimiser step at most, in place of batch_size; 0 for none. A
-            longer sequence is a step of its own.
-        loss_reduction: whether in a step every response `token` counts alike, or every `sequence`.
-        benign_loss: on benign responses `cross_entropy`, or `kl`, the divergence of the whole next-token distribution
-            from the untrained student's: the paper's +KL. It costs that student's forward pass over these tokens.
-        frozen_weights: `fp8` multiplies with the frozen projections in e4m3, forward and for the gradients that pass
-            through them; adapters, norms, embedding and head stay as they are, and the adapter is one for the base as
-            the checkpoint has it. For `lora`; takes as much memory, and a GPU of compute capability 8.9 or more.
-        learning_rate: its peak, after a linear warm-up; then a cosine to 0.
-        warmup_ratio: share of all steps that warm up.
-        weight_decay: AdamW's.
-        max_grad_norm: a longer gradient is scaled down to this norm.
-        max_length: tokens; a longer example is dropped and counted.
-        max_tokens_per_pack: tokens in one forward pass; what memory allows.
-        activation_checkpointing: what the backward pass computes again instead of keeping it: `none`; `selective`, what
-            is cheap to compute; `full`, whole layers; or `auto`, layer by layer as little as a GPU's memory allows.
-        cuda_graphs: `auto` records the passes of a model so small that a GPU would wait for its launches, where it has
-            memory for them; or `none`.
-        checkpoint_every: optimiser steps between two checkpoints.
+        batch_size: sequences per optimizer step.
+        tokens_per_step: largest number of prompt and response tokens per optimizer step, instead of batch_size; 0 to
+            use batch_size. A longer sequence is a step by itself.
+        loss_reduction: whether all response tokens of a step have equal weight (`token`), or all sequences
+            (`sequence`).
+        benign_loss: loss on benign responses, `cross_entropy` or `kl`. `kl` is the divergence of the full next-token
+            distribution from that of the untrained student, the paper's +KL; it costs the untrained student's forward
+            pass over these tokens.
+        frozen_weight_dtype: `fp8` computes the matmuls with frozen projections in e4m3, in the forward pass and for the
+            gradients of their inputs. Adapters, norms, embedding and head keep their dtype, and the adapter belongs to
+            the base as its checkpoint stores it. For method `lora` only; memory use stays the same, and a GPU needs
+            compute capability 8.9 or more.
+        learning_rate: peak learning rate, after a linear warm-up; then it falls to 0 as a cosine.
+        warmup_ratio: share of all steps that are warm-up.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: a gradient with a larger norm is scaled down to this norm.
+        max_length: largest number of tokens in an example; a longer example is dropped and counted.
+        max_tokens_per_pack: largest number of tokens in one forward pass; lower it if memory is short.
+        activation_checkpointing: what the backward pass recomputes to save memory. `none`: nothing; `selective`: cheap
+            operations; `full`: whole layers; `auto`: for each layer as little as the GPU's memory allows.
+        cuda_graphs: `auto` captures the passes of a small, launch-bound model as CUDA graphs if memory allows; `none`
+            never does.
+        checkpoint_every: optimizer steps between two checkpoints.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
+    MEMORY_ONLY_FIELDS: ClassVar[tuple[str, ...]] = ("max_tokens_per_pack", "activation_checkpointing", "cuda_graphs")
+    """Settings that change the memory of a step, but not its result; a resumed run may change them."""
 
     method: Literal["lora", "full"] = "lora"
     epochs: int = 3
     batch_size: int = 8
-    batch_tokens: int = 0
+    tokens_per_step: int = 0
     loss_reduction: Reduction = "token"
     benign_loss: Literal["cross_entropy", "kl"] = "cross_entropy"
-    frozen_weights: WeightDtype = "auto"
+    frozen_weight_dtype: WeightDtype = "auto"
     learning_rate: float = 1e-5
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
@@ -98,18 +103,14 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "max_length", "max_tokens_per_pack", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if self.frozen_weights == "fp8" and self.method == "full":
-            raise ValueError("frozen_weights: fp8 is for method lora; full fine-tuning freezes no weight")
+        if self.frozen_weight_dtype == "fp8" and self.method == "full":
+            raise ValueError("frozen_weight_dtype: fp8 is for method lora; full fine-tuning freezes no weight")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError("warmup_ratio must lie between 0 and 1")
         if self.learning_rate <= 0 or self.max_grad_norm <= 0:
             raise ValueError("learning_rate and max_grad_norm must be positive")
-        if self.weight_decay < 0 or self.batch_tokens < 0:
-            raise ValueError("weight_decay and batch_tokens must not be negative")
-
-
-OF_MEMORY = ("max_tokens_per_pack", "activation_checkpointing", "cuda_graphs")
-"""Settings that change what a step needs, and not what it learns: they may change in the middle of a run."""
+        if self.weight_decay < 0 or self.tokens_per_step < 0:
+            raise ValueError("weight_decay and tokens_per_step must not be negative")
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,14 @@ class StepMetrics:
     """One line of metrics.jsonl.
 
     Attributes:
-        loss, grad_norm: in nats a token, and before clipping; None for a step that was left out.
-        tokens: of all ranks, prompts included.
+        loss: weighted mean of the token losses, in nats; None for a step that was left out.
+        grad_norm: norm of the gradient before clipping; None for a step that was left out.
+        tokens: tokens of all ranks, prompts included.
         seconds: wall time of the step.
-        flop: useful ones of all ranks, as training/costs.py counts them; nothing that is computed again.
-        mfu: their share of what the ranks' GPUs promise; None where that is not known.
-        peak_bytes: of this rank's GPU so far; None on a CPU.
-        note: why the step was left out, or what else was odd.
+        flop: model FLOPs of all ranks and those of the reference's pass, see training/cost_model.py; no recomputation.
+        mfu: the rate of these FLOPs as a share of the peak rate of the ranks' GPUs; None if the peak is unknown.
+        peak_bytes: peak memory of this rank's GPU so far; None on a CPU.
+        note: why the step was left out, or that its loss is a spike.
         dropped_mass: largest share of a pack's gradient mass at a frozen head that was skipped as too small to matter,
             see kernels/linear_cross_entropy.py; None for a step that was left out.
     """
@@ -144,7 +146,7 @@ class StepMetrics:
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a half cosine to 0. Steps count from 0."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then a half cosine to 0."""
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -153,201 +155,208 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 
 
 def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> list[np.ndarray]:
-    """The indices of each step's sequences: each epoch is a fresh permutation, cut into batches in its order.
+    """Return the indices of each step's sequences: each epoch is a new permutation, cut into batches in its order.
 
-    A batch has `batch_size` sequences, the last of an epoch what is left; or as many as `batch_tokens` hold.
+    A batch has `batch_size` sequences, the last one of an epoch possibly fewer; or it fills `tokens_per_step`.
     """
     steps = []
     for epoch in range(config.epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-        if config.batch_tokens:
-            steps += np.split(order, _cuts([lengths[index] for index in order], config.batch_tokens))
+        if config.tokens_per_step:
+            steps += np.split(order, _batch_boundaries([lengths[index] for index in order], config.tokens_per_step))
         else:
             steps += np.split(order, range(config.batch_size, len(order), config.batch_size))
     return steps
 
 
-def _cuts(lengths: Sequence[int], max_tokens: int) -> list[int]:
-    """Where a batch is full and the next one begins."""
-    cuts, held = [], 0
+def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    """Return the indices at which a new batch begins because the one before is full."""
+    boundaries, num_tokens = [], 0
     for index, length in enumerate(lengths):
-        if held and held + length > max_tokens:
-            cuts.append(index)
-            held = 0
-        held += length
-    return cuts
+        if num_tokens and num_tokens + length > max_tokens:
+            boundaries.append(index)
+            num_tokens = 0
+        num_tokens += length
+    return boundaries
 
 
-def fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
-    """Identifies a training run: a checkpoint of another one is not taken up. What only memory decides is left out."""
-    settings = {key: value for key, value in asdict(config).items() if key not in OF_MEMORY}
+def training_fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
+    """Return a hash that identifies a training run; a checkpoint of another run is ignored. MEMORY_ONLY_FIELDS do not
+    count."""
+    settings = {key: value for key, value in asdict(config).items() if key not in config.MEMORY_ONLY_FIELDS}
     digest = hashlib.sha256(json.dumps([settings, seed]).encode())
     for sequence in sequences:
-        digest.update(np.int64([len(sequence), sequence.response_start, sequence.keeps_to_reference]).tobytes())
+        digest.update(np.int64([len(sequence), sequence.num_prompt_tokens, sequence.use_reference_kl]).tobytes())
         digest.update(np.float64(sequence.weight).tobytes())
         digest.update(sequence.input_ids.tobytes())
     return digest.hexdigest()
 
 
 def train(
-    engine: "SingleEngine | ZeroEngine",
+    trainer: "LocalTrainer | DeepSpeedTrainer",
     sequences: Sequence[TrainingSequence],
     config: TrainingConfig,
     seed: int,
     folder: Path,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
 ) -> None:
-    """Run to the end, from the newest checkpoint if there is one, and leave the decoder ready to be saved.
+    """Train to the end, from the newest checkpoint if there is one, and leave the decoder ready to be saved.
 
-    All ranks call it with the same arguments; each trains its share of every step's sequences.
+    All ranks must call this with the same arguments; each trains on its share of every step's sequences.
 
     Args:
         sequences: at least one; their order is part of the run's identity.
-        folder: gets metrics.jsonl and checkpoints/; the same for all ranks.
-        on_step: called after every step, for progress; on every rank.
+        folder: folder of metrics.jsonl and checkpoints/, the same on every rank.
+        on_step: called on every rank after every step, for progress.
 
     Raises:
-        NonFiniteStep: several steps in a row were, and it names the examples in the last one; or a weight is. Weights
-            are looked at before a checkpoint, so none is saved that is not finite, and training never ends with such.
+        NonFiniteStep: MAX_SKIPPED_STEPS steps in a row were not finite, and the message names the examples of the last
+            one; or a weight is not finite. Weights are checked before every checkpoint, and the last step has one, so
+            weights that are not finite are never saved or returned.
     """
-    identity = fingerprint(sequences, config, seed)
-    costs = TrainingCosts(engine.decoder.config, engine.decoder.lora, engine.decoder.embedding.element_size())
+    run_fingerprint = training_fingerprint(sequences, config, seed)
+    costs = TrainingCosts(trainer.decoder.config, trainer.decoder.lora, trainer.decoder.embedding.element_size())
     schedule = plan_steps([len(sequence) for sequence in sequences], config, seed)
-    newest = load_newest(folder / "checkpoints", identity)
+    checkpoint = load_newest(folder / "checkpoints", run_fingerprint)
     first_step = 0
-    if newest is not None:
-        first_step, state = newest
-        engine.load_tensors(state)
+    if checkpoint is not None:
+        first_step, state = checkpoint
+        trainer.load_state_dict(state)
     folder.mkdir(parents=True, exist_ok=True)
-    recent, skips = _history(folder / "metrics.jsonl", first_step)
+    recent_losses, num_skipped = _loss_history(folder / "metrics.jsonl", first_step)
 
-    def packs_of(step: int) -> list[PackedBatch]:
+    def packs_of_step(step: int) -> list[PackedBatch]:
         batch = [sequences[index] for index in schedule[step]]
-        mine = balanced([len(sequence) for sequence in batch], world_size())[rank()]
-        return pack([batch[i] for i in mine], config.max_tokens_per_pack, engine.device, config.loss_reduction)
+        local_indices = partition_balanced([len(sequence) for sequence in batch], world_size())[rank()]
+        return pack(
+            [batch[i] for i in local_indices], config.max_tokens_per_pack, trainer.device, config.loss_reduction
+        )
 
-    with _metrics_from(folder / "metrics.jsonl", first_step) if rank() == 0 else open(os.devnull, "w") as metrics_file:
+    with _open_metrics(folder / "metrics.jsonl", first_step) if rank() == 0 else open(os.devnull, "w") as metrics_file:
         started = time.perf_counter()
-        for step, packs in _one_ahead(packs_of, range(first_step, len(schedule))):
+        for step, packs in _prefetch(packs_of_step, range(first_step, len(schedule))):
             torch.manual_seed(hash((seed, step)) + rank())
             rate = learning_rate(step, len(schedule), config)
             loss = grad_norm = dropped_mass = None
             batch = [sequences[index] for index in schedule[step]]
             try:
-                result = engine.step(packs, rate)
-                loss, grad_norm, dropped_mass, skips = result.loss, result.grad_norm, result.dropped_mass, 0
-                note = _spike(loss, recent)
-                recent.append(loss)
+                result = trainer.step(packs, rate)
+                loss, grad_norm, dropped_mass = result.loss, result.grad_norm, result.dropped_mass
+                num_skipped = 0
+                note = _spike_note(loss, recent_losses)
+                recent_losses.append(loss)
             except NonFiniteStep as error:
-                skips += 1
-                note = f"left out: {error}; in it {_names(batch)}"
-                if skips == _SKIPS_AT_MOST:
-                    raise NonFiniteStep(f"step {step + 1}, the {skips}rd in a row {note}") from None
-            saves = (step + 1) % config.checkpoint_every == 0 or step + 1 == len(schedule)
-            if saves:
-                _check_weights(engine, step)
+                num_skipped += 1
+                note = f"left out: {error}; examples of the step: {_example_names(batch)}"
+                if num_skipped == MAX_SKIPPED_STEPS:
+                    raise NonFiniteStep(f"step {step + 1}, the {num_skipped}rd in a row that was {note}") from None
+            is_checkpoint = (step + 1) % config.checkpoint_every == 0 or step + 1 == len(schedule)
+            if is_checkpoint:
+                _check_weights(trainer, step)
             now = time.perf_counter()
-            speed = _speed(costs, batch, now - started, engine.device)
+            throughput = _throughput(costs, batch, now - started, trainer.device)
             metrics = StepMetrics(
-                step + 1, len(schedule), loss, rate, grad_norm, **speed, note=note, dropped_mass=dropped_mass
+                step + 1, len(schedule), loss, rate, grad_norm, **throughput, note=note, dropped_mass=dropped_mass
             )
             started = now
             metrics_file.write(json.dumps(asdict(metrics)) + "\n")
             metrics_file.flush()
             on_step(metrics)
-            if saves:
-                if rank() == 0:  # so that not even a power failure leaves a checkpoint without its steps' metrics
+            if is_checkpoint:
+                if rank() == 0:  # after a power failure, no checkpoint may lack its steps' metrics
                     os.fsync(metrics_file.fileno())
-                save_checkpoint(folder / "checkpoints", metrics.step, engine.tensors(), identity)
-    engine.finish()
+                save_checkpoint(folder / "checkpoints", metrics.step, trainer.state_dict(), run_fingerprint)
+    trainer.finish()
 
 
-def _check_weights(engine: "SingleEngine | ZeroEngine", step: int) -> None:
+def _check_weights(trainer: "LocalTrainer | DeepSpeedTrainer", step: int) -> None:
     try:
-        engine.check_weights()
+        trainer.check_weights_finite()
     except NonFiniteStep as error:
         raise NonFiniteStep(f"step {step + 1}: {error}") from None
 
 
-def _speed(
+def _throughput(
     costs: TrainingCosts, batch: Sequence[TrainingSequence], seconds: float, device: torch.device
 ) -> dict[str, float | None]:
-    """What a step's work and time say of the hardware, as in StepMetrics."""
-    work, hardware = _work(batch), hardware_of(device)
-    compared = _work([sequence for sequence in batch if sequence.keeps_to_reference])
-    flop = costs.useful_flop(work) + costs.reference_flop(compared)
+    """Return tokens, time, rates and memory of a step, as fields of StepMetrics."""
+    counts, hardware = _token_counts(batch), hardware_of(device)
+    reference_counts = _token_counts([sequence for sequence in batch if sequence.use_reference_kl])
+    flops = costs.model_flops(counts) + costs.reference_flops(reference_counts)
     return {
-        "tokens": work.tokens,
+        "tokens": counts.tokens,
         "seconds": seconds,
-        "tokens_per_second": work.tokens / seconds,
-        "flop": flop,
-        "mfu": flop / seconds / world_size() / hardware.peak_flop_per_second if hardware else None,
+        "tokens_per_second": counts.tokens / seconds,
+        "flop": flops,
+        "mfu": flops / seconds / world_size() / hardware.peak_flop_per_second if hardware else None,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
 
 
-def _work(batch: Sequence[TrainingSequence]) -> Work:
+def _token_counts(batch: Sequence[TrainingSequence]) -> TokenCounts:
     lengths = [len(sequence) for sequence in batch]
-    return Work(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
+    return TokenCounts(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
 
 
-def _one_ahead(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """Each step with what is made for it, the next one's while this one's is used.
+def _prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
+    """Yield each step with `make(step)`; a thread makes the next step's value while the caller uses this one.
 
-    The queues are C's, and nobody joins the thread: Ctrl-C may come between taking a lock of Python's and knowing it,
-    and whoever waits for that lock then, as concurrent.futures does, waits for ever.
+    SimpleQueue is written in C, and we never join the thread. Ctrl-C may leave a Python-level lock locked, and code
+    that waits for such a lock (concurrent.futures does) would hang.
     """
-    asked, made = SimpleQueue(), SimpleQueue()
+    requests, results = SimpleQueue(), SimpleQueue()
 
-    def work() -> None:
-        for step in iter(asked.get, None):
+    def serve_requests() -> None:
+        for step in iter(requests.get, None):
             try:
-                made.put((make(step), None))
+                results.put((make(step), None))
             except Exception as error:
-                made.put((None, error))
-        made.put(None)
+                results.put((None, error))
+        results.put(None)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=serve_requests, daemon=True).start()
     try:
         for step in steps[:1]:
-            asked.put(step)
-        for step, following in zip_longest(steps, steps[1:]):
-            value, error = made.get()
+            requests.put(step)
+        for step, next_step in zip_longest(steps, steps[1:]):
+            value, error = results.get()
             if error is not None:
                 raise error
-            if following is not None:
-                asked.put(following)
+            if next_step is not None:
+                requests.put(next_step)
             yield step, value
     finally:
-        asked.put(None)
-        while made.get(timeout=60) is not None:  # a thread inside torch would abort the interpreter on its way out
+        requests.put(None)
+        while results.get(timeout=60) is not None:  # at exit, a thread inside torch would abort the interpreter
             pass
 
 
-def _spike(loss: float, recent: Sequence[float]) -> str:
-    """What to say of a loss that is far above the recent ones; empty where it is not, or too few are known."""
-    if len(recent) < _RECENT // 2:
+def _spike_note(loss: float, recent_losses: Sequence[float]) -> str:
+    """Return a note on a loss that is far above the recent losses; empty if it is not, or if too few are known."""
+    if len(recent_losses) < SPIKE_WINDOW // 2:
         return ""
-    usual, spread = statistics.mean(recent), statistics.stdev(recent)
-    return f"loss spike: {loss:.3g}, usually {usual:.3g}" if loss > usual + _FAR_OUT * spread else ""
+    mean, deviation = statistics.mean(recent_losses), statistics.stdev(recent_losses)
+    return f"loss spike: {loss:.3g}, usually {mean:.3g}" if loss > mean + SPIKE_SIGMA * deviation else ""
 
 
-def _names(batch: Sequence[TrainingSequence]) -> str:
-    """The examples of a step, the first few by name."""
-    shown = ", ".join(sequence.name for sequence in batch[:_NAMED])
-    return shown + (f" and {len(batch) - _NAMED} more" if len(batch) > _NAMED else "")
+def _example_names(batch: Sequence[TrainingSequence]) -> str:
+    """Return the names of a step's examples: the first MAX_NAMED_EXAMPLES, and the number of the others."""
+    names = ", ".join(sequence.name for sequence in batch[:MAX_NAMED_EXAMPLES])
+    return names + (f" and {len(batch) - MAX_NAMED_EXAMPLES} more" if len(batch) > MAX_NAMED_EXAMPLES else "")
 
 
-def _history(file: Path, first_step: int) -> tuple[deque[float], int]:
-    """Of the steps already done: the recent losses, and how many at the end were left out."""
-    done = [metrics for metrics in read_metrics(file) if metrics.step <= first_step]
-    losses = [metrics.loss for metrics in done if metrics.loss is not None]
-    skips = next((n for n, metrics in enumerate(reversed(done)) if metrics.loss is not None), len(done))
-    return deque(losses, maxlen=_RECENT), skips
+def _loss_history(file: Path, first_step: int) -> tuple[deque[float], int]:
+    """Return the recent losses of the steps up to `first_step`, and the number of steps left out at their end."""
+    past_steps = [metrics for metrics in read_metrics(file) if metrics.step <= first_step]
+    losses = [metrics.loss for metrics in past_steps if metrics.loss is not None]
+    num_skipped = next(
+        (n for n, metrics in enumerate(reversed(past_steps)) if metrics.loss is not None), len(past_steps)
+    )
+    return deque(losses, maxlen=SPIKE_WINDOW), num_skipped
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:
-    """The steps of a metrics.jsonl, up to a line that a kill or a power failure has torn."""
+    """Yield the steps of a metrics.jsonl, up to the first line that a kill or a power failure has torn."""
     if not file.exists():
         return
     for line in file.read_bytes().splitlines(keepends=True):
@@ -359,10 +368,10 @@ def read_metrics(file: Path) -> Iterator[StepMetrics]:
             yield metrics
 
 
-def _metrics_from(file: Path, first_step: int):
-    """Open for appending, with the lines of steps that will be run again cut off: they are the last ones."""
+def _open_metrics(file: Path, first_step: int):
+    """Open for appending, and cut off the last lines: steps after `first_step` run again."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-    kept = sum(metrics.step <= first_step for metrics in read_metrics(file))
+    num_kept = sum(metrics.step <= first_step for metrics in read_metrics(file))
     stream = file.open("a")
-    stream.truncate(sum(map(len, lines[:kept])))
+    stream.truncate(sum(map(len, lines[:num_kept])))
     return stream

@@ -1,9 +1,9 @@
-"""What a pack of sequences costs, on one GPU and under ZeRO alike: a weighted sum over target tokens.
+"""The loss of a pack, the same on one GPU and under ZeRO: a weighted sum over target tokens.
 
-Cross-entropy on responses, -log p(y); for sequences that keep to the reference the divergence of the whole next-token
-distribution, KL(p_ref ‖ p), as the paper's +KL has it on benign responses. The reference is the student itself with
-its adapters off: a forward pass over those sequences, 2 N FLOP a token, and no memory. Where every weight trains it is
-a frozen copy.
+The loss of a response token is its cross-entropy, -log p(y). In sequences with `use_reference_kl` it is the divergence
+of the full next-token distribution, KL(p_ref ‖ p), the paper's +KL on benign responses. The reference is the student
+itself with its adapters off: one forward pass over those sequences, 2 N FLOP per token, and no memory. In full
+fine-tuning the reference is a frozen copy.
 """
 
 import copy
@@ -21,86 +21,95 @@ from thinksafe.training.packing import PackedBatch
 
 
 class LossHead(nn.Module):
-    """The language-model head as a module of its own, so that ZeRO-3 gathers it for a pack and not for a chunk.
+    """The language-model head as a separate module, so that ZeRO-3 gathers it once per pack, not once per chunk.
 
-    The gradients are formed in the forward pass, while the weight is whole.
+    The gradients are computed in the forward pass, while the weight is gathered.
     """
 
     def __init__(self, weight: nn.Parameter, reference_weight: nn.Parameter | None):
-        """reference_weight: where the reference has a head of its own."""
+        """Keep the head.
+
+        Args:
+            weight: [V, H].
+            reference_weight: [V, H], the reference's head if it is another tensor, else None.
+        """
         super().__init__()
         self.weight, self.reference_weight = weight, reference_weight
 
     def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> tuple[Tensor, Tensor]:
-        """[R] fp32, weighted token losses of [R, H] rows, in nats, and the share of gradient mass that was skipped.
+        """Return the weighted token losses of R rows, [R] fp32 in nats, and the share of skipped gradient mass.
 
         Args:
-            reference: [pack.num_reference_rows, H], the reference's states of the first rows; None for no such rows.
+            hidden: [R, H], the decoder's output at the target rows.
+            reference: [pack.num_reference_rows, H], the reference's output at the first rows; None if there are none.
         """
         rows = pack.num_reference_rows
-        # The packer left masked rows out, so nothing is counted on the device.
+        # A pack has no masked rows. With ignore_index the operator would count them, which waits for the device.
         losses, stats = linear_cross_entropy_with_stats(
             hidden[rows:], self.weight, pack.targets[rows:], token_weight=pack.token_weight[rows:], ignore_index=None,
             reduction="none",
         )  # fmt: skip
         if rows:
-            compared = linear_kl(
+            kl_losses = linear_kl(
                 hidden[:rows], reference, self.weight, self.reference_weight, token_weight=pack.token_weight[:rows],
                 reduction="none",
             )  # fmt: skip
-            losses = torch.cat((compared, losses))
+            losses = torch.cat((kl_losses, losses))
         return losses, stats.dropped_mass
 
 
 class PackLoss(nn.Module):
-    """Decoder and head: a pack in, its weighted token losses out."""
+    """Decoder and head: computes the weighted token losses of a pack."""
 
-    def __init__(self, decoder: Decoder, with_reference: bool, run: Callable[..., Tensor] = Decoder.__call__):
-        """Takes the decoder as it is now, adapters aside, for the reference.
+    def __init__(self, decoder: Decoder, with_reference: bool, run_decoder: Callable[..., Tensor] = Decoder.__call__):
+        """Keep the decoder; without its adapters, at this moment, it is the reference.
 
         Args:
-            with_reference: whether some sequences will keep to it.
-            run: how a decoder is run on tokens, positions and attention: as it is, or by DecoderGraphs.
+            with_reference: whether some sequences will have a KL loss.
+            run_decoder: function that runs a decoder on tokens, positions and attention: eagerly, or DecoderGraphs.
         """
         super().__init__()
         self.decoder = decoder
-        self.run = run
-        copied = with_reference and decoder.lora is None
-        self.copy = copy.deepcopy(decoder).requires_grad_(False) if copied else None
-        self.head = LossHead(decoder.head, self.copy.head if copied else None)
+        self.run_decoder = run_decoder
+        needs_copy = with_reference and decoder.lora is None
+        self.reference_copy = copy.deepcopy(decoder).requires_grad_(False) if needs_copy else None
+        self.head = LossHead(decoder.head, self.reference_copy.head if needs_copy else None)
 
-    def forward(self, pack: PackedBatch, ask_reference: bool) -> tuple[Tensor, Tensor]:
-        """[R] fp32, the pack's weighted token losses; a step's loss is their sum. And `Stats.dropped_mass` of them.
+    def forward(self, pack: PackedBatch, needs_reference: bool) -> tuple[Tensor, Tensor]:
+        """Return the pack's weighted token losses, [R] fp32, and their `Stats.dropped_mass`. Their sum is the loss.
 
         Args:
-            ask_reference: read the pack's reference sequences with the reference; where there are none, a single
-                token, since under ZeRO-3 all ranks must gather the same weights at the same time.
+            needs_reference: whether to run the reference over the pack's sequences with a KL loss. If there are none,
+                the reference runs over a single token, since under ZeRO-3 all ranks must gather the same weights at
+                the same time.
         """
-        reference = self._reference_states(pack) if ask_reference else None
-        hidden = self.run(self.decoder, pack.input_ids, pack.positions, pack.attention)
+        reference = self._reference_states(pack) if needs_reference else None
+        hidden = self.run_decoder(self.decoder, pack.input_ids, pack.positions, pack.attention)
         return self.head(hidden[pack.target_rows], reference, pack)
 
     @torch.no_grad()
     def _reference_states(self, pack: PackedBatch) -> Tensor:
-        """[pack.num_reference_rows, H]."""
+        """Return the reference's output at the rows with a KL loss, [pack.num_reference_rows, H]."""
         tokens, attention = pack.num_reference_tokens, pack.reference_attention
         if not tokens:
             tokens, attention = 1, PackedAttention.of([1], pack.input_ids.device)
         with without_adapters(self.decoder):
-            hidden = self.run(self.copy or self.decoder, pack.input_ids[:tokens], pack.positions[:tokens], attention)
+            hidden = self.run_decoder(
+                self.reference_copy or self.decoder, pack.input_ids[:tokens], pack.positions[:tokens], attention
+            )
         return hidden[pack.target_rows[: pack.num_reference_rows]]
 
 
-def broken_in(packs: Sequence[PackedBatch], bad_rows: Sequence[Tensor]) -> list[str]:
-    """The examples whose losses are not finite, the first of each pack. Waits for the device.
+def non_finite_examples(packs: Sequence[PackedBatch], bad_rows: Sequence[Tensor]) -> list[str]:
+    """Return the names of examples whose loss is not finite, the first one of each pack. This waits for the device.
 
     Args:
-        bad_rows: of each pack, see `first_bad_row`.
+        bad_rows: `first_bad_row` of each pack.
     """
     rows = torch.stack(list(bad_rows)).tolist()
-    return [pack.name_of(row) for pack, row in zip(packs, rows, strict=True) if row >= 0]
+    return [pack.sequence_name(row) for pack, row in zip(packs, rows, strict=True) if row >= 0]
 
 
-def not_finite(loss: float, grad_norm: float, broken: Sequence[str]) -> str:
-    """What is wrong with a step, and where it comes from as far as that is known."""
-    return f"loss {loss}, gradient norm {grad_norm}" + (f", from {', '.join(broken)}" if broken else "")
+def non_finite_message(loss: float, grad_norm: float, examples: Sequence[str]) -> str:
+    """Return a message with the loss, the gradient norm and, if known, the examples that caused them."""
+    return f"loss {loss}, gradient norm {grad_norm}" + (f", from {', '.join(examples)}" if examples else "")

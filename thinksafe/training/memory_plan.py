@@ -1,6 +1,7 @@
-"""What a run settles by counted costs before it trains: ZeRO's stage, what layers keep, which packs become CUDA graphs.
+"""Choices made before training, from counted costs: ZeRO stage, activation checkpointing, CUDA graphs.
 
-Functions `_on` ask a device for its memory; those `_within` are told of it, and serve the estimate too.
+`choose_*` functions query the device for free memory; `*_within` functions take it as an argument, so that the estimate
+can use them.
 """
 
 import math
@@ -10,141 +11,157 @@ from dataclasses import replace
 
 import torch
 
-from thinksafe.distributed.ranks import gather
+from thinksafe.distributed.ranks import all_gather_objects
 from thinksafe.errors import UserError
 from thinksafe.hardware import Hardware, hardware_named, hardware_of
-from thinksafe.model.activation_checkpointing import KEEPING, Keeping
-from thinksafe.training.cost_model import TrainingCosts, Work, causal_pairs
+from thinksafe.model.activation_checkpointing import CHECKPOINT_MODES, CheckpointMode
+from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
 from thinksafe.training.zero_config import ZeroConfig
 
-SPARE = 0.05
-"""Share of a GPU's memory that is left to the allocator's gaps, the context and the libraries."""
+MEMORY_RESERVE = 0.05
+"""Share of a GPU's memory that is left for allocator fragmentation, the CUDA context and libraries."""
 
 
-def largest_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max_tokens: int) -> int:
-    """Tokens of the largest pack that a step can hold; see `TrainingConfig` for what makes a step."""
-    longest = sorted(lengths, reverse=True)
-    step = min(batch_tokens, sum(lengths)) if batch_tokens else sum(longest[:batch_size])
-    return max(longest[0], min(max_tokens, step))
+def max_pack_tokens(lengths: Sequence[int], batch_size: int, tokens_per_step: int, max_tokens: int) -> int:
+    """Return the tokens of the largest pack that a step can have; see `TrainingConfig` for the sizes of a step."""
+    descending = sorted(lengths, reverse=True)
+    step_tokens = min(tokens_per_step, sum(lengths)) if tokens_per_step else sum(descending[:batch_size])
+    return max(descending[0], min(max_tokens, step_tokens))
 
 
-def average_pack(lengths: Sequence[int], batch_size: int, batch_tokens: int, max_tokens: int) -> float:
-    """Tokens of the pack that a step holds on average."""
-    return min(max_tokens, batch_tokens or batch_size * sum(lengths) / len(lengths))
+def mean_pack_tokens(lengths: Sequence[int], batch_size: int, tokens_per_step: int, max_tokens: int) -> float:
+    """Return the mean number of tokens in a pack."""
+    return min(max_tokens, tokens_per_step or batch_size * sum(lengths) / len(lengths))
 
 
-def sharding_on(device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int) -> ZeroConfig:
-    """With the stage decided: as the recipe sets it, or for `auto` the one that takes the least time.
+def choose_zero_stage(
+    device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, world_size: int
+) -> ZeroConfig:
+    """Return the sharding with its stage decided: the recipe's stage, or for `auto` the fastest.
 
     Args:
-        zero: the recipe's.
-        tokens: of the largest pack.
+        zero: sharding as the recipe sets it.
+        tokens: number of tokens of the largest pack.
     """
     memory = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
     hardware = hardware_of(device) or hardware_named("H200")
-    return sharding_within((1 - SPARE) * memory, hardware, zero, costs, tokens, ranks)
+    return zero_stage_within((1 - MEMORY_RESERVE) * memory, hardware, zero, costs, tokens, world_size)
 
 
-def sharding_within(
-    memory_bytes: float, hardware: Hardware, zero: ZeroConfig, costs: TrainingCosts, tokens: int, ranks: int
+def zero_stage_within(
+    memory_bytes: float, hardware: Hardware, zero: ZeroConfig, costs: TrainingCosts, tokens: int, world_size: int
 ) -> ZeroConfig:
-    """The same for a GPU of which so much can be used.
+    """Do the same as `choose_zero_stage` for a GPU with `memory_bytes` of usable memory.
 
-    A higher stage leaves more room, so that less is computed again; the third one gathers all weights for either pass,
-    beside the products, and takes the host longer. Of equals the lowest; where none fits, the highest.
+    A higher stage leaves more memory, so less is recomputed. Stage 3 gathers all weights for the forward and the
+    backward pass; this overlaps with matmuls, but costs more host time. Among equally fast stages choose the lowest; if
+    no stage fits, the highest.
     """
     if zero.stage != "auto":
         return zero
-    possible = (3,) if zero.offload_parameters else (1, 2) if costs.fp8 else (1, 2, 3)
-    stages = [replace(zero, stage=stage) for stage in possible]
+    allowed = (3,) if zero.offload_parameters else (1, 2) if costs.fp8 else (1, 2, 3)
+    candidates = [replace(zero, stage=stage) for stage in allowed]
 
-    def seconds(one: ZeroConfig) -> float:
-        keeping = costs.choose(memory_bytes - costs.state_bytes(one, ranks), tokens)
-        if keeping is None:
+    def seconds(candidate: ZeroConfig) -> float:
+        checkpointing = costs.checkpointing_within(memory_bytes - costs.state_bytes(candidate, world_size), tokens)
+        if checkpointing is None:
             return math.inf
-        computing = costs.least_seconds(keeping, Work(tokens, tokens, causal_pairs([tokens])), 0, hardware)
-        if one.stage < 3:
-            return computing
-        link, host = costs.gathering_seconds(ranks, hardware)
-        return max(computing, link) + host
+        compute_seconds = costs.roofline_seconds(
+            checkpointing, TokenCounts(tokens, tokens, causal_pairs([tokens])), 0, hardware
+        )
+        if candidate.stage < 3:
+            return compute_seconds
+        link_seconds, host_seconds = costs.all_gather_seconds(world_size, hardware)
+        return max(compute_seconds, link_seconds) + host_seconds
 
-    fastest = min(stages, key=seconds)
-    return fastest if seconds(fastest) < math.inf else stages[-1]
+    fastest = min(candidates, key=seconds)
+    return fastest if seconds(fastest) < math.inf else candidates[-1]
 
 
-def keeping_on(
+def choose_checkpointing(
     device: torch.device,
     setting: str,
     costs: TrainingCosts,
     tokens: int,
     zero: ZeroConfig | None = None,
-    ranks: int = 1,
-) -> tuple[Keeping, ...]:
-    """What each layer keeps for its backward pass: as the recipe sets it, or for `auto` what the device has room for.
+    world_size: int = 1,
+) -> tuple[CheckpointMode, ...]:
+    """Return the activation checkpointing of each layer: the recipe's, or for `auto` what fits the device's memory.
 
-    All ranks keep the same: where weights are sharded, they are gathered together, also to compute again.
+    All ranks use the same modes: they gather sharded weights together, also to recompute.
 
     Args:
-        setting: training.activation_checkpointing.
-        tokens: of the largest pack.
-        zero, ranks: as in `TrainingCosts.state_bytes`.
+        setting: the value of training.activation_checkpointing.
+        tokens: number of tokens of the largest pack.
+        zero, world_size: as in `TrainingCosts.state_bytes`.
 
     Raises:
-        UserError: for `auto`, where a pack does not fit whatever is computed again.
+        UserError: for `auto`, a pack does not fit even if all layers are recomputed.
     """
     if setting != "auto" or device.type == "cpu":
         return ("none" if setting == "auto" else setting,) * costs.model.num_layers
-    room = (1 - SPARE) * min(gather(_free_bytes(device))) - costs.optimizer_bytes(zero, ranks)
-    if zero is not None and zero.stage == 3:  # the shards are still to come
-        room -= costs.weight_bytes(zero, ranks)
-    keeping = costs.choose(room, tokens)
-    if keeping is None:
-        least = costs.step_bytes(("full",) * costs.model.num_layers, tokens, tokens)
+    free_bytes = (1 - MEMORY_RESERVE) * min(all_gather_objects(_free_bytes(device))) - costs.optimizer_bytes(
+        zero, world_size
+    )
+    if zero is not None and zero.stage == 3:  # the shards are not allocated yet
+        free_bytes -= costs.weight_bytes(zero, world_size)
+    checkpointing = costs.checkpointing_within(free_bytes, tokens)
+    if checkpointing is None:
+        min_gib = costs.pack_bytes(("full",) * costs.model.num_layers, tokens, tokens) / 2**30
+        free_gib = max(free_bytes, 0) / 2**30
         raise UserError(
-            f"training.max_tokens_per_pack: a pack of {tokens:,} tokens takes {least / 2**30:.1f} GiB if all layers "
-            f"are computed again, and the GPU has room for {max(room, 0) / 2**30:.1f}; lower it, or training.max_length"
+            f"training.max_tokens_per_pack: a pack of {tokens:,} tokens takes {min_gib:.1f} GiB if all layers are "
+            f"recomputed, and the GPU has {free_gib:.1f} GiB free; lower it, or training.max_length"
         )
-    return keeping
+    return checkpointing
 
 
 def _free_bytes(device: torch.device) -> int:
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def recorded_on(
-    device: torch.device, costs: TrainingCosts, keeping: Sequence[Keeping], largest: int, average: float
+def choose_max_cuda_graph_tokens(
+    device: torch.device, costs: TrainingCosts, checkpointing: Sequence[CheckpointMode], max_pack: int, mean_pack: float
 ) -> int:
-    """Tokens up to which the passes of packs are recorded as CUDA graphs, see graphs.py; 0 for none, as on a CPU.
+    """Return the largest pack whose passes are captured as CUDA graphs, in tokens, see cuda_graphs.py; 0 for none.
 
-    Where the average pack may be bound by its launches, and memory is left beside the largest pack. Not in fp32, where
-    attention on a GPU asks for the sequences' lengths.
+    Passes are captured if the mean pack may be launch-bound and memory is left beside the largest pack. They are not
+    captured on a CPU, or in fp32, where attention on a GPU needs the sequences' lengths on the host.
 
     Args:
-        largest, average: tokens of packs.
+        max_pack, mean_pack: number of tokens of the largest pack, and of the mean pack.
     """
     if device.type == "cpu" or costs.itemsize == 4:
         return 0
-    room = (1 - SPARE) * _free_bytes(device) - costs.optimizer_bytes()
-    hardware = hardware_of(device) or hardware_named("H200")  # of those known, the one that waits longest for a host
-    return recorded_within(room, hardware, costs, keeping, largest, average)
+    free_bytes = (1 - MEMORY_RESERVE) * _free_bytes(device) - costs.optimizer_bytes()
+    hardware = hardware_of(device) or hardware_named("H200")  # an unknown GPU waits at most as long
+    return max_cuda_graph_tokens_within(free_bytes, hardware, costs, checkpointing, max_pack, mean_pack)
 
 
-def recorded_within(
-    room: float, hardware: Hardware, costs: TrainingCosts, keeping: Sequence[Keeping], largest: int, average: float
+def max_cuda_graph_tokens_within(
+    free_bytes: float,
+    hardware: Hardware,
+    costs: TrainingCosts,
+    checkpointing: Sequence[CheckpointMode],
+    max_pack: int,
+    mean_pack: float,
 ) -> int:
-    """The same for a GPU with so much memory for packs."""
+    """Do the same as `choose_max_cuda_graph_tokens` for a GPU with `free_bytes` for packs."""
     tokens = costs.launch_bound_tokens(hardware)
-    if average > tokens:
+    if mean_pack > tokens:
         return 0
-    tokens = min(tokens, largest)
-    fits = costs.step_bytes(keeping, largest, largest) + costs.graph_bytes(keeping, tokens) <= room
+    tokens = min(tokens, max_pack)
+    fits = (
+        costs.pack_bytes(checkpointing, max_pack, max_pack) + costs.cuda_graph_bytes(checkpointing, tokens)
+        <= free_bytes
+    )
     return tokens if fits else 0
 
 
-def described(keeping: Sequence[Keeping]) -> str:
-    """`none`, or `full in 12 layers, selective in 24`."""
-    counts = Counter(keeping)
+def describe_checkpointing(checkpointing: Sequence[CheckpointMode]) -> str:
+    """Return a description such as `none` or `full in 12 layers, selective in 24 layers`."""
+    counts = Counter(checkpointing)
     if len(counts) == 1:
-        return keeping[0]
-    return ", ".join(f"{mode} in {counts[mode]} layers" for mode in reversed(KEEPING) if counts[mode])
+        return checkpointing[0]
+    return ", ".join(f"{mode} in {counts[mode]} layers" for mode in reversed(CHECKPOINT_MODES) if counts[mode])

@@ -1,7 +1,7 @@
-"""Sequences laid end to end, so that no step computes padding and no token sees another sequence.
+"""Packed batches: sequences end to end, without padding, and with attention within each sequence only.
 
-A row of hidden states predicts the next token; only rows whose next token belongs to the response have a target.
-Sequences that are to stay as the reference has them lie at the front, so that the reference reads a slice of the pack.
+A row of the hidden states predicts the next token; only rows whose next token belongs to the response have a target.
+Sequences with a KL loss come first, so that the reference reads a slice of the pack.
 """
 
 from collections.abc import Sequence
@@ -19,47 +19,47 @@ Reduction = Literal["token", "sequence"]
 
 @dataclass(frozen=True, eq=False)
 class TrainingSequence:
-    """One tokenised example.
+    """One tokenized example.
 
     Attributes:
         input_ids: [T] int32, prompt and response.
-        response_start: index of the first response token, at least 1; everything from there on is trained.
-        name: of the example, for messages.
-        weight: of the example in the loss, positive.
-        keeps_to_reference: its loss is the divergence from the reference, not the cross-entropy.
+        num_prompt_tokens: index of the first response token, at least 1; all tokens from there on have a loss.
+        name: name of the example, for messages.
+        weight: positive weight of the example in the loss.
+        use_reference_kl: whether the loss is the KL divergence from the reference instead of the cross-entropy.
     """
 
     input_ids: np.ndarray
-    response_start: int
+    num_prompt_tokens: int
     name: str = "an unnamed example"
     weight: float = 1.0
-    keeps_to_reference: bool = False
+    use_reference_kl: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def num_targets(self) -> int:
-        """Tokens that count in the loss."""
-        return len(self.input_ids) - self.response_start
+        """Number of tokens with a loss."""
+        return len(self.input_ids) - self.num_prompt_tokens
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What one forward and backward pass reads, on the device.
+    """Input of one forward and backward pass, on the device.
 
     Attributes:
         input_ids, positions: [T] int64.
-        attention: keeps the sequences apart.
+        attention: bounds of the sequences; a token attends within its sequence only.
         target_rows: [R] int64, rows of the hidden states that have a target.
-        targets: [R] int64, the tokens they predict.
-        token_weight: [R] fp32, of each target in the loss.
-        total_weight: their sum.
-        num_reference_rows: the first so many of target_rows are compared with the reference.
-        num_reference_tokens: the first so many tokens are the sequences that these belong to.
-        reference_attention: keeps those apart.
-        names: of the sequences, in order.
-        row_ends: where in target_rows those of each sequence end.
+        targets: [R] int64, the token that each of these rows predicts.
+        token_weight: [R] fp32, weight of each target in the loss.
+        total_weight: sum of token_weight.
+        num_reference_rows: number of rows with a KL loss; they are the first of target_rows.
+        num_reference_tokens: number of tokens in sequences with a KL loss; they are the first of input_ids.
+        reference_attention: bounds of the sequences with a KL loss.
+        names: names of the sequences, in order.
+        row_ends: index in target_rows where the rows of each sequence end.
     """
 
     input_ids: Tensor
@@ -75,60 +75,64 @@ class PackedBatch:
     names: tuple[str, ...]
     row_ends: np.ndarray
 
-    def name_of(self, row: int) -> str:
-        """The sequence of a target row."""
+    def sequence_name(self, row: int) -> str:
+        """Return the name of the sequence that a target row belongs to."""
         return self.names[int(np.searchsorted(self.row_ends, row, side="right"))]
 
 
 def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices so that each group's lengths sum to at most max_tokens; a longer one is a group of its own."""
+    """Group indices so that the lengths of a group sum to at most max_tokens; a longer item is a group by itself."""
     groups: list[list[int]] = []
-    room: list[int] = []
+    free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = next((g for g, free in enumerate(room) if lengths[index] <= free), None)
-        if fits is None:
+        group = next((g for g, free in enumerate(free_tokens) if lengths[index] <= free), None)
+        if group is None:
             groups.append([index])
-            room.append(max_tokens - lengths[index])
+            free_tokens.append(max_tokens - lengths[index])
         else:
-            groups[fits].append(index)
-            room[fits] -= lengths[index]
+            groups[group].append(index)
+            free_tokens[group] -= lengths[index]
     return groups
 
 
 def collate(
     sequences: Sequence[TrainingSequence], device: torch.device | str, reduction: Reduction = "token"
 ) -> PackedBatch:
-    """Lay sequences end to end.
+    """Return the packed batch of some sequences.
 
     Args:
-        reduction: whether every token counts alike, or every sequence, whose tokens then share its weight.
+        reduction: `token` gives every token the weight of its sequence; `sequence` divides that weight among the
+            sequence's tokens.
     """
-    sequences = sorted(sequences, key=lambda sequence: not sequence.keeps_to_reference)
-    to_reference = [sequence for sequence in sequences if sequence.keeps_to_reference]
+    sequences = sorted(sequences, key=lambda sequence: not sequence.use_reference_kl)
+    kl_sequences = [sequence for sequence in sequences if sequence.use_reference_kl]
     lengths = [len(sequence) for sequence in sequences]
     input_ids = torch.from_numpy(np.concatenate([sequence.input_ids for sequence in sequences])).long()
     starts = np.cumsum([0, *lengths])
-    rows = [
-        np.arange(start + sequence.response_start - 1, start + len(sequence) - 1)
+    rows_of_sequences = [
+        np.arange(start + sequence.num_prompt_tokens - 1, start + len(sequence) - 1)
         for start, sequence in zip(starts, sequences, strict=False)
     ]
-    target_rows = torch.from_numpy(np.concatenate(rows))
-    counts = [sequence.num_targets for sequence in sequences]
-    shares = [s.weight / max(1, n if reduction == "sequence" else 1) for s, n in zip(sequences, counts, strict=True)]
-    weights = np.repeat(shares, counts)
+    target_rows = torch.from_numpy(np.concatenate(rows_of_sequences))
+    num_targets = [sequence.num_targets for sequence in sequences]
+    per_token = [
+        sequence.weight / max(1, count if reduction == "sequence" else 1)
+        for sequence, count in zip(sequences, num_targets, strict=True)
+    ]
+    token_weight = np.repeat(per_token, num_targets)
     return PackedBatch(
-        input_ids=_moved(input_ids, device),
-        positions=_moved(packed_positions(lengths, "cpu"), device),
+        input_ids=_to_device(input_ids, device),
+        positions=_to_device(packed_positions(lengths, "cpu"), device),
         attention=PackedAttention.of(lengths, device),
-        target_rows=_moved(target_rows, device),
-        targets=_moved(input_ids[target_rows + 1], device),
-        token_weight=_moved(torch.from_numpy(weights).float(), device),
-        total_weight=float(weights.sum()),
-        num_reference_rows=sum(sequence.num_targets for sequence in to_reference),
-        num_reference_tokens=sum(map(len, to_reference)),
-        reference_attention=PackedAttention.of(lengths[: len(to_reference)], device),
+        target_rows=_to_device(target_rows, device),
+        targets=_to_device(input_ids[target_rows + 1], device),
+        token_weight=_to_device(torch.from_numpy(token_weight).float(), device),
+        total_weight=float(token_weight.sum()),
+        num_reference_rows=sum(sequence.num_targets for sequence in kl_sequences),
+        num_reference_tokens=sum(map(len, kl_sequences)),
+        reference_attention=PackedAttention.of(lengths[: len(kl_sequences)], device),
         names=tuple(sequence.name for sequence in sequences),
-        row_ends=np.cumsum(counts),
+        row_ends=np.cumsum(num_targets),
     )
 
 
@@ -138,11 +142,11 @@ def pack(
     device: torch.device | str,
     reduction: Reduction = "token",
 ) -> list[PackedBatch]:
-    """The micro-batches of one optimiser step, each within max_tokens."""
+    """Return the packed batches of one optimizer step, each of at most max_tokens tokens or of one sequence."""
     groups = first_fit_decreasing([len(sequence) for sequence in sequences], max_tokens)
     return [collate([sequences[i] for i in group], device, reduction) for group in groups]
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On the device, without waiting for it."""
+def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy a tensor to the device, without waiting for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

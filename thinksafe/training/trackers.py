@@ -1,8 +1,8 @@
-"""Training seen in TensorBoard or Weights & Biases, beside metrics.jsonl, which is always written.
+"""Training curves in TensorBoard or Weights & Biases, in addition to metrics.jsonl, which is always written.
 
-A tracker is told of every step. A run that was killed repeats the steps after its checkpoint: TensorBoard is told to
-forget them, Weights & Biases goes on with the same run and is not told twice. Neither package is imported unless a
-recipe asks for it.
+A tracker logs every step. A resumed run repeats the steps after its checkpoint. TensorBoard then hides the earlier
+points of these steps; Weights & Biases continues the same run, and steps that it has are not logged again. Neither
+package is imported unless the recipe names it.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from thinksafe.training.loop import StepMetrics, read_metrics
 TrackerName = Literal["tensorboard", "wandb"]
 
 
-def require(names: Sequence[TrackerName]) -> None:
-    """Find out before the first hour of work whether a tracker can be had.
+def require_trackers(names: Sequence[TrackerName]) -> None:
+    """Check, before any work, that the trackers can be used.
 
     Raises:
-        UserError: its package is not installed, or Weights & Biases knows no account.
+        UserError: a package is not installed, or Weights & Biases has no account to log in with.
     """
     for name in names:
         try:
@@ -33,12 +33,12 @@ def require(names: Sequence[TrackerName]) -> None:
         except ImportError:
             raise UserError(f"trackers: {name} is not installed: pip install 'thinksafe[{name}]'") from None
         if name == "wandb":
-            with _in_one_line(package):
-                package.login()  # which asks for a key where there is a terminal
+            with _short_wandb_errors(package):
+                package.login()  # on a terminal it asks for a key
 
 
 @contextmanager
-def _in_one_line(wandb: ModuleType) -> Iterator[None]:
+def _short_wandb_errors(wandb: ModuleType) -> Iterator[None]:
     try:
         yield
     except wandb.Error as error:
@@ -54,12 +54,12 @@ class TensorBoard:
         self._writer = None
 
     def log(self, metrics: StepMetrics) -> None:
-        """One step; what an earlier process wrote of it and of later ones is hidden."""
+        """Log one step; points of this step and later ones from an earlier process are hidden."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder), purge_step=metrics.step)
-        for name, value in figures(metrics).items():
+        for name, value in scalars(metrics).items():
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
@@ -68,55 +68,59 @@ class TensorBoard:
 
 
 class WandB:
-    """One run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and the like are its own settings."""
+    """One run of Weights & Biases. Its own environment variables (WANDB_PROJECT, WANDB_MODE, ...) configure it."""
 
     def __init__(self, folder: Path, name: str, recipe: dict[str, Any]):
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        note = folder / "wandb.id"
-        if not note.exists():
-            partial = note.with_suffix(".partial")
+        id_file = folder / "wandb.id"
+        if not id_file.exists():
+            partial = id_file.with_suffix(".partial")
             partial.write_text(uuid.uuid4().hex)
-            os.replace(partial, note)
+            os.replace(partial, id_file)
         project = os.environ.get("WANDB_PROJECT", "thinksafe")
-        with _in_one_line(wandb):
+        with _short_wandb_errors(wandb):
             self._run = wandb.init(
-                project=project, id=note.read_text(), name=name, config=recipe, dir=str(folder), resume="allow"
+                project=project, id=id_file.read_text(), name=name, config=recipe, dir=str(folder), resume="allow"
             )
-        # Offline it does not know what an earlier process has logged; metrics.jsonl does.
-        before = max((one.step for one in read_metrics(folder / "metrics.jsonl")), default=0)
-        self._next = self._run.step or before + 1
+        # Offline, wandb does not know the steps of an earlier process, so take them from metrics.jsonl.
+        last_step = max((metrics.step for metrics in read_metrics(folder / "metrics.jsonl")), default=0)
+        self._next_step = self._run.step or last_step + 1
 
     def log(self, metrics: StepMetrics) -> None:
-        """One step, unless the run has it."""
-        if metrics.step >= self._next:
-            self._run.log(figures(metrics), step=metrics.step)
+        """Log one step, unless the run already has it."""
+        if metrics.step >= self._next_step:
+            self._run.log(scalars(metrics), step=metrics.step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def figures(metrics: StepMetrics) -> dict[str, float]:
-    """What is drawn of a step: every number that is known, but the count of steps."""
-    untold = ("step", "total_steps", "note")
-    return {f"train/{key}": value for key, value in asdict(metrics).items() if key not in untold and value is not None}
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """Return the curves of a step: every known number except the step counts."""
+    excluded = ("step", "total_steps", "note")
+    return {
+        f"train/{key}": value for key, value in asdict(metrics).items() if key not in excluded and value is not None
+    }
 
 
 @contextmanager
-def tracking(
+def open_trackers(
     names: Sequence[TrackerName], folder: Path, name: str, recipe: dict[str, Any]
 ) -> Iterator[list[TensorBoard | WandB]]:
-    """The trackers that a recipe asks for, open while training runs.
+    """Yield the trackers that a recipe names, and close them at the end.
 
     Args:
-        folder: training's, in the run directory.
-        name: of the run, for people.
-        recipe: its settings, for people.
+        folder: the training folder of the run directory.
+        name: name of the run, for display.
+        recipe: settings of the run, for display.
     """
-    require(names)
+    require_trackers(names)
     with ExitStack() as closing:
-        trackers = [TensorBoard(folder) if one == "tensorboard" else WandB(folder, name, recipe) for one in names]
+        trackers = [
+            TensorBoard(folder) if tracker == "tensorboard" else WandB(folder, name, recipe) for tracker in names
+        ]
         for tracker in trackers:
             closing.callback(tracker.close)
         yield trackers

@@ -9,15 +9,15 @@ from thinksafe.errors import UserError
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """How DeepSpeed shards training over the GPUs (ZeRO, arXiv 1910.02054). It changes what fits, not what is learned:
-    a run may go on with other values, and on another number of GPUs.
+    """How DeepSpeed shards training over the GPUs (ZeRO, arXiv 1910.02054). The settings change memory and speed, not
+    the result: a run may resume with other values, and on another number of GPUs.
 
     Attributes:
-        stage: 1 shards the optimiser's state, 2 the gradients too, 3 the weights too, which costs the most host time;
-            `auto` is the fastest by estimate: the lowest one, unless in the room that a higher one leaves so much less
-            is computed again that it takes less time. One process that is asked for no stage and no offload needs no
-            DeepSpeed.
-        offload_optimizer: keep the optimiser's state in host memory and step there.
+        stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights, which costs the most host time.
+            `auto` picks the stage with the lowest estimated step time: usually the lowest, or a higher one when the
+            memory it frees saves more recomputation than its communication costs. A single process with stage `auto`
+            and no offload does not use DeepSpeed.
+        offload_optimizer: keep the optimizer state in host memory, and run the optimizer there.
         offload_parameters: keep the weights in host memory until a layer needs them; stage 3 only.
     """
 
@@ -31,13 +31,13 @@ class ZeroConfig:
         if self.offload_parameters and self.stage not in ("auto", 3):
             raise ValueError("offload_parameters needs stage 3")
 
-    def is_needed(self, ranks: int) -> bool:
-        """Whether so many ranks train with DeepSpeed."""
-        return ranks > 1 or self != ZeroConfig()
+    def is_needed(self, world_size: int) -> bool:
+        """Return whether training on `world_size` ranks uses DeepSpeed."""
+        return world_size > 1 or self != ZeroConfig()
 
 
 def require_deepspeed() -> None:
-    """Find out before the first hour of work whether ZeRO can be had.
+    """Check, before any work, that ZeRO can be used.
 
     Raises:
         UserError: DeepSpeed is not installed.

@@ -1,7 +1,7 @@
-"""Whether a kernel's 32-bit integers can overflow: interval arithmetic over Triton's IR, with no memory and no GPU.
+"""Check for 32-bit integer overflow in a kernel: interval arithmetic over Triton's IR, without memory or a GPU.
 
-Sizes are single numbers, program ids and loop counters run over intervals, and every integer operation is followed. It
-knows the operations that this repository's kernels use, and reports any other that makes an index as not understood.
+Sizes are single numbers; program ids and loop counters are intervals. The check follows every integer operation. It
+supports the operations that this repository's kernels use, and reports an index from any other operation as a fault.
 """
 
 import re
@@ -9,104 +9,106 @@ from dataclasses import dataclass
 
 Interval = tuple[int, int]
 
-_SAME = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci", '"tt.reduce"')
-_INT = re.compile(r"(?:^|x)i(?:32|64)>?$")
+_RANGE_PRESERVING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi", "arith.trunci", '"tt.reduce"')
+_INTEGER_TYPE = re.compile(r"(?:^|x)i(?:32|64)>?$")
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What was found.
+class IndexRanges:
+    """Result of the check.
 
     Attributes:
-        faults: lines with a 32-bit result outside 32 bits, or that were not understood.
-        largest_offset: the largest number added to a pointer, in elements.
+        faults: lines of the IR whose 32-bit result overflows, or whose operation is not supported.
+        largest_offset: the largest offset that is added to a pointer, in elements.
     """
 
     faults: list[str]
     largest_offset: int
 
 
-def index_ranges(ttir: str, sizes: dict[str, int], programs: tuple[int, ...], loads: dict[str, int]) -> Ranges:
-    """Follow all integers of a kernel.
+def index_ranges(
+    ttir: str, sizes: dict[str, int], grid: tuple[int, ...], max_loaded_index: dict[str, int]
+) -> IndexRanges:
+    """Compute the range of every integer of a kernel.
 
     Args:
-        ttir: the kernel after Triton's first passes, as text.
+        ttir: text of the kernel's Triton IR (TTIR), after Triton's first passes.
         sizes: integer argument -> its value.
-        programs: programs along each axis of the grid.
-        loads: pointer argument -> the largest number that may be read there; the smallest is 0.
+        grid: programs along each axis of the grid.
+        max_loaded_index: pointer argument -> the largest integer that the kernel may read from it; the smallest is 0.
     """
     values: dict[str, Interval | str | None] = {f"%{name}": (value, value) for name, value in sizes.items()}
-    values |= {f"%{name}": name for name in loads}  # a pointer is the name of its argument
-    faults, largest = [], 0
+    values |= {f"%{name}": name for name in max_loaded_index}  # a pointer's value is the name of its argument
+    faults, largest_offset = [], 0
     for line in ttir.splitlines():
         line = line.split(" loc(")[0].strip()
-        if loop := re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+) step", line):
-            low, high = values[loop[2]], values[loop[3]]
-            values[loop[1]] = (low[0], high[1] - 1)
+        if loop_match := re.search(r"scf\.for (%\w+) = (%\w+) to (%\w+) step", line):
+            low, high = values[loop_match[2]], values[loop_match[3]]
+            values[loop_match[1]] = (low[0], high[1] - 1)
             continue
         if not (match := re.match(r'(%\w+) = ("?[\w.]+"?)[ (]?(.*)', line)):
             continue
-        name, operation, rest = match.groups()
-        kind = re.split(r" : | to | -> ", rest)[-1]
-        operands = [values.get(operand) for operand in re.findall(r"%\w+", rest)]
+        name, operation, operand_text = match.groups()
+        result_type = re.split(r" : | to | -> ", operand_text)[-1]
+        operands = [values.get(operand) for operand in re.findall(r"%\w+", operand_text)]
         if operation == "tt.addptr":
             values[name] = operands[0]
             if operands[1] is None:
                 faults.append(line)
             else:
-                largest = max(largest, operands[1][1])
-        elif operation in _SAME and "!tt.ptr" in rest:
+                largest_offset = max(largest_offset, operands[1][1])
+        elif operation in _RANGE_PRESERVING and "!tt.ptr" in operand_text:
             values[name] = operands[0]
-        elif _INT.search(kind) or operation in ("tt.load", '"tt.reduce"'):
-            values[name] = found = _interval(operation, rest, operands, programs, loads)
+        elif _INTEGER_TYPE.search(result_type) or operation in ("tt.load", '"tt.reduce"'):
+            values[name] = interval = _result_interval(operation, operand_text, operands, grid, max_loaded_index)
             arithmetic = operation in ("arith.addi", "arith.subi", "arith.muli")
-            if (found is None and arithmetic) or (
-                found and "i32" in kind and not -(2**31) <= found[0] <= found[1] < 2**31
+            if (interval is None and arithmetic) or (
+                interval and "i32" in result_type and not -(2**31) <= interval[0] <= interval[1] < 2**31
             ):
                 faults.append(line)
-    return Ranges(faults, largest)
+    return IndexRanges(faults, largest_offset)
 
 
-def _interval(operation, rest, operands, programs, loads) -> Interval | None:
-    """The range of one integer result; None where it is unknown."""
+def _result_interval(operation, operand_text, operands, grid, max_loaded_index) -> Interval | None:
+    """Return the range of one integer result; None if it is unknown."""
     if operation == "arith.constant":
-        value = int(re.search(r"-?\d+", rest)[0])
+        value = int(re.search(r"-?\d+", operand_text)[0])
         return value, value
     if operation == "tt.make_range":
-        return int(re.search(r"start = (\d+)", rest)[1]), int(re.search(r"end = (\d+)", rest)[1]) - 1
+        return int(re.search(r"start = (\d+)", operand_text)[1]), int(re.search(r"end = (\d+)", operand_text)[1]) - 1
     if operation in ("tt.get_program_id", "tt.get_num_programs"):
-        count = programs["xyz".index(rest[0])]
-        return (0, count - 1) if operation == "tt.get_program_id" else (1, count)
+        num_programs = grid["xyz".index(operand_text[0])]
+        return (0, num_programs - 1) if operation == "tt.get_program_id" else (1, num_programs)
     if operation == "tt.load":
-        return (0, loads[operands[0]]) if operands[0] in loads else None
+        return (0, max_loaded_index[operands[0]]) if operands[0] in max_loaded_index else None
     if operation == "tt.bitcast":
         return -(2**31), 2**31 - 1
-    if operation == "arith.extui" and re.search(r"\bi1\b|xi1>", rest):
+    if operation == "arith.extui" and re.search(r"\bi1\b|xi1>", operand_text):
         return 0, 1
     if operation == "arith.select":
         operands = operands[1:]
     if not operands or None in operands:
         return None
-    a, b = operands[0], operands[-1]
-    if operation in _SAME:
-        return a
+    left, right = operands[0], operands[-1]
+    if operation in _RANGE_PRESERVING:
+        return left
     if operation == "arith.addi":
-        return a[0] + b[0], a[1] + b[1]
+        return left[0] + right[0], left[1] + right[1]
     if operation == "arith.subi":
-        return a[0] - b[1], a[1] - b[0]
+        return left[0] - right[1], left[1] - right[0]
     if operation in ("arith.muli", "arith.divsi"):
-        if operation == "arith.divsi" and b[0] < 1:
+        if operation == "arith.divsi" and right[0] < 1:
             return None
-        corners = [x * y if operation == "arith.muli" else x // y for x in a for y in b]
+        corners = [x * y if operation == "arith.muli" else x // y for x in left for y in right]
         return min(corners), max(corners)
-    if operation == "arith.remsi" and a[0] >= 0 and b[0] >= 1:
-        return 0, min(a[1], b[1] - 1)
-    if operation == "arith.shrsi" and b[0] == b[1]:
-        return a[0] >> b[0], a[1] >> b[0]
+    if operation == "arith.remsi" and left[0] >= 0 and right[0] >= 1:
+        return 0, min(left[1], right[1] - 1)
+    if operation == "arith.shrsi" and right[0] == right[1]:
+        return left[0] >> right[0], left[1] >> right[0]
     if operation == "arith.minsi":
-        return min(a[0], b[0]), min(a[1], b[1])
+        return min(left[0], right[0]), min(left[1], right[1])
     if operation == "arith.maxsi":
-        return max(a[0], b[0]), max(a[1], b[1])
+        return max(left[0], right[0]), max(left[1], right[1])
     if operation == "arith.select":
-        return min(a[0], b[0]), max(a[1], b[1])
+        return min(left[0], right[0]), max(left[1], right[1])
     return None

@@ -1,11 +1,11 @@
-"""What is compiled: a kernel, its arguments, and what is asked of the result."""
+"""The description of one compilation: a kernel, its arguments, and requirements on the compiled code."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-# A call too large for any GPU of today, so that every product of a row and a width passes 2^31.
+# A call too large for any GPU of today, so that every row index times a width exceeds 2^31.
 T, H, V, HEADS, INTERMEDIATE = 2**22, 8192, 151_936, 64, 25_600
-PROCESSORS = 132
+NUM_SMS = 132
 
 
 @dataclass(frozen=True)
@@ -13,15 +13,16 @@ class Build:
     """One kernel in one configuration.
 
     Attributes:
-        arguments: argument -> Triton type, for everything that is not a constant.
-        constants: constexpr arguments; pointers in neither are None.
-        sizes: integer argument -> its value in the largest call; None where indices come out of a page table, which
+        name: key of the build's row in benchmarks/results/sm_90a; it stays the same if the kernel is renamed.
+        arguments: argument -> Triton type, for every argument that is not a constant.
+        constants: constexpr argument -> value. An argument in neither dictionary is a pointer that is None.
+        sizes: integer argument -> its value in the largest call. None if indices come from a page table; such kernels
             are tested on memory of more than 2^31 elements instead.
-        programs: that call's grid.
-        loads: pointer argument -> the largest index that is read there.
-        resident: programs that must fit a processor at the same time.
-        streams: bytes that a turn of its loop reads from memory, where those are to bound it.
-        uses: the `Figures` that must not be 0: the instructions it is written for.
+        grid: grid of the largest call.
+        max_loaded_index: pointer argument -> the largest index that the kernel reads from it.
+        programs_per_sm: programs that must fit on an SM at the same time.
+        bytes_per_iteration: bytes that one iteration of the loop reads, if memory must be the loop's limit; else 0.
+        required_instructions: fields of `KernelStats` that must not be 0: the instructions that the kernel needs.
     """
 
     name: str
@@ -30,14 +31,14 @@ class Build:
     constants: dict[str, Any]
     num_warps: int
     sizes: dict[str, int] | None = None
-    programs: tuple[int, ...] = ()
-    loads: dict[str, int] = field(default_factory=dict)
+    grid: tuple[int, ...] = ()
+    max_loaded_index: dict[str, int] = field(default_factory=dict)
     num_stages: int = 3
-    resident: int = 1
-    streams: int = 0
-    uses: tuple[str, ...] = ("wide_loads",)
+    programs_per_sm: int = 1
+    bytes_per_iteration: int = 0
+    required_instructions: tuple[str, ...] = ("wide_loads",)
 
 
 def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:
-    """Triton's type of a tile that the copy engine moves."""
+    """Return Triton's type of a tensor descriptor, whose tiles TMA copies."""
     return f"tensordesc<{dtype}[{rows},{columns}]>"

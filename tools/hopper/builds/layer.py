@@ -1,103 +1,105 @@
-"""What a layer computes outside of attention: norms, rotation, gate, products."""
+"""Builds of a layer's operations other than attention: norms, rotation, gate, matmuls."""
 
-from thinksafe.kernels import fp8, rms_norm, rope, row_linear, swiglu
-from tools.hopper.builds.build import HEADS, INTERMEDIATE, PROCESSORS, Build, H, T, V, descriptor
+from thinksafe.kernels import batch_invariant_linear, fp8, rms_norm, rope, swiglu
+from tools.hopper.builds.build import HEADS, INTERMEDIATE, NUM_SMS, Build, H, T, V, descriptor
 
 
 def norm_builds() -> list[Build]:
-    """Every tile that a hidden size can take, with and without what training needs."""
-    found = []
+    """Return builds of the norms for every tile that a hidden size can have, for inference and training."""
+    builds = []
     for hidden in (1024, 2048, 4096, 5120):
-        tile, num_warps = rms_norm._tile(hidden)
-        blocks = T // tile["ROWS"]
-        for residual in (False, True):
-            found.append(
+        tile, num_warps = rms_norm.tile_config(hidden)
+        num_blocks = T // tile["ROWS"]
+        for has_residual in (False, True):
+            builds.append(
                 Build(
-                    f"rms_norm{' with residual' if residual else ''} H={hidden}",
+                    f"rms_norm{' with residual' if has_residual else ''} H={hidden}",
                     rms_norm._forward_kernel,
                     {
-                        **dict.fromkeys(("x_ptr", "residual_ptr", "sum_ptr", "weight_ptr", "y_ptr"), "*bf16"),
+                        **dict.fromkeys(("x_ptr", "residual_ptr", "residual_out_ptr", "weight_ptr", "y_ptr"), "*bf16"),
                         "rstd_ptr": "*fp32",
                         "num_rows": "i32",
                         "H": "i32",
                         "eps": "fp32",
                     },
-                    {"HAS_RESIDUAL": residual, **tile},
+                    {"HAS_RESIDUAL": has_residual, **tile},
                     num_warps,
                     {"num_rows": T, "H": hidden},
-                    (blocks,),
+                    (num_blocks,),
                 )
             )
-        for grad_sum, needs_weight in ((False, False), (True, False), (True, True)):
-            found.append(
+        for has_grad_residual, needs_weight in ((False, False), (True, False), (True, True)):
+            gradients = f"{' with residual' if has_grad_residual else ''}{' and gain' if needs_weight else ''}"
+            builds.append(
                 Build(
-                    f"rms_norm backward{' with residual' if grad_sum else ''}{' and gain' if needs_weight else ''} "
-                    f"H={hidden}",
+                    f"rms_norm backward{gradients} H={hidden}",
                     rms_norm._backward_kernel,
                     {
-                        **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_sum_ptr", "grad_x_ptr"), "*bf16"),
+                        **dict.fromkeys(("grad_y_ptr", "x_ptr", "weight_ptr"), "*bf16"),
+                        **dict.fromkeys(("grad_residual_out_ptr", "grad_x_ptr"), "*bf16"),
                         **dict.fromkeys(("rstd_ptr", "grad_weight_ptr"), "*fp32"),
                         **dict.fromkeys(("num_rows", "H", "num_blocks"), "i32"),
                     },
-                    {"HAS_GRAD_SUM": grad_sum, "NEEDS_WEIGHT": needs_weight, **tile},
+                    {"HAS_GRAD_RESIDUAL_OUT": has_grad_residual, "NEEDS_WEIGHT": needs_weight, **tile},
                     num_warps,
-                    {"num_rows": T, "H": hidden, "num_blocks": blocks},
+                    {"num_rows": T, "H": hidden, "num_blocks": num_blocks},
                     (1024,),
                 )
             )
-    return found
+    return builds
 
 
 def rotation_builds() -> list[Build]:
-    """Heads of 64 and 128 elements."""
-    found = []
-    angles = dict.fromkeys(("cos_ptr", "sin_ptr", "rstd_ptr"), "*fp32")
-    heads = {"num_rows": T * HEADS, "num_heads": HEADS}
+    """Return builds of the rotation, with and without norm, for heads of 64 and 128 elements."""
+    builds = []
+    angle_types = dict.fromkeys(("cos_ptr", "sin_ptr", "rstd_ptr"), "*fp32")
+    head_sizes = {"num_rows": T * HEADS, "num_heads": HEADS}
     for half in (32, 64):
-        tile = {"ROWS": rope.TILE // half, "HALF": half}
-        blocks = T * HEADS // tile["ROWS"]
-        for norm in (False, True):
-            found.append(
+        tile = {"ROWS": rope.PAIRS_PER_PROGRAM // half, "HALF": half}
+        num_blocks = T * HEADS // tile["ROWS"]
+        for has_norm in (False, True):
+            builds.append(
                 Build(
-                    f"{'qk_norm_rope' if norm else 'rope'} D={2 * half}",
+                    f"{'qk_norm_rope' if has_norm else 'rope'} D={2 * half}",
                     rope._forward_kernel,
                     {
                         **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16"),
-                        **angles,
+                        **angle_types,
                         "num_rows": "i32",
                         "num_heads": "i32",
                         "eps": "fp32",
                     },
-                    {"NORM": norm, **tile},
+                    {"NORM": has_norm, **tile},
                     4,
-                    heads,
-                    (blocks,),
+                    head_sizes,
+                    (num_blocks,),
                 )
             )
-        for norm, needs_weight in ((False, False), (True, False), (True, True)):
-            found.append(
+        for has_norm, needs_weight in ((False, False), (True, False), (True, True)):
+            operation = "qk_norm_rope" if has_norm else "rope"
+            builds.append(
                 Build(
-                    f"{'qk_norm_rope' if norm else 'rope'} backward{' with gain' if needs_weight else ''} D={2 * half}",
+                    f"{operation} backward{' with gain' if needs_weight else ''} D={2 * half}",
                     rope._backward_kernel,
                     {
-                        **dict.fromkeys(("grad_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16"),
-                        **angles,
+                        **dict.fromkeys(("grad_y_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16"),
+                        **angle_types,
                         "grad_weight_ptr": "*fp32",
                         **dict.fromkeys(("num_rows", "num_heads", "num_blocks"), "i32"),
                     },
-                    {"NORM": norm, "NEEDS_WEIGHT": needs_weight, **tile},
+                    {"NORM": has_norm, "NEEDS_WEIGHT": needs_weight, **tile},
                     4,
-                    heads | {"num_blocks": blocks},
+                    head_sizes | {"num_blocks": num_blocks},
                     (1024,),
                 )
             )
-    return found
+    return builds
 
 
 def gate_builds() -> list[Build]:
-    """One shape for all sizes."""
-    elements = T * INTERMEDIATE
-    backward = ("grad_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
+    """Return the builds of the gate, which has one configuration for all sizes."""
+    num_elements = T * INTERMEDIATE
+    backward_tensors = ("grad_y_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
     return [
         Build(
             "swiglu",
@@ -106,66 +108,66 @@ def gate_builds() -> list[Build]:
                 **dict.fromkeys(("gate_ptr", "up_ptr", "y_ptr"), "*bf16"),
                 **dict.fromkeys(("gate_stride", "up_stride", "num_columns"), "i32"),
             },
-            {"BLOCK": swiglu._COLUMNS},
+            {"BLOCK": swiglu.FORWARD_BLOCK},
             4,
             {"gate_stride": 2 * INTERMEDIATE, "up_stride": 2 * INTERMEDIATE, "num_columns": INTERMEDIATE},
-            (T, INTERMEDIATE // swiglu._COLUMNS),
+            (T, INTERMEDIATE // swiglu.FORWARD_BLOCK),
         ),
         Build(
             "swiglu backward",
             swiglu._backward_kernel,
-            {**dict.fromkeys(backward, "*bf16"), "num_elements": "i64"},
-            {"BLOCK": swiglu._BLOCK},
+            {**dict.fromkeys(backward_tensors, "*bf16"), "num_elements": "i64"},
+            {"BLOCK": swiglu.BACKWARD_BLOCK},
             8,
-            {"num_elements": elements},
-            (elements // swiglu._BLOCK,),
+            {"num_elements": num_elements},
+            (num_elements // swiglu.BACKWARD_BLOCK,),
         ),
     ]
 
 
-def row_linear_builds() -> list[Build]:
-    """Every tile of the products whose rows are independent, in bf16 and in e4m3, and the rounding to it."""
-    found = []
-    for kind, itemsize in (("bf16", 2), ("fp8e4nv", 1)):
-        block_k = row_linear.BLOCK_BYTES // itemsize
-        for tiles in row_linear.TILES[itemsize]:
-            found.append(
+def linear_builds() -> list[Build]:
+    """Return builds of the batch-invariant matmul for every tile in bf16 and e4m3, and of the quantization to e4m3."""
+    builds = []
+    for dtype, itemsize in (("bf16", 2), ("fp8e4nv", 1)):
+        block_k = batch_invariant_linear.BLOCK_K_BYTES // itemsize
+        for tile in batch_invariant_linear.TILE_CONFIGS[itemsize]:
+            builds.append(
                 Build(
-                    f"row_linear {'bf16' if itemsize == 2 else 'e4m3'} {tiles.rows}x{tiles.columns}",
-                    row_linear._row_linear_kernel,
+                    f"row_linear {'bf16' if itemsize == 2 else 'e4m3'} {tile.block_t}x{tile.block_n}",
+                    batch_invariant_linear._batch_invariant_linear_kernel,
                     {
-                        "x_desc": descriptor(tiles.rows, block_k, kind),
-                        "w_desc": descriptor(tiles.columns, block_k, kind),
-                        **(dict.fromkeys(("x_exponents_ptr", "w_exponents_ptr"), "*u8") if itemsize == 1 else {}),
+                        "x_desc": descriptor(tile.block_t, block_k, dtype),
+                        "w_desc": descriptor(tile.block_n, block_k, dtype),
+                        **(dict.fromkeys(("x_scales_ptr", "w_scales_ptr"), "*u8") if itemsize == 1 else {}),
                         "bias_ptr": "*bf16",
                         "out_ptr": "*bf16",
                         **dict.fromkeys(("T", "N", "K"), "i32"),
                     },
                     {
-                        "BLOCK_T": tiles.rows,
-                        "BLOCK_N": tiles.columns,
+                        "BLOCK_T": tile.block_t,
+                        "BLOCK_N": tile.block_n,
                         "BLOCK_K": block_k,
-                        "GROUP": row_linear.GROUP,
+                        "GROUP": batch_invariant_linear.GROUP,
                     },
-                    tiles.num_warps,
+                    tile.num_warps,
                     {"T": T, "N": V, "K": H},
-                    (PROCESSORS,),
+                    (NUM_SMS,),
                     {},
-                    tiles.num_stages,
-                    uses=("wgmma", "tma_loads"),
+                    tile.num_stages,
+                    required_instructions=("wgmma", "tma_loads"),
                 )
             )
-    for scaled in (False, True):
-        columns = {"columns_ptr": "*u8"} if scaled else {}
-        found.append(
+    for has_column_scales in (False, True):
+        column_arguments = {"column_scales_ptr": "*u8"} if has_column_scales else {}
+        builds.append(
             Build(
-                f"quantise a row{' of scaled columns' if scaled else ''}",
-                fp8._quantise_kernel,
-                {"x_ptr": "*bf16", **columns, "values_ptr": "*fp8e4nv", "exponents_ptr": "*u8", "D": "i32"},
+                f"quantise a row{' of scaled columns' if has_column_scales else ''}",
+                fp8._quantize_kernel,
+                {"x_ptr": "*bf16", **column_arguments, "values_ptr": "*fp8e4nv", "scales_ptr": "*u8", "D": "i32"},
                 {"BLOCK_D": 16_384},
                 8,
                 {"D": 2 * H},
                 (T,),
             )
         )
-    return found
+    return builds

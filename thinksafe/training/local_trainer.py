@@ -1,8 +1,8 @@
-"""The single-process training engine: forward, backward, clip, AdamW.
+"""The single-process trainer: forward, backward, clip, AdamW.
 
-The loop drives an engine through `step`, `tensors` and `load_tensors` and does not know which one it has. The loss is
-the weighted sum of token losses over the step's packs divided by the sum of the weights, so how sequences fall into
-packs does not change the gradient.
+The loop calls `step`, `state_dict` and `load_state_dict` and does not know which trainer it has. The loss is the
+weighted sum of token losses over the step's packs divided by the sum of the weights, so the gradient does not depend on
+how sequences are packed.
 """
 
 import math
@@ -14,14 +14,20 @@ from torch import Tensor, nn
 from thinksafe.kernels.chunked_loss import first_bad_row
 from thinksafe.model.decoder import Decoder
 from thinksafe.training.cuda_graphs import DecoderGraphs
-from thinksafe.training.losses import PackLoss, broken_in, not_finite
+from thinksafe.training.losses import PackLoss, non_finite_examples, non_finite_message
 from thinksafe.training.packing import PackedBatch
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Weighted mean of the token losses, in nats, the gradient's norm before clipping, and the largest share of a
-    pack's gradient mass at the head that was skipped, see linear_cross_entropy.py."""
+    """Result of one optimizer step.
+
+    Attributes:
+        loss: weighted mean of the token losses, in nats.
+        grad_norm: norm of the gradient before clipping.
+        dropped_mass: largest share of a pack's gradient mass at the head that was skipped, see
+            linear_cross_entropy.py.
+    """
 
     loss: float
     grad_norm: float
@@ -32,8 +38,8 @@ class NonFiniteStep(ArithmeticError):
     """Loss, gradient or weights are NaN or infinite."""
 
 
-class SingleEngine:
-    """AdamW on whatever parameters of the decoder require a gradient, with fp32 master copies of bf16 ones."""
+class LocalTrainer:
+    """AdamW on all parameters of the decoder that require a gradient, with fp32 master copies of bf16 parameters."""
 
     def __init__(
         self,
@@ -41,87 +47,92 @@ class SingleEngine:
         max_grad_norm: float,
         weight_decay: float,
         with_reference: bool = False,
-        recorded_tokens: int = 0,
+        max_cuda_graph_tokens: int = 0,
     ):
-        """Train a decoder where it is.
+        """Prepare to train a decoder on its device.
 
         Args:
-            with_reference: whether sequences will come that keep to what the decoder is now, adapters aside.
-            recorded_tokens: up to which packs are run as CUDA graphs, see `recorded_on`; 0 for none.
+            with_reference: whether some sequences will have a KL loss. The reference is the decoder at this moment,
+                without adapters.
+            max_cuda_graph_tokens: largest pack that runs as CUDA graphs, see `choose_max_cuda_graph_tokens`; 0 disables
+                graphs.
         """
         self.decoder = decoder
-        graphs = (DecoderGraphs(decoder.embedding, recorded_tokens),) if recorded_tokens else ()
+        graphs = (DecoderGraphs(decoder.embedding, max_cuda_graph_tokens),) if max_cuda_graph_tokens else ()
         self.loss = PackLoss(decoder, with_reference, *graphs)
         self.device = decoder.embedding.device
         self.max_grad_norm = max_grad_norm
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in decoder.named_parameters() if parameter.requires_grad
         }
-        # lr 1e-5 is below bf16's resolution of a weight of 0.01: the optimiser works on fp32.
+        # An update of 1e-5 (the learning rate) is below bf16's resolution at a weight of 0.01, so AdamW works on fp32.
         self.masters = {
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self.parameters.items()
         }
         self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
-        for master in self.masters.values():  # now, so that a checkpoint holds them even if no step was finite
+        # AdamW would create the moments in its first step; a checkpoint must hold them even if no step was finite.
+        for master in self.masters.values():
             moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
-        """One optimiser step over all packs.
+        """Take one optimizer step over all packs.
 
         Raises:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
         """
         total_weight = sum(pack.total_weight for pack in packs)
-        loss, dropped, bad_rows = torch.zeros((), device=self.device), [], []
+        loss, dropped_masses, bad_rows = torch.zeros((), device=self.device), [], []
         self.decoder.train()
         for pack in packs:
-            pack_loss, dropped_mass, bad_row = self._add_gradients(pack, total_weight)
+            pack_loss, dropped_mass, bad_row = self._accumulate_gradients(pack, total_weight)
             loss += pack_loss
-            dropped.append(dropped_mass)
+            dropped_masses.append(dropped_mass)
             bad_rows.append(bad_row)
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 self.masters[name].grad, parameter.grad = parameter.grad.float(), None
         grad_norm = nn.utils.clip_grad_norm_(self.masters.values(), self.max_grad_norm)
-        found = torch.stack((loss, grad_norm, torch.stack(dropped).amax()))
-        result = StepResult(*found.tolist())  # the step's only wait for the device
+        results = torch.stack((loss, grad_norm, torch.stack(dropped_masses).amax()))
+        result = StepResult(*results.tolist())  # the only time the step waits for the device
         if not math.isfinite(result.loss + result.grad_norm):
             self.optimizer.zero_grad()
-            raise NonFiniteStep(not_finite(result.loss, result.grad_norm, broken_in(packs, bad_rows)))
+            raise NonFiniteStep(non_finite_message(result.loss, result.grad_norm, non_finite_examples(packs, bad_rows)))
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._publish_masters()
+        self._copy_masters_to_parameters()
         return result
 
-    def _add_gradients(self, pack: PackedBatch, total_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one pack; its part of the loss, its dropped mass and its first bad row. What autograd holds of the pass is
-        gone on return, as the recording of another one needs."""
+    def _accumulate_gradients(self, pack: PackedBatch, total_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Add one pack's gradients; return its part of the loss, its dropped mass and its first bad row.
+
+        On return autograd holds nothing of this pass, which the capture of another pass requires.
+        """
         losses, dropped_mass = self.loss(pack, pack.num_reference_rows > 0)
         pack_loss = losses.sum() / total_weight
         pack_loss.backward()
         return pack_loss.detach(), dropped_mass, first_bad_row(losses)
 
     @torch.no_grad()
-    def _publish_masters(self) -> None:
+    def _copy_masters_to_parameters(self) -> None:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
-    def check_weights(self) -> None:
-        """Look at every trained weight, which waits for the device: for checkpoints, not for every step.
+    def check_weights_finite(self) -> None:
+        """Check that every trained weight is finite. This waits for the device, so call it for checkpoints only.
 
         Raises:
-            NonFiniteStep: one is NaN or infinite, or so large (1e19) that its square is.
+            NonFiniteStep: a weight is NaN or infinite, or so large (1e19) that its square is infinite.
         """
         norm = nn.utils.get_total_norm(self.masters.values()).item()
         if not math.isfinite(norm):
             raise NonFiniteStep(f"the norm of the weights is {norm}")
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs: fp32 weights and both moments."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state that a resumed run needs: fp32 weights, both moments and AdamW's step counts."""
         state = {f"weight.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.optimizer.state[master].items():
@@ -129,16 +140,16 @@ class SingleEngine:
         return state
 
     @torch.no_grad()
-    def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned, in place."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load what `state_dict` returned, in place."""
         for name, master in self.masters.items():
             master.copy_(state[f"weight.{name}"])
             moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
-        self._publish_masters()
+        self._copy_masters_to_parameters()
 
     def finish(self) -> None:
-        """Make the decoder ready to be saved, which here it always is."""
+        """Do nothing: the decoder is always ready to be saved."""
 
     def close(self) -> None:
-        """Nothing outlives this engine, so there is nothing to give back."""
+        """Do nothing: no memory outlives this trainer."""

@@ -1,0 +1,33 @@
+"""The CUDA C++ kernels of csrc/: one shared library with a C interface, which csrc/build.py compiles with nvcc."""
+
+import ctypes
+import warnings
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import thinksafe
+
+LIBRARY_PATH = Path(thinksafe.__file__).with_name("libthinksafe.so")
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """Return the compiled kernels. Without them warn once and return None: the package was installed without nvcc."""
+    if not LIBRARY_PATH.exists():
+        warnings.warn(
+            "csrc/ is not compiled, so sampling on this GPU runs in plain torch. To compile it, put nvcc on PATH and "
+            "run `python csrc/build.py` in the repository, or install the package again",
+            stacklevel=2,
+        )
+        return None
+    return declare_signatures(ctypes.CDLL(str(LIBRARY_PATH)))
+
+
+def declare_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declare the argument and result types for ctypes; return the library."""
+    library.thinksafe_sample_workspace.restype = c_int64
+    library.thinksafe_sample_workspace.argtypes = (c_int64, c_int64)
+    library.thinksafe_sample.restype = c_int
+    library.thinksafe_sample.argtypes = (c_void_p, c_int64, c_int64, c_int64, *(c_void_p,) * 9)
+    return library

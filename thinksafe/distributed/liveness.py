@@ -1,0 +1,205 @@
+"""Liveness: every worker sends heartbeats to the shared store, and all workers end when one fails or falls silent.
+
+A launcher ends the workers that it started when one of them dies. Workers that ssh started on several machines have no
+such launcher, so a thread in each worker watches the heartbeats of the next rank. When workers fail, one of them prints
+the reason and the others exit without a message. This module knows nothing of the work that the workers do.
+
+A worker's pulse is a counter in the store: each heartbeat adds 1 to it, and a worker that ends adds `_FAREWELL`.
+"""
+
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+from torch.distributed import Store
+
+from thinksafe.errors import UserError
+
+HEARTBEAT_SECONDS, SILENCE_TIMEOUT = 1.0, 40.0
+SHUTDOWN_TIMEOUT = 6.0
+"""Seconds within which all workers end after a failure: each of them notices the failure at its next heartbeat."""
+_CONNECTION_ERROR = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
+_RESUME_HINT = "no finished work is lost, run the same command again to continue"
+_STORE_LOST = "the launcher or the machine of the leader (worker 0) is gone"
+_STOPPED = "stopped by a signal, which launchers send when another worker has failed"
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_FAREWELL = 1 << 40
+"""Number added to a worker's pulse when the worker ends: a pulse of this size or more sends no more heartbeats."""
+
+
+class Liveness:
+    """The heartbeat of this worker and its watch over the others."""
+
+    def __init__(self, store: Store, rank: int, world_size: int):
+        self._store, self._rank, self._world_size = store, rank, world_size
+        self._stopped, self._exit_lock = threading.Event(), threading.Lock()
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Send heartbeats and watch the next rank in a thread while the body runs.
+
+        If the body raises, one worker raises the error in words for the user; the others exit without a message.
+        """
+        self._store.set(f"host/{self._rank}", socket.gethostname())
+        signals, interpreter = socket.socketpair()
+        thread = threading.Thread(target=self._watch, args=(signals,), daemon=True)
+        thread.start()
+        sigterm_handler = signal.signal(signal.SIGTERM, _raise_stopped)
+        interpreter.setblocking(False)
+        signal.set_wakeup_fd(interpreter.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+            signal.signal(signal.SIGTERM, sigterm_handler)
+        except BaseException as error:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may send it while this worker reports
+            if not self._is_first_to_fail():
+                self._say_farewell()
+                exit_now(1)
+            raise self._explain(error) from None
+        finally:
+            signal.set_wakeup_fd(-1)
+            interpreter.send(b"\0")
+            thread.join(SHUTDOWN_TIMEOUT)  # if the interpreter ended first, it would abort the thread's C++ call
+
+    def stop(self) -> None:
+        """Stop the watch: this worker has finished its work."""
+        self._stopped.set()
+
+    def leave(self) -> None:
+        """Tell the others that this worker has finished. Rank 0 waits for them, since it may host the store."""
+        self._store.add(f"pulse/{self._rank}", _FAREWELL)
+        num_left = self._store.add("left", 1)
+        if self._rank == 0 and num_left < self._world_size:
+            wait_until(lambda: self._store.add("left", 0) >= self._world_size, timeout=SILENCE_TIMEOUT)
+
+    def _watch(self, signals: socket.socket) -> None:
+        """Send heartbeats. End this process if another worker failed, the next rank is silent, or a stop signal came.
+
+        Args:
+            signals: receives the signal numbers, even while the main thread hangs in a library and handles no signal.
+        """
+        next_rank = (self._rank + 1) % self._world_size
+        last_pulse, changed_at, ends_at = 0, time.monotonic(), float("inf")
+        while not self._stopped.is_set():
+            if select.select([signals], [], [], HEARTBEAT_SECONDS)[0] and _STOP_SIGNALS & set(signals.recv(64)):
+                # Rank 0 reports a failure that all workers share, so it ends first.
+                grace = SHUTDOWN_TIMEOUT + (0 if self._rank == 0 else 2 * HEARTBEAT_SECONDS)
+                ends_at = min(ends_at, time.monotonic() + grace)
+            try:
+                self._store.add(f"pulse/{self._rank}", 1)
+                pulse = self._store.add(f"pulse/{next_rank}", 0)
+                num_failed = self._store.add("failed", 0)
+            except RuntimeError:
+                self._end(_STORE_LOST, always_report=True)
+                continue
+            if num_failed:
+                self._end("")
+            if time.monotonic() > ends_at:
+                self._end(_STOPPED)
+            if pulse != last_pulse or pulse >= _FAREWELL:
+                last_pulse, changed_at = pulse, time.monotonic()
+            elif time.monotonic() - changed_at > SILENCE_TIMEOUT:
+                worker = f"worker {next_rank} on {self._host(next_rank)}"
+                self._end(f"{worker} has been silent for {SILENCE_TIMEOUT:.0f} seconds")
+
+    def _end(self, reason: str, always_report: bool = False) -> None:
+        """End this process from the watching thread, unless the main thread is ending it already."""
+        with self._exit_lock:
+            if self._stopped.is_set():
+                return
+            if reason and (always_report or self._store.add("failed", 1) == 1):
+                dead = self._describe_dead() if reason is _STOPPED else ""
+                line = f"thinksafe: {dead or reason}, so all workers end; {_RESUME_HINT}\n"
+                os.write(sys.stderr.fileno(), line.encode())
+            self._say_farewell()
+            os._exit(1)
+
+    def _say_farewell(self) -> None:
+        with suppress(RuntimeError):  # the store may be gone
+            self._store.add(f"pulse/{self._rank}", _FAREWELL)
+
+    def _explain(self, error: BaseException) -> BaseException:
+        """Replace an error that is only a symptom of another worker's failure; name this worker in a UserError."""
+        reason = _STOPPED if isinstance(error, _Stopped) else ""
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error))
+        ):
+            reason = f"the connection between workers broke ({str(error).splitlines()[0]})"
+        if reason:
+            error = UserError(f"{self._describe_dead() or reason}, so all workers end; {_RESUME_HINT}")
+        if isinstance(error, UserError) and self._rank != 0:
+            error = UserError(f"worker {self._rank} on {socket.gethostname()}: {error}")
+        return error
+
+    def _describe_dead(self) -> str:
+        """Return a clause that names the dead workers, or "". Their pulse stands still and holds no farewell."""
+        other_ranks = [rank for rank in range(self._world_size) if rank != self._rank]
+        try:
+            pulses = {rank: self._store.add(f"pulse/{rank}", 0) for rank in other_ranks}
+
+            def is_silent(rank: int) -> bool:
+                return self._store.add(f"pulse/{rank}", 0) == pulses[rank] < _FAREWELL
+
+            def silent_ranks() -> list[int]:
+                return [rank for rank in other_ranks if is_silent(rank)]
+
+            wait_until(lambda: not silent_ranks(), timeout=SHUTDOWN_TIMEOUT)
+            dead = [f"worker {rank} on {self._host(rank)}" for rank in silent_ranks()]
+        except RuntimeError:
+            return _STORE_LOST
+        return f"{' and '.join(dead)} {'are' if len(dead) > 1 else 'is'} gone" if dead else ""
+
+    def _host(self, rank: int) -> str:
+        is_known = self._store.check([f"host/{rank}"])
+        return self._store.get(f"host/{rank}").decode() if is_known else "an unknown machine"
+
+    def _is_first_to_fail(self) -> bool:
+        """Stop the watch and return whether this worker reports the failure."""
+        with self._exit_lock:  # blocks forever if the watching thread is about to end this process
+            self._stopped.set()
+        try:
+            if self._rank != 0:  # rank 0 reports a failure that all workers share
+                wait_until(lambda: self._store.add("failed", 0), timeout=1.0)
+            is_first = self._store.add("failed", 1) == 1
+            if self._rank == 0:  # this process may host the store, which the others must read before it ends
+                time.sleep(1.5 * HEARTBEAT_SECONDS)
+        except RuntimeError:
+            return True  # the store is gone: two reports are better than no report
+        return is_first
+
+
+def exit_now(status: int) -> NoReturn:
+    """End this process without cleaning up. The threads of communication libraries may hang or abort in an ordinary
+    exit while another worker is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+class _Stopped(KeyboardInterrupt):
+    """The exception that SIGTERM raises in the main thread."""
+
+
+def _raise_stopped(number: int, frame: Any) -> None:
+    raise _Stopped
+
+
+def wait_until(
+    is_ready: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: None, timeout: float = float("inf")
+) -> None:
+    """Poll until `is_ready` is true or the timeout has passed: often at first, then ten times a second."""
+    pause, deadline = 0.001, time.monotonic() + timeout
+    while not is_ready() and time.monotonic() < deadline:
+        meanwhile()
+        time.sleep(pause)
+        pause = min(0.1, 2 * pause)
