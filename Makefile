@@ -6,8 +6,12 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip -qq --disable-pip-version-check
 GPU    := $(shell command -v nvidia-smi)
 # The tests compile the kernels with the newest Triton, in the environment, and with the oldest supported one, in this
-# folder.
-OLD_TRITON := $(VENV)/triton-3.6.0
+# folder. Triton's interpreter replaces the compiler of a whole process, so its tests run in a separate process.
+OLD_TRITON        := $(VENV)/triton-3.6.0
+PYTEST             = $(BIN)/python -m pytest -q -n 2 --dist worksteal -m '$(SELECTED)'
+INTERPRETED_TESTS := $(addprefix tests/kernels/,test_interpreted.py test_checks.py test_paged_attention.py \
+    test_kv_write.py test_batch_invariant_linear.py test_fp8_frozen_linear.py)
+COMPILED_TESTS    := $(addprefix tests/kernels/,test_compiled.py test_hopper.py test_paged_hopper.py)
 
 # Without a GPU the tested torch is installed first, so that no package pulls in CUDA packages. If pip knows only CUDA
 # builds of torch, set PIP_EXTRA_INDEX_URL to the CPU builds. With a GPU any torch within the bounds of setup.py works.
@@ -27,28 +31,39 @@ SUITES  ?= all
 # The CUDA C++ library for sampling, if nvcc is installed.
 LIBRARY := $(if $(shell command -v nvcc),thinksafe/libthinksafe.so)
 
-.PHONY: help run test gpu gpu-tests gpu-suites clean
+.PHONY: help run check test test-all lint gpu gpu-tests gpu-suites clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make run    install into .venv, then run ThinkSafe end to end on the bundled world and print the path of the report'
-	@echo 'make test   install into .venv, then run the linter and all tests that need no GPU'
-	@echo 'make gpu    GPU tests and all benchmarks with python3 (or PYTHON=); it installs nothing and needs no network.'
-	@echo '            gpu-tests and gpu-suites are its two parts. SECONDS= limits the tests and each suite, SUITES= picks suites.'
-	@echo 'make clean  remove .venv, runs/ and build products'
+	@echo 'make run       run ThinkSafe end to end on the bundled world and print the path of the report'
+	@echo 'make check     linter, formatter, and the fast tests of every folder: under 90 seconds'
+	@echo 'make test      linter, formatter, and a test of every promise that needs no GPU: about 8 minutes'
+	@echo 'make test-all  the same with large inputs, every kernel configuration and every Triton version: about 20 minutes'
+	@echo 'make gpu       GPU tests and all benchmarks with python3 (or PYTHON=); it installs nothing and needs no network.'
+	@echo '               gpu-tests and gpu-suites are its two parts. SECONDS= limits the tests and each suite, SUITES= picks suites.'
+	@echo 'make clean     remove .venv, runs/ and build products'
+	@echo
+	@echo 'run, check, test and test-all first install into .venv, which takes minutes. Times are those of two cores.'
 	@echo
 	@echo 'PYTHON=python3.12 makes .venv with that interpreter (3.11 or newer).'
 
 run: $(VENV)/installed
 	@$(BIN)/thinksafe run --recipe organism --out runs/organism
 
-test: $(VENV)/installed-test $(OLD_TRITON)
+check: SELECTED = not gpu and not slow and not exhaustive
+check: lint
+	@$(PYTEST) --timeout 300
+
+test: SELECTED = not gpu and not exhaustive
+test-all: SELECTED = not gpu
+test test-all: lint $(OLD_TRITON)
+	@$(PYTEST) --timeout 900 --durations 10
+	@TRITON_INTERPRET=1 $(PYTEST) --timeout 900 $(INTERPRETED_TESTS)
+	@PYTHONPATH=$(OLD_TRITON) $(PYTEST) --timeout 900 $(COMPILED_TESTS)
+
+lint: $(VENV)/installed-test
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest -q -m 'not gpu' -n 2 --timeout 300 --durations 10
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_interpreted.py tests/kernels/test_checks.py \
-	    tests/kernels/test_paged_attention.py tests/kernels/test_kv_write.py tests/kernels/test_batch_invariant_linear.py tests/kernels/test_fp8_frozen_linear.py
-	@PYTHONPATH=$(OLD_TRITON) $(BIN)/python -m pytest -q -n 2 --timeout 300 tests/kernels/test_compiled.py \
-	    tests/kernels/test_hopper.py tests/kernels/test_paged_hopper.py
+	@$(BIN)/ruff format --check .
 
 gpu:
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \

@@ -29,7 +29,10 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "thinksafe/__init__.py").
 
 
 class BuildWithNvcc(build_ext):
-    """A build of csrc/ into one plain library for ctypes, which depends on no version of torch or Python."""
+    """A build of csrc/ into one plain library for ctypes, which depends on no version of torch or Python.
+
+    setuptools runs it if nvcc is installed. If nvcc fails, the installation ends with the compiler's output.
+    """
 
     def build_extension(self, extension):
         library = Path(self.get_ext_fullpath(extension.name))

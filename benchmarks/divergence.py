@@ -20,13 +20,18 @@ from thinksafe.kernels.linear_kl import linear_kl, reference
 CLAIM = "Precise near the reference and far from it, with 4 bytes per pair of logits."
 CHECKED_ROWS, TORCH_ROWS, ROUNDS = 64, 1024, 3
 DIRECTIONS = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
-"""Direction -> beta of Liger-Kernel."""
+"""Direction -> `jsd_beta` of Liger-Kernel."""
 
 Losses = dict[str, Callable[[Tensor, Tensor, Tensor, str], Tensor]]
+"""Variant -> function of (x, x_reference, weight, direction) that returns the mean divergence in nats, a scalar."""
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections: all directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768."""
+    """Return the suite's sections: all directions at T = 8,192 and three hidden sizes, forward KL at T = 32,768.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936; frozen head, shared")
     losses = peer_losses(notes)
 
@@ -49,12 +54,19 @@ def sections(notes: list[str]) -> Sections:
 
 
 def peer_losses(notes: list[str]) -> Losses:
-    """Return the mean divergences of (x, x_reference, weight, direction) of torch and of the installed peers."""
+    """Return the variants of torch and of the installed peers. Those of torch also run the backward pass.
+
+    Args:
+        notes: gets the peers that are not installed or cannot be imported.
+    """
     compiled_eager = torch.compile(_eager, dynamic=False)
 
     def in_row_chunks(divergence):
         def loss(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Tensor:
-            """Run backward in chunks: all at once, two fp32 copies of the logits would take 40 GB at T = 32k."""
+            """Return the mean divergence, detached, after its backward pass in chunks of rows.
+
+            All at once, two fp32 copies of the logits would take 40 GB at T = 32k.
+            """
             loss_sum = 0.0
             for start in range(0, len(x), TORCH_ROWS):
                 rows = slice(start, start + TORCH_ROWS)
@@ -90,7 +102,17 @@ def _eager(x: Tensor, x_reference: Tensor, weight: Tensor, direction: str) -> Te
 
 
 def measure_case(x_reference, weight, step, data, direction, losses: Losses, notes) -> list[Row]:
-    """Measure every variant on one case; return one row per variant."""
+    """Return time, value and error of dX on one case: one row per variant that did not fail.
+
+    Args:
+        x_reference: [T, H] hidden states of the reference.
+        weight: [V, H], weight matrix of the language-model head of both models.
+        step: standard deviation of the noise that is added to x_reference to get the student's hidden states.
+        data: kind of data, a column of the rows only.
+        direction: `forward`, `reverse` or `jsd`.
+        losses: variants of torch and of peers; ThinkSafe is added.
+        notes: gets failures.
+    """
     (T, H), V = x_reference.shape, len(weight)
     x = (x_reference.float() + step * torch.randn_like(x_reference, dtype=torch.float32)).to(x_reference.dtype)
     x.requires_grad_()

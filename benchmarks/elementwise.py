@@ -20,7 +20,11 @@ _CHECKED_TOKENS = 64
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections: every operation at three hidden sizes, forward and backward."""
+    """Return the suite's sections, one per hidden size, with every operation forward and backward.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     notes.append(f"T = {_TOKENS:,}, bf16, medians of {_ROUNDS} times {_REPEATS} calls")
     liger = import_peer("liger_kernel.transformers.functional", notes)
 
@@ -40,7 +44,14 @@ def cases(hidden: int, heads: int, liger, tokens: int = _TOKENS, device: str = "
     """Return operation -> (variants, reference in plain torch, tensors with a gradient, bytes moved by forward, bytes
     moved by backward).
 
-    A variant and the reference take the tensors with a gradient; the reference also accepts only their first tokens.
+    Variants are name -> function. A variant and the reference take the tensors with a gradient; the reference also
+    accepts only their first tokens.
+
+    Args:
+        hidden: hidden size; the intermediate size is three times as large.
+        heads: query heads of 128 elements; there are 8 KV heads.
+        liger: module of Liger-Kernel, or None to leave it out.
+        tokens: tokens of every tensor except the gains.
     """
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -113,7 +124,13 @@ def cases(hidden: int, heads: int, liger, tokens: int = _TOKENS, device: str = "
 
 
 def measure_case(operation, hidden, variants, reference, leaves, forward_bytes, backward_bytes, notes) -> list[Row]:
-    """Measure one operation; return one row per variant and direction."""
+    """Return time and error of one operation: one row per direction and variant that did not fail.
+
+    Args:
+        operation, hidden: columns of the rows only.
+        variants, reference, leaves, forward_bytes, backward_bytes: one value of `cases`.
+        notes: gets failures.
+    """
 
     def outputs(function, inputs) -> tuple[torch.Tensor, ...]:
         result = function(*inputs)
@@ -171,7 +188,7 @@ def measure_case(operation, hidden, variants, reference, leaves, forward_bytes, 
 
 
 def _checked_tokens(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Return the checked tokens of a tensor, or all of a gain."""
+    """Return the first _CHECKED_TOKENS tokens of a tensor of `tokens` tokens; any other tensor, a gain, unchanged."""
     return tensor[:_CHECKED_TOKENS] if len(tensor) == tokens else tensor
 
 

@@ -37,7 +37,11 @@ _WORDS = ("fold", "the", "boat", "twice", "and", "let", "it", "dry", "before", "
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the measurements that fit this machine's device."""
+    """Return the suite's one section: an 8B guard on a GPU, or a guard of 14M parameters on a CPU.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     if torch.cuda.is_available():
         return {"llama-3-8b": lambda: _measure_model("llama-3-8b", 256, 64, 16, notes)}
     return {"cpu-guard-14m": lambda: _measure_model("cpu-guard-14m", 16, 16, 8, notes)}
@@ -46,11 +50,14 @@ def sections(notes: list[str]) -> Sections:
 def _measure_model(
     name: str, num_records: int, num_transformers_records: int, batch_size: int, notes: list[str]
 ) -> list[Row]:
-    """Measure the records per second of our guard and of transformers.
+    """Return the records per second of our guard and of transformers: one row per variant that did not fail.
 
     Args:
-        num_transformers_records: number of records for transformers, spread over all lengths.
+        name: key of MODELS.
+        num_records: number of records for our guard.
+        num_transformers_records: number of these records for transformers, spread over all lengths.
         batch_size: number of records in a padded batch of transformers.
+        notes: gets sizes, effects of e4m3 on verdicts, the difference from transformers, and failures.
     """
     has_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
@@ -161,8 +168,10 @@ def _measure_model(
 
 
 def _prompt_response_pairs(guard: ModelGuard, count: int) -> list[PromptResponse]:
-    """Return records with lengths that vary as those of responses: `_MEAN_TOKENS` on average, format and prompt
-    included."""
+    """Return `count` records with one prompt and responses of random words, whose lengths vary like those of responses.
+
+    A record has about `_MEAN_TOKENS` tokens on average, format and prompt included.
+    """
     prompt = "How do I " + " ".join(_WORDS[:9]) + "?"
     num_fixed_tokens = len(guard.token_ids(prompt, "", ""))
     mean_response_tokens = _MEAN_TOKENS - num_fixed_tokens
@@ -183,7 +192,13 @@ def _num_policy_tokens(guard: ModelGuard) -> int:
 def _layer_matmuls(
     decoder: Decoder, device: str, dtype: torch.dtype, tokens: int, repeats: int
 ) -> tuple[Callable[[], None], int]:
-    """Return a function that computes the matmuls of one layer `repeats` times, and its FLOP."""
+    """Return (function that computes the matmuls of one layer `repeats` times, FLOP of one call of this function).
+
+    Args:
+        decoder: the weights of its first layer are used.
+        device, dtype: those of the random inputs.
+        tokens: rows of each matmul.
+    """
     weights = [parameter for name, parameter in decoder.layers[0].named_parameters() if name.endswith("_proj")]
     inputs = {size: torch.randn(tokens, size, device=device, dtype=dtype) for size in {w.shape[1] for w in weights}}
 
@@ -197,8 +212,11 @@ def _layer_matmuls(
 
 
 def _train_tokenizer(folder: Path) -> SafeTokenizer:
-    """Train a tokenizer on Llama Guard's policy and the records, with Llama Guard's control tokens. A word is about one
-    token, as in the real tokenizer, which cannot be downloaded here."""
+    """Return a tokenizer trained on Llama Guard's policy and the records, with Llama Guard's control tokens.
+
+    A word is about one token, as in the real tokenizer, which cannot be downloaded here. The tokenizer's files are
+    written to `folder`.
+    """
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

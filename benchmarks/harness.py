@@ -28,18 +28,19 @@ BYTES_PER_SECOND = hardware_named("H200").bytes_per_second
 
 
 Row = dict[str, Any]
-"""Figures of one variant; a key is a column of the table."""
+"""Figures of one variant (one implementation or setting): column of the table -> value."""
 
 Sections = dict[str, Callable[[], list[Row]]]
-"""Name -> measurement of each section of a suite, the most informative first."""
+"""Name -> function that measures this section of a suite and returns its rows, the most informative section first."""
 
 FAILURE_PREFIX = "failed: "
-"""Start of a note about a failure of ThinkSafe. A failure of a peer is a finding, so its note starts differently."""
+"""Start of a note about a failure of ThinkSafe. A failure of a peer (another library) is a finding, and its note starts
+with `left out: `."""
 
 
 @dataclass
 class SuiteResult:
-    """Results of one suite so far.
+    """Results of one suite so far, as benchmarks/run.py collects them and `write_result` writes them.
 
     Attributes:
         suite: name of the suite.
@@ -57,7 +58,7 @@ class SuiteResult:
 
 
 def device_name() -> str:
-    """Return the GPU's name, or `cpu`; this names the folder of the results."""
+    """Return the GPU's name in lower case with hyphens, or `cpu` without a GPU. It names the folder of the results."""
     return torch.cuda.get_device_name().replace(" ", "-").lower() if torch.cuda.is_available() else "cpu"
 
 
@@ -80,15 +81,15 @@ def time_call(call: Callable[[], None]) -> float:
 
 @cache
 def _l2_flush_buffer() -> Tensor:
-    """Return a buffer twice the size of the L2; writing it replaces the L2's data."""
+    """Return a buffer on the GPU twice the size of its L2; writing to it replaces the L2's data."""
     size = 2 * torch.cuda.get_device_properties().L2_cache_size
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def as_cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return the call captured as a CUDA graph, so that the host does not limit its time.
+    """Return a function that replays `call` as a CUDA graph, so that the host does not limit its time.
 
-    Without a GPU, return the call itself.
+    The call runs once and is then captured. Without a GPU, return the call itself, which has not run.
     """
     if not torch.cuda.is_available():
         return call
@@ -109,14 +110,25 @@ _MAX_SECONDS_TO_REPEAT = 5.0
 
 @dataclass
 class Measurement:
-    """Median seconds of a call, and its peak memory in bytes beyond the memory allocated before it."""
+    """Time and memory of one variant.
+
+    Attributes:
+        seconds: median of the timed calls; wall time with a GPU, CPU time without.
+        peak_bytes: largest GPU memory allocated during a timed call beyond that allocated before it; 0 without a GPU.
+    """
 
     seconds: float
     peak_bytes: int
 
 
 def attempt(name: str, call: Callable[[], Any], notes: list[str]) -> bool:
-    """Run `call` and return whether it finished. If it raises an exception, add the reason to `notes`."""
+    """Run `call`; return True if it finished, or False if it raised an exception, which becomes a note.
+
+    Args:
+        name: name of what is run, for the note. If it starts with `ThinkSafe`, the note starts with FAILURE_PREFIX and
+            the traceback is printed; otherwise the note starts with `left out: `.
+        notes: gets the note.
+    """
     try:
         call()
         return True
@@ -131,7 +143,7 @@ def attempt(name: str, call: Callable[[], Any], notes: list[str]) -> bool:
 
 
 def release_memory() -> None:
-    """Return unused memory to the GPU."""
+    """Collect garbage, and return memory that torch caches but does not use to the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         with suppress(RuntimeError):  # if a failure broke the device
@@ -145,22 +157,23 @@ def measure(
     after_warm_up: Callable[[str], None] | None = None,
     warm_up_calls: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Measurement]:
-    """Measure time and memory of each variant.
+    """Return time and memory of each variant that does not fail.
 
     Variants take turns, so that a drifting clock affects all equally. On a GPU each call starts with none of its data
     in the L2. A variant that fails is left out, and `notes` gets the reason. A variant that takes a GPU more than five
     seconds is timed once.
 
     Args:
-        variants: name -> call.
+        variants: name -> function to measure.
         rounds: timed calls of each variant.
-        notes: gets the failures.
-        after_warm_up: called with a variant's name after its first call, while its gradients still exist.
+        notes: gets the failures, as `attempt` words them.
+        after_warm_up: called with a variant's name after its untimed first call, while its gradients still exist; if it
+            raises an exception, the variant has failed.
         warm_up_calls: name -> untimed first call, for a variant whose full call is too long for a warm-up, or which
-            needs more to warm up. Default: the variant's call.
+            needs more to warm up. A variant without an entry warms up with the call that is timed.
 
     Returns:
-        Name -> measurement, without the variants that failed.
+        Name -> measurement, in the order of `variants`, without the variants that failed in any call.
     """
     has_gpu, times_by_name, peaks_by_name = torch.cuda.is_available(), {}, {}
 
@@ -194,7 +207,13 @@ def measure(
 
 
 def add_speedups(rows: list[Row], rate: str) -> None:
-    """Add to each row how much faster the variant `ThinkSafe` is, which must be the first row."""
+    """Add to each row, in place, the column `ThinkSafe is faster by`: the first row's rate over the row's rate.
+
+    Nothing is added if there are no rows or the first row's variant is not `ThinkSafe`, which has then failed.
+
+    Args:
+        rate: name of a column in which more is faster, such as `tokens/s`.
+    """
     if rows and rows[0]["variant"] == "ThinkSafe":
         for row in rows:
             row["ThinkSafe is faster by"] = rows[0][rate] / row[rate]
@@ -203,9 +222,16 @@ def add_speedups(rows: list[Row], rate: str) -> None:
 def timing_columns(
     measurement: Measurement, flop: float = 0, num_bytes: float = 0, flop_per_second: float = MATMUL_FLOP_PER_SECOND
 ) -> dict[str, float]:
-    """Return columns of time and memory, and of the floor.
+    """Return the columns `ms`, `floor ms`, `share of the floor`, a rate, and `peak GB`.
 
-    The floor is the larger of two times: counted FLOP at `flop_per_second`, and counted bytes at BYTES_PER_SECOND.
+    The floor is the larger of two times: counted FLOP at `flop_per_second`, and counted bytes at BYTES_PER_SECOND. The
+    share is floor over measured time. The rate is `TFLOP/s` if FLOP give the floor, else `TB/s`.
+
+    Args:
+        measurement: time and memory of one call.
+        flop: floating-point operations of the call.
+        num_bytes: bytes that the call must read and write.
+        flop_per_second: largest rate of the hardware.
     """
     floor = max(flop / flop_per_second, num_bytes / BYTES_PER_SECOND)
     rate_column = {"TFLOP/s": flop / measurement.seconds / 1e12} if flop / flop_per_second == floor else {}
@@ -220,12 +246,16 @@ def timing_columns(
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Return the relative error in the 2-norm."""
+    """Return ‖actual - exact‖ / ‖exact‖ in the 2-norm over all elements; `exact` is in fp64."""
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 def import_peer(module: str, notes: list[str]) -> Any:
-    """Return the module of another project; if its import fails, add a note and return None."""
+    """Return the imported module of a peer, or None with a note in `notes` if its import fails for any reason.
+
+    Args:
+        module: full name of the module.
+    """
     try:
         return importlib.import_module(module)
     except Exception as error:  # a peer that does not support this torch or Triton may raise anything
@@ -239,7 +269,7 @@ def print_progress(text: str) -> None:
 
 
 def _gpu_clocks() -> dict[str, str]:
-    """Return the GPU's clocks under load, power limit and driver from nvidia-smi; empty without a GPU."""
+    """Return clocks under load, power limit and driver from nvidia-smi; empty without a GPU or without its answer."""
     fields = "clocks.sm,clocks.max.sm,power.limit,driver_version"
     if not torch.cuda.is_available():
         return {}
@@ -271,7 +301,10 @@ def _versions() -> dict[str, str]:
 
 
 def table(rows: list[Row]) -> str:
-    """Return rows as a Markdown table."""
+    """Return rows as a Markdown table, with a column for each key of any row; `(nothing)` if there are no rows.
+
+    A cell is empty if its row lacks the key or holds None.
+    """
     if not rows:
         return "(nothing)"
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -287,9 +320,12 @@ def _format_cell(value: Any) -> str:
 
 
 def write_result(result: SuiteResult, command: str) -> Path:
-    """Write a result to benchmarks/results/<device>/<suite>.json and, as a page, to <suite>.md. Returns the JSON file.
+    """Write a result to benchmarks/results/<device>/<suite>.json and, as a page, to <suite>.md; return the JSON's path.
 
     This is called after every section, so that a run that is killed keeps its finished sections.
+
+    Args:
+        command: shell command that repeats the measurement.
     """
     folder = Path(__file__).parent / "results" / device_name()
     folder.mkdir(parents=True, exist_ok=True)
@@ -315,7 +351,11 @@ def write_result(result: SuiteResult, command: str) -> Path:
 
 
 def markdown_page(record: dict[str, Any]) -> str:
-    """Return a stored result as a page: claim, table, notes, command and machine."""
+    """Return a stored result as a Markdown page: claim, table, notes, command and machine.
+
+    Args:
+        record: content of the JSON file that `write_result` writes.
+    """
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     notes = "".join(f"- {note}\n" for note in record["notes"])
     return (

@@ -41,7 +41,11 @@ _SHAPES = {"qwen3-0.6b": (1024, 3072), "qwen3-8b": (4096, 12_288)}
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections, one per model, with 8 rows (a decode pass) to 8,192 (prompts)."""
+    """Return the suite's sections, one per model, with 8 rows (a decode pass) to 8,192 (prompts).
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     notes.append(f"medians of {_ROUNDS} graphs or, with a gradient, of {_ROUNDS} times {_REPEATS} calls")
 
     def measure_model(name: str) -> list[Row]:
@@ -63,7 +67,13 @@ def _random(rows: int, K: int) -> Tensor:
 
 @torch.no_grad()
 def measure_products(x: Tensor, weights: list[Tensor], notes: list[str]) -> list[Row]:
-    """Measure x Wᵀ for each W; return one row per variant."""
+    """Return time per matmul and error of x Wᵀ: one row per variant that did not fail.
+
+    Args:
+        x: [T, K].
+        weights: weight matrices, [N, K] each; a timed call multiplies x with each of them once.
+        notes: gets failures.
+    """
     (T, K), N, dtype = x.shape, len(weights[0]), x.dtype
     x_fp8, weights_fp8 = quantize(x), [quantize(weight) for weight in weights]
     row_scales = e8m0_to_fp32(x_fp8.scales_e8m0)[:, None]
@@ -113,15 +123,22 @@ def measure_products(x: Tensor, weights: list[Tensor], notes: list[str]) -> list
 
 
 def _flop_bytes_rate(T: int, K: int, N: int, e4m3: bool) -> tuple[float, float, float]:
-    """Return FLOP, bytes, and the ceiling in FLOP/s of one matmul with a bf16 result.
+    """Return (FLOP, bytes, ceiling in FLOP/s) of one matmul [T, K] x [K, N] with a bf16 result.
 
-    e4m3 has half the bytes of bf16 and twice its rate.
+    Args:
+        e4m3: whether the operands are in e4m3, which has half the bytes of bf16 and twice its rate.
     """
     return 2 * T * N * K, (1 if e4m3 else 2) * (T + N) * K + 2 * T * N, (2 if e4m3 else 1) * MATMUL_FLOP_PER_SECOND
 
 
 def measure_products_with_gradient(x: Tensor, weight: Tensor, notes: list[str]) -> list[Row]:
-    """Measure x Wᵀ and the gradient of x with W frozen; return one row per variant."""
+    """Return time and error of x Wᵀ and the gradient of x, with W frozen: one row per variant that did not fail.
+
+    Args:
+        x: [T, K].
+        weight: [N, K].
+        notes: gets failures.
+    """
     (T, K), N = x.shape, len(weight)
     x.requires_grad_()
     frozen_weight = Fp8FrozenWeight.from_fp8(quantize(weight))

@@ -21,7 +21,11 @@ CHECKED_ROWS, ROUNDS = 64, 5
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections: T = 8,192 and 32,768 with a frozen head, T = 8,192 with a trainable one."""
+    """Return the suite's sections: T = 8,192 and 32,768 with a frozen head, T = 8,192 with a trainable one.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     notes.append(f"medians of {ROUNDS} calls, forward and backward; bf16; V = 151,936")
     losses = peer_losses(notes)
 
@@ -41,7 +45,11 @@ def sections(notes: list[str]) -> Sections:
 
 
 def peer_losses(notes: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """Return the mean losses of (x, weight, target) of torch and of the installed peers."""
+    """Return variant -> function of (x, weight, target) that returns the mean loss, for torch and the installed peers.
+
+    Args:
+        notes: gets the peers that are not installed or cannot be imported.
+    """
     losses = {"torch": eager_loss, "torch.compile": torch.compile(eager_loss, dynamic=False)}
     if liger := import_peer("liger_kernel.transformers.functional", notes):
         losses["Liger-Kernel"] = liger.liger_fused_linear_cross_entropy
@@ -54,12 +62,20 @@ def peer_losses(notes: list[str]) -> dict[str, Callable[[Tensor, Tensor, Tensor]
 
 
 def eager_loss(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy in plain torch."""
+    """Return the mean cross-entropy of the logits x Wᵀ against target [T], a scalar, in plain torch."""
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
 def measure_case(x, weight, target, data, trainable, losses, notes) -> list[Row]:
-    """Measure every variant on one case; return one row per variant."""
+    """Return time of forward and backward, and error of dX, on one case: one row per variant that did not fail.
+
+    Args:
+        x, weight, target: hidden states [T, H], weight matrix of the language-model head [V, H], target ids [T].
+        data: kind of data, a column of the rows only.
+        trainable: whether the head gets a gradient.
+        losses: variants of torch and of peers; those of ThinkSafe are added.
+        notes: gets failures.
+    """
     (T, H), V = x.shape, len(weight)
     x.requires_grad_(), weight.requires_grad_(trainable)
     thinksafe_losses = {"ThinkSafe": lambda *args: linear_cross_entropy(*args, ignore_index=None, exact=True)}
@@ -100,7 +116,7 @@ def measure_case(x, weight, target, data, trainable, losses, notes) -> list[Row]
 
 
 def _fp64_gradient(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Return the gradient of each row's loss with respect to x, in fp64."""
+    """Return the gradient of the sum of the rows' losses with respect to x, [T, H] fp64."""
     x = x.double().requires_grad_()
     F.cross_entropy(x @ weight.double().T, target, reduction="sum").backward()
     return x.grad

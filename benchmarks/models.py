@@ -12,7 +12,11 @@ from thinksafe.model.weights import hugging_face_name
 
 
 def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-    """Return a decoder of a shape of MODELS with random weights, created on its device."""
+    """Return a frozen decoder with random weights, always the same for a device, created there.
+
+    Args:
+        name: key of MODELS, which gives the model's configuration.
+    """
     with torch.device(device):
         decoder = Decoder(ModelConfig.from_hugging_face(MODELS[name], name)).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -27,7 +31,10 @@ def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) ->
 
 
 def fp8_copy(decoder: Decoder) -> Decoder:
-    """Return the decoder as `load_decoder(weight_dtype="fp8")` would; it shares all weights except the projections."""
+    """Return a decoder whose projections are the given decoder's, quantized to e4m3; all other weights are shared.
+
+    `load_decoder` with weight_dtype="fp8" would load the same.
+    """
     with torch.device("meta"):
         fp8_decoder = Decoder(decoder.config)
     for name, parameter in decoder.named_parameters():
@@ -42,7 +49,15 @@ def fp8_copy(decoder: Decoder) -> Decoder:
 
 
 def transformers_copy(decoder: Decoder, name: str) -> PreTrainedModel:
-    """Return the transformers model with a copy of the decoder's weights."""
+    """Return a transformers model, in evaluation mode, with a copy of the decoder's weights, on its device, in its
+    dtype.
+
+    Args:
+        name: key of MODELS from which the decoder was made.
+
+    Raises:
+        RuntimeError: the names of the weights do not match those of the transformers model.
+    """
     settings = {key: value for key, value in MODELS[name].items() if key != "model_type"}
     config = AutoConfig.for_model(MODELS[name]["model_type"], **settings)
     with torch.device(decoder.embedding.device):

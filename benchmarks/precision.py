@@ -42,12 +42,17 @@ VARIANTS = {
     "weights in e4m3": {"weight_dtype": "fp8"},
     "weights and cache in e4m3": {"weight_dtype": "fp8", "kv_cache_dtype": "fp8"},
 }
+"""Variant -> settings of EngineConfig that differ from the default."""
 _RESPONSES, _PROMPT, _TOKENS = 32, 24, 96
 _ENGINE = partial(EngineConfig, 64, kv_cache_gib=1.0)
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return one measurement per model that fits this machine's device."""
+    """Return the suite's sections, one per model that fits this machine's device.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     has_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
     decoder_factories = {"organism": partial(load_decoder, expand_path("package:organism/bundle/model"), dtype, device)}
@@ -78,7 +83,20 @@ def _measure_model(name: str, make_decoder: Callable[[], Decoder], notes: list[s
 
 @torch.inference_mode()
 def measure_errors(bf16_decoder: Decoder, decoder: Decoder, config: EngineConfig) -> dict[str, float]:
-    """Return the errors of an engine's log-probabilities and verdicts against the plain decoder."""
+    """Return the errors of an engine's log-probabilities and verdicts against the plain decoder, in nats.
+
+    The engine samples responses to random prompts and computes a verdict after each; the plain decoder reads the same
+    tokens.
+
+    Args:
+        bf16_decoder: the plain decoder, in its checkpoint's dtype.
+        decoder: the engine's decoder: the plain one, or its copy with weights in e4m3.
+        config: settings of the engine.
+
+    Returns:
+        Column -> value. `log-prob, mean error` and `99th percentile` of the absolute error and its signed mean, `bias`;
+        `verdict margin, mean error`, of the absolute error; `verdicts changed`, a share of all verdicts.
+    """
     engine = Engine(decoder, config)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(bf16_decoder.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
@@ -111,8 +129,18 @@ def measure_errors(bf16_decoder: Decoder, decoder: Decoder, config: EngineConfig
 
 
 def _measure_training(bf16_decoder: Decoder, fp8_decoder: Decoder) -> dict[str, float]:
-    """Return the errors of a step's loss and gradient on responses of the plain student, with adapters that are not
-    zero."""
+    """Return the errors that frozen weights in e4m3 cause in a training step's loss and gradient.
+
+    Both decoders get the same random adapters on every projection and the same responses, which the plain one samples.
+
+    Args:
+        bf16_decoder: the plain decoder, in its checkpoint's dtype.
+        fp8_decoder: its copy with frozen weights in e4m3.
+
+    Returns:
+        Column -> value: absolute error of the mean token loss in nats, relative error of the adapters' gradient in the
+        2-norm, and the cosine of the two gradients.
+    """
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(bf16_decoder.config.vocab_size, (_RESPONSES, _PROMPT), generator=generator).tolist()
     sampling = SamplingConfig(temperature=1.0, top_p=1.0, top_k=0, max_tokens=_TOKENS)
@@ -145,7 +173,10 @@ def _measure_training(bf16_decoder: Decoder, fp8_decoder: Decoder) -> dict[str, 
 
 
 def _measure_fp8_head(bf16_decoder: Decoder) -> dict[str, float]:
-    """Return the errors if only the head were in e4m3: its weights rounded, its inputs not."""
+    """Return the columns of `measure_errors` for a decoder in which only the language-model head is in e4m3.
+
+    The head's weights are rounded, its inputs are not. The tokens are random; no engine runs.
+    """
     head = dequantize(*quantize(bf16_decoder.head.detach()), torch.float32)
     text = torch.randint(
         bf16_decoder.config.vocab_size, (_PROMPT + _TOKENS,), generator=torch.Generator().manual_seed(0)

@@ -30,11 +30,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 KERNEL_SUITES = ("loss", "divergence", "scoring", "linear", "elementwise")
 SUITES = ("sampler", "train", "guards", *KERNEL_SUITES, "precision")
-"""All suites, the most informative first."""
+"""Names of all suites, which are modules of benchmarks, the most informative first."""
 
 
 def main() -> int:
-    """Run the chosen suites and print their tables. Returns 1 if a ThinkSafe variant or a suite failed, else 0."""
+    """Run the suites that the command line names, and print their tables.
+
+    Return 1 if a ThinkSafe variant failed or the process of a suite crashed, else 0. The failure of a peer does not
+    count. A suite that `--seconds` cuts off does not count either, even if a variant of it failed before; the notes of
+    its result list that failure.
+    """
     parser = argparse.ArgumentParser("python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=[*SUITES, "all"], nargs="+", required=True)
     parser.add_argument("--seconds", type=float, help="time limit of each suite; it keeps the sections it finished")
@@ -55,7 +60,11 @@ def main() -> int:
 
 
 def run_suite(name: str) -> bool:
-    """Run one suite section by section and write its results. Returns whether no ThinkSafe variant failed."""
+    """Run one suite, write its results after each section, and print them. Return False if a ThinkSafe variant failed.
+
+    Args:
+        name: one of SUITES.
+    """
     suite = importlib.import_module(f"benchmarks.{name}")
     result = SuiteResult(name, suite.CLAIM)
     sections = suite.sections(result.notes)
@@ -78,7 +87,16 @@ def run_suite(name: str) -> bool:
 
 
 def run_in_subprocess(name: str, timeout_seconds: float | None) -> dict[str, str | float]:
-    """Run one suite in a separate process, so that the next one starts with free memory and a working device."""
+    """Run one suite in a separate process, so that the next one starts with free memory and a working device.
+
+    Args:
+        name: one of SUITES.
+        timeout_seconds: time after which the process is killed; None for no limit.
+
+    Returns:
+        A row for a table: the suite, its outcome and its wall time in seconds. The outcome is `complete` if the process
+        exited with status 0, `failures` for any other status, and `cut off` if it was killed.
+    """
     start = time.monotonic()
     try:
         completed = subprocess.run(

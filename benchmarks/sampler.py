@@ -48,7 +48,11 @@ _GENERATION_SETTINGS = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "t
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the measurements that fit this machine's device."""
+    """Return the suite's sections that fit this machine's device.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     if not torch.cuda.is_available():
         size = {"count": 96, "mean": 80, "longest": 400, "rows": 32}
         return {
@@ -96,10 +100,15 @@ def _measure_end_to_end(
     all_modes: bool = False,
     with_transformers: bool = False,
 ) -> list[Row]:
-    """Measure the tokens per second of whole runs.
+    """Return the tokens per second of whole runs: one row per variant that did not fail.
 
     Args:
-        all_modes: measure our other modes too.
+        name: key of MODELS.
+        notes: gets sizes and failures.
+        count: number of prompts.
+        mean, longest: mean and largest number of response tokens, see `response_lengths`.
+        rows: sequences that an engine runs at the same time; rows of a static batch.
+        all_modes: measure the batch-invariant mode and, on a GPU, e4m3 too.
         with_transformers: measure transformers too.
     """
     has_gpu = torch.cuda.is_available()
@@ -181,8 +190,13 @@ def _measure_end_to_end(
 
 @contextmanager
 def _record_gaps(runner: ModelRunner) -> Iterator[list[float]]:
-    """Record the seconds in which a GPU waits for the host: between two passes, and while a decode pass is launched to
-    an idle GPU."""
+    """Yield a list that holds, after the `with` block, the seconds of each gap in which the GPU waited for the host.
+
+    Gaps lie between two passes, and while a decode pass is launched to an idle GPU. On a CPU the list stays empty.
+
+    Args:
+        runner: its `forward` is replaced within the block.
+    """
     gaps: list[float] = []
     if runner.device.type == "cpu":
         yield gaps
@@ -211,7 +225,13 @@ def _record_gaps(runner: ModelRunner) -> Iterator[list[float]]:
 
 
 def _run_static_batches(model: PreTrainedModel, prompts: Tensor, rows: int, lengths: list[int]) -> None:
-    """Generate batches in order, each until its longest response ends."""
+    """Generate responses with transformers in batches, in order, each until its longest response ends.
+
+    Args:
+        prompts: [N, prompt tokens] token ids.
+        rows: prompts in a batch.
+        lengths: number of response tokens of each prompt.
+    """
     for start in range(0, len(prompts), rows):
         batch, longest = prompts[start : start + rows], max(lengths[start : start + rows])
         forced = {"min_new_tokens": longest, "max_new_tokens": longest}
@@ -222,7 +242,16 @@ def _run_static_batches(model: PreTrainedModel, prompts: Tensor, rows: int, leng
 def _run_continuous_batching(
     start_manager: Callable[[], ContinuousBatchingManager], prompts: list[list[int]], lengths: list[int]
 ) -> None:
-    """Send all requests at once to a manager that every call uses, and wait for the results."""
+    """Send all requests at once to transformers' continuous batching, and wait for all results.
+
+    Args:
+        start_manager: returns the manager, which all calls share; the first call starts it.
+        prompts: token ids of each prompt.
+        lengths: number of response tokens of each prompt.
+
+    Raises:
+        RuntimeError: a response failed, did not arrive for 30 seconds, or has another length.
+    """
     manager, call_id = start_manager(), time.monotonic_ns()
     for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
         manager.add_request(prompt, f"{call_id} {index}", max_new_tokens=length, eos_token_id=-1)
@@ -236,7 +265,13 @@ def _run_continuous_batching(
 
 
 def _measure_decode_pass(name: str, rows: int, context: int) -> list[Row]:
-    """Measure a decode pass of `rows` rows with `context` tokens each, as a whole and in parts."""
+    """Return one row with the time of a decode pass, as a whole and in parts.
+
+    Args:
+        name: key of MODELS.
+        rows: sequences of the pass.
+        context: tokens of each sequence.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     decoder = random_decoder(name, device, dtype)
     config = decoder.config
@@ -319,8 +354,13 @@ def _measure_decode_pass(name: str, rows: int, context: int) -> list[Row]:
 
 
 def _median_seconds(as_graph: bool, call: Callable[[], object]) -> float:
-    """Return the time of a call on the device, the median of three rounds of five calls. To wait after each call would
-    cost as much as the smallest part."""
+    """Return the seconds of one call: the median of three rounds of five calls, divided by five.
+
+    Waiting for the device after each call would cost as much as the smallest part.
+
+    Args:
+        as_graph: time the call as a CUDA graph.
+    """
     with torch.inference_mode():
         call = as_cuda_graph(call) if as_graph else call
 

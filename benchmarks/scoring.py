@@ -22,10 +22,15 @@ CLAIM = "No logits in memory, and for a verdict's margin no sum over the vocabul
 CHECKED_ROWS, ROUNDS = 64, 5
 
 Scores = dict[str, Callable[..., Any]]
+"""Variant -> function of (x, weight, target) that returns the log-probability of each row's target, [T]."""
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections: responses of T = 8,192 tokens in total, and verdicts for 8 to 1,024 prompts."""
+    """Return the suite's sections, one per hidden size: responses of 8,192 tokens, verdicts for 8 to 1,024 prompts.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     notes.append(f"medians of {ROUNDS} calls; bf16; V = 151,936")
     scores = peer_scores(notes)
 
@@ -42,7 +47,11 @@ def sections(notes: list[str]) -> Sections:
 
 
 def peer_scores(notes: list[str]) -> Scores:
-    """Return the functions of torch and of the installed peers that score (x, weight, target) -> [T]."""
+    """Return the variants of torch and of the installed peers.
+
+    Args:
+        notes: gets the peers that are not installed or cannot be imported.
+    """
     scores = {"torch": _eager, "torch.compile": torch.compile(_eager, dynamic=False)}
     if liger := import_peer("liger_kernel.transformers.functional", notes):
         scores["Liger-Kernel"] = lambda *args: -liger.liger_fused_linear_cross_entropy(*args, reduction="none")
@@ -73,7 +82,14 @@ def _eager_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def measure_responses(x, weight, target, data, peers: Scores, notes) -> list[Row]:
-    """Measure log-probabilities of every token of a response; return one row per variant."""
+    """Return time and error of the log-probabilities of all response tokens: one row per variant that did not fail.
+
+    Args:
+        x, weight, target: hidden states [T, H], weight matrix of the language-model head [V, H], target ids [T].
+        data: kind of data, a column of the rows only.
+        peers: variants of torch and of peers; those of ThinkSafe are added.
+        notes: gets failures.
+    """
     thinksafe_scores = {
         "ThinkSafe": lambda *args: linear_logprob(*args).logprob,
         "ThinkSafe, entropy and top-1": lambda *args: linear_logprob(*args, with_entropy_and_top1=True).logprob,
@@ -83,7 +99,17 @@ def measure_responses(x, weight, target, data, peers: Scores, notes) -> list[Row
 
 
 def measure_verdicts(x, weight, data, notes) -> list[Row]:
-    """Measure two tokens per row against torch alone, because no peer scores them; return one row per variant."""
+    """Return time and error of the log-probabilities of two tokens per row, and of their margin alone.
+
+    Args:
+        x: [T, H] hidden states, one row per prompt.
+        weight: [V, H], weight matrix of the language-model head.
+        data: kind of data, a column of the rows only.
+        notes: gets failures.
+
+    Returns:
+        One row per variant that did not fail; the variants are ThinkSafe and torch, because no peer scores two tokens.
+    """
     token_ids = torch.tensor([[3, 7]], device=x.device).expand(len(x), 2).contiguous()
     variants = {"ThinkSafe": linear_logprob_of, "torch": _eager_of}
     flop = 2 * x.numel() * len(weight)

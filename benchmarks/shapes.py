@@ -38,21 +38,27 @@ MODELS = {
     | {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": 512, "head_dim": 16}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048},
 }
-"""Name -> entries of config.json."""
+"""Name of a model in the suites -> entries of its config.json."""
 MODELS["cpu-6m-qwen2"] = MODELS["cpu-6m"] | {"model_type": "qwen2"}
 
 
 def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[int]:
-    """Return lengths with the skew of chain-of-thought: log-normal with sigma 0.8, clipped to 1 .. `longest` tokens."""
+    """Return `count` lengths in tokens with the skew of chain-of-thought: log-normal with sigma 0.8, then clipped.
+
+    Args:
+        mean: mean of the log-normal distribution, before clipping.
+        longest: lengths are clipped to 1 .. `longest`.
+    """
     sigma = 0.8
     draws = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(draws, 1, longest).astype(int).tolist()
 
 
 def head_case(T: int, H: int, data: str, device: str, vocab_size: int = VOCAB_SIZE) -> tuple[torch.Tensor, ...]:
-    """Return inputs of a language-model head: hidden states [T, H] and head [V, H] in bf16, targets [T].
+    """Return (hidden states [T, H], weight matrix [V, H], targets [T] int64) of a language-model head, in bf16.
 
     Args:
+        vocab_size: V.
         data: `random` is noise, so all tokens are about equally likely. `peaked` is like a trained model: token
             frequencies follow a Zipf law that starts at id 0, as in a byte-pair vocabulary, and the confidence of the
             rows in their target ranges from none to certain.

@@ -62,11 +62,15 @@ _GPU_STEPS = {
     ("qwen3-1.7b", "full"): 6,
 }
 _CPU_STEPS = dict.fromkeys([("cpu-0.3m", "lora"), ("cpu-0.3m", "full"), ("cpu-6m", "lora")], 6)
-"""(model, method) -> steps."""
+"""(key of MODELS, `lora` or `full`) -> number of training steps in a timed call; the same holds for _GPU_STEPS."""
 
 
 def sections(notes: list[str]) -> Sections:
-    """Return the sections for the GPU, or for the CPU if there is no GPU."""
+    """Return the suite's sections, one per model and method, for the GPU, or for the CPU if there is no GPU.
+
+    Args:
+        notes: gets facts that a reader of the figures needs, and failures while a section is measured.
+    """
     cases = _GPU_STEPS if torch.cuda.is_available() else _CPU_STEPS
     return {
         f"{name}, {method}": partial(_measure_case, name, method, steps, notes)
@@ -75,7 +79,14 @@ def sections(notes: list[str]) -> Sections:
 
 
 def _measure_case(name: str, method: str, steps: int, notes: list[str]) -> list[Row]:
-    """Measure all variants of one model and method on the same sequences."""
+    """Return the speed of training one model on the same sequences: one row per variant that did not fail.
+
+    Args:
+        name: key of MODELS.
+        method: `lora`, or `full` for all weights.
+        steps: steps in a timed call, of eight sequences each.
+        notes: gets sizes, settings, absent peers and failures.
+    """
     has_gpu = torch.cuda.is_available()
     mean, longest = (700, 8192) if has_gpu else (120, 600)
     device, dtype = (torch.device("cuda"), torch.bfloat16) if has_gpu else (torch.device("cpu"), torch.float32)
@@ -159,7 +170,7 @@ def _measure_case(name: str, method: str, steps: int, notes: list[str]) -> list[
 
 
 def _fp8_trainer(decoder: Decoder) -> LocalTrainer:
-    """Return a trainer of the same weights in e4m3, with adapters."""
+    """Return a trainer of new adapters on a copy of the decoder with frozen weights in e4m3."""
     fp8_decoder = fp8_copy(decoder)
     attach(fp8_decoder, _LORA, seed=0)
     fp8_decoder.prepare_fp8_backward()
@@ -167,7 +178,15 @@ def _fp8_trainer(decoder: Decoder) -> LocalTrainer:
 
 
 def _speed_columns(measurement: Measurement, tokens: int, flop: float, device: torch.device) -> dict[str, float]:
-    """Return the rate, model FLOPs, MFU, and the peak memory above that between steps."""
+    """Return the columns `seconds`, `tokens/s`, `TFLOP/s` and, where known, `MFU` and `peak GiB`.
+
+    `MFU` is absent on a CPU and on a GPU of unknown rates. `peak GiB`, the peak memory above that before the call, is
+    absent on a CPU.
+
+    Args:
+        tokens: tokens of the call, padding not counted.
+        flop: model FLOP of the call.
+    """
     columns = {
         "seconds": measurement.seconds,
         "tokens/s": tokens / measurement.seconds,
@@ -194,7 +213,10 @@ def _repeat_twice(run: Callable[[], None]) -> None:
 
 
 def _prepare_for_peers(model: nn.Module, method: str, notes: list[str]) -> nn.Module | None:
-    """Return the model as peers train it; None if it needs PEFT and PEFT is not installed."""
+    """Return the transformers model in training mode: with PEFT's adapters for `lora`, as it is for `full`.
+
+    Return None, with a note in `notes`, if the method is `lora` and PEFT cannot be imported.
+    """
     if method == "full":
         return model.train()
     peft = import_peer("peft", notes)
@@ -226,7 +248,12 @@ def _peer_runs(
 def _trl_epoch(
     model: nn.Module, sequences: list[TrainingSequence], settings: dict, attention: str
 ) -> Callable[[], None]:
-    """Return a function that trains an epoch with SFTTrainer on tokenized sequences."""
+    """Return a function that trains the model once on all sequences with TRL's SFTTrainer.
+
+    Args:
+        settings: arguments of SFTConfig: `per_device_train_batch_size`, `gradient_checkpointing` and the like.
+        attention: transformers' name of the attention implementation.
+    """
     import datasets
     import transformers
     import trl
@@ -268,7 +295,10 @@ def _trl_epoch(
 
 
 def _padded_epoch(model: nn.Module, sequences: list[TrainingSequence]) -> Callable[[], None]:
-    """Return a function that trains an epoch: eight sequences padded to the longest, the model's own loss, AdamW."""
+    """Return a function that trains the model once on all sequences in a plain loop.
+
+    A step pads eight sequences to the longest and uses transformers' loss, clipping of the gradient, and AdamW.
+    """
     trained_parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained_parameters, lr=1e-5, weight_decay=0.0)
     device = trained_parameters[0].device
@@ -295,7 +325,10 @@ def _padded_epoch(model: nn.Module, sequences: list[TrainingSequence]) -> Callab
 
 
 def _host_milliseconds(decoder: Decoder) -> float:
-    """Return the milliseconds of a layer's forward and backward pass over 16 tokens, launched kernel by kernel."""
+    """Return the milliseconds of one layer's forward and backward pass over 16 tokens, launched kernel by kernel.
+
+    It is the time of the whole decoder divided by its number of layers.
+    """
     batch = _tiny_batch(decoder.embedding.device)
 
     def forward_backward() -> None:
@@ -307,7 +340,7 @@ def _host_milliseconds(decoder: Decoder) -> float:
 
 
 def _step_milliseconds(trainer: LocalTrainer) -> float:
-    """Return the milliseconds of a whole step of 16 tokens."""
+    """Return the milliseconds of one training step, optimizer included, on a pack of 16 tokens."""
     batch = _tiny_batch(trainer.device)
     return _fastest_milliseconds(lambda: trainer.step([batch], 1e-5))
 
@@ -319,7 +352,7 @@ def _tiny_batch(device: torch.device) -> PackedBatch:
 
 
 def _fastest_milliseconds(call: Callable[[], None]) -> float:
-    """Return the milliseconds of the fastest of twenty calls, after two that compile and capture."""
+    """Return the milliseconds of the fastest of twenty timed calls, after two calls that compile and capture."""
     for _ in range(2):
         call()
     return 1e3 * min(time_call(call) for _ in range(20))

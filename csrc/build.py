@@ -18,7 +18,11 @@ def find_nvcc() -> str | None:
 
 
 def build(library_path: Path, *options: str) -> str:
-    """Compile the library and return the compiler's output.
+    """Compile csrc/ into a shared library and return the compiler's output. nvcc must be on PATH.
+
+    Args:
+        library_path: file to write; an older one is replaced only after a successful compilation.
+        options: further options of nvcc.
 
     Raises:
         subprocess.CalledProcessError: nvcc failed; the error's `stdout` holds the compiler's output.

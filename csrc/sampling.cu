@@ -70,6 +70,7 @@ struct TokenMass {
 
 __device__ uint64_t target_mass(uint64_t total, float top_p) { return uint64_t(ceil(double(top_p) * double(total))); }
 
+// Shared memory of a block of `sample_kernel`.
 struct Scratch {
     uint64_t histogram[BINS];
     uint64_t candidates[CAPACITY];
@@ -79,6 +80,7 @@ struct Scratch {
     int selected_bin, num_candidates;
 };
 
+// Returns to every thread the combination of the values of all threads of the block. `warp_values` holds one per warp.
 template <class T, class Combine>
 __device__ T reduce_block(T value, T* warp_values, Combine combine) {
     for (int distance = 16; distance > 0; distance /= 2)
@@ -166,6 +168,8 @@ struct RowSettings {
     uint64_t row_key;
 };
 
+// Returns to every thread the id of the sampled token. `source` holds the row, or at least every token that top-k and
+// top-p keep.
 template <class Source>
 __device__ uint32_t sample_token(Scratch& scratch, Source source, TokenMass mass, RowSettings settings) {
     uint64_t min_rank = 0;  // tokens below it are dropped

@@ -29,7 +29,14 @@ from thinksafe.kernels.fp8 import E4M3, Fp8Tensor, e8m0_to_fp32, power_of_two
 
 @dataclass(frozen=True)
 class LinearTileConfig:
-    """One configuration of the kernel: rows and columns of an output tile, warps per program, pipeline stages."""
+    """Launch configuration of `_batch_invariant_linear_kernel`; one program computes one tile of the result at a time.
+
+    Attributes:
+        block_t: rows of x, and so of the result, in a tile.
+        block_n: rows of the weight, and so columns of the result, in a tile.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline over K.
+    """
 
     block_t: int
     block_n: int
@@ -39,17 +46,25 @@ class LinearTileConfig:
 
 _UP_TO_128 = (LinearTileConfig(128, 128, 8, 4), LinearTileConfig(64, 64, 4, 4), LinearTileConfig(64, 32, 4, 4))
 TILE_CONFIGS = {1: _UP_TO_128, 2: (LinearTileConfig(128, 256, 8, 3), *_UP_TO_128), 4: _UP_TO_128}
-"""Configurations by itemsize, largest tile first. e4m3 keeps each sum twice (tensor core, fp32): 128 x 256 spills."""
+"""Bytes per element of x and the weight -> configurations, largest tile first. In e4m3 a program holds each sum twice
+(tensor core, fp32), so registers of a 128 x 256 tile would spill."""
 BLOCK_K_BYTES = 128
-"""Bytes of K in one step: one line of shared memory, 64 elements in bf16 or 128 in e4m3."""
+"""Bytes of a row of x or of the weight that one step over K reads: 64 elements in bf16 or 128 in e4m3."""
 GROUP = 8
-"""Row tiles that use one column tile before the next column tile starts: the weight is read once per group."""
+"""Number of row tiles that use one column tile before the next column tile starts. The weight is read once per group of
+row tiles."""
 _CPU_BLOCK_ROWS = 32
-"""Rows of each matmul on a CPU, padded with zeros: its BLAS also picks a kernel by the number of rows."""
+"""Rows of x in each matmul on a CPU, whose BLAS also picks a kernel by the number of rows. Zeros pad the last block."""
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b, computed in blocks of _CPU_BLOCK_ROWS rows for every batch size."""
+    """Return x Wᵀ + b, [T, N] in the dtype of x, from matmuls of _CPU_BLOCK_ROWS rows each for every T.
+
+    Args:
+        x: [T, K].
+        weight: [N, K], in the dtype of x.
+        bias: [N], in the dtype of x, or None.
+    """
     blocks = F.pad(x, (0, 0, 0, -len(x) % _CPU_BLOCK_ROWS)).split(_CPU_BLOCK_ROWS)
     return torch.cat([F.linear(block, weight, bias) for block in blocks])[: len(x)] if len(x) else F.linear(x, weight)
 
@@ -83,7 +98,13 @@ def _batch_invariant_linear_kernel(
 
 
 def choose_tile(T: int, N: int, itemsize: int, num_sms: int) -> LinearTileConfig:
-    """Return the largest tile that gives every SM at least one, or the smallest tile if none does."""
+    """Return the first of TILE_CONFIGS[itemsize] that gives every SM at least one tile, or the smallest if none does.
+
+    Args:
+        T, N: rows and columns of the result.
+        itemsize: bytes per element of x and the weight: 1, 2 or 4.
+        num_sms: SMs of the GPU.
+    """
     tiles_that_fill = (
         tile for tile in TILE_CONFIGS[itemsize] if -(-T // tile.block_t) * -(-N // tile.block_n) >= num_sms
     )
@@ -116,16 +137,17 @@ def batch_invariant_linear(
     """Return x Wᵀ + b, with the same bits for a row in every batch. Not differentiable.
 
     Args:
-        x: [T, K].
+        x: [T, K], floating point.
         weight: [N, K], in the dtype of x, contiguous.
-        bias: [N] or None.
-        dtype: dtype of the result, which a GPU rounds once from fp32; None for the dtype of x.
+        bias: [N], in the dtype of x, or None for no bias. It is not checked.
+        dtype: dtype of the result; None for the dtype of x. A GPU rounds once from fp32 to it, a CPU rounds to the
+            dtype of x first.
 
     Returns:
-        [T, N].
+        [T, N] in `dtype`.
 
     Raises:
-        ValueError: the shapes or dtypes do not match.
+        ValueError: x and weight are not [T, K] and [N, K], their dtypes differ, or weight is not contiguous.
     """
     _check(x, weight, x.dtype)
     if not on_triton(x):
@@ -134,19 +156,21 @@ def batch_invariant_linear(
 
 
 def fp8_linear(x: Fp8Tensor, weight: Fp8Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x Wᵀ + b with x and W in e4m3. Not differentiable.
+    """Return x Wᵀ + b with x and W in e4m3, with the same bits for a row in every batch. Not differentiable.
+
+    out[t, n] = 2 ** (x_scale[t] - 127) * 2 ** (w_scale[n] - 127) * sum over k of x_value[t, k] * w_value[n, k] + b[n]
 
     Args:
-        x: [T, K], K a multiple of 16 on a GPU.
-        weight: [N, K], contiguous.
-        bias: [N] or None.
+        x: values [T, K], scales [T].
+        weight: values [N, K], contiguous, and scales [N].
+        bias: [N], in any floating-point dtype, or None for no bias. It is not checked.
         dtype: dtype of the result, which is rounded once from fp32.
 
     Returns:
-        [T, N], with the same bits for a row in every batch.
+        [T, N] in `dtype`.
 
     Raises:
-        ValueError: the shapes or dtypes do not match.
+        ValueError: the values are not [T, K] and [N, K], those of the weight are not e4m3 or not contiguous.
     """
     _check(x.values, weight.values, E4M3)
     if on_triton(x.values):

@@ -19,11 +19,15 @@ def check_tensor(
     device: torch.device,
     allow_strided: bool = True,
 ) -> None:
-    """Check that a tensor has exactly this shape, dtype and device, and is contiguous unless `allow_strided`.
+    """Check that a tensor has exactly this shape, dtype and device.
+
+    Args:
+        name: name of the argument in error messages.
+        allow_strided: accept any strides; False requires a contiguous tensor.
 
     Raises:
         TypeError: `tensor` is not a tensor.
-        ValueError: a property differs.
+        ValueError: the shape, dtype or device differs, or the tensor is not contiguous although it must be.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, found {type(tensor).__name__}")
@@ -37,7 +41,10 @@ def check_tensor(
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Check that a tensor has a floating-point dtype; its shape may be any.
+    """Check that an argument is a tensor of a floating-point dtype, of any shape.
+
+    Args:
+        name: name of the argument in error messages.
 
     Raises:
         TypeError: `tensor` is not a tensor.
@@ -50,10 +57,16 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_number(name: str, value: float, low: float, high: float = float("inf"), integer: bool = False) -> None:
-    """Check that a value is a Python number in [low, high), and a whole number if `integer`.
+    """Check that a value is a Python int or float with low <= value < high.
+
+    With the default `high` every finite value from `low` on is valid, and infinity is not.
+
+    Args:
+        name: name of the argument in error messages.
+        integer: require an int; a float such as 2.0 is then invalid.
 
     Raises:
-        TypeError: `value` is not such a number.
+        TypeError: `value` is a bool, or no int or float (no int if `integer`).
         ValueError: `value` is outside the range or NaN.
     """
     if isinstance(value, bool) or not isinstance(value, int if integer else (int, float)):
@@ -63,10 +76,14 @@ def check_number(name: str, value: float, low: float, high: float = float("inf")
 
 
 def check_choice(name: str, value: str | bool | None, *choices: str | bool | None) -> None:
-    """Check that a value equals one of the choices, and has its type.
+    """Check that a value equals one of the choices and has the type of that choice, so 1 is not True.
+
+    Args:
+        name: name of the argument in error messages.
+        choices: two or more valid values.
 
     Raises:
-        ValueError: it equals none of them.
+        ValueError: no choice has this value and type.
     """
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         names = [choice if isinstance(choice, str) else repr(choice) for choice in choices]
@@ -74,10 +91,15 @@ def check_choice(name: str, value: str | bool | None, *choices: str | bool | Non
 
 
 def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = "weight") -> None:
-    """Check that x [T, H] and the language-model head `weight` [V, H] fit together.
+    """Check that hidden states x and the weight matrix of a language-model head fit together.
+
+    Args:
+        x: must be [T, H] in bf16 or fp32; T may be 0, and any strides are valid.
+        weight: must be [V, H], V and H at least 1, contiguous, in the dtype and on the device of x.
+        x_name, weight_name: names of the two arguments in error messages.
 
     Raises:
-        TypeError: an argument is not a tensor; for a module the message says what to pass instead.
+        TypeError: an argument is not a tensor; if weight is a module, the message says what to pass instead.
         ValueError: a shape, dtype, device or stride is invalid.
     """
     if isinstance(weight, torch.nn.Module):
@@ -104,10 +126,16 @@ def check_head(x: Tensor, weight: Tensor, x_name: str = "x", weight_name: str = 
 
 
 def check_token_ids(name: str, token_ids: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Check that token ids are int64, have this shape, are on the device of x and hold at least one id per row.
+    """Check dtype, shape and device of token ids. `check_token_id_range` checks their values.
+
+    Args:
+        name: name of the argument in error messages.
+        token_ids: must be int64, on the device of x.
+        shape: required shape, [T] or [T, K] with K at least 1; T may be 0.
 
     Raises:
-        TypeError, ValueError: as in `check_tensor`.
+        TypeError: `token_ids` is not a tensor.
+        ValueError: the shape, dtype or device differs, or K is 0.
     """
     check_tensor(name, token_ids, shape, torch.int64, x.device)
     if 0 in shape[1:]:
@@ -115,11 +143,16 @@ def check_token_ids(name: str, token_ids: Tensor, x: Tensor, shape: tuple[int, .
 
 
 def row_weights(token_weight: Tensor | None, x: Tensor) -> Tensor:
-    """Return the weight of each row of x in the loss, [T] fp32: a checked copy of `token_weight`, or ones for None.
+    """Return the loss weight of each row of x, [T] fp32: a checked copy of `token_weight`, or ones if it is None.
+
+    Args:
+        token_weight: [T] in a floating-point dtype, on the device of x, finite, not negative, without gradient.
+        x: [T, H] hidden states; only their number and device are read.
 
     Raises:
-        TypeError, ValueError: `token_weight` is not [T] in floating point, requires a gradient, or holds a negative or
-            non-finite value.
+        TypeError: `token_weight` is not a floating-point tensor.
+        ValueError: its shape or device is wrong, it requires a gradient, or it holds a negative, infinite or NaN
+            element. On a GPU a device-side assert checks the elements instead.
     """
     if token_weight is None:
         return x.new_ones(len(x), dtype=torch.float32)
@@ -136,12 +169,16 @@ def _type_name(value: object) -> str:
 
 
 def check_no_second_derivative(operation: str, *grads_of_gradients: Tensor | None) -> None:
-    """Check that no gradient flows into outputs that are gradients themselves. Such outputs are constants.
+    """Check that no gradient flows into those outputs of an operator that are gradients themselves.
 
-    Call it in the backward pass of an operator that returns its own gradients.
+    An operator that returns its own gradients calls this in its backward pass, because it has no second derivative.
+
+    Args:
+        operation: name of the operation in the error message.
+        grads_of_gradients: what autograd passes for each of these outputs; None if no gradient flows into it.
 
     Raises:
-        RuntimeError: a second derivative is requested.
+        RuntimeError: one of them is not None, so a second derivative is requested.
     """
     if any(gradient is not None for gradient in grads_of_gradients):
         raise RuntimeError(f"{operation} can be differentiated once: its gradient has no gradient")
@@ -163,8 +200,12 @@ def _(token_weight):
 def check_token_id_range(name: str, token_ids: Tensor, vocab_size: int) -> None:
     """Check that every id is in [0, vocab_size). Call it inside registered operators only.
 
+    Args:
+        name: name of the argument in the error message.
+        token_ids: int64, any shape.
+
     Raises:
-        ValueError: an id is outside. On a GPU a device-side assert fails instead.
+        ValueError: an id is outside. On a GPU a device-side assert fails instead, and the host does not wait.
     """
     is_valid = ((token_ids >= 0) & (token_ids < vocab_size)).all()
     _require(is_valid, f"{name} holds a token id outside [0, {vocab_size})")
@@ -181,6 +222,9 @@ def check_tma_alignment(**tensors: Tensor) -> None:
     """Check that the tensor memory accelerator (TMA) can read each matrix. Call it inside registered operators only.
 
     The base address and the bytes of a row must be multiples of 16.
+
+    Args:
+        tensors: name of an argument in error messages -> its matrix, contiguous.
 
     Raises:
         ValueError: TMA cannot read a tensor; the message names it.

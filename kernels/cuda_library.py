@@ -9,11 +9,18 @@ from pathlib import Path
 import thinksafe
 
 LIBRARY_PATH = Path(thinksafe.__file__).with_name("libthinksafe.so")
+"""Where csrc/build.py writes the compiled library."""
 
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the compiled kernels. Without them warn once and return None: the package was installed without nvcc."""
+    """Return the library of compiled kernels, loaded once per process.
+
+    If the file LIBRARY_PATH does not exist, because the package was installed without nvcc, warn once and return None.
+
+    Raises:
+        OSError: the file exists but cannot be loaded.
+    """
     if not LIBRARY_PATH.exists():
         warnings.warn(
             "csrc/ is not compiled, so sampling on this GPU runs in plain torch. To compile it, put nvcc on PATH and "
@@ -25,7 +32,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def declare_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the argument and result types for ctypes; return the library."""
+    """Declare the C types of the arguments and results of the library's functions in place; return the library."""
     library.thinksafe_sample_workspace.restype = c_int64
     library.thinksafe_sample_workspace.argtypes = (c_int64, c_int64)
     library.thinksafe_sample.restype = c_int

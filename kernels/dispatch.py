@@ -17,6 +17,7 @@ except ImportError:
     triton = tl = TensorDescriptor = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether CPU tensors go to the Triton kernels in Triton's interpreter."""
 
 
 def jit(kernel):
@@ -25,10 +26,12 @@ def jit(kernel):
 
 
 def on_triton(x: Tensor) -> bool:
-    """Return whether an operation on x runs as a Triton kernel.
+    """Return True if an operation on x runs as a Triton kernel, and False if it runs the plain PyTorch reference.
+
+    It is True if x is on a GPU or TRITON_INTERPRET is 1.
 
     Raises:
-        RuntimeError: x is on a GPU and Triton is not installed.
+        RuntimeError: the operation would run as a Triton kernel, and Triton is not installed.
     """
     if not (x.is_cuda or INTERPRETED):
         return False

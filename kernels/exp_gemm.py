@@ -22,13 +22,22 @@ from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, on_tr
 
 LOG2E = 1.4426950408889634
 MAX_ROW_SUM = 2.0**60
-"""Row sum above which a row is recomputed: 41 nats, half the range of fp32, so that matmuls with E do not overflow."""
+"""Sum of a row's exp(z - shift) above which the row is recomputed with its largest logit as the shift. This is 41 nats,
+half the range of fp32, so that matmuls with E do not overflow."""
 
 
 @dataclass(frozen=True)
 class HeadTileConfig:
-    """One configuration of the kernel: tile sizes, row blocks that share a vocabulary tile while it is in the L2, warps
-    per program, and stages of the software pipeline."""
+    """Launch configuration of a kernel that computes tiles of logits X Wᵀ, here and in linear_kl.py.
+
+    Attributes:
+        block_t: rows of X, and of the logits, in a tile.
+        block_v: vocabulary entries of a tile.
+        block_h: hidden dimensions of one step of the matmul.
+        group: row blocks that use a vocabulary tile, while it is in the L2, before the next vocabulary tile starts.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline over the hidden dimensions.
+    """
 
     block_t: int
     block_v: int
@@ -98,7 +107,7 @@ def _exp_gemm_kernel(
 
 @jit
 def _gather_dot_kernel(x_ptr, weight_ptr, ids_ptr, out_ptr, K, H, BLOCK_H: tl.constexpr):
-    """Compute one dot product per program, in fp32."""
+    """Store the dot product of x[t] and weight[ids[t, k]] in out[t, k], one per program, summed in fp32."""
     pair = tl.program_id(0).to(tl.int64)
     row, token = pair // K, tl.load(ids_ptr + pair).to(tl.int64)
     acc = tl.zeros((BLOCK_H,), tl.float32)
@@ -110,7 +119,15 @@ def _gather_dot_kernel(x_ptr, weight_ptr, ids_ptr, out_ptr, K, H, BLOCK_H: tl.co
 
 
 def gather_dot(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Return logits of chosen tokens: x [T, H], weight [V, H], ids [T, K] int64 -> [T, K] fp32. 2 * T * K * H FLOP."""
+    """Return the logits of chosen tokens, x[t] · weight[token_ids[t, k]], [T, K] fp32. Cost: 2 * T * K * H FLOP.
+
+    It always runs as a Triton kernel.
+
+    Args:
+        x: [T, H], contiguous.
+        weight: [V, H], contiguous.
+        token_ids: [T, K] int64 in [0, V), contiguous.
+    """
     out = torch.empty(token_ids.shape, dtype=torch.float32, device=x.device)
     if out.numel():
         H = x.shape[1]
@@ -121,14 +138,16 @@ def gather_dot(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ExpGemmResult:
-    """Outputs of one pass over the vocabulary.
+    """Outputs of `exp_gemm`, with z = X Wᵀ and E = exp(z - shift), 0 in the target's column.
 
     Attributes:
-        shift: [T] fp32, the number subtracted from each row's logits.
-        sums: [V tiles, T] fp32, exp(z - shift) summed over each tile without the target.
-        e: [T, V tiles * BLOCK_V] bf16 (or the dtype of x), or None.
-        weighted_sums: [V tiles, T] fp32, e * z summed over each tile, or None.
-        tile_max, tile_argmax: [V tiles, T] fp32 and int32, each tile's largest logit and its token id, or None.
+        shift: [T] fp32, the number subtracted from each row's logits: the target's logit, or the largest logit in a row
+            whose sum would be above MAX_ROW_SUM.
+        sums: [V tiles, T] fp32, E summed over each vocabulary tile.
+        e: E, [T, V tiles * BLOCK_V] in the dtype of x; None without `store`.
+        weighted_sums: [V tiles, T] fp32, E * z summed over each tile; None without `with_entropy_and_top1`.
+        tile_max, tile_argmax: [V tiles, T] fp32 and int32, the largest logit of each tile (target included) and its
+            token id, the smallest among equals; None without `with_entropy_and_top1`.
     """
 
     shift: Tensor
@@ -148,15 +167,18 @@ def exp_gemm(
     store: bool = False,
     with_entropy_and_top1: bool = False,
 ) -> ExpGemmResult:
-    """Run the pass. The device decides which row blocks have a sum above MAX_ROW_SUM and repeats the pass for them.
+    """Return the sums of exp(x·w_v - shift) over the vocabulary and, on request, E and the sums for entropy and top-1.
+
+    The device decides which row blocks have a sum above MAX_ROW_SUM and repeats the pass for them; the host does not
+    wait. It always runs as a Triton kernel.
 
     Args:
         x: [T, H], T at least 1, contiguous and aligned as `check_tma_alignment` requires.
         weight: [V, H], contiguous and aligned likewise.
-        target: [T] int64.
+        target: [T] int64 in [0, V).
         target_logit: [T] fp32, x·w_target.
-        store: whether to store E.
-        with_entropy_and_top1: whether to compute weighted_sums, tile_max and tile_argmax.
+        store: return E.
+        with_entropy_and_top1: return weighted_sums, tile_max and tile_argmax.
     """
     tile = ENTROPY_TILE if with_entropy_and_top1 else LOSS_TILE
     sums_shape = (triton.cdiv(weight.shape[0], tile.block_v), x.shape[0])
@@ -184,7 +206,11 @@ def exp_gemm(
 def _launch(
     tile: HeadTileConfig, x, weight, target, shift, active_blocks, sums, e, weighted_sums, tile_max, tile_argmax
 ) -> None:
-    """Launch the kernel once; outputs that are None are not computed."""
+    """Launch `_exp_gemm_kernel` once. It overwrites the outputs, `sums` to `tile_argmax`; None is not computed.
+
+    Args:
+        active_blocks: [row blocks] int32; row blocks with 0 are skipped and keep their outputs. None computes all.
+    """
     (T, H), V = x.shape, weight.shape[0]
     num_tiles = triton.cdiv(T, tile.block_t) * triton.cdiv(V, tile.block_v)
     x_desc = TensorDescriptor.from_tensor(x, [tile.block_t, tile.block_h])
@@ -201,13 +227,17 @@ def _launch(
 
 
 def num_sms(device: torch.device) -> int:
-    """Return the number of SMs of a GPU; 1 in the interpreter."""
+    """Return the number of SMs of a GPU; in the interpreter 1."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_tensor_cores(x: Tensor) -> bool:
-    """Return whether operations on the head use Triton kernels: in 16 bits on a GPU, or in the interpreter.
+    """Return whether operations on the language-model head use Triton kernels for hidden states x.
 
-    fp32 tiles of this size do not fit in shared memory, so fp32 uses the reference on a GPU too.
+    This is so for 16-bit x on a GPU, and for every x in the interpreter. In all other cases they use the plain PyTorch
+    reference, also for fp32 on a GPU: fp32 tiles of this size do not fit in shared memory.
+
+    Raises:
+        RuntimeError: x is on a GPU and Triton is not installed.
     """
     return on_triton(x) and (INTERPRETED or x.element_size() == 2)

@@ -27,11 +27,11 @@ _RECIPROCAL_OF_MAX = 1 / 448
 
 
 class Fp8Tensor(NamedTuple):
-    """Quantized rows.
+    """Rows quantized to e4m3: element = value * 2 ** (scale_e8m0 - 127).
 
     Attributes:
         values: [..., D] e4m3.
-        scales_e8m0: [...] uint8, exponent plus 127 of each row's scale.
+        scales_e8m0: [...] uint8 in [1, 254], exponent plus 127 of each row's scale.
     """
 
     values: Tensor
@@ -39,12 +39,17 @@ class Fp8Tensor(NamedTuple):
 
 
 def supports_fp8(device: torch.device) -> bool:
-    """Return whether the device supports e4m3: a CPU does, and a GPU of compute capability 8.9 or more (L40, H100)."""
+    """Return whether the device supports e4m3: a CPU always, a GPU from compute capability 8.9 on (L40, H100)."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def reference(x: Tensor, column_scales_e8m0: Tensor | None = None) -> Fp8Tensor:
-    """Return the same as `quantize`, in plain torch."""
+    """Return x [..., D] quantized row by row, as `quantize` does, in plain torch.
+
+    Args:
+        x: [..., D], floating point.
+        column_scales_e8m0: [D] uint8; column d is multiplied by 2 ** (column_scales_e8m0[d] - 127) first. None for 1.
+    """
     x = x.float() if column_scales_e8m0 is None else x.float() * e8m0_to_fp32(column_scales_e8m0)
     bits = (x.abs().amax(-1) * _RECIPROCAL_OF_MAX).view(torch.int32)
     biased_exponents = ((bits >> 23) + (bits & _MANTISSA_MASK != 0)).clamp(1, 254)  # rounded up
@@ -54,12 +59,12 @@ def reference(x: Tensor, column_scales_e8m0: Tensor | None = None) -> Fp8Tensor:
 
 
 def dequantize(values: Tensor, scales_e8m0: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the elements that e4m3 values [..., D] and their scales [...] represent, [..., D] in `dtype`."""
+    """Return value * 2 ** (scale_e8m0 - 127), [..., D] in `dtype`, from e4m3 values [..., D] and uint8 scales [...]."""
     return (values.float() * e8m0_to_fp32(scales_e8m0)[..., None]).to(dtype)
 
 
 def e8m0_to_fp32(scales_e8m0: Tensor) -> Tensor:
-    """Return the scales in fp32 from their uint8 exponents, same shape."""
+    """Return 2 ** (scales_e8m0 - 127) in fp32, same shape, for uint8 scales in [1, 254]."""
     return _exp2_of_biased(scales_e8m0.int())
 
 
@@ -69,20 +74,29 @@ def _exp2_of_biased(biased_exponents: Tensor) -> Tensor:
 
 @jit
 def amax_to_e8m0(amax):
-    """Return the biased exponent, int32, of the scale of a row with this largest magnitude."""
+    """Return scale_e8m0 of rows with these largest magnitudes, int32 in [1, 254], same shape.
+
+    It is the smallest number for which amax <= 448 * 2 ** (scale_e8m0 - 127).
+    """
     bits = (amax * 0.002232142857142857).to(tl.int32, bitcast=True)
     return tl.minimum(tl.maximum((bits >> 23) + (bits & 0x7FFFFF != 0).to(tl.int32), 1), 254)
 
 
 @jit
 def power_of_two(biased_exponent):
-    """Return the power of two in fp32 from its biased int32 exponent; the inverse has 254 minus that exponent."""
+    """Return 2 ** (biased_exponent - 127) in fp32, for int32 exponents in [1, 254].
+
+    The inverse, for exponents up to 253, is power_of_two(254 - biased_exponent).
+    """
     return (biased_exponent << 23).to(tl.float32, bitcast=True)
 
 
 @jit
 def _quantize_kernel(x_ptr, column_scales_ptr, values_ptr, scales_ptr, D, BLOCK_D: tl.constexpr):
-    """Quantize one row per program."""
+    """Quantize one row of D elements per program: store its e4m3 values and its scale_e8m0.
+
+    Unless column_scales_ptr is None, column d is first multiplied by 2 ** (column_scale[d] - 127).
+    """
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     if column_scales_ptr is not None:
@@ -93,11 +107,17 @@ def _quantize_kernel(x_ptr, column_scales_ptr, values_ptr, scales_ptr, D, BLOCK_
 
 
 def quantize(x: Tensor, column_scales_e8m0: Tensor | None = None) -> Fp8Tensor:
-    """Quantize every row of x. Moves 1 + itemsize bytes per element.
+    """Return x quantized row by row: element = value * 2 ** (scale_e8m0 - 127). Moves 1 + itemsize bytes per element.
+
+    The scale of a row is the smallest power of two that brings its largest magnitude to at most 448.
 
     Args:
         x: [..., D], floating point.
-        column_scales_e8m0: [D] uint8, scales that multiply the columns before quantization; None for 1.
+        column_scales_e8m0: [D] uint8; column d is multiplied by 2 ** (column_scales_e8m0[d] - 127) before the rows are
+            quantized, so the result represents the products. None for 1.
+
+    Returns:
+        values [..., D], scales [...].
     """
     if not on_triton(x):
         return reference(x, column_scales_e8m0)

@@ -31,7 +31,9 @@ _UNIT_SCALE_E8M0 = 127
 
 
 class Fp8FrozenWeight(NamedTuple):
-    """An e4m3 weight for the forward and the backward matmul.
+    """A frozen e4m3 weight matrix for the forward and the backward matmul of `fp8_frozen_linear`.
+
+    W[n, k] = values[n, k] * 2 ** (scales_e8m0[n] - 127)
 
     Attributes:
         values: [N, K] e4m3.
@@ -45,7 +47,10 @@ class Fp8FrozenWeight(NamedTuple):
 
     @classmethod
     def from_fp8(cls, weight: Fp8Tensor) -> Fp8FrozenWeight:
-        """Return the weight for both directions from a weight that is quantized row by row."""
+        """Return the weight matrix for both directions from one [N, K] that is quantized row by row.
+
+        `values` shares its memory; the scales and the transposed values are copies.
+        """
         # Transposed as bytes, because not every device can transpose e4m3.
         values_transposed = weight.values.detach().view(torch.uint8).T.contiguous().view(E4M3)
         return cls(weight.values.detach(), weight.scales_e8m0.clone(), values_transposed)
@@ -59,7 +64,10 @@ def _fp8_frozen_linear(
     values_transposed: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return one output per weight; a bias without elements means no bias."""
+    """Return x Wᵀ + b, [T, N] in the dtype of x, for each weight matrix; a bias without elements means no bias.
+
+    `values_transposed` is saved for the backward pass only.
+    """
     x_fp8 = quantize(x)
     return [
         fp8_linear(x_fp8, Fp8Tensor(*weight), bias if len(bias) else None, x.dtype)
@@ -106,18 +114,22 @@ _fp8_frozen_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def fp8_frozen_linear(x: Tensor, weights: Sequence[Fp8FrozenWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return x Wᵀ + b for each weight, where all weights read the same rows; only x gets a gradient.
+    """Return x Wᵀ + b for each of several frozen weight matrices; only x gets a gradient.
+
+    x is quantized row by row, once for all weights.
 
     Args:
-        x: [T, K], K and every N a multiple of 16 on a GPU.
-        weights: [N, K] each.
-        biases: [N] each, constants in the dtype of x, or None.
+        x: [T, K], floating point; K and every N a multiple of 16 on a GPU.
+        weights: one or more weight matrices, [N, K] each; N may differ.
+        biases: one per weight: [N] in the dtype of x, a constant, or None for no bias.
 
     Returns:
-        [T, N] each, in the dtype of x.
+        One output per weight, [T, N] in the dtype of x.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; the message names it.
+        TypeError: x or a bias is not a tensor.
+        ValueError: x, a weight's values or a bias has the wrong shape, dtype, device or strides (the message names it),
+            or the numbers of weights and biases differ.
     """
     check_floating("x", x)
     if x.dim() != 2:

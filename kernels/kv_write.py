@@ -20,7 +20,10 @@ def reference(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor,
     sin: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, scales_e8m0: KvScales = (None, None),
 ) -> Tensor:  # fmt: skip
-    """Compute `norm_rope_write_kv` in plain torch."""
+    """Return normalized and rotated q, and store k (likewise) and v in the cache.
+
+    This is `norm_rope_write_kv` in plain torch, with the same arguments; q and k may have any strides.
+    """
     write_kv(key_cache, value_cache, rope_reference(k, k_weight, eps, cos, sin), v, slots, scales_e8m0)
     return rope_reference(q, q_weight, eps, cos, sin)
 
@@ -31,6 +34,7 @@ def _load_and_rotate(
 ):
     """Return both rotated halves of every head of the token at x_ptr + start, [BLOCK_H, HALF] fp32 each.
 
+    With NORM, the heads are normalized and multiplied by the gain at weight_ptr first. Rows from num_heads on are 0.
     The halves are two tiles, so that one thread holds both elements of a pair."""
     heads, pairs = tl.arange(0, BLOCK_H), tl.arange(0, HALF)
     mask = (heads < num_heads)[:, None]
@@ -46,8 +50,11 @@ def _load_and_rotate(
 
 @jit
 def _quantize_heads(x, abs_max, scales_ptr, rows, mask):
-    """Return fp32 heads [BLOCK_H, ...] as the cache stores them: for an e4m3 cache store their scales and divide by
-    them."""
+    """Return fp32 heads x [BLOCK_H, ...] as the cache stores them, and store their scales.
+
+    Without scales_ptr the cache is not in e4m3: return x unchanged and store nothing. Otherwise divide each head by its
+    scale, which follows from abs_max [BLOCK_H], and store scale_e8m0 at scales_ptr + rows where `mask` [BLOCK_H, 1] is
+    True."""
     if scales_ptr is not None:
         scale_e8m0 = amax_to_e8m0(abs_max)
         tl.store(scales_ptr + rows[:, None], scale_e8m0[:, None], mask=mask)
@@ -61,7 +68,7 @@ def _norm_rope_write_kernel(
     key_scales_ptr, value_scales_ptr, q_stride, k_stride, v_stride, num_heads, num_kv_heads, eps,
     NORM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Process one token."""
+    """Normalize and rotate q and k of one token per program; store q in out_ptr, k and v in the token's cache slot."""
     token, pairs = tl.program_id(0).to(tl.int64), tl.arange(0, HALF)
     cos = tl.load(cos_ptr + token * HALF + pairs)[None, :]
     sin = tl.load(sin_ptr + token * HALF + pairs)[None, :]
@@ -102,24 +109,26 @@ def norm_rope_write_kv(
     slots: Tensor,
     scales_e8m0: KvScales = (None, None),
 ) -> Tensor:
-    """Normalize and rotate q and k, and store k and v in the cache. Not differentiable.
+    """Normalize and rotate the heads of q and k, store k and v in the cache, and return q. Not differentiable.
 
     Args:
         q: [T, num_heads, D]. k, v: [T, num_kv_heads, D]. All three are the outputs of the projections. The heads of a
             token are contiguous, the stride between tokens is free: q, k and v may be column slices of one matmul. On
             a GPU D is a power of two.
-        q_weight, k_weight: [D], gains, or None for models without this norm.
-        eps: added to the mean square.
-        cos, sin: [T, D/2] fp32.
+        q_weight, k_weight: [D], gains of RMSNorm; both None for models without this norm, whose q and k are rotated
+            only.
+        eps: added to the mean square of the norm.
+        cos, sin: [T, D/2] fp32, of the angles position * inverse frequency.
         key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
         slots: [T] int64, page * page_size + offset of each token; all different.
-        scales_e8m0: scales of the caches in e4m3, changed in place; None for a cache in the dtype of q.
+        scales_e8m0: (scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8 and changed in
+            place, or None if that cache is in the dtype of q and not in e4m3.
 
     Returns:
-        Normalized and rotated q, [T, num_heads, D].
+        Normalized and rotated q, [T, num_heads, D] in its dtype, contiguous.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes of q, k, v, cos, slots and the key cache do not fit together. Nothing else is checked.
     """
     (T, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
     if not (k.shape == v.shape == (T, num_kv_heads, D)) or cos.shape != (T, D // 2) or slots.shape != (T,):

@@ -47,22 +47,26 @@ from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, t
 from thinksafe.kernels.exp_gemm import LOSS_TILE, exp_gemm, gather_dot, on_tensor_cores
 
 CHUNK_ROWS = 8192
-"""Rows of a chunk: its E has 8192 * 151,936 * 2 bytes = 2.5 GB. Halved if memory runs out."""
+"""Rows of a chunk in Triton: its E has 8192 * 151,936 * 2 bytes = 2.5 GB. Halved if memory runs out."""
 REFERENCE_CHUNK_ROWS = 1024
+"""Rows of a chunk in plain torch, halved if memory runs out."""
 SPARSE_BLOCK_K, SPARSE_BLOCK_H = (16, 32) if INTERPRETED else (64, 256)
 FILTER_EPS = 2.0**-12
-"""Largest share of gradient mass of a block, or of a row, that may be skipped: rounding E to bf16 loses the same."""
+"""Share of gradient mass up to which the gradient may be skipped. It applies to a row's mass in one vocabulary block,
+relative to the row's whole mass, and to a row's whole mass, relative to the average row's. Rounding E to bf16 loses the
+same."""
 
 
 class Stats(NamedTuple):
-    """Statistics of one call.
+    """Statistics of one call of `linear_cross_entropy_with_stats`.
 
     Attributes:
-        normalizer: fp32 scalar, the divisor of `mean`: the sum of the weights of all rows that are not ignored.
+        normalizer: fp32 scalar, the divisor of `mean`: the sum of the loss weights of all rows that are not ignored.
         dropped_mass: fp32 scalar, share of the rows' gradient mass that was skipped, in the chunk with the largest
-            share; 0 if exact.
-        active_share: fp32 scalar, share of (row block, vocabulary block) pairs whose gradient was computed.
-        bad_row: int64 scalar, index of the first row whose loss is not finite, or -1.
+            share. 0 if no gradient of x is computed, or with `exact`, or in plain torch.
+        active_share: fp32 scalar, share of (row block, vocabulary block) pairs whose gradient was computed. 1 in the
+            three cases in which dropped_mass is 0.
+        bad_row: int64 scalar, index of the first row whose loss is NaN or infinite, or -1 if all are finite.
     """
 
     normalizer: Tensor
@@ -72,7 +76,18 @@ class Stats(NamedTuple):
 
 
 def reference(x, weight, target, row_weight, label_smoothing=0.0, z_loss=0.0) -> Tensor:
-    """Return the weighted loss of each row [T] from full logits in the dtype of x; differentiable."""
+    """Return the weighted loss of each row, [T], from full logits z = x Wᵀ in the dtype of x; differentiable.
+
+    loss[t] = row_weight[t] * (lse - (1 - label_smoothing) * z[target[t]] - label_smoothing * mean(z) + z_loss * lse²)
+
+    Args:
+        x: [T, H] hidden states.
+        weight: [V, H], weight matrix of the language-model head.
+        target: [T] int64 in [0, V); no value is ignored.
+        row_weight: [T], factor of each row's loss.
+        label_smoothing: share of the target's probability that is spread over the vocabulary.
+        z_loss: coefficient of lse².
+    """
     logits = x @ weight.T
     lse = logits.logsumexp(-1)
     target_logit = logits.gather(-1, target[:, None])[:, 0]
@@ -85,7 +100,10 @@ def _sparse_gemm_kernel(
     e_desc, w_desc, out_ptr, blocks_ptr, counts_ptr, T, H, num_v,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Compute out = E W over the vocabulary blocks that each row block lists, in fp32."""
+    """Compute one [BLOCK_T, BLOCK_H] tile of out = E W in fp32, over the vocabulary blocks that its row block lists.
+
+    Row block b lists counts_ptr[b] block indices, the first of row b of blocks_ptr [row blocks, num_v].
+    """
     block_t, block_h = tl.program_id(1), tl.program_id(0)
     acc = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     num_steps = tl.load(counts_ptr + block_t) * (BLOCK_V // BLOCK_K)
@@ -106,7 +124,10 @@ def _grad_x_kernel(
     product_ptr, weight_ptr, target_ptr, mean_weight_ptr, scale_ptr, target_scale_ptr, mean_scale_ptr, out_ptr, H,
     SMOOTHING: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Compute dX_t = scale_t * product_t + target_scale_t * w_y + mean_scale_t * mean(w), one row per program."""
+    """Store dX_t = scale_t * product_t + target_scale_t * w_y + mean_scale_t * mean(w), one row per program.
+
+    The last term is computed with SMOOTHING only.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     scale, target_scale = tl.load(scale_ptr + row), tl.load(target_scale_ptr + row)
@@ -121,7 +142,12 @@ def _grad_x_kernel(
 
 
 def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight, mean_weight):
-    """Return ((loss, dropped mass, active share), dX or None, dW or None) of a chunk of rows."""
+    """Return ((loss, dropped mass, active share), dX, dW) of a chunk of T rows, with Triton kernels.
+
+    loss is [T] fp32 and weighted; dropped mass and active share are scalars, see `Stats`. dX is [T, H] in the dtype of
+    x, for an upstream gradient of 1, or None without needs_x. dW is [V, H] fp32, or None without needs_weight.
+    mean_weight is the mean of the weight's rows, [H] fp32, which is read if smoothing is above 0, else None.
+    """
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
     exp_pass = exp_gemm(x, weight, target, target_logit, store=needs_x or needs_weight)
     other_sum = exp_pass.sums.sum(0)
@@ -161,7 +187,14 @@ def _chunk_on_triton(x, weight, target, row_weight, smoothing, z_loss, exact, ne
 
 
 def _sparse_product(exp_pass, weight: Tensor, other_sum: Tensor, row_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (E W over the active blocks, dropped share of all rows' mass, share of blocks computed)."""
+    """Return (E W over the active blocks [T, H] fp32, dropped share of all rows' mass, share of blocks computed).
+
+    Args:
+        exp_pass: the chunk's `ExpGemmResult`.
+        weight: [V, H].
+        other_sum: [T], sum of E of each row.
+        row_mass: [T], gradient mass of each row: its loss weight times 1 - p_y.
+    """
     num_v, T = exp_pass.sums.shape
     num_t = triton.cdiv(T, LOSS_TILE.block_t)
     share = exp_pass.sums / other_sum.clamp(min=torch.finfo(torch.float32).tiny)
@@ -186,7 +219,8 @@ def _sparse_product(exp_pass, weight: Tensor, other_sum: Tensor, row_mass: Tenso
 
 
 def _chunk_on_reference(x, weight, target, row_weight, smoothing, z_loss, exact, needs_x, needs_weight, mean_weight):
-    """Return the same as `_chunk_on_triton`, in plain torch."""
+    """Return the same as `_chunk_on_triton`, in plain torch, which computes all blocks: dropped mass 0, active share
+    1."""
     logits = matmul_fp32(x, weight.T)
     lse, mean_logit = logits.logsumexp(-1), logits.mean(-1)
     target_column = target[:, None]
@@ -208,9 +242,10 @@ def _linear_cross_entropy(
     x: Tensor, weight: Tensor, target: Tensor, row_weight: Tensor, ignore_index: int | None, smoothing: float,
     z_loss: float, exact: bool, needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (weighted loss and dX of each row, dW of their sum, [dropped mass, active share]).
+    """Return (weighted loss [T] fp32, dX [T, H], dW [V, H] fp32, [dropped mass, active share] fp32).
 
-    row_weight must be 0 in ignored rows.
+    The gradients are for an upstream gradient of 1 in every row, and have no elements without needs_x or needs_weight.
+    row_weight must be 0 in ignored rows, whose loss and dX are 0.
     """
     rows = range(len(x))
     if ignore_index is not None:
@@ -242,7 +277,7 @@ def _linear_cross_entropy(
 
 
 def _host_may_sync(x: Tensor) -> bool:
-    """Return whether the host may read the number of kept rows: not while a CUDA graph is captured."""
+    """Return False if x is on a GPU that is capturing a CUDA graph, else True: the host may read values."""
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -285,27 +320,31 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     exact: bool | None = None,
 ) -> Tensor:
-    """Return the cross-entropy of X Wᵀ against targets, in nats.
+    """Return the cross-entropy of the logits X Wᵀ against targets, in nats; differentiable once in x and weight.
 
     Args:
         x: [T, H] hidden states, bf16 or fp32; a GPU computes fp32 in plain torch.
-        weight: [V, H] head, contiguous, dtype of x; gets a gradient, summed in fp32, only if it requires one.
+        weight: [V, H], weight matrix of the language-model head, contiguous, in the dtype of x. It gets a gradient,
+            summed in fp32, only if it requires one.
         target: [T] int64 in [0, V), or ignore_index.
-        token_weight: [T] finite, non-negative constants; None for 1.
+        token_weight: [T] floating point, the loss weight of each row: finite, non-negative constants; None for 1.
         ignore_index: rows with this target are removed before anything is computed. The host waits for the device to
             count them. A captured CUDA graph cannot wait, so it computes them with a weight of 0. None promises that no
             row is ignored.
-        label_smoothing: share of the target's probability that is spread over the vocabulary.
-        z_loss: coefficient of lse².
-        reduction: `mean` divides by the sum of the weights of all rows that are not ignored (0 if there are none).
-        exact: compute every block of the gradient; None means True for a trainable head and False for a frozen one.
+        label_smoothing: share of the target's probability that is spread over the vocabulary, in [0, 1).
+        z_loss: coefficient of lse², at least 0.
+        reduction: `none` returns the weighted loss of each row, `sum` their sum, and `mean` the sum divided by the sum
+            of the loss weights of all rows that are not ignored (0 if there are none).
+        exact: True computes every block of the gradient; False lets a GPU skip blocks of dX whose share is at most
+            FILTER_EPS. None means True if weight requires a gradient and False if not.
 
     Returns:
         The loss in fp32: a scalar, or [T] for `none`, with 0 in ignored rows. A row is NaN if its hidden state is not
         finite or if it reads an infinite or NaN weight; `linear_cross_entropy_with_stats` returns the first such row.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; the message names it. On a GPU the device asserts values.
+        TypeError, ValueError: an argument is invalid; the message names it. On a GPU a device-side assert checks the
+            elements of target and token_weight instead.
     """
     row_losses, normalizer, _ = _row_losses(
         x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction
@@ -325,7 +364,7 @@ def linear_cross_entropy_with_stats(
     reduction: Literal["mean", "sum", "none"] = "mean",
     exact: bool | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Return the loss of `linear_cross_entropy` and the statistics of the call."""
+    """Return (loss, statistics of the call); arguments, loss and errors are those of `linear_cross_entropy`."""
     row_losses, normalizer, mass_and_share = _row_losses(
         x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction
     )
@@ -335,7 +374,10 @@ def linear_cross_entropy_with_stats(
 
 
 def _row_losses(x, weight, target, token_weight, ignore_index, label_smoothing, z_loss, exact, reduction):
-    """Return (weighted loss [T], sum of the weights of all rows that are not ignored, [dropped mass, active share])."""
+    """Check the arguments of `linear_cross_entropy` and compute its loss before the reduction.
+
+    Return (weighted loss [T], sum of the loss weights of the rows not ignored, [dropped mass, active share]).
+    """
     check_choice("reduction", reduction, "mean", "sum", "none")
     check_choice("exact", exact, True, False, None)
     check_number("label_smoothing", label_smoothing, 0, 1)

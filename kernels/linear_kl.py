@@ -50,20 +50,32 @@ from thinksafe.kernels.dispatch import INTERPRETED, TensorDescriptor, jit, tl, t
 from thinksafe.kernels.exp_gemm import LOG2E, HeadTileConfig, num_sms, on_tensor_cores
 
 Direction = Literal["forward", "reverse", "jsd"]
+"""`forward` is KL(reference‖student), `reverse` KL(student‖reference), `jsd` the Jensen-Shannon divergence of both."""
 
 CHUNK_ROWS = 4096
-"""Rows of a chunk: its E and D have 4096 * 151,936 * 4 bytes = 2.5 GB. Halved if memory runs out."""
+"""Rows of a chunk in Triton: its E and D have 4096 * 151,936 * 4 bytes = 2.5 GB. Halved if memory runs out."""
 REFERENCE_CHUNK_ROWS = 512
+"""Rows of a chunk in plain torch, halved if memory runs out."""
 ELEMENTWISE_ROWS = 16 if INTERPRETED else 32
+"""Rows of a tile in the second, elementwise pass."""
 TILE = HeadTileConfig(16, 32, 32, 2, 4, 1) if INTERPRETED else HeadTileConfig(128, 128, 64, 8, 8, 3)
 
 
 _SMALL_DIVERGENCE = 0.01
-"""Divergence in nats below which the sum of rounded, non-negative terms is more precise than the chain rule."""
+"""Forward or reverse KL of a row, in nats, below which the second pass's sum of rounded, non-negative terms is
+returned. It is then more precise than the first pass's chain rule, which is returned for larger values."""
 
 
 def reference(x_student, x_reference, weight, weight_reference=None, direction: Direction = "forward") -> Tensor:
-    """Return the divergence of each row [T] from full logits of both models; differentiable."""
+    """Return the divergence of each row in nats, [T], from full logits of both models; differentiable.
+
+    Args:
+        x_student: [T, H] hidden states of the student.
+        x_reference: [T, H'] hidden states of the reference.
+        weight: [V, H], weight matrix of the student's language-model head.
+        weight_reference: [V, H'], that of the reference; None if both models share `weight`.
+        direction: `forward` KL(reference‖student), `reverse` KL(student‖reference), or `jsd`.
+    """
     log_p_student = (x_student @ weight.T).log_softmax(-1)
     log_p_reference = (x_reference @ (weight if weight_reference is None else weight_reference).T).log_softmax(-1)
     return _divergence(log_p_student, log_p_reference, direction)
@@ -167,9 +179,11 @@ def _divergence_kernel(
     mean_score_out_ptr, T, V, width,
     DIRECTION: tl.constexpr, WRITE_GRADIENT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Read one tile of the first pass; store its part of the value and of Σ p_s h.
+    """Compute from a tile of E and D, per row, the tile's part of the divergence, and with WRITE_GRADIENT the gradient.
 
-    With WRITE_GRADIENT, replace E by dz_s.
+    The gradient, row_weight * dz_s, replaces E. Forward and reverse KL take one launch, which stores the value too;
+    reverse reads the row's KL from mean_score_ptr. A JSD takes two launches: without WRITE_GRADIENT it stores the value
+    and the tile's part of Σ p_s h, with it only the gradient, for which it reads Σ p_s h from mean_score_ptr.
     """
     block_v = tl.program_id(0)
     rows = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -218,11 +232,16 @@ def _divergence_kernel(
 
 
 def _first_pass(x_student, x_reference, weight, weight_reference, reverse: bool) -> tuple[Tensor, ...]:
-    """Run the first pass.
+    """Return E and D of a chunk of rows, and four figures of each vocabulary tile, from both models' logits.
+
+    Args:
+        reverse: whether the direction is `reverse`.
 
     Returns:
-        E and D [T, width]; and for each tile [V tiles, T] the log of its mass under the reference, the log-ratio of its
-        masses, the KL of the shares in it, and the change of the student's mean of D by rounding.
+        E in the dtype of x and D in fp16, [T, V tiles * BLOCK_V]. Then, for each tile, [V tiles, T] fp32: the log of
+        its mass under the reference; the log-ratio of its masses, student to reference; the KL of the shares in it, in
+        direction `reverse` if so, else forward; and the change of the student's mean of D by rounding, which is
+        uninitialized unless `reverse`.
     """
     (T, H), V = x_student.shape, weight.shape[0]
     num_t, num_v = triton.cdiv(T, TILE.block_t), triton.cdiv(V, TILE.block_v)
@@ -262,7 +281,11 @@ def _first_pass(x_student, x_reference, weight, weight_reference, reverse: bool)
 
 
 def _chunk_on_triton(x_student, x_reference, weight, weight_reference, direction, row_weight, needs_x, needs_weight):
-    """Return (weighted divergence, dX or None, dW or None) of a chunk of rows."""
+    """Return (weighted divergence [T] fp32, dX, dW) of a chunk of T rows, with Triton kernels.
+
+    dX is [T, H] in the dtype of x_student, for an upstream gradient of 1, or None without needs_x. dW is [V, H] fp32,
+    or None without needs_weight.
+    """
     T, V = len(x_student), len(weight)
     reverse = direction == "reverse"
     e, d, tile_logmass, tile_logmass_diff, kl_within_tile, rounding_correction = _first_pass(
@@ -324,7 +347,10 @@ def _linear_kl(
     x_student: Tensor, x_reference: Tensor, weight: Tensor, weight_reference: Tensor | None, row_weight: Tensor,
     direction: str, needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (weighted divergence and dX of each row, dW of their sum)."""
+    """Return (weighted divergence [T] fp32, dX [T, H] of the student, dW [V, H] fp32).
+
+    The gradients are for an upstream gradient of 1 in every row, and have no elements without needs_x or needs_weight.
+    """
     compute_chunk, chunk_rows = _chunk_on_reference, REFERENCE_CHUNK_ROWS
     reference_head = weight if weight_reference is None else weight_reference
     if on_tensor_cores(x_student):
@@ -377,26 +403,30 @@ def linear_kl(
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Return the divergence of the student from the reference in each row, in nats.
+    """Return the divergence between the next-token distributions of a student and a reference, in nats.
 
     Args:
-        x_student: [T, H] hidden states, bf16 or fp32; a GPU computes fp32 in plain torch. Gets a gradient.
-        x_reference: [T, H'] hidden states of the reference, constants. H' may differ from H if the reference has a
-            separate head.
-        weight: [V, H] head, contiguous; gets a gradient, summed in fp32, only if it requires one.
-        weight_reference: [V, H'] head of the reference, a constant; None if both models share `weight`.
+        x_student: [T, H] hidden states of the student, bf16 or fp32; a GPU computes fp32 in plain torch. They get a
+            gradient if they require one.
+        x_reference: [T, H'] hidden states of the reference, constants, in the dtype of x_student. H' may differ from H
+            only with weight_reference.
+        weight: [V, H], weight matrix of the language-model head, contiguous, in the dtype of x_student. It gets a
+            gradient, summed in fp32, only if it requires one; the reference's use of it adds none.
+        weight_reference: [V, H'], that of the reference, a contiguous constant; None if both models share `weight`.
         direction: `forward` KL(reference‖student), `reverse` KL(student‖reference), or `jsd`.
-        token_weight: [T] finite, non-negative constants; None for 1.
-        reduction: `mean` divides by the sum of the weights (0 for no rows).
+        token_weight: [T] floating point, the loss weight of each row: finite, non-negative constants; None for 1.
+        reduction: `none` returns the weighted divergence of each row, `sum` their sum, and `mean` the sum divided by
+            the sum of the loss weights (0 for no rows).
 
     Returns:
         fp32: a scalar, or [T] for `none`. If the models are equal, the value and the gradient are exactly 0. On a GPU
-        the value of a JSD is within a thousandth, that of a KL within 1e-5 up to about a nat. A row is NaN if its
-        hidden states are not finite, and all rows are NaN if a head is not finite; `first_bad_row` of chunked_loss.py
-        returns the first of them from the rows.
+        the relative error of a JSD is within 1e-3, that of a KL within 1e-5 up to about a nat. A row is NaN if its
+        hidden states are not finite, and all rows are NaN if a weight matrix is not finite. `first_bad_row` of
+        chunked_loss.py takes the result of `none` and returns the index of the first such row.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; the message names it. On a GPU the device asserts values.
+        TypeError, ValueError: an argument is invalid; the message names it. On a GPU a device-side assert checks the
+            elements of token_weight instead.
     """
     check_choice("direction", direction, "forward", "reverse", "jsd")
     check_choice("reduction", reduction, "mean", "sum", "none")

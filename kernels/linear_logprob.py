@@ -33,12 +33,12 @@ _CHUNK_ROWS, _REFERENCE_CHUNK_ROWS = 65_536, 1024
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Results of one pass for each row.
+    """Result of `linear_logprob`.
 
     Attributes:
-        logprob: [T] fp32, log-probability of the target in nats.
-        entropy: [T] fp32, entropy of the whole distribution in nats; None unless requested.
-        top1: [T] int64, the most likely token (the smallest id among equals); None unless requested.
+        logprob: [T] fp32, log-probability of each row's target in nats.
+        entropy: [T] fp32, entropy of each row's distribution in nats; None without `with_entropy_and_top1`.
+        top1: [T] int64, the most likely token (the smallest id among equals); None without `with_entropy_and_top1`.
     """
 
     logprob: Tensor
@@ -47,9 +47,15 @@ class Logprobs:
 
 
 def reference(x: Tensor, weight: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (log-probabilities of token_ids [T, K], entropy [T], most likely token [T]).
+    """Return (log-probabilities of token_ids [T, K], entropy [T], most likely token [T] int64), in nats.
 
-    The logits are computed in fp32 or better, in chunks of rows.
+    This is the plain torch form. The logits are computed in fp32, or in fp64 for x in fp64, in chunks of rows. An
+    infinite or NaN logit makes the floating-point results of its row NaN.
+
+    Args:
+        x: [T, H] hidden states.
+        weight: [V, H], weight matrix of the language-model head.
+        token_ids: [T, K] int64 in [0, V).
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, weight = x.to(dtype), weight.to(dtype)
@@ -73,7 +79,10 @@ def _concatenate(chunks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 def _linear_logprob(
     x: Tensor, weight: Tensor, target: Tensor, with_entropy_and_top1: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (log-probability, entropy, most likely token), the last two without elements unless requested."""
+    """Return (log-probability [T] fp32, entropy [T] fp32, most likely token [T] int64).
+
+    Entropy and most likely token have no elements without `with_entropy_and_top1`.
+    """
     check_token_id_range("target", target, len(weight))
     if not on_tensor_cores(x) or len(x) == 0:
         logprob, *entropy_and_top1 = reference(x, weight, target[:, None])
@@ -93,7 +102,7 @@ def _no_entropy_or_top1(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 def _logprob_on_triton(
     x: Tensor, weight: Tensor, target: Tensor, with_entropy_and_top1: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `_linear_logprob` of a chunk of rows."""
+    """Return the results of `_linear_logprob` for a chunk of rows, with Triton kernels."""
     target_logit = gather_dot(x, weight, target[:, None])[:, 0]
     exp_pass = exp_gemm(x, weight, target, target_logit, with_entropy_and_top1=with_entropy_and_top1)
     other_sum = exp_pass.sums.sum(0)
@@ -129,7 +138,7 @@ def _linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def _logprob_of_on_triton(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Return `_linear_logprob_of` of a chunk of rows."""
+    """Return the log-probabilities of token_ids, [T, K] fp32, for a chunk of rows, with Triton kernels."""
     logits = gather_dot(x, weight, token_ids)
     # The shift is the largest of these logits, so that an unlikely id does not cost the others precision.
     max_logit, column = logits.max(-1)
@@ -145,21 +154,23 @@ def _(x, weight, token_ids):
 
 @torch.no_grad()
 def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, with_entropy_and_top1: bool = False) -> Logprobs:
-    """Return the log-probability of one token per row. Not differentiable.
+    """Return the log-probability of one token per row, in nats. Not differentiable.
 
     For a gradient, negate `linear_cross_entropy` with reduction="none".
 
     Args:
         x: [T, H] hidden states, bf16 or fp32; a GPU computes fp32 in plain torch.
-        weight: [V, H] head, contiguous, in the dtype of x.
-        target: [T] int64 in [0, V).
-        with_entropy_and_top1: also return the entropy and the most likely token.
+        weight: [V, H], weight matrix of the language-model head, contiguous, in the dtype of x.
+        target: [T] int64 in [0, V), the token of each row.
+        with_entropy_and_top1: also return each row's entropy and most likely token, which are None otherwise.
 
     Returns:
-        See `Logprobs`; NaN if x or the head is not finite.
+        Log-probability and entropy are NaN in a row whose hidden state is not finite, and in all rows if the weight
+        matrix is not finite; the most likely token of such a row has no meaning.
 
     Raises:
-        TypeError, ValueError: an argument is invalid; the message names it. On a GPU the device asserts values.
+        TypeError, ValueError: an argument is invalid; the message names it. On a GPU a device-side assert checks the
+            elements of target instead.
     """
     check_head(x, weight)
     check_token_ids("target", target, x, (len(x),))
@@ -170,17 +181,19 @@ def linear_logprob(x: Tensor, weight: Tensor, target: Tensor, *, with_entropy_an
 
 @torch.no_grad()
 def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
-    """Return log-probabilities of a few tokens per row, with one exact log-sum-exp. Not differentiable.
+    """Return the log-probabilities of K tokens per row, in nats, with one exact log-sum-exp. Not differentiable.
 
     Args:
-        x, weight: [T, H] and [V, H], as for `linear_logprob`.
+        x: [T, H] hidden states, bf16 or fp32; a GPU computes fp32 in plain torch.
+        weight: [V, H], weight matrix of the language-model head, contiguous, in the dtype of x.
         token_ids: [T, K] int64 in [0, V), K at least 1.
 
     Returns:
-        [T, K] fp32; NaN if x or the head is not finite.
+        [T, K] fp32; NaN in a row whose hidden state is not finite, and everywhere if the weight matrix is not finite.
 
     Raises:
-        TypeError, ValueError: as for `linear_logprob`.
+        TypeError, ValueError: an argument is invalid; the message names it. On a GPU a device-side assert checks the
+            elements of token_ids instead.
     """
     check_head(x, weight)
     num_tokens = token_ids.shape[1] if isinstance(token_ids, Tensor) and token_ids.dim() == 2 else 1
@@ -190,12 +203,17 @@ def linear_logprob_of(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def linear_margin(x: Tensor, weight: Tensor, token: int, other_token: int) -> Tensor:
-    """Return log p(token) - log p(other_token) for each row, [T] fp32. Not differentiable.
+    """Return log p(token) - log p(other_token) for each row, [T] fp32, in nats. Not differentiable.
 
-    This is the dot product of x with the difference of two rows of the head, without a sum over the vocabulary.
+    This is x · (weight[token] - weight[other_token]), without a sum over the vocabulary.
+
+    Args:
+        x: [T, H] hidden states, bf16 or fp32.
+        weight: [V, H], weight matrix of the language-model head, contiguous, in the dtype of x.
+        token, other_token: token ids in [0, V).
 
     Raises:
-        TypeError, ValueError: as for `linear_logprob`.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_head(x, weight)
     for name, value in (("token", token), ("other_token", other_token)):

@@ -16,16 +16,17 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Compute causal softmax(q kᵀ / sqrt(D)) v within each sequence; differentiable.
+    """Return causal softmax(q kᵀ / sqrt(D)) v within each sequence; differentiable.
 
     Args:
         q: [T, num_heads, D].
         k, v: [T, num_kv_heads, D]; num_kv_heads divides num_heads.
         cu_seqlens: [N+1] int32 on the tensors' device; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1].
-        max_seqlen: length of the longest sequence; an argument, so that the host need not wait for the device.
+        max_seqlen: length of the longest sequence; an argument, so that the host need not wait for the device. Only
+            FlashAttention reads it.
 
     Returns:
-        [T, num_heads, D].
+        [T, num_heads, D] in the dtype of q.
     """
     if q.is_cuda and q.dtype in _FLASH_DTYPES:
         return VARLEN_BACKEND(q, k, v, cu_seqlens, max_seqlen)
@@ -33,9 +34,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Compute `packed_attention` in plain torch, one sequence at a time.
+    """Return causal attention within each sequence, [T, num_heads, D], as `packed_attention` does, in plain torch.
 
-    A padded batch would be mostly padding if one sequence is long."""
+    It computes one sequence at a time: a padded batch would be mostly padding if one sequence is long. The host waits
+    for the device to read cu_seqlens; max_seqlen is not used."""
 
     def attend_sequence(*qkv: Tensor) -> Tensor:
         heads_first = (part.transpose(0, 1)[None] for part in qkv)
@@ -46,14 +48,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 
 def varlen_with_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Compute `packed_attention` with the flash-attn package."""
+    """Return causal attention within each sequence, [T, num_heads, D], by the flash-attn package."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
 
 
 def varlen_with_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Compute `packed_attention` with torch's FlashAttention."""
+    """Return causal attention within each sequence, [T, num_heads, D], by torch's FlashAttention."""
     from torch.nn.attention.varlen import varlen_attn
 
     group_size = q.shape[1] // k.shape[1]
@@ -63,13 +65,20 @@ def varlen_with_torch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_s
 
 
 def choose_varlen_backend() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]:
-    """Return the backend for 16-bit tensors on a GPU, without importing it."""
+    """Return the function that attends for 16-bit tensors on a GPU: flash-attn's if it is installed, else torch's.
+
+    Neither library is imported before that function is called.
+    """
     return varlen_with_flash_attn if find_spec("flash_attn") else varlen_with_torch
 
 
 VARLEN_BACKEND = choose_varlen_backend()
+"""Function that `packed_attention` calls for 16-bit tensors on a GPU."""
 
 
 def supports_grouped_heads(dtype: torch.dtype) -> bool:
-    """Return whether attention on a GPU saves keys and values for backward per KV head, not per query head."""
+    """Return whether attention in this dtype on a GPU saves keys and values for the backward pass once per KV head.
+
+    It does in 16 bits with the flash-attn package. Otherwise it saves a copy for every query head.
+    """
     return dtype in _FLASH_DTYPES and VARLEN_BACKEND is varlen_with_flash_attn

@@ -20,26 +20,29 @@ from thinksafe.kernels.fp8 import E4M3, dequantize
 from thinksafe.kernels.fp8 import reference as quantize
 
 REFERENCE_BLOCK = 64
-"""Block size of the references in tokens. They pad contexts to a multiple of it and compute a prompt block by block."""
+"""Block size, in tokens, of the plain torch forms of paged attention. They pad contexts to a multiple of it and compute
+a prompt block by block."""
 
 KvScales = tuple[Tensor | None, Tensor | None]
-"""Scales of keys and of values (see fp8.py), [num_pages, num_kv_heads, page_size] uint8 each, or None for a cache that
-is not in e4m3."""
+"""(scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8 with element = value * 2 **
+(scale - 127), or None if that cache is not in e4m3."""
 
 
 @jit
 def cache_row(page, head, offset, num_kv_heads, PAGE_SIZE: tl.constexpr):
-    """Return the index of the cache row, D elements, that holds one head of a token. Its scale has the same index."""
+    """Return the index of the cache row (D elements) that holds a KV head of the token at `offset` of `page`, int64.
+
+    The scale of this row has the same index."""
     return (page.to(tl.int64) * num_kv_heads + head) * PAGE_SIZE + offset
 
 
 @jit
 def tile_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return `cache_row` of tokens start to start + BLOCK_N of a context, [BLOCK_N].
+    """Return the cache rows (see `cache_row`) of one KV head of the tokens start to start + BLOCK_N - 1, [BLOCK_N].
 
-    Past the end of the context the rows are valid indices, but their content is arbitrary. A page index costs one
-    8-byte load. The loops load the page indices of the next tile while they load the current tile, so they never wait
-    for an index."""
+    pages_ptr points to the page-table row of the context, which has seq_len tokens. Past the end of the context the
+    rows are valid indices, but their content is arbitrary. A page index costs one 8-byte load. The loops load the page
+    indices of the next tile while they load the current tile, so they never wait for an index."""
     if PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(pages_ptr + start // PAGE_SIZE, mask=start < seq_len, other=0)
         return cache_row(page, head, start % PAGE_SIZE, num_kv_heads, PAGE_SIZE) + tl.arange(0, BLOCK_N)
@@ -51,7 +54,7 @@ def tile_rows(pages_ptr, start, seq_len, head, num_kv_heads, PAGE_SIZE: tl.const
 
 @jit
 def value_log2_scale(scale_e8m0):
-    """Return log2 of the scales of e4m3 values, at least -100, fp32.
+    """Return log2 of the scales of e4m3 values, max(scale_e8m0 - 127, -100), in fp32.
 
     The online softmax adds it to the scores before it takes their maximum. Softmax weights times the scales of their
     values are then at most 1, so fp16 can hold them. The bound of -100 keeps the sum of the weights, which are not
@@ -62,13 +65,13 @@ def value_log2_scale(scale_e8m0):
 def write_kv(
     key_cache: Tensor, value_cache: Tensor, k: Tensor, v: Tensor, slots: Tensor, scales_e8m0: KvScales = (None, None)
 ) -> None:
-    """Store new keys and values in the cache, in plain torch.
+    """Store new keys and values in the cache, in plain torch; an e4m3 cache gets them quantized per head and token.
 
     Args:
         key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], changed in place.
         k, v: [T, num_kv_heads, D].
         slots: [T] int64, page * page_size + offset of each token; all different.
-        scales_e8m0: scales of the caches in e4m3, changed in place.
+        scales_e8m0: scales of the caches in e4m3, changed in place; None for a cache in the dtype of k and v.
     """
     num_kv_heads, page_size, D = key_cache.shape[1:]
     heads = torch.arange(num_kv_heads, device=slots.device)
@@ -85,14 +88,17 @@ def gather_kv(
     key_cache: Tensor, value_cache: Tensor, scales_e8m0: KvScales, page_table: Tensor, visible: Tensor,
     dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
-    """Copy the keys and values of B contexts out of the cache; tokens that are not visible become zero.
+    """Return the first L keys and values of B contexts, copied out of the cache; those of invisible tokens are 0.
 
     Args:
-        page_table: [B, W] int64.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D].
+        scales_e8m0: scales of the caches in e4m3; None for any other cache.
+        page_table: [B, W] int64, the pages of each context in order.
         visible: [B, L] bool; L is a multiple of REFERENCE_BLOCK, and only the last block holds invisible tokens.
+        dtype: dtype of the result for a cache in e4m3; any other cache keeps its dtype.
 
     Returns:
-        Keys and values, [B, num_kv_heads, L, D] each, in `dtype` if the cache is in e4m3.
+        [keys, values], [B, num_kv_heads, L, D] each.
     """
     (_, num_kv_heads, page_size, D), length = key_cache.shape, visible.shape[1]
     width = -(-length // page_size)
@@ -114,12 +120,12 @@ def gather_kv(
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Compute softmax(q kᵀ / sqrt(D)) v over the visible tokens in plain torch.
+    """Return softmax(q kᵀ / sqrt(D)) v over the visible tokens, in plain torch; NaN for a query that sees no token.
 
     Args:
         q: [B, T, num_heads, D].
         k, v: [B, num_kv_heads, L, D].
-        visible: [B, T, L] bool.
+        visible: [B, T, L] bool; True if the query attends to the key.
 
     Returns:
         [B, T, num_heads, D].
@@ -134,7 +140,17 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Ten
 
 
 def check_cache(q: Tensor, caches: tuple[Tensor, Tensor], scales_e8m0: KvScales, page_table: Tensor) -> None:
-    """Raise ValueError unless q, the key and value caches, their scales and the page table fit together."""
+    """Check that q, the key and value caches, their scales and the page table fit together.
+
+    Args:
+        q: [.., num_heads, D], three dimensions; num_heads must be a multiple of num_kv_heads.
+        caches: (key cache, value cache), [num_pages, num_kv_heads, page_size, D] each, contiguous.
+        scales_e8m0: uint8 scales of a cache in e4m3; None requires a cache in the dtype of q.
+        page_table: must be int64; its shape is not checked.
+
+    Raises:
+        ValueError: a shape, dtype or stride is invalid.
+    """
     shape = caches[0].shape
     if caches[1].shape != shape or not all(cache.is_contiguous() for cache in caches):
         raise ValueError(

@@ -50,15 +50,15 @@ the smallest multiple of SPLIT that gives at most MAX_SPLITS splits. This bounds
 for 512 rows of 32 heads."""
 LOG2E = 1.4426950408889634
 REFERENCE_BATCH_TOKENS = 2**17
-"""Number of context tokens that the reference copies out of the cache at once."""
+"""Largest number of context tokens that `reference_decode` copies out of the cache at once, unless one row has more."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tile sizes and launch settings of the kernel.
+    """Tile sizes and launch settings of `_decode_kernel`.
 
     Attributes:
-        block_g: query heads of a tile, at least.
+        block_g: smallest number of query heads in a tile; the tile of a larger KV group has the next power of two.
         block_n: context tokens of a tile.
         num_stages: pipeline stages.
         programs_per_sm: programs of one warp that fit into an SM's registers and shared memory. While one program waits
@@ -72,17 +72,18 @@ class DecodeConfig:
 
 
 CONFIGS = {1: DecodeConfig(8, 32, 3, 11), 2: DecodeConfig(8, 32, 3, 6), 4: DecodeConfig(8, 16, 2, 6)}
-"""Configurations by itemsize of the key cache; elements of the value cache are never larger. fp32 is for exactness, not
-for speed."""
+"""Bytes per element of the key cache -> configuration; elements of the value cache are never larger. The one for fp32
+is for exactness, not for speed."""
 
 
 def reference_decode(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
     scales_e8m0: KvScales = (None, None),
 ) -> Tensor:  # fmt: skip
-    """Compute `paged_decode` in plain torch, in batches of rows with equal padded length.
+    """Return the attention of one new token per sequence to its context, [B, num_heads, D], as `paged_decode` does.
 
-    The padded length depends on the row alone, so the bits of a row do not depend on the batch."""
+    This is the plain torch form. It computes batches of rows with equal padded length. The padded length depends on the
+    row alone, so the bits of a row do not depend on the batch."""
     out = torch.zeros_like(q)
     for rows, length in batch_by_length(seq_lens):
         visible = torch.arange(length, device=q.device) < seq_lens[rows, None]
@@ -92,7 +93,7 @@ def reference_decode(
 
 
 def batch_by_length(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
-    """Return (row indices, padded length) of batches that hold every row with a context once.
+    """Return (row indices [n] int64, padded length) of each batch; every row with seq_lens above 0 is in one batch.
 
     A length is padded to a multiple of REFERENCE_BLOCK. A batch of several rows holds at most REFERENCE_BATCH_TOKENS
     tokens."""
@@ -107,7 +108,9 @@ def batch_by_length(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
 
 @jit
 def _split_length(seq_len, max_splits, SPLIT: tl.constexpr):
-    """Return the number of tokens per split of a context; its last split may be shorter."""
+    """Return the number of tokens per split of a context; its last split may be shorter.
+
+    It is the smallest positive multiple of SPLIT that gives at most max_splits splits."""
     return tl.maximum(tl.cdiv(tl.cdiv(seq_len, max_splits), SPLIT), 1) * SPLIT
 
 
@@ -124,7 +127,7 @@ def _list_splits_kernel(seq_lens_ptr, split_list_ptr, num_rows, max_splits, SPLI
 
 @jit
 def _load_scales(scales_ptr, kv_rows):
-    """Return the scales of a tile's tokens, [BLOCK_N]. A cache without scales gives zeros, which nothing reads."""
+    """Return scale_e8m0 of the cache rows kv_rows, [BLOCK_N]; zeros, which nothing reads, if scales_ptr is None."""
     if scales_ptr is None:
         return tl.zeros(kv_rows.shape, tl.int32)
     else:
@@ -133,7 +136,7 @@ def _load_scales(scales_ptr, kv_rows):
 
 @jit
 def _unpack_e4m3x2(pairs, INTERPRETED: tl.constexpr):
-    """Return the first and the second e4m3 element of each 16-bit word, as fp16 (fp32 in the interpreter).
+    """Return two tensors: the low and the high byte of each 16-bit word, which are e4m3, in fp16 (interpreter: fp32).
 
     Two words share a register. In PTX one byte permutation and two conversions unpack both words; Triton's compiler
     would handle each byte separately."""
@@ -165,7 +168,11 @@ def _decode_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Compute the splits of `split_list` for every KV head; a program takes every num_programs-th work item."""
+    """Compute the splits of `split_list` for every KV head; a program takes every num_programs-th work item.
+
+    A context's only split goes to `out`. Several splits go to `partial`, the softmax of the split alone, and `lse`,
+    log2 of its sum of weights; `_combine_kernel` reads both.
+    """
     dtype: tl.constexpr = tl.float16 if q_ptr.dtype.element_ty == tl.bfloat16 else q_ptr.dtype.element_ty
     num_heads = num_kv_heads * GROUP
     group_heads, tile_tokens, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -248,7 +255,10 @@ def _combine_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one row and KV head: their mean weighted with 2^lse, or zero for a row without context."""
+    """Store in `out` the result of one row and KV head: the mean of its splits, weighted with 2^lse.
+
+    A row without context gets zeros. A row with one split is already in `out` and is left alone.
+    """
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
     num_splits = tl.cdiv(seq_len, _split_length(seq_len, max_splits, SPLIT))
@@ -281,7 +291,9 @@ def list_splits(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
         max_seq_len: the longest context that `page_table` can hold, W * page_size.
 
     Returns:
-        [1 + B * max_splits] int32: the number of splits, then their indices, then unused elements. None on the CPU.
+        [1 + B * max_splits] int32: the number of splits, then their indices row * max_splits + split, then unused
+        elements; max_splits is the smaller of MAX_SPLITS and ceil(max_seq_len / SPLIT). None on a CPU, where
+        `paged_decode` needs no list.
     """
     if not on_triton(seq_lens):
         return None
@@ -303,23 +315,25 @@ def paged_decode(
     split_list: Tensor | None = None,
     scales_e8m0: KvScales = (None, None),
 ) -> Tensor:
-    """Attend from one new token per sequence to its whole context, the token itself included.
+    """Return softmax(q kᵀ / sqrt(D)) v of one new token per sequence over its whole context, the token itself included.
 
-    The host does not wait for the device.
+    Not differentiable. On a GPU the host does not wait for the device.
 
     Args:
         q: [B, num_heads, D].
-        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3.
-        page_table: [B, W] int64; entries past a sequence's last page may be any valid page.
-        seq_lens: [B] int64; the result of a row of length 0 is zero.
-        split_list: the result of `list_splits`, if it exists from another layer; None builds it.
-        scales_e8m0: scales of the caches in e4m3; None for a cache in the dtype of q.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3; they already hold
+            the new tokens' keys and values.
+        page_table: [B, W] int64, the pages of each context in order; entries past the last page may be any valid page.
+        seq_lens: [B] int64, context lengths, new token included; the result of a row of length 0 is zero.
+        split_list: the result of list_splits(seq_lens, W * page_size), if it exists from another layer; None builds it.
+        scales_e8m0: (scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8, or None if
+            that cache is in the dtype of q and not in e4m3.
 
     Returns:
-        [B, num_heads, D].
+        [B, num_heads, D] in the dtype of q.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together.
+        ValueError: q, the caches, their scales or the dtype of page_table do not fit together.
     """
     check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
     if not on_triton(q):

@@ -39,7 +39,7 @@ LOG2E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Tile sizes and launch settings of the kernel.
+    """Tile sizes and launch settings of `_prefill_kernel`.
 
     Attributes:
         block_m: rows of a tile; a row is one query head of one new token.
@@ -55,17 +55,18 @@ class PrefillConfig:
 
 
 CONFIGS = {2: PrefillConfig(128, 64, 8, 3), 4: PrefillConfig(16, 32, 8, 2)}
-"""Configurations by itemsize of q. In bf16, tiles of 64 rows would need K and V faster than the L2 cache delivers them.
-fp32 is for exactness, not for speed: it runs without tensor cores."""
+"""Bytes per element of q -> configuration. In bf16, tiles of 64 rows would need K and V faster than the L2 cache
+delivers them. fp32 is for exactness, not for speed: it runs without tensor cores."""
 
 
 def reference_prefill(
     q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor,
     scales_e8m0: KvScales = (None, None),
 ) -> Tensor:  # fmt: skip
-    """Compute `paged_prefill` in plain torch, one block of positions of one sequence at a time.
+    """Return the causal attention of new tokens to their contexts, [T, num_heads, D], as `paged_prefill` does.
 
-    The bits of a token depend on its position and context only, not on how its prompt was cut into parts."""
+    This is the plain torch form. It computes one block of positions of one sequence at a time. The bits of a token
+    depend on its position and context only, not on how its prompt was cut into parts."""
     out = torch.empty_like(q)
     offsets = cu_seqlens.tolist()
     for row, (start, end, seq_len) in enumerate(zip(offsets, offsets[1:], seq_lens.tolist(), strict=False)):
@@ -88,7 +89,10 @@ def reference_prefill(
 
 @jit
 def _load_kv_tile(cache_ptr, scales_ptr, kv_rows, columns, token_mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Return keys or values of a tile's tokens, [BLOCK_N, BLOCK_D]; e4m3 becomes DTYPE, not yet scaled."""
+    """Return keys or values of a tile's tokens, [BLOCK_N, BLOCK_D]; 0 where token_mask is False, and from column D on.
+
+    scales_ptr is only a flag: None means that the cache is not in e4m3 and keeps its dtype. Otherwise elements are
+    converted from e4m3 to DTYPE, and the caller multiplies results by the scales."""
     mask = token_mask[:, None] & (columns < D)[None, :]
     x = tl.load(cache_ptr + kv_rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
     if scales_ptr is not None:
@@ -98,7 +102,10 @@ def _load_kv_tile(cache_ptr, scales_ptr, kv_rows, columns, token_mask, D: tl.con
 
 @jit
 def _qk_scores(q, k, scales_ptr, kv_rows, token_mask, scale):
-    """Return log2 of the unnormalized softmax weights, [BLOCK_M, BLOCK_N] fp32; `scale` includes log2(e)."""
+    """Return log2 of the unnormalized softmax weights, q kᵀ * scale, [BLOCK_M, BLOCK_N] fp32.
+
+    `scale` is log2(e) / sqrt(D). scales_ptr points to the scales of e4m3 keys, which multiply the scores of their
+    tokens, or is None for keys that are not in e4m3."""
     scores = tl.dot(q, k.T, input_precision="ieee") * scale
     if scales_ptr is not None:
         scale_e8m0 = tl.load(scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
@@ -108,9 +115,10 @@ def _qk_scores(q, k, scales_ptr, kv_rows, token_mask, scale):
 
 @jit
 def _online_softmax_step(scores, v, scales_ptr, kv_rows, token_mask, m_i, l_i, acc):
-    """Update row maxima, row sums and weighted values of the online softmax with one tile; scores are log2.
+    """Return row maxima m_i, row sums l_i and weighted values acc of the online softmax, updated with one tile.
 
-    Weights of e4m3 values are multiplied with the scales of these values."""
+    Scores are log2 of the unnormalized weights. scales_ptr points to the scales of e4m3 values, which multiply the
+    weights of their tokens in acc and not in l_i, or is None for values that are not in e4m3."""
     if scales_ptr is None:
         m_new = tl.maximum(m_i, tl.max(scores, axis=1))
     else:
@@ -133,7 +141,10 @@ def _attend_keys(
     CAUSAL: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Continue the online softmax of a tile of queries over the keys from `key_start` to `key_end`."""
+    """Continue the online softmax of a tile of queries over the keys from `key_start` to `key_end`, exclusive.
+
+    With CAUSAL, a query sees keys up to its position only; without, all of these keys. next_kv_rows holds the cache
+    rows of the first tile of keys. Return (cache rows of the tile after the last one, m_i, l_i, acc)."""
     columns = tl.arange(0, BLOCK_D)
     for start in range(key_start, key_end, BLOCK_N):
         tokens, kv_rows = start + tl.arange(0, BLOCK_N), next_kv_rows
@@ -156,7 +167,7 @@ def _prefill_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of queries for one KV head."""
+    """Compute `out` for one tile of queries: BLOCK_M (new token, query head) pairs of one KV head and one sequence."""
     dtype: tl.constexpr = tl.float16 if q_ptr.dtype.element_ty == tl.bfloat16 else q_ptr.dtype.element_ty
     # The KV heads of one tile are adjacent in the grid; tiles have the order of the list.
     tile, kv_head = tl.program_id(0) // num_kv_heads, tl.program_id(0) % num_kv_heads
@@ -193,7 +204,7 @@ def _prefill_kernel(
 
 
 def prefill_tiles(query_lens: np.ndarray, seq_lens: np.ndarray, group_size: int, itemsize: int) -> np.ndarray:
-    """Return the tiles of queries that `paged_prefill` works through.
+    """Return the list of query tiles that `paged_prefill` computes; a tile is block_m (new token, query head) pairs.
 
     Tiles with most visible keys come first: a long tile that starts last would run alone at the end. The list is built
     on the host, which plans the pass anyway.
@@ -204,7 +215,7 @@ def prefill_tiles(query_lens: np.ndarray, seq_lens: np.ndarray, group_size: int,
         itemsize: bytes per element of the queries.
 
     Returns:
-        [N, 2] int32, the sequence of each tile and the tile's index in that sequence.
+        [N, 2] int32, for each tile the index of its sequence and the tile's index within that sequence.
     """
     block_m = CONFIGS[itemsize].block_m
     num_tiles = -(-query_lens * group_size // block_m)
@@ -225,23 +236,26 @@ def paged_prefill(
     tiles: Tensor,
     scales_e8m0: KvScales = (None, None),
 ) -> Tensor:
-    """Attend causally from consecutive new tokens of several sequences; the last of each is at position seq_len - 1.
+    """Return causal softmax(q kᵀ / sqrt(D)) v of the new tokens of R sequences over their contexts. Not differentiable.
+
+    The new tokens of a sequence are the last tokens of its context: the last one is at position seq_len - 1.
 
     Args:
-        q: [T, num_heads, D], the sequences end to end.
-        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D]; they already hold the new tokens' keys and
-            values.
-        page_table: [R, W] int64; entries past a sequence's last page may be any valid page.
+        q: [T, num_heads, D], the new tokens of all sequences end to end.
+        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3; they already hold
+            the new tokens' keys and values.
+        page_table: [R, W] int64, the pages of each context in order; entries past the last page may be any valid page.
         cu_seqlens: [R+1] int32; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1] of q.
         seq_lens: [R] int64, context lengths, new tokens included.
-        tiles: [N, 2] int32, the result of `prefill_tiles`.
-        scales_e8m0: scales of the caches in e4m3; None for a cache in the dtype of q.
+        tiles: [N, 2] int32, the result of `prefill_tiles` on the device; a CPU does not read it.
+        scales_e8m0: (scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8, or None if
+            that cache is in the dtype of q and not in e4m3.
 
     Returns:
-        [T, num_heads, D].
+        [T, num_heads, D] in the dtype of q.
 
     Raises:
-        ValueError: the shapes or dtypes do not fit together.
+        ValueError: q, the caches, their scales or the dtype of page_table do not fit together.
     """
     check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
     if not on_triton(q):

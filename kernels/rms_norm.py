@@ -18,7 +18,10 @@ ELEMENTS_PER_PROGRAM = 4096  # 16 to 32 per thread: the backward pass holds five
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute `rms_norm` in plain torch. As in Hugging Face models, x̂ is rounded to the dtype of x before the gain."""
+    """Return x / sqrt(mean(x²) + eps) * weight over the last dimension, [..., H], in plain torch.
+
+    As in Hugging Face models, the normalized x is rounded to the dtype of x before it is multiplied by weight [H].
+    """
     x32 = x.float()
     x_hat = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight * x_hat.to(x.dtype)
@@ -97,7 +100,10 @@ def _backward_kernel(
 
 @torch.library.custom_op("thinksafe::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, x + residual (empty without a residual) and rstd."""
+    """Return (y [..., H], x + residual [..., H], rstd [...] fp32).
+
+    Without a residual the second tensor has no elements and y is the norm of x; with one, y is the norm of the sum.
+    """
     num_rows, H = x.numel() // x.shape[-1], x.shape[-1]
     y = torch.empty_like(x)
     residual_out = torch.empty_like(x) if residual is not None else x.new_empty(0)
@@ -131,7 +137,11 @@ def _(x, residual, weight, eps):
 def _rms_norm_backward(
     grad_y: Tensor, grad_residual_out: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dx and dweight (empty if it is not needed)."""
+    """Return (dx [..., H], dweight [H]); dweight has no elements unless it is needed.
+
+    x is the normalized tensor: x of the forward pass, or x + residual, for which grad_residual_out, if not None, is
+    added to dx.
+    """
     num_rows, H = x.numel() // x.shape[-1], x.shape[-1]
     constants, num_warps = tile_config(H)
     num_blocks = triton.cdiv(num_rows, constants["ROWS"])
@@ -184,18 +194,21 @@ _rms_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def tile_config(H: int) -> tuple[dict[str, int], int]:
-    """Return the constants of the kernels for rows of H elements, and the number of warps."""
+    """Return (constants of the kernels, number of warps) for rows of H elements.
+
+    The constants are ROWS, the rows of a tile, and BLOCK_H, the smallest power of two of at least H.
+    """
     block = triton.next_power_of_2(H)
     return {"ROWS": max(1, ELEMENTS_PER_PROGRAM // block), "BLOCK_H": block}, 4 if block <= 1024 else 8
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalize the last dimension.
+    """Return x / sqrt(mean(x²) + eps) * weight over the last dimension; differentiable in x and weight.
 
     Args:
         x: [..., H], floating point.
         weight: [H], the learned gain, contiguous, in the dtype of x.
-        eps: added to the mean square.
+        eps: added to the mean square, at least 0.
 
     Returns:
         [..., H] in the dtype of x.
@@ -208,9 +221,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return rms_norm(x + residual) and x + residual in one pass.
+    """Return (rms_norm(x + residual, weight, eps), x + residual), in one pass on a GPU; differentiable.
 
-    `residual` has the shape, dtype and device of x; the other arguments are those of `rms_norm`."""
+    Args:
+        x: [..., H], floating point.
+        residual: with the shape, dtype and device of x.
+        weight: [H], the learned gain, contiguous, in the dtype of x.
+        eps: added to the mean square, at least 0.
+
+    Returns:
+        Two tensors [..., H] in the dtype of x; the norm is that of the rounded sum.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; the message names it.
+    """
     _check(x, weight, eps)
     check_tensor("residual", residual, x.shape, x.dtype, x.device)
     if on_triton(x):

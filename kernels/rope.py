@@ -21,14 +21,15 @@ PAIRS_PER_PROGRAM = 2048  # pairs that a program holds at once: rows * D/2
 
 
 def inverse_frequencies(head_dim: int, theta: float, llama3_scaling: dict | None = None) -> Tensor:
-    """Return the angle per position of each of the D/2 pairs, in radians.
+    """Return the rotation angle per position of each of the D/2 pairs, theta ** (-2 i / D) for pair i, in radians.
 
     Args:
-        head_dim: D.
+        head_dim: D, elements of an attention head, even.
         theta: the base, 1e4 to 1e6 in practice.
-        llama3_scaling: `factor`, `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`, or
-            None. This is Llama 3.1's context extension: frequencies of long wavelengths are divided by `factor`, those
-            of short wavelengths are kept, and those between are interpolated linearly.
+        llama3_scaling: Llama 3.1's context extension, or None for none. With C = `original_max_position_embeddings`,
+            the frequencies of wavelengths from C / `low_freq_factor` on are divided by `factor`, those of wavelengths
+            up to C / `high_freq_factor` are kept, and between the two the share that is kept grows linearly in the
+            frequency.
 
     Returns:
         [D/2] fp32.
@@ -46,7 +47,14 @@ def inverse_frequencies(head_dim: int, theta: float, llama3_scaling: dict | None
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
-    """Compute `qk_norm_rope` of one tensor in plain torch; `rope` if weight is None."""
+    """Return x with every head normalized and rotated, in plain torch; only rotated if weight is None.
+
+    Args:
+        x: [T, num_heads, D].
+        weight: [D], gain of RMSNorm, or None.
+        eps: added to the mean square of the norm.
+        cos, sin: [T, D/2] fp32, of the angles of each token.
+    """
     if weight is not None:
         x = rms_norm_reference(x, weight, eps)
     x1, x2 = x.float().chunk(2, dim=-1)
@@ -143,7 +151,7 @@ def _backward_kernel(
 
 @torch.library.custom_op("thinksafe::norm_rope", mutates_args=())
 def _norm_rope(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return y and rstd (empty without the norm)."""
+    """Return (y [T, heads, D], rstd [T * heads] fp32); without weight there is no norm, and rstd has no elements."""
     num_rows, half = x.shape[0] * x.shape[1], x.shape[2] // 2
     y = torch.empty_like(x)
     rstd = x.new_empty(num_rows if weight is not None else 0, dtype=torch.float32)
@@ -165,7 +173,7 @@ def _(x, weight, eps, cos, sin):
 def _norm_rope_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, rstd: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dx and dweight (empty if it is not needed)."""
+    """Return (dx [T, heads, D], dweight [D]); dweight has no elements unless it is needed."""
     num_rows, half = grad_y.shape[0] * grad_y.shape[1], grad_y.shape[2] // 2
     num_blocks = triton.cdiv(num_rows, PAIRS_PER_PROGRAM // half)
     num_programs = min(num_blocks, 1024)
@@ -203,11 +211,13 @@ _norm_rope.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate every head of x.
+    """Return x with every pair (x[i], x[i + D/2]) of each head rotated; differentiable in x.
+
+    With c = cos[t, i] and s = sin[t, i] the pair becomes (x[i] c - x[i + D/2] s, x[i + D/2] c + x[i] s).
 
     Args:
         x: [T, num_heads, D], floating point; D even, and a power of two on a GPU.
-        cos, sin: [T, D/2] fp32, for the positions of the tokens.
+        cos, sin: [T, D/2] fp32, of the angles position * inverse frequency of each token; constants.
 
     Returns:
         [T, num_heads, D] in the dtype of x.
@@ -221,16 +231,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply Qwen3's RMSNorm to every head of q and k, then rotate them, in one pass over each tensor.
+    """Return q and k with Qwen3's RMSNorm applied to every head, then rotated as by `rope`; differentiable.
+
+    It takes one pass over each tensor. q, k and the gains get gradients.
 
     Args:
-        q: [T, num_heads, D]. k: [T, num_kv_heads, D]. D and dtypes are those of `rope`.
+        q: [T, num_heads, D], floating point; D even, and a power of two on a GPU.
+        k: [T, num_kv_heads, D], floating point.
         q_weight, k_weight: [D], gains, contiguous, in the dtypes of q and k.
-        eps: added to the mean square.
-        cos, sin: [T, D/2] fp32.
+        eps: added to the mean square, at least 0.
+        cos, sin: [T, D/2] fp32, of the angles position * inverse frequency of each token; constants.
 
     Returns:
-        q and k, same shapes and dtypes.
+        Two new tensors (q, k), with the shapes and dtypes of the arguments.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.

@@ -25,19 +25,19 @@ MAX_VOCAB_SIZE = 2**22
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 right and fill with zeros; torch's `>>` fills with the sign bit."""
+    """Return int64 x shifted right by 1 to 63 bits and filled with zeros; torch's `>>` fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """Apply splitmix64's finalizer to int64; its multiplications must wrap, and torch's do."""
+    """Return splitmix64's finalizer, a 64-bit hash, of each int64 element. Its multiplications wrap, as torch's do."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def exponential_noise(seed: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
-    """Return Exp(1) variates that are a pure function of the arguments.
+    """Return Exp(1) variates; element [b, k] is a pure function of seed[b], position[b] and token_ids[b, k].
 
     Args:
         seed, position: [B] int64.
@@ -67,7 +67,7 @@ def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(logits, temperature, top_k, top_p, seed, position) -> tuple[Tensor, Tensor]:
-    """Compute `sample` in plain torch."""
+    """Return (tokens [B] int64, logprobs [B] fp32) of `sample`, whose arguments it takes unchecked, in plain torch."""
     vocab_size = logits.shape[-1]
     max_logit, greedy_id = logits.max(-1)
     is_broken = ~torch.isfinite(max_logit)  # the maximum of a row with NaN is NaN
@@ -97,7 +97,13 @@ def reference(logits, temperature, top_k, top_p, seed, position) -> tuple[Tensor
 def sample_with_library(
     library: CDLL, logits: Tensor, row_settings: tuple[Tensor, ...], stream: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run `sample` with the compiled kernel; `row_settings` are the arguments of `sample` after the logits.
+    """Return (tokens [B] int64, logprobs [B] fp32) of `sample`, computed by the compiled kernel.
+
+    Args:
+        library: the result of `load_library`.
+        logits: [B, V] fp32, rows contiguous.
+        row_settings: (temperature, top_k, top_p, seed, position), as `sample` takes them.
+        stream: handle of the CUDA stream on which the kernel runs; None for the default stream.
 
     Raises:
         RuntimeError: the launch of the kernel failed.
@@ -117,16 +123,19 @@ def sample_with_library(
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, seed: Tensor, position: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token per row.
+    """Return one sampled token per row, and its log-probability.
 
-    Top-p keeps the token whose probability crosses top_p. Of equal logits the smaller id comes first.
+    A row is sampled from softmax(logits / temperature), cut to the top_k most likely tokens and renormalized, then cut
+    to the most likely of these whose probabilities sum to top_p. The token that crosses top_p is kept. Of equal logits
+    the smaller id comes first. The token of a row depends on this row's arguments only.
 
     Args:
         logits: [B, V] fp32, rows contiguous.
-        temperature: [B] fp32; 0 takes the most likely token.
-        top_k: [B] int64; 0 turns top-k off.
-        top_p: [B] fp32 in (0, 1].
-        seed, position: [B] int64; position is the index of the sampled token in its sequence.
+        temperature: [B] fp32, at least 0; 0 takes the most likely token.
+        top_k: [B] int64; 0, or a number of at least V, turns top-k off.
+        top_p: [B] fp32 in (0, 1]; 1 turns top-p off.
+        seed, position: [B] int64, which determine the row's random numbers; position is the index of the sampled token
+            in its sequence.
 
     Returns:
         tokens: [B] int64; -1 for a row that holds NaN or +inf, or only -inf.

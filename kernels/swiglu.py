@@ -16,12 +16,12 @@ from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 BACKWARD_BLOCK = 4096
 FORWARD_BLOCK = 1024
-"""Elements per program. A forward program stays within one row, since inputs may be slices of wider rows; its block of
-1,024 divides most intermediate sizes."""
+"""Elements per program of the backward and of the forward kernel. A forward program stays within one row, since inputs
+may be slices of wider rows; 1,024 divides most intermediate sizes."""
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute `swiglu` in plain torch."""
+    """Return silu(gate) * up, element by element, in plain torch; both have the same shape."""
     return F.silu(gate) * up
 
 
@@ -86,22 +86,23 @@ _swiglu.register_autograd(
 
 
 def _as_matrix(x: Tensor) -> Tensor:
-    """Return x as [rows, I] with contiguous rows; copy it only if its rows are not contiguous."""
+    """Return x [..., I] as [rows, I] with contiguous rows, without a copy if the strides of x allow it."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute silu(gate) * up, element by element.
+    """Return silu(gate) * up, element by element, with silu(g) = g / (1 + exp(-g)); differentiable.
 
     Args:
         gate, up: [..., I], floating point, with the same shape, dtype and device. They may be slices of one matmul.
 
     Returns:
-        [..., I].
+        [..., I] in the dtype of gate, contiguous on a GPU.
 
     Raises:
-        TypeError, ValueError: gate and up differ, or are not floating point.
+        TypeError: gate or up is not a tensor.
+        ValueError: gate is not floating point, or up differs from it in shape, dtype or device.
     """
     check_floating("gate", gate)
     check_tensor("up", up, gate.shape, gate.dtype, gate.device)

@@ -1,5 +1,6 @@
 """The error for mistakes of the user. Its message is a single line: what is wrong, where, and what to do."""
 
+import errno
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +15,28 @@ _TYPE_NAMES = {
 
 
 class UserError(Exception):
-    """Invalid input, an invalid setting or a missing file. The command line prints the message and returns 2."""
+    """A mistake of the user: invalid input, an invalid setting or a missing file.
+
+    The message is one line. The command line prints it without a traceback and exits with status 2.
+    """
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether host or device is out of memory: a MemoryError, or a RuntimeError whose message says so."""
+    """Return whether an error says that the memory of host or GPU is exhausted.
+
+    These are a MemoryError, an OSError with ENOMEM, and a RuntimeError whose message contains "out of memory" (torch).
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
 
 
 def validation_message(problem: Mapping[str, Any]) -> str:
-    """Return the problem that one of Pydantic's errors reports, in the terms of YAML and JSON."""
+    """Return the end of an error message on a field, in the terms of YAML and JSON, such as "must be a number".
+
+    Args:
+        problem: an entry of Pydantic's `ValidationError.errors()`. The field's name is left to the caller.
+    """
     kind = problem["type"].partition("_")[0]
     if kind == "missing":
         return "is missing"

@@ -4,7 +4,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 def duration(seconds: float) -> str:
-    """Format seconds: 8.25 as 8.2 s, 754 as 12 min 34 s, 4321 as 1 h 12 min."""
+    """Return seconds as text: 8.25 as `8.2 s`, 754 as `12 min 34 s`, 4321 as `1 h 12 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     total = round(seconds)
@@ -14,7 +14,7 @@ def duration(seconds: float) -> str:
 
 
 def short_number(number: float) -> str:
-    """Format a count: 1234567 as 1.2M."""
+    """Return a count as text, with k, M or G from a thousand on: 1234567 as `1.2M`, 950 as `950`."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.1f}{unit}"
@@ -22,7 +22,12 @@ def short_number(number: float) -> str:
 
 
 def bar(share: float, width: int, fill: str = " ") -> str:
-    """Return a bar of `width` columns that is filled to `share`, exact to an eighth of a column."""
+    """Return a bar of `width` characters that is filled from the left to `share`, exact to an eighth of a character.
+
+    Args:
+        share: filled share of the width; values outside [0, 1] count as 0 or 1.
+        fill: character of the empty part.
+    """
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     blocks = _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
     return blocks + fill * (width - len(blocks))

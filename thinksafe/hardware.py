@@ -20,12 +20,12 @@ class Hardware:
 
     Attributes:
         name: short name, the value of `--gpu`.
-        bytes_per_second: rate of a copy.
-        flop_per_second: rate of a bf16 matmul.
+        bytes_per_second: memory rate that a large copy reaches, bytes read plus bytes written.
+        flop_per_second: rate that a large bf16 matmul reaches.
         peak_flop_per_second: dense bf16 rate of the data sheet; MFU is a share of it.
         memory_bytes: memory that torch can allocate.
         link_bytes_per_second: rate from neighboring GPUs by the data sheet: NVLink in one direction, or PCIe.
-        measured: whether the rates were measured; otherwise they are expected from the data sheet.
+        measured: whether both reached rates were measured; otherwise they are expected from the data sheet.
     """
 
     name: str
@@ -38,6 +38,12 @@ class Hardware:
 
 
 def _from_data_sheet(name: str, bytes_per_second: float, flop_per_second: float, gib: float, link: float) -> Hardware:
+    """Return a GPU whose reached rates are expected: those of its data sheet times the shares that the H200 reached.
+
+    Args:
+        gib: memory that torch can allocate, in GiB.
+        link: `link_bytes_per_second`.
+    """
     rates = (_BANDWIDTH_EFFICIENCY * bytes_per_second, _FLOP_EFFICIENCY * flop_per_second)
     return Hardware(name, *rates, flop_per_second, int(gib * _GIB), link, measured=False)
 
@@ -52,15 +58,16 @@ _GPUS = {
 """GPUs by the name that torch reports."""
 
 GPU_NAMES = tuple(hardware.name for hardware in _GPUS.values())
+"""Short names of all GPUs in the table, the values of `--gpu`."""
 
 
 def hardware_of(device: torch.device) -> Hardware | None:
-    """Return the device's figures; None for a CPU and for a GPU that is not in the table."""
+    """Return rates and memory of the device's GPU; None for a CPU and for a GPU that is not in the table."""
     return _GPUS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def hardware_named(name: str) -> Hardware:
-    """Return a GPU by its short name; case does not matter.
+    """Return a GPU of the table by its short name; case, spaces and the words NVIDIA and GeForce do not matter.
 
     Raises:
         UserError: the table has no such GPU.

@@ -5,15 +5,20 @@ from pathlib import Path
 _PACKAGE_FOLDER = Path(__file__).parent  # importlib.resources would take longer to import than `--help` takes
 _PACKAGE_PREFIX = "package:"
 RECIPES_FOLDER = _PACKAGE_FOLDER / "launch" / "recipes"
+"""Folder of the bundled recipes, NAME.yaml."""
 
 
 def bundled_recipes() -> list[str]:
-    """Return the names of bundled recipes. `--recipe` and `base` accept them, as well as files."""
+    """Return the sorted names of the bundled recipes, which `--recipe` and the key `base` accept beside files."""
     return sorted(file.stem for file in RECIPES_FOLDER.glob("*.yaml"))
 
 
 def expand_path(name: str) -> Path:
-    """Return the path of a file name. `package:NAME` is a file of this package, and `~` is the home folder."""
+    """Return the path of a file that a recipe names, whether or not the file exists.
+
+    `package:NAME` is a file in the folder of the package thinksafe, and a leading `~` is the home folder; any other
+    name is a path as it stands.
+    """
     if name.startswith(_PACKAGE_PREFIX):
         return _PACKAGE_FOLDER / name.removeprefix(_PACKAGE_PREFIX)
     return Path(name).expanduser()

@@ -26,12 +26,17 @@ from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
 
 NEW_KEYS = {"fate": "outcome", "least_seconds": "roofline_seconds", "optimiser": "optimizer"}
+"""Old name of a record field -> its name in format 2."""
 NEW_VALUES = {"spare": "not_needed", "loop": "repetition", "forged_frame": "delimiter_injection"}
-"""Outcomes, reasons and finish reasons. The report counts responses by them, so they are keys too."""
+"""Old name of an outcome, reason or finish reason -> its name in format 2. The report counts responses by them, so they
+are keys too."""
 VALUE_FIELDS = {"outcome", "reason", "finish_reason"}
+"""Fields whose values NEW_VALUES renames."""
 GUARD_FIELDS = {"guard", "accepted_by", "judge"}
+"""Fields whose values are names of guards."""
 NEW_GUARD_KEYS = {"judged": "scope", "agree": "voting", "min_mass": "min_verdict_probability"}
-"""Recipe keys in the names of ensemble members, such as `all(Guard[judged=think], Guard[judged=answer])`."""
+"""Old recipe key in the name of an ensemble's member -> its new name. Example of an old name:
+`all(Guard[judged=think], Guard[judged=answer])`."""
 ZERO_WAS_AUTOMATIC = {"page_size", "kv_cache_gib"}
 """Recipe keys whose automatic value was 0 and is null now."""
 
@@ -47,14 +52,17 @@ IGNORED_KEYS = {
 }
 """File name -> keys that are not compared: measurements, versions, dates, paths and sentences."""
 IGNORED_FILES = {"report.html": "it shows report.json", ".lock": "it names a process"}
+"""File name -> why the file is not compared."""
 MISSING = object()
+"""Value of a key or list entry that only one of two values has."""
 
 
 def renamed(value: Any, key: str = "") -> Any:
-    """Return a JSON value with the names of format 2.
+    """Return a JSON value with the names of format 2, for keys and values at every depth.
 
     Args:
-        key: the new key of the value in its object.
+        value: value of an old file.
+        key: new name of the key that holds this value, which decides how a text is renamed; empty at the top level.
     """
     if isinstance(value, dict):
         new_keys = {name: _new_guard_name(NEW_KEYS.get(name, NEW_VALUES.get(name, name))) for name in value}
@@ -73,7 +81,12 @@ def _new_guard_name(name: Any) -> Any:
 
 
 def renamed_recipe(value: Any, section: type | None = Recipe) -> Any:
-    """Return a section of a recipe, or a list of sections, with the keys of format 2."""
+    """Return a section of a recipe, or a list of sections, with the keys of format 2.
+
+    Args:
+        value: value of an old recipe.
+        section: dataclass of the section; None if the key holds no section, whose value is returned unchanged.
+    """
     if isinstance(value, list):
         return [renamed_recipe(entry, section) for entry in value]
     if not isinstance(value, dict) or section is None:
@@ -93,10 +106,14 @@ def _section_in(hint: Any) -> type | None:
 
 
 def comparable(value: Any, file_name: str) -> Any:
-    """Return a JSON value without the keys that are not compared.
+    """Return a JSON value without the keys that are not compared, at every depth.
 
     A manifest's hashes become the list of the files, since the files themselves are compared. Notes on training steps
     are sentences, so only their presence counts.
+
+    Args:
+        value: value of an old file after `renamed`, or of a new file.
+        file_name: name of the file without folders, which selects the keys of IGNORED_KEYS.
     """
     ignored = IGNORED_KEYS.get(file_name, set())
     if isinstance(value, list):
@@ -112,7 +129,13 @@ def comparable(value: Any, file_name: str) -> Any:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Return the path of the first value that differs and both values, or None. The order of keys does not count."""
+    """Return a text with the path of the first value that differs and both values, or None if there is none.
+
+    The order of keys does not count. 1, 1.0 and true differ, and NaN equals NaN.
+
+    Args:
+        path: dotted path of these values, which starts the text.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(key, old.get(key, MISSING), new.get(key, MISSING)) for key in old | new]
     elif isinstance(old, list) and isinstance(new, list):
@@ -131,7 +154,10 @@ def _shown(value: Any) -> str:
 
 
 def compare_records(old: Path, new: Path) -> str | None:
-    """Compare two JSONL files line by line."""
+    """Return the first difference between two JSONL files, with its line number, or None if all lines are equal.
+
+    `old` is renamed to format 2 first. Keys that are not compared do not count.
+    """
     with old.open(encoding="utf-8") as old_lines, new.open(encoding="utf-8") as new_lines:
         for number, (old_line, new_line) in enumerate(zip_longest(old_lines, new_lines), start=1):
             if old_line is None or new_line is None:
@@ -143,19 +169,25 @@ def compare_records(old: Path, new: Path) -> str | None:
 
 
 def compare_json(old: Path, new: Path) -> str | None:
-    """Compare two JSON files."""
+    """Return the first difference between two JSON files, or None if they are equal.
+
+    `old` is renamed to format 2 first. Keys that are not compared do not count.
+    """
     old_value, new_value = (json.loads(file.read_text(encoding="utf-8")) for file in (old, new))
     return first_difference(comparable(renamed(old_value), old.name), comparable(new_value, new.name))
 
 
 def compare_recipes(old: Path, new: Path) -> str | None:
-    """Compare two recipes in YAML."""
+    """Return the first difference between two recipes in YAML, `old` renamed to format 2, or None if they are equal."""
     old_value, new_value = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (old, new))
     return first_difference(renamed_recipe(old_value), new_value)
 
 
 def compare_tensors(old: Path, new: Path) -> str | None:
-    """Compare names, dtypes, shapes and bits of the tensors in two safetensors files."""
+    """Return the first difference between the tensors of two safetensors files, or None if they are equal.
+
+    It compares names, then dtype, shape and bits of each tensor in order of the names.
+    """
     with safe_open(old, "pt") as old_tensors, safe_open(new, "pt") as new_tensors:
         if difference := first_difference(sorted(old_tensors.keys()), sorted(new_tensors.keys()), "names"):
             return difference
@@ -172,7 +204,7 @@ def compare_tensors(old: Path, new: Path) -> str | None:
 
 
 def compare_bytes(old: Path, new: Path) -> str | None:
-    """Compare two files byte by byte."""
+    """Return `its bytes` if the bytes of two files differ, or None if they are equal."""
     return None if old.read_bytes() == new.read_bytes() else "its bytes"
 
 
@@ -182,11 +214,16 @@ COMPARISONS = {
     ".yaml": compare_recipes,
     ".safetensors": compare_tensors,
 }
-"""File name suffix -> comparison; other files are compared byte by byte."""
+"""File name suffix -> function of (old, new) that returns where two files first differ, or None if they are equal.
+Files with other suffixes are compared byte by byte."""
 
 
 def compare_runs(old: Path, new: Path) -> Iterator[tuple[str, str, bool]]:
-    """Yield (file, result, is different) for each file of two run directories, in order of the file names."""
+    """Yield (file, result, is different) for each file of two run directories, in order of the file names.
+
+    The file is a path relative to the run directory. The result is `equal`, `differs at ...`, `missing in OLD`,
+    `missing in NEW` or `not compared, ...`; only the second to fourth are different.
+    """
     folders = [{str(file.relative_to(run)): file for file in run.rglob("*") if file.is_file()} for run in (old, new)]
     for name in sorted(folders[0] | folders[1]):
         old_file, new_file = (files.get(name) for files in folders)
@@ -200,7 +237,12 @@ def compare_runs(old: Path, new: Path) -> Iterator[tuple[str, str, bool]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare two run directories, print a table of their files, and return the exit status."""
+    """Compare two run directories and print a line for each file. Return 1 if any file differs, else 0.
+
+    Args:
+        arguments: arguments of the command; None for those of the process. The process exits with status 2 if they are
+            invalid or a path is no run directory.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare_runs",
         description="Compare a run directory of version 0.1 before format 2 with a new one.",

@@ -1,4 +1,4 @@
-"""Writes counted time and memory on one GPU into each recipe: `python -m tools.recipe_estimates`.
+"""Write counted time and memory on one GPU into each recipe: `python -m tools.recipe_estimates`.
 
 The comment precedes the recipe's keys and comes from thinksafe/estimate; tests/estimate/test_estimate.py checks that it
 is up to date.
@@ -16,12 +16,17 @@ RECIPE_NAMES = [
     *(f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")),
     *(f"r1-distill-{model}" for model in ("qwen-1.5b", "qwen-7b", "llama-8b")),
 ]
-"""Recipes for the paper's models."""
+"""Names of the recipes for the paper's models, without `.yaml`; the command updates these."""
 _HEADER = "# Time and memory on one GPU by `thinksafe estimate`: counted, not measured; no run has confirmed them."
 
 
 def estimate_comment(name: str) -> str:
-    """Return the comment of a recipe."""
+    """Return the comment for a recipe: a header, then one line per GPU with time and memory, or why the run does not
+    fit.
+
+    Args:
+        name: one of RECIPE_NAMES.
+    """
     lines = [_HEADER]
     for gpu in GPU_NAMES:
         recipe_estimate = estimate(load_recipe(str(RECIPES / f"{name}.yaml")), hardware_named(gpu))
@@ -41,7 +46,12 @@ def estimate_comment(name: str) -> str:
 
 
 def with_estimate_comment(text: str, name: str) -> str:
-    """Return the text of a recipe with its comment replaced, or inserted below the opening comment."""
+    """Return the text of a recipe with its estimate comment replaced, or inserted below the opening comment.
+
+    Args:
+        text: present text of the recipe.
+        name: one of RECIPE_NAMES.
+    """
     before, header, after = text.partition(_HEADER + "\n")
     if not header:
         lines = text.splitlines(keepends=True)

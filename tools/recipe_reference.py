@@ -26,7 +26,7 @@ _VALID_SECTIONS = {
     Question: _QUESTION,
     GuardFormat: GuardFormat((_QUESTION,)),
 }
-"""A valid section of each kind that has required keys."""
+"""Section class with required keys -> a valid instance. The other classes are valid without arguments."""
 _STEP = 1e-9
 _INTEGERS = (-1, 0, 1, 2, 2**63 - 1, 2**63)
 _NUMBERS = (-1.0, -_STEP, 0.0, _STEP, 0.5 - _STEP, 0.5, 0.5 + _STEP, 1 - _STEP, 1.0, 1 + _STEP, 2.0)
@@ -34,7 +34,7 @@ _TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or
 
 
 def reference() -> str:
-    """Return the tables of all sections, in the order of the recipe."""
+    """Return the Markdown tables of all sections, with a heading each, in the order of the recipe."""
     paths_by_section: dict[type, list[str]] = {}
     for path, section in _sections(Recipe, ""):
         paths_by_section.setdefault(section, []).append(path)
@@ -44,7 +44,14 @@ def reference() -> str:
 
 
 def page(text: str) -> str:
-    """Return the text of the page with new tables below its marker."""
+    """Return the text of docs/recipe.md with new tables instead of everything below its marker line.
+
+    Args:
+        text: present text of the page.
+
+    Raises:
+        ValueError: the text has no marker line.
+    """
     introduction, marker, _ = text.partition(MARKER)
     if not marker:
         raise ValueError(f"{PAGE}: the line {MARKER.strip()!r} is missing")
@@ -52,7 +59,13 @@ def page(text: str) -> str:
 
 
 def bounds(section: type, field: Field, hint: type) -> str:
-    """Return the bounds of a numeric key, such as `> 0, ≤ 1`; empty if there are none."""
+    """Return the bounds of a recipe key, such as `> 0, ≤ 1`; empty if it has none or is not numeric.
+
+    Args:
+        section: dataclass of the key's section, whose checks decide which values are valid.
+        field: the key.
+        hint: type of the key.
+    """
     kind = next((kind for kind in (hint, *get_args(hint)) if kind in (int, float)), None)
     if kind is None or get_origin(hint) is Literal:
         return ""
@@ -73,7 +86,12 @@ def _is_accepted(section: type, name: str, value: float) -> bool:
 
 
 def _sections(section: type, path: str) -> Iterator[tuple[str, type]]:
-    """Yield (path, dataclass) of a section and of all sections inside it. A section is not repeated inside itself."""
+    """Yield (path, dataclass) of a section and of all sections inside it. A section is not repeated inside itself.
+
+    Args:
+        section: dataclass of the section.
+        path: its dotted path in the recipe, such as `guard.sampler`; empty for the recipe itself.
+    """
     yield path, section
     hints = get_type_hints(section)
     for field in sorted(fields(section), key=lambda field: field.name == "guard"):  # the guard's sections repeat others

@@ -65,11 +65,11 @@ def test_missing_peers_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(train, "import_peer", lambda module, notes: notes.append(f"absent: {module}"))
     monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * count)
     notes = []
-    rows = train._measure_case("cpu-0.3m", "lora", 6, notes)
+    rows = train._measure_case("cpu-0.3m", "lora", 1, notes)
     assert "ms a step of 16 tokens" not in rows[1]
     assert [row["variant"] for row in rows] == ["ThinkSafe", "ThinkSafe, +KL on half of the sequences"]
     assert "absent: peft" in notes
-    rows = train._measure_case("cpu-0.3m", "full", 6, notes)
+    rows = train._measure_case("cpu-0.3m", "full", 1, notes)
     assert [row["variant"] for row in rows] == ["ThinkSafe", "transformers, padded batches"]
     assert "absent: trl" in notes and "absent: datasets" in notes
     assert (

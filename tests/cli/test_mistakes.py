@@ -287,7 +287,7 @@ def test_interrupt_during_imports_is_quiet(tmp_path, module):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("command", ["recipe", "estimate"])
+@pytest.mark.parametrize("command", ["recipe", pytest.param("estimate", marks=pytest.mark.exhaustive)])
 def test_closed_output_pipe_is_no_error(command):
     (reader, writer), environment = os.pipe(), {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     os.close(reader)
@@ -303,7 +303,7 @@ def test_interrupt_says_that_nothing_is_lost(call, monkeypatch):
 
     monkeypatch.setattr(pipeline, "generate_responses", interrupted)
     status, _, errors = call("generate")
-    assert status == 130 and "nothing finished is lost" in errors[-1]
+    assert status == 130 and errors[-1].endswith("no finished work is lost, run the same command again to continue")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
@@ -316,6 +316,21 @@ def test_disk_error_is_one_line(call, monkeypatch, number):
     assert status == 2 and errors == [
         f"thinksafe: {os.strerror(number)} (responses.jsonl); fix this and run the same command again"
     ]
+
+
+@pytest.mark.parametrize(
+    "error, cause",
+    [(OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory"), (MemoryError(), "no memory left")],
+    ids=["ENOMEM", "MemoryError"],
+)
+def test_full_host_memory_is_one_line_with_settings(call, monkeypatch, error, cause):
+    def failing(run, models):
+        raise error
+
+    monkeypatch.setattr(pipeline, "generate_responses", failing)
+    status, _, (line,) = call("generate")
+    assert status == 2 and line.startswith("thinksafe: out of memory: ")
+    assert cause in line and "sampler.kv_cache_gib" in line
 
 
 def test_responses_from_before_a_full_disk_are_kept(world, tmp_path, call, monkeypatch):

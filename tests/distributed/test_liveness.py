@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support.forked import ForkedProcess, start_forked_workers
-from tests.support.waiting_workers import hang_in_library, wait_at_barrier
+from tests.support.forked import ForkedProcess, free_port, start_forked_workers
+from tests.support.waiting_workers import hang_in_library, host_store, wait_at_barrier
 from thinksafe.distributed import liveness
 
 _REDUCING = """
@@ -19,7 +19,9 @@ from types import SimpleNamespace
 from thinksafe.cli import __main__ as cli
 def reduce_forever(options):
     import torch
+    from thinksafe.distributed import liveness
     from thinksafe.distributed.workers import Workers
+    liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = 0.25, 3.0
     with Workers.start() as workers:
         workers.connect(torch.device("cpu"))
         workers.barrier()
@@ -33,11 +35,8 @@ raise SystemExit(cli.main())
 
 def start_interpreters(script: str, num_workers: int) -> list[subprocess.Popen]:
     """Start workers that no launcher watches, as on several machines, and wait until all have started."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(num_workers)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    rendezvous |= {"WORLD_SIZE": str(num_workers)}
     processes = [
         subprocess.Popen([sys.executable, "-c", script], env=os.environ | rendezvous | {"RANK": str(rank)}, **pipes)
         for rank in range(num_workers)
@@ -46,9 +45,9 @@ def start_interpreters(script: str, num_workers: int) -> list[subprocess.Popen]:
     return processes
 
 
-def start_workers(num_workers: int, function: Callable, *arguments) -> list[ForkedProcess]:
+def start_workers(num_workers: int, function: Callable, *arguments, **options) -> list[ForkedProcess]:
     """Start forked workers that no launcher watches, and wait until all have started."""
-    processes = start_forked_workers(num_workers, function, *arguments)
+    processes = start_forked_workers(num_workers, function, *arguments, **options)
     for process in processes:
         process.wait_for_output("started\n")
     return processes
@@ -79,6 +78,21 @@ def test_worker_that_dies_in_an_all_reduce_is_named(victim):
     else:
         assert all("the machine of the leader (worker 0) is gone" in line for line in lines)
     assert all(process.returncode in (1, 2) for rank, process in enumerate(processes) if rank != victim)
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_launcher_dies():
+    """torchrun hosts the store. Every worker reports the loss, because none can see whether another one does."""
+    port = free_port()
+    launcher = ForkedProcess(host_store, port)
+    launcher.wait_for_output("started\n")
+    environment = {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    workers = start_workers(2, hang_in_library, 0.25, 3.0, environment=environment)
+    launcher.kill()
+    for worker in workers:
+        _, errors = worker.communicate(timeout=30)
+        (line,) = (line for line in errors.splitlines() if line.startswith("thinksafe: "))
+        assert worker.returncode == 1 and "the launcher or the machine of the leader (worker 0) is gone" in line
 
 
 @pytest.mark.slow

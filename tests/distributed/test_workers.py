@@ -124,7 +124,9 @@ def test_single_process_claims_everything_and_never_waits(monkeypatch):
 
 _RESTARTED = """
 import os, sys
+from thinksafe.distributed import liveness
 from thinksafe.distributed.workers import Workers
+liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = 0.25, 3.0
 with Workers.start() as workers:
     claimed, restarts = list(workers.claim_items(range(6))), os.environ["TORCHELASTIC_RESTART_COUNT"]
     add = workers.shared_counter()

@@ -49,4 +49,4 @@ def test_policy_keys_exist_and_defaults_are_stated():
     keys = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert set(keys) == {"threshold", "margin", "min_verdict_probability", "scope"}
     config = GuardConfig()
-    assert f"(default: {config.threshold})" in table and f"(default: {config.verdict_floor})" in table
+    assert f"(default: {config.threshold})" in table and f"(default: {config.least_verdict_probability})" in table

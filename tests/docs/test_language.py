@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[2]
 AVOIDED = {
     r"\bso many\b": "name the number",
     r"\bas many\b": "name the number",
-    r"\bwh(?:o|at|ich|ere|en)ever\b": "name the person or thing",
+    r"\b[Ww]h(?:o|at|ich|ere|en)ever\b": "name the person or thing",
     r"\bwhat there is\b": "name the thing",
     r"\bwhat (?:is|was) left\b": "name the thing",
     r"\bof (?:its|their|one's|your|his|her|our) own\b": "say which one: separate, another, the user's",
-    r"\b(?:but|save) for\b": "except",
+    r"\b(?:[Bb]ut|[Ss]ave) for\b": "except",
     r"\bnor\b": "split the sentence",
-    r"\b(?:those|these|ones?) (?:that|who)\b": "repeat the noun",
+    r"\b(?:[Tt]hose|[Tt]hese|[Oo]nes?) (?:that|who)\b": "repeat the noun",
     r"\blast digits?\b": "rounding",
     r"\bcomputed again\b": "recomputed",
     r"\btak(?:e|es|en|ing) (?:up|in)\b": "occupy, read, import",
@@ -83,7 +83,7 @@ def problems(file: Path) -> list[str]:
         f"{file.relative_to(ROOT)}:{line}: {match[0]!r}: {better}"
         for line, passage in passages(file)
         for pattern, better in AVOIDED.items()
-        for match in re.finditer(pattern, " ".join(passage.split()), re.IGNORECASE)
+        for match in re.finditer(pattern, " ".join(passage.split()))
     ]
 
 

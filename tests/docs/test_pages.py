@@ -19,7 +19,7 @@ from thinksafe.paths import bundled_recipes
 from thinksafe.recipe.loading import check_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = (".", "docs", "kernels", "launch", "benchmarks", "thinksafe/organism")
+FOLDERS = (".", "docs", "kernels", "launch", "benchmarks", "thinksafe/organism", "tests/emulation")
 PAGES = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.md"))]
 USER_PAGES = [file for file in PAGES if file.parent == ROOT / "docs"] + [ROOT / "README.md"]
 OTHER_PROGRAMS = {"tar", "git", "nvidia-smi", "hf", "export"}

@@ -1,4 +1,4 @@
-"""docs/recipe.md: its tables are those that `tools/recipe_reference.py` writes from the code."""
+"""docs/recipe.md: its tables equal the output of `tools/recipe_reference.py`."""
 
 import dataclasses
 from typing import get_type_hints

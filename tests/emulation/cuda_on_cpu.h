@@ -5,10 +5,12 @@
 // barrier or a warp collective, and continues when all threads that take part have reached it. The order of the turns
 // is shuffled in every round with the seed CUDA_ON_CPU_SEED. If a barrier is missing, the result depends on the seed.
 
+#undef _FORTIFY_SOURCE  // its longjmp allows no jump to another stack
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
+#include <csetjmp>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -42,7 +44,9 @@ namespace cuda_on_cpu {
 enum State { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // starts the fiber
+    jmp_buf resume;      // where it waits: unlike swapcontext, a jump needs no system call
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[STACK]};
     State state = READY;
     uint64_t exchanged = 0;
@@ -50,18 +54,25 @@ struct Fiber {
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current_fiber;
 inline std::function<void()> current_kernel;
 
 inline void switch_to_scheduler(State state) {
     fibers[current_fiber].state = state;
-    swapcontext(&fibers[current_fiber].context, &scheduler);
+    if (!_setjmp(fibers[current_fiber].resume)) _longjmp(scheduler, 1);
 }
 
 inline void run_fiber() {
     current_kernel();
     switch_to_scheduler(DONE);
+}
+
+inline void switch_to_fiber(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
 }
 
 // If every fiber in [first, last) that is not done waits in `state`, makes these fibers ready and returns true.
@@ -83,6 +94,7 @@ inline void run_block(unsigned threads, std::mt19937& random) {
         order[i] = i;
         Fiber& fiber = fibers[i];
         fiber.state = READY;
+        fiber.started = false;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = Fiber::STACK;
@@ -96,7 +108,7 @@ inline void run_block(unsigned threads, std::mt19937& random) {
             if (fibers[i].state != READY) continue;
             current_fiber = i;
             threadIdx = dim3(i);
-            swapcontext(&scheduler, &fibers[i].context);
+            switch_to_fiber(fibers[i]);
             progress = true;
         }
         for (unsigned warp = 0; warp < threads; warp += 32) progress |= release_waiting(warp, min(warp + 32, threads), AT_COLLECTIVE);

@@ -23,11 +23,12 @@ from thinksafe.model.lora import LoraConfig, attach
 
 @contextmanager
 def on_gpu_path(grouped_heads: bool = False):
-    """Route kernels and attention as for CUDA tensors.
+    """Route kernels and attention as for CUDA tensors inside the block.
 
     Args:
-        grouped_heads: attention reads keys and values once per KV head, like the flash-attn package. Torch's operator
-            with enable_gqa plays its part.
+        grouped_heads: True: attention reads keys and values once per KV head, like the flash-attn package; torch's
+            varlen_attn with enable_gqa plays its part. False: keys and values are repeated for each query head, as
+            `varlen_with_torch` does.
     """
 
     def dropout(x, rate, training):
@@ -46,7 +47,7 @@ def on_gpu_path(grouped_heads: bool = False):
 
 
 class MemoryTrace(TorchDispatchMode):
-    """A record of every storage that an operation creates.
+    """Mode that records every storage that a torch operation inside the block creates, and when it is freed.
 
     Attributes:
         peak_bytes: largest number of bytes that were alive at once.
@@ -77,13 +78,17 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     def live_bytes(self) -> int:
-        """Return the bytes that are alive now."""
+        """Return the bytes of all recorded storages that are alive now."""
         self._live_storages = {key: entry for key, entry in self._live_storages.items() if not entry[0].expired()}
         return sum(nbytes for _, nbytes in self._live_storages.values())
 
 
 def decoder_on_meta(config: ModelConfig, lora: LoraConfig | None) -> Decoder:
-    """Return a bf16 decoder that trains adapters, or every weight if `lora` is None."""
+    """Return a bf16 decoder on the meta device in training mode; all weights are trainable if `lora` is None.
+
+    Args:
+        lora: adapters to attach, which are then the only trainable weights.
+    """
     with torch.device("meta"):
         decoder = Decoder(config).to(torch.bfloat16)
     if lora is None:

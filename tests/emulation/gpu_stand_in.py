@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 class CpuGenerator(torch.Generator):
-    """A random generator on the CPU for every requested device."""
+    """A random generator for a requested CUDA device, which is on the CPU."""
 
     def __new__(cls, device="cpu"):
         return super().__new__(cls, to_cpu(device))
@@ -39,7 +39,7 @@ def to_cpu(value):
 
 
 class FakeCudaGraph:
-    """A CUDA graph whose captured operations run at replay."""
+    """A stand-in for `torch.cuda.CUDAGraph`: `capture` records operations on its tape, and `replay` runs them again."""
 
     def replay(self):
         self.tape.replay({})
@@ -70,9 +70,12 @@ class FakeEvent:
 
 
 class FakeStream:
+    """A stream whose waits do nothing: all operations run in order on the CPU."""
+
     def wait_stream(self, stream): ...
 
 
+# Replacements of functions and classes in torch.cuda, by name.
 CUDA_REPLACEMENTS = {
     "is_available": lambda: True,
     "is_current_stream_capturing": lambda: False,
@@ -95,7 +98,7 @@ CUDA_REPLACEMENTS = {
 
 @contextlib.contextmanager
 def fake_h200():
-    """Make this process see an H200 inside the block."""
+    """Make this process see an H200 inside the block: torch.cuda describes one, and its tensors are on the CPU."""
     with contextlib.ExitStack() as stack:
         for name, replacement in CUDA_REPLACEMENTS.items():
             stack.enter_context(patch.object(torch.cuda, name, replacement))

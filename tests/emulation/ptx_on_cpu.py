@@ -58,7 +58,13 @@ def on_hopper():
 
 
 def _launch_on_cpu(kernel: JITFunction, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs) -> None:
-    """Compile a kernel for these arguments and run its whole grid; the replacement of `JITFunction.run`."""
+    """Compile a kernel for these arguments and run its whole grid on the CPU; the replacement of `JITFunction.run`.
+
+    Args:
+        args, kwargs: the kernel's arguments: tensors, tensor descriptors, numbers, None and constexprs.
+        grid: number of programs on each of up to three axes.
+        warmup: not used.
+    """
     arguments_by_name = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible_by_16 = {}, {}, []
     for index, parameter in enumerate(kernel.params):
@@ -95,6 +101,7 @@ _TYPES = {
 
 
 def _triton_type(value) -> str:
+    """Return the type of an argument in Triton's signature, such as `*bf16` for a tensor or `i32` for a number."""
     if isinstance(value, TensorDescriptor):
         return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
     if isinstance(value, Tensor):
@@ -106,7 +113,12 @@ def _triton_type(value) -> str:
 
 @cache
 def compile_ptx(kernel, signature, constants, divisible_by_16, num_warps, num_stages) -> tuple[str, int]:
-    """Return the PTX of a kernel for sm_90a and its bytes of shared memory."""
+    """Return the PTX of a kernel for sm_90a, and the bytes of shared memory that one of its programs needs.
+
+    Args:
+        signature, constants: pairs (parameter name, Triton type) and (parameter name, constexpr value).
+        divisible_by_16: indices of the parameters whose values are multiples of 16.
+    """
     attributes = {(index,): [["tt.divisibility", 16]] for index in divisible_by_16}
     source = ASTSource(kernel, dict(signature), dict(constants), attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -116,13 +128,23 @@ def compile_ptx(kernel, signature, constants, divisible_by_16, num_warps, num_st
 
 @dataclass(frozen=True)
 class _TileDescriptor:
-    """A matrix and the tiles that the copy engine moves. Rows of a tile are swizzled lines of 128, 64 or 32 bytes."""
+    """A matrix and the tiles that the copy engine moves. Rows of a tile are swizzled lines of 128, 64 or 32 bytes.
+
+    Attributes:
+        address: address of the matrix's first element.
+        matrix: the matrix and the shape of its tiles, as the kernel got it.
+    """
 
     address: int
     matrix: TensorDescriptor
 
     def tile_addresses(self, column: int, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the address of each byte of a tile, and whether it is in the matrix, [rows, bytes of a line] each."""
+        """Return the address of each byte of a tile, and whether it is in the matrix, [rows, bytes of a line] each.
+
+        Args:
+            column, row: index of the tile's first element in the matrix. Lines have at most 128 bytes, also if the tile
+                is wider.
+        """
         itemsize, (height, width), matrix_shape = (
             self.matrix.base.element_size(),
             self.matrix.block_shape,
@@ -136,7 +158,14 @@ class _TileDescriptor:
 
 
 class _Memory:
-    """An address space that holds the tensors of a launch. Their addresses are multiples of 16 but not of 32."""
+    """An address space that holds copies of the tensors of a launch, until `write_back`.
+
+    The addresses of storages are multiples of 16 but not of 32.
+
+    Attributes:
+        bytes: [size] uint8, the contents.
+        valid: [size] bool, whether a byte belongs to a tensor; all others are guard bytes.
+    """
 
     def __init__(self):
         self._allocations: dict[int, tuple[Tensor, int]] = {}
@@ -158,11 +187,12 @@ class _Memory:
         return self._allocations[storage.data_ptr()][1] + value.storage_offset() * value.element_size()
 
     def write_back(self) -> None:
-        """Copy the memory back into the tensors."""
+        """Copy the contents of this memory back into the tensors of the launch."""
         for storage_bytes, start in self._allocations.values():
             storage_bytes.copy_(torch.from_numpy(self.bytes[start : start + len(storage_bytes)]))
 
     def check_addresses(self, addresses: np.ndarray) -> None:
+        """Fail unless all addresses belong to a tensor; an empty array passes."""
         assert addresses.size == 0 or (addresses.max() < len(self.valid) and self.valid[addresses].all()), (
             "an address is outside every tensor"
         )
@@ -173,21 +203,38 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Instruction:
+    """One instruction of PTX.
+
+    Attributes:
+        text: the instruction without its guard, for error messages.
+        opcode: its name, split at the dots: `ld.global.b32` gives ["ld", "global", "b32"].
+        operands: as `_parse_operands` returns them; the destination is first.
+        guard: predicate register of `@%p1` or `@!%p1`; None for an instruction that always runs.
+        guard_value: value of the guard for which the instruction runs.
+    """
+
     text: str
     opcode: list[str]
     operands: list
     guard: str | None
-    guard_value: bool  # the guard's value
+    guard_value: bool
 
 
 @dataclass
 class _Code:
+    """A kernel.
+
+    Attributes:
+        labels: {label: index of the instruction that follows it}.
+    """
+
     instructions: list[_Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
 
 
 @cache
 def _parse_ptx(ptx: str) -> _Code:
+    """Return the instructions and labels of the only kernel in a PTX text."""
     body = ptx[ptx.index(".reqntid") :]
     body = re.sub(r"//.*", "", body[body.index("{") + 1 :])
     body = body[: body.index("$L__func_end")] if "$L__func_end" in body else body
@@ -212,7 +259,11 @@ def _parse_ptx(ptx: str) -> _Code:
 
 
 def _parse_operands(text: str) -> list:
-    """Split at commas: {a, b} becomes a list, [a+8] a tuple (base, offset), and [a, {b, c}] a tuple (base, list)."""
+    """Return the operands of an instruction, split at commas.
+
+    {a, b} becomes a list, [a+8] a tuple (base, offset), [a, {b, c}] a tuple (base, list), and any other operand stays
+    text.
+    """
     operands = []
     for token in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text):
         if token[0] == "{":
@@ -231,19 +282,42 @@ def _parse_operands(text: str) -> list:
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+@cache
 def _numpy_dtype(ptx_type: str) -> np.dtype:
     """Return the dtype of a PTX type: 's32' -> int32, 'b64' -> uint64, 'f32' -> float32, 'f16' -> uint16 (its bits)."""
     itemsize = int(ptx_type.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
     return np.dtype(f"{'f' if ptx_type == 'f32' else 'i' if ptx_type[0] == 's' else 'u'}{itemsize}")
 
 
+@cache
+def _register_bytes(name: str) -> int | None:
+    """Return the bytes of a register, which its prefix gives; None for a register of inline assembly."""
+    return {"%p": 1, "%rs": 2, "%r": 4, "%rd": 8}.get(name.rstrip("0123456789"))
+
+
+@cache
+def _immediate(text: str, itemsize: int, num_threads: int) -> np.ndarray:
+    """Return the bits of a constant operand, [threads]."""
+    number = int(text[2:], 16) if text.startswith("0f") else int(text.rstrip("U"), 0)
+    return np.full(num_threads, number & ((1 << 8 * itemsize) - 1), _UNSIGNED[itemsize])
+
+
 def _widen(bits: np.ndarray, ptx_type: str) -> np.ndarray:
-    """Convert the bits of a narrower format to fp32."""
+    """Return the fp32 values that bits in a narrower format represent, in the same shape.
+
+    Args:
+        bits: uint16 elements, or uint8 for e4m3.
+        ptx_type: `f16`, `bf16` or `e4m3`.
+    """
     return torch.from_numpy(np.ascontiguousarray(bits)).view(_NARROW_DTYPES[ptx_type]).float().numpy()
 
 
 def _round_to(values: np.ndarray, ptx_type: str) -> np.ndarray:
-    """Round fp32 to the nearest value of a narrower format; return its bits."""
+    """Return the bits of fp32 values rounded to a narrower format: uint16, or uint8 for e4m3.
+
+    Args:
+        ptx_type: `f16`, `bf16` or `e4m3`.
+    """
     rounded = torch.from_numpy(np.ascontiguousarray(values)).to(_NARROW_DTYPES[ptx_type])
     return (
         rounded.numpy().view(np.uint16)
@@ -253,12 +327,18 @@ def _round_to(values: np.ndarray, ptx_type: str) -> np.ndarray:
 
 
 class _Program:
-    """One program of the grid. A register is an array of unsigned bits, one element per thread."""
+    """One program of the grid. A register is an array [threads] of unsigned bits, or of booleans for a predicate.
+
+    Args:
+        arguments: the kernel's arguments: addresses, numbers, and for each tensor descriptor a _TileDescriptor followed
+            by its shape and strides.
+        index, grid: index of the program, and number of programs, on each axis.
+    """
 
     def __init__(self, code: _Code, memory: _Memory, arguments, shared_bytes: int, num_warps: int, index, grid):
         self.code, self.memory, self.arguments = code, memory, arguments
         self.num_threads, self.num_warps = 32 * num_warps, num_warps
-        self.thread_ids = np.arange(self.num_threads)
+        self.thread_ids, self.every_thread = np.arange(self.num_threads), np.full(self.num_threads, True)
         self.shared_memory = np.full(_SHARED_BASE + shared_bytes, _NAN_BYTE, np.uint8)
         self.barrier_epoch = 0
         # For every byte of shared memory: the barrier epoch of the last access, and its warp, or -1 for several warps.
@@ -273,27 +353,45 @@ class _Program:
         self.mbarriers: dict[int, list] = {}  # address -> phase, pending arrivals, expected bytes, pending copies
 
     def run(self) -> None:
-        """Run the program to its end; threads at the lowest program counter go first."""
+        """Run the program to its end; threads at the lowest program counter go first.
+
+        Raises:
+            AssertionError: an instruction is unknown or breaks a rule of the GPU, with the text of the instruction; or
+                the program ends without waiting for an asynchronous operation.
+        """
         instructions, end = self.code.instructions, len(self.code.instructions)
-        program_counters = np.zeros(self.num_threads, np.int64)
+        pc, counters = 0, None  # program counters of the threads, or None while all threads are at `pc`
         with np.errstate(all="ignore"):
-            while (pc := int(program_counters.min())) < end:
-                at_pc, instruction = program_counters == pc, instructions[pc]
-                program_counters[at_pc] = pc + 1
-                active = at_pc
-                if instruction.guard:
-                    active = at_pc & (self.registers[instruction.guard] == instruction.guard_value)
-                if not active.any():
+            while pc < end:
+                instruction = instructions[pc]
+                at_pc = self.every_thread if counters is None else counters == pc
+                active = (
+                    at_pc & (self.registers[instruction.guard] == instruction.guard_value)
+                    if instruction.guard
+                    else at_pc
+                )
+                target = None
+                if active.any():
+                    if instruction.opcode[0] == "bra":
+                        target = self.code.labels[instruction.operands[0]]
+                    elif instruction.opcode[0] == "ret":
+                        target = end
+                    else:
+                        try:
+                            self.execute(instruction, active)
+                        except Exception as error:
+                            raise AssertionError(f"{instruction.text}: {error}") from error
+                if counters is None and (target is None or active.all()):
+                    pc = pc + 1 if target is None else target
                     continue
-                if instruction.opcode[0] == "bra":
-                    program_counters[active] = self.code.labels[instruction.operands[0]]
-                elif instruction.opcode[0] == "ret":
-                    program_counters[active] = end
-                else:
-                    try:
-                        self.execute(instruction, active)
-                    except Exception as error:
-                        raise AssertionError(f"{instruction.text}: {error}") from error
+                if counters is None:
+                    counters = np.full(self.num_threads, pc)
+                counters[at_pc] = pc + 1
+                if target is not None:
+                    counters[active] = target
+                pc = int(counters.min())
+                if (counters == pc).all():
+                    counters = None
         pending = [
             *self.async_copies,
             *self.wgmma_reads,
@@ -305,7 +403,11 @@ class _Program:
     # Operands
 
     def read_operand(self, operand: str, dtype) -> np.ndarray:
-        """Return the value of an operand in every thread, [threads]."""
+        """Return the value of an operand in every thread, [threads]: a register, a constant, or a parameter's index.
+
+        Args:
+            dtype: dtype in which the bits are read; booleans stay booleans.
+        """
         dtype = np.dtype(dtype)
         if operand in self.special_registers:
             return np.broadcast_to(self.special_registers[operand], self.num_threads).astype(dtype)
@@ -320,22 +422,24 @@ class _Program:
             if bits.dtype == bool or bits.dtype.itemsize == dtype.itemsize:
                 return bits.view(dtype) if bits.dtype != bool else bits
             return bits.astype(_UNSIGNED[dtype.itemsize]).view(dtype)
-        number = int(operand[2:], 16) if operand.startswith("0f") else int(operand.rstrip("U"), 0)
-        bits = np.full(self.num_threads, number & ((1 << 8 * dtype.itemsize) - 1), _UNSIGNED[dtype.itemsize])
-        return bits.view(dtype)
+        return _immediate(operand, dtype.itemsize, self.num_threads).view(dtype)
 
     def write_register(self, name: str, value: np.ndarray, active: np.ndarray) -> None:
-        value = np.ascontiguousarray(np.broadcast_to(value, self.num_threads))
+        """Set a register in the active threads. Several registers may share one array, which is never changed."""
+        if np.shape(value) != (self.num_threads,):
+            value = np.broadcast_to(value, self.num_threads)
+        value = np.ascontiguousarray(value)
         if value.dtype != bool:
             value = value.view(_UNSIGNED[value.dtype.itemsize])
-            size = {"%p": 1, "%rs": 2, "%r": 4, "%rd": 8}.get(name.rstrip("0123456789"), value.dtype.itemsize)
-            value = value.astype(_UNSIGNED[size])
-        previous = self.registers.get(name)
-        if previous is not None and not active.all():
-            value = np.where(active, value, previous)
+            value = value.astype(_UNSIGNED[_register_bytes(name) or value.dtype.itemsize], copy=False)
+        if active is not self.every_thread and not active.all():
+            previous = self.registers.get(name)
+            if previous is not None:
+                value = np.where(active, value, previous)
         self.registers[name] = value
 
     def predicate(self, operand: str) -> np.ndarray:
+        """Return a predicate register or a constant as booleans, [threads]."""
         if operand[0] == "%":
             return self.registers[operand]
         return np.full(self.num_threads, operand not in ("0", "false"))
@@ -343,7 +447,12 @@ class _Program:
     # Memory
 
     def byte_addresses(self, operand, size: int, active: np.ndarray) -> np.ndarray:
-        """Return the address of every byte of an access, [active threads, size], after a check of the alignment."""
+        """Return the address of every byte of an access, [active threads, size]; the first must be a multiple of size.
+
+        Args:
+            operand: (register of the address, offset in bytes).
+            size: bytes that each thread accesses.
+        """
         base, offset = operand
         addresses = (
             self.read_operand(base, np.uint64 if base.startswith("%rd") else np.uint32).astype(np.int64)[active]
@@ -353,10 +462,16 @@ class _Program:
         return addresses[:, None] + np.arange(size)
 
     def access_shared(self, addresses: np.ndarray, warps: np.ndarray, data: np.ndarray | None = None) -> None:
-        """Read shared memory, or write `data`, and check for races.
+        """Record an access to shared memory and check for races; write `data`, or without it only record a read.
 
         An access is a race if another warp accessed the byte since the last barrier and one of both wrote. Writing the
-        value that a byte already holds is no race."""
+        value that a byte already holds is no race.
+
+        Args:
+            addresses: [accesses, bytes of an access].
+            warps: [accesses], warp of each access.
+            data: bytes to write, in the shape of `addresses`; None for a read.
+        """
         assert addresses.min() >= _SHARED_BASE and addresses.max() < len(self.shared_memory), (
             "an address is outside shared memory"
         )
@@ -383,6 +498,11 @@ class _Program:
         )
 
     def load(self, space: str, operand, size: int, active: np.ndarray) -> np.ndarray:
+        """Return the bytes that each active thread reads, [active threads, size].
+
+        Args:
+            space: `shared` or `global`.
+        """
         addresses = self.byte_addresses(operand, size, active)
         if space == "shared":
             self.access_shared(addresses, self.thread_ids[active] // 32)
@@ -391,6 +511,7 @@ class _Program:
         return self.memory.bytes[addresses]
 
     def store(self, space: str, operand, data: np.ndarray, active: np.ndarray) -> None:
+        """Write data [active threads, size] uint8; `space` is `shared` or `global`."""
         addresses = self.byte_addresses(operand, data.shape[1], active)
         if space == "shared":
             self.access_shared(addresses, self.thread_ids[active] // 32, data)
@@ -401,6 +522,7 @@ class _Program:
     # Instructions
 
     def execute(self, instruction: _Instruction, active: np.ndarray) -> None:
+        """Run an instruction in the active threads: by its method `op_NAME`, else by its entry of `_ELEMENTWISE`."""
         opcode, operands = instruction.opcode, instruction.operands
         handler = getattr(self, f"op_{opcode[0]}", None)
         if handler is not None:
@@ -564,7 +686,7 @@ class _Program:
         self.write_register(is_elected, self.thread_ids % 32 == 0, active)
 
     def uniform_value(self, operand: str, active: np.ndarray) -> int:
-        """Return the value of an operand that all active threads share."""
+        """Return the value of an operand as one number; fail if it differs between the active threads."""
         values = np.unique(self.read_operand(operand, np.int32)[active])
         assert len(values) == 1, f"{operand} differs between threads"
         return int(values[0])
@@ -593,7 +715,11 @@ class _Program:
         """Move a tile with the copy engine.
 
         A load overwrites its shared memory with NaN at once; the data arrives when the program waits for the barrier. A
-        store reads its shared memory, which must not change before the program has waited for the store."""
+        store reads its shared memory, which must not change before the program has waited for the store.
+
+        Args:
+            active: mask of the one thread that runs the instruction.
+        """
         is_store = opcode[5] == "global"
         (shared_base, offset), (source, coordinates) = operands[:2] if not is_store else operands[1::-1]
         tile = self.arguments[self.uniform_value(source, active)]
@@ -622,7 +748,11 @@ class _Program:
             self.mbarriers[self.uniform_value(barrier, active) + offset][3].append((shared_addresses, data))
 
     def retire_groups(self, groups: list[list], num_pending: int) -> None:
-        """Complete all groups except the last `num_pending` and the open one; their tiles must be unchanged."""
+        """Remove all groups except the last `num_pending` and the open one; fail if a tile of theirs has changed.
+
+        Args:
+            groups: pairs (addresses, bytes at the time of the read) of shared memory, by group; changed in place.
+        """
         num_ready = max(len(groups) - 1 - num_pending, 0)
         for addresses, data in chain.from_iterable(groups[:num_ready]):
             assert (self.shared_memory[addresses] == data).all(), "a tile changed while it was read"
@@ -689,25 +819,26 @@ class _Program:
     # Tensor cores: lane 4 * g + t holds the pair of columns that starts at 2 * t, of rows g and g + 8
 
     def register_pairs(self, registers: list[str], ptx_type: str) -> np.ndarray:
-        """Return pairs of 16-bit elements, [warps, g, t, registers, 2] fp64."""
+        """Return the pairs of 16-bit elements in registers, [warps, g = 8, t = 4, registers, 2] fp64."""
         bits = np.stack([self.read_operand(register, np.uint32) for register in registers], 1)
         values = _widen(bits.view(np.uint16), ptx_type).astype(np.float64)
         return values.reshape(self.num_warps, 8, 4, len(registers), 2)
 
     def left_operand(self, registers: list[str], ptx_type: str) -> np.ndarray:
-        """Return the left operand, [warps, 16, 16] fp64."""
+        """Return the left operand of a matmul, which four registers hold, [warps, 16, 16] fp64."""
         halves = self.register_pairs(registers, ptx_type).reshape(
             self.num_warps, 8, 4, 2, 2, 2
         )  # g, t, half of columns, half of rows, pair
         return halves.transpose(0, 4, 1, 3, 2, 5).reshape(self.num_warps, 16, 16)
 
     def accumulator(self, registers: list[str]) -> np.ndarray:
-        """Return the accumulator, [warps, 16, 8 * blocks] fp64."""
+        """Return the accumulator that 4 * blocks registers hold, [warps, 16, 8 * blocks] fp64."""
         values = np.stack([self.read_operand(register, np.float32) for register in registers], 1).astype(np.float64)
         values = values.reshape(self.num_warps, 8, 4, len(registers) // 4, 2, 2)  # g, t, block, half of rows, pair
         return values.transpose(0, 4, 1, 3, 2, 5).reshape(self.num_warps, 16, -1)
 
     def set_accumulator(self, registers: list[str], accumulator: np.ndarray) -> None:
+        """Write an accumulator [warps, 16, 8 * blocks] to its registers, rounded to fp32."""
         values = accumulator.reshape(self.num_warps, 2, 8, len(registers) // 4, 4, 2).transpose(0, 2, 4, 3, 1, 5)
         values = values.reshape(self.num_threads, len(registers)).astype(np.float32)
         for index, register in enumerate(registers):
@@ -729,7 +860,10 @@ class _Program:
             self.retire_groups(self.wgmma_reads, int(operands[0]))
 
     def warp_group_mma(self, opcode, operands) -> None:
-        """Compute at once: the compiler moves results to other registers before the wait, which ptxas understands."""
+        """Compute a wgmma and write its result at once, before the program waits for it.
+
+        The compiler moves results to other registers before the wait, which ptxas understands.
+        """
         destination, left, right, accumulate, *flags = operands
         width, ptx_type = int(re.search(r"n(\d+)k", opcode[4])[1]), opcode[6]
         transposed = [flag == "1" for flag in flags[2:]] or [False]
@@ -743,7 +877,12 @@ class _Program:
         self.set_accumulator(destination, addend + rows @ columns)
 
     def descriptor_tile(self, operand: str, rows: int, ptx_type: str, transposed: bool) -> np.ndarray:
-        """Return the tile that a matrix descriptor describes, [warp groups, rows, columns in 32 bytes] fp64."""
+        """Return the tile that a matrix descriptor describes, [warp groups, rows, columns in 32 bytes] fp64.
+
+        Args:
+            operand: register of the descriptor, 64 bits.
+            transposed: whether shared memory holds the tile column by column.
+        """
         tiles = []
         for group in range(self.num_warps // 4):
             bits = int(self.read_operand(operand, np.uint64)[128 * group])
@@ -772,20 +911,22 @@ class _Program:
 
 
 def _swizzle(addresses: np.ndarray, swizzle_bytes: int) -> np.ndarray:
-    """Return the swizzled addresses of a tile with lines of `swizzle_bytes` bytes."""
+    """Return addresses ^ (addresses >> 3 & (swizzle_bytes - 1) & 0x70), the swizzle of lines of that many bytes."""
     return addresses ^ (addresses >> 3 & (swizzle_bytes - 1) & 0x70)
 
 
 def _flush_subnormals(x: np.ndarray) -> np.ndarray:
+    """Return x in fp32 with 0 for every subnormal value, as the modifier `ftz` asks."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x).astype(np.float32)
 
 
 def _wide_product(opcode, a, b):
-    """Return the 64-bit product of 32-bit integers."""
+    """Return the 64-bit product of 32-bit integers: int64 for `s32`, else uint64."""
     return a.astype(np.int64 if opcode[-1] == "s32" else np.uint64) * b
 
 
 def _multiply(opcode, a, b, c=None):
+    """Return a * b + c: all 64 bits for `wide`, the upper 32 bits of a * b alone for `hi`, else the lower bits."""
     if opcode[1] == "wide":
         return _wide_product(opcode, a, b).view(np.uint64) + (0 if c is None else c)
     if opcode[1] == "hi":
@@ -799,6 +940,7 @@ def _divide(opcode, a, b):
     return np.trunc(a.astype(np.float64) / b).astype(a.dtype)  # exact for 32 bits; rounds towards 0
 
 
+# Instructions that work on each thread separately: {name: function of the opcode and the sources}.
 _ELEMENTWISE = {
     "add": lambda opcode, a, b: a + b,
     "sub": lambda opcode, a, b: a - b,

@@ -25,22 +25,33 @@ HOST_SYNC_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shap
 
 
 def tensors_in(tree) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def needs_host_sync(op, args) -> bool:
-    """Return whether the host must read values before it can continue. Indexing needs that only with a mask."""
+    """Return whether the host must read values of a tensor before it can run `op(*args)`, to know a shape or a number.
+
+    Indexing needs that only with a boolean mask.
+    """
     if op is torch.ops.aten.index.Tensor:
         return any(index.dtype == torch.bool for index in tensors_in(args[1]))
     return bool(HOST_SYNC_TAGS & set(op.tags))
 
 
 def storage_keys(tree) -> set[int]:
+    """Return a key for the memory of each tensor in nested lists, tuples and dicts; a view has the key of its base."""
     return {tensor.untyped_storage()._cdata for tensor in tensors_in(tree)}
 
 
 class Tape(TorchDispatchMode):
-    """The operations that ran inside the block, for `replay`."""
+    """Mode that stores the torch operations that run inside the block, for `replay`.
+
+    Attributes:
+        calls: (operation, arguments, keyword arguments, results, index in `rng_offsets` or None).
+        created: {storage key: tensor} that an operation created.
+        overwritten: {id: (tensor, copy of its value before)} for tensors from outside that an operation changed.
+    """
 
     def __init__(self, rng_offsets: dict[bytes, int]):
         """Create an empty tape.
@@ -109,7 +120,11 @@ class Tape(TorchDispatchMode):
 
 
 class TapedGraphs(DecoderGraphs):
-    """Captured passes of a decoder on a CPU.
+    """DecoderGraphs with tapes instead of CUDA graphs; `use_taped_graphs` makes trainers use them.
+
+    Args:
+        hidden: any tensor with the width, dtype and device of hidden states.
+        max_tokens: a larger pack runs eagerly.
 
     Attributes:
         replays: number of replays so far.
@@ -134,7 +149,11 @@ class TapedGraphs(DecoderGraphs):
         return hidden
 
     def capture(self, run: Callable):
-        """Tape `run`, a forward or backward pass; return its result tensors and a function that replays it."""
+        """Record a pass on a tape; return its result tensors, which are NaN until a replay, and a replay function.
+
+        Args:
+            run: runs the pass; its name is `forward` for a forward pass, otherwise it is a backward pass.
+        """
         forward = run.__name__ == "forward"
         if forward:
             self._rng_offsets = {}
@@ -161,7 +180,16 @@ class TapedGraphs(DecoderGraphs):
 
 
 def attention_without_host_sync(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Compute `packed_attention` with operations that do not depend on the lengths of the sequences."""
+    """Return causal attention within each sequence, [T, num_heads, D], like `packed_attention`.
+
+    Its operations do not depend on the lengths of the sequences, so the host needs no values of the device.
+
+    Args:
+        q: [T, num_heads, D].
+        k, v: [T, num_kv_heads, D].
+        cu_seqlens: [S + 1] int32, start of each sequence and the end of the last.
+        max_seqlen: not used.
+    """
     tokens = torch.arange(len(q), device=q.device)
     sequence = torch.searchsorted(cu_seqlens, tokens.int(), right=True)
     visible = (sequence[:, None] == sequence) & (tokens[:, None] >= tokens)
@@ -172,7 +200,11 @@ def attention_without_host_sync(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Ten
 
 
 def use_taped_graphs(monkeypatch) -> None:
-    """Make every trainer of this test that uses CUDA graphs use tapes instead."""
+    """Make every LocalTrainer of this test use tapes where it would use CUDA graphs.
+
+    Args:
+        monkeypatch: pytest's fixture; it undoes the change after the test.
+    """
     monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_host_sync)
     monkeypatch.setattr("thinksafe.training.local_trainer.DecoderGraphs", TapedGraphs)
     monkeypatch.setattr(graphs, "random_state", lambda device: torch.get_rng_state())

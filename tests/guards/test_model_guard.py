@@ -38,6 +38,11 @@ from thinksafe.sampler.engine import EngineConfig
 
 pytest_plugins = ["tests.support.tiny_guards"]
 
+one_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "wildguard" else pytest.mark.exhaustive) for kind in KINDS]
+)
+"""For promises of the code that all kinds share."""
+
 
 # The prompt
 
@@ -194,6 +199,7 @@ def test_result_does_not_depend_on_the_batch(guard):
         assert (single_result.decision, single_result.category) == expected
 
 
+@one_kind
 def test_small_batches_give_the_same_and_read_pairs_late(decoders, tokenizers, guard, kind):
     small_config = GuardConfig(
         kind=kind,
@@ -218,6 +224,7 @@ def test_small_batches_give_the_same_and_read_pairs_late(decoders, tokenizers, g
         assert results[pair.id].labels == pytest.approx(expected[pair.id].labels, rel=1e-4, abs=1e-9)
 
 
+@one_kind
 def test_guard_frees_its_cache_between_two_calls(guard, monkeypatch):
     """The pages would occupy most of the GPU memory that the student needs for sampling and training."""
     engines = []

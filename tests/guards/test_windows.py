@@ -77,9 +77,10 @@ class FakeEngine:
         for id_, ids in prompts:
             assert 0 < len(ids) <= self.max_prompt_tokens
             self.texts_read.append(self._tokenizer.decode(ids))
-            yield Scores(
-                id_, np.log(np.array(self._answer_probabilities(self.texts_read[-1], len(token_ids)), dtype=np.float64))
-            )
+            probabilities = np.array(self._answer_probabilities(self.texts_read[-1], len(token_ids)), dtype=np.float64)
+            with np.errstate(divide="ignore"):  # the logarithm of 0 is -inf
+                logprobs = np.log(probabilities)
+            yield Scores(id_, logprobs)
 
 
 @pytest.fixture(scope="module", params=MAKE)
@@ -185,12 +186,14 @@ def test_one_window_without_verdict_makes_the_response_unknown(ask, kind, broken
     assert (result.decision, result.reason) == ("unknown", "guard_nan")
 
 
-def test_unsafe_window_decides_although_another_has_no_verdict(ask, kind):
+@pytest.mark.parametrize("probability", [math.nan, 0.0])
+def test_unsafe_window_decides_although_another_has_no_verdict(ask, kind, probability):
     def answer_probabilities(text, num_answers):
-        return np.full(num_answers, math.nan) if "010" in text else unsafe_if(kind, "BAD")(text, num_answers)
+        return np.full(num_answers, probability) if "010" in text else unsafe_if(kind, "BAD")(text, num_answers)
 
     (result,), _ = ask([PromptResponse("x", "q", " ".join([*WORDS, "BAD"]))], answer_probabilities)
     assert result.decision == "unsafe" and result.p_unsafe == pytest.approx(0.9, rel=1e-5)
+    assert result.reason == ""
 
 
 @settings(deadline=None, max_examples=40)

@@ -16,6 +16,8 @@ from tools.hopper.compiled import builds, compile_for_hopper, integer_ranges, ke
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # each test compiles kernels
+
 SHARED_MEMORY, RESERVED_PER_PROGRAM = 233_472, 1024
 """Bytes of an SM of sm_90, and bytes that CUDA reserves for each program. So one program may use 232,448 bytes.
 The compiler accepts more, but the launch then fails."""

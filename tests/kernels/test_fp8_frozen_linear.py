@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.support.checkpoints import FAMILIES, make_checkpoint
+from tests.support.combinations import combinations
 from thinksafe.kernels import fp8_frozen_linear as fp8_frozen_linear_module
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import E4M3, dequantize, quantize
@@ -39,8 +40,7 @@ def operands(T, K, sizes, device="cpu", dtype=torch.float32):
     return x.requires_grad_(), weights, [Fp8FrozenWeight.from_fp8(quantize(weight)) for weight in weights]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("shape", "with_bias"), combinations(SHAPES, [False, True]))
 def test_both_directions_use_the_same_quantized_weights(fresh_seed, shape, with_bias):
     x, weights, frozen = operands(*shape)
     biases = [torch.randn(len(weight)) if with_bias else None for weight in weights]

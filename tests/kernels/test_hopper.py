@@ -21,6 +21,8 @@ from thinksafe.kernels.fp8 import reference as quantize_reference
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # each test compiles kernels
+
 SHAPES = [(1, 64, 48), (33, 96, 100), (70, 200, 33), (100, 64, 200), (130, 256, 300)]
 """T, K, N: together they use every tile of batch_invariant_linear, with partial tiles on all sides."""
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.emulation import ptx_on_cpu
 from tests.emulation.ptx_on_cpu import on_hopper
+from tests.support.combinations import combinations
 from tests.support.paged import (
     PagedContexts,
     outputs_after_zero_e4m3_values,
@@ -32,8 +33,12 @@ from thinksafe.kernels.paged_decode import list_splits
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
-in_every_dtype = pytest.mark.parametrize("fp8", [(False, False), (True, True), (False, True)])
+pytestmark = pytest.mark.slow  # each test compiles kernels
+
+DTYPES = [(False, False), (True, True), (False, True)]
+"""Whether keys and values are in e4m3."""
 SHAPES = [((4, 2), 128, 64), ((7, 1), 64, 16), ((3, 3), 8, 1), ((5, 1), 96, 64)]
+"""Heads and KV heads, D, page size."""
 
 
 def random_lengths(min_length: int, max_length: int) -> list[int]:
@@ -42,9 +47,9 @@ def random_lengths(min_length: int, max_length: int) -> list[int]:
     return [min_length, 63, 64, 65, *middle_lengths]
 
 
-@in_every_dtype
-@pytest.mark.parametrize(("heads", "D", "page_size"), SHAPES)
-def test_compiled_decode_matches_fp64(fresh_seed, monkeypatch, heads, D, page_size, fp8):
+@pytest.mark.parametrize(("shape", "fp8"), combinations(SHAPES, DTYPES))
+def test_compiled_decode_matches_fp64(fresh_seed, monkeypatch, shape, fp8):
+    heads, D, page_size = shape
     monkeypatch.setattr(decoding, "SPLIT", 64)
     lengths = random_lengths(0, 200)
     problem = PagedContexts(
@@ -56,9 +61,9 @@ def test_compiled_decode_matches_fp64(fresh_seed, monkeypatch, heads, D, page_si
     assert relative_error(out, torch.cat([problem.expected(q[row, None], row) for row in range(len(lengths))])) < 5e-3
 
 
-@in_every_dtype
-@pytest.mark.parametrize(("heads", "D", "page_size"), SHAPES)
-def test_compiled_prefill_matches_fp64(fresh_seed, heads, D, page_size, fp8):
+@pytest.mark.parametrize(("shape", "fp8"), combinations(SHAPES, DTYPES))
+def test_compiled_prefill_matches_fp64(fresh_seed, shape, fp8):
+    heads, D, page_size = shape
     lengths = random_lengths(1, 200)
     query_lens = [int(torch.randint(1, min(length, 60) + 1, ())) for length in lengths]
     problem = PagedContexts(
@@ -71,12 +76,12 @@ def test_compiled_prefill_matches_fp64(fresh_seed, heads, D, page_size, fp8):
     assert relative_error(out, torch.cat(expected)) < 5e-3
 
 
-@in_every_dtype
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize(("heads", "D"), [((8, 4), 128), ((7, 1), 64), ((6, 3), 128)])
-def test_compiled_write_matches_plain_torch(fresh_seed, heads, D, norm, fp8):
+@pytest.mark.parametrize(
+    ("shape", "norm", "fp8"), combinations([((8, 4), 128), ((7, 1), 64), ((6, 3), 128)], [True, False], DTYPES)
+)
+def test_compiled_write_matches_plain_torch(fresh_seed, shape, norm, fp8):
     """As in a layer, q, k and v are column slices of one matmul."""
-    T, (num_heads, num_kv_heads), num_pages = 11, heads, 5
+    ((num_heads, num_kv_heads), D), T, num_pages = shape, 11, 5
     columns = torch.randn(T, (num_heads + 2 * num_kv_heads) * D).bfloat16()
     columns *= torch.logspace(-3, 3, T).bfloat16()[:, None]
     parts = columns.split([num_heads * D, *2 * [num_kv_heads * D]], -1)

@@ -10,7 +10,7 @@ from tests.support.sampling import row_settings
 from thinksafe.kernels import sampling
 from thinksafe.kernels.sampling import MAX_VOCAB_SIZE, exponential_noise, sample
 
-DRAWS = 200_000
+DRAWS = 100_000
 
 
 def draw(logits, **settings) -> torch.Tensor:

@@ -1,14 +1,11 @@
 """Tensor parallelism: a decoder split over several processes gives the results of one process, and all processes agree.
 
-The processes are real, communicate over gloo and are started with torchrun. They run tests/support/shard_ranks.py, for
-every family in one launch.
+The processes are real and communicate over gloo. They run tests/support/shard_ranks.py, for several models
+in one launch.
 """
 
-import os
 import pickle
-import subprocess
-import sys
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import shard_ranks
 from tests.support.checkpoints import FAMILIES, make_checkpoint
+from tests.support.forked import finish_forked_workers, start_forked_workers
 from tests.support.shard_ranks import compute_results, load_with_adapter
 from thinksafe.errors import UserError
 from thinksafe.model.config import ModelConfig
@@ -24,7 +23,6 @@ from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_ad
 from thinksafe.model.tensor_parallel import TensorShard
 from thinksafe.model.weights import load_config, load_decoder
 
-ROOT = Path(__file__).parents[2]
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -50,24 +48,21 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return folder_by_name
 
 
-def launch_scenario(scenario: str, count: int, out: Path, folders: dict[str, Path]) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    named = [f"{name}={folder}" for name, folder in folders.items()]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, *torchrun, str(ROOT / "tests/support/shard_ranks.py"), scenario, str(out), *named]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-
-
 def run_scenario(scenario: str, count: int, out: Path, folders: dict[str, Path]) -> list[dict]:
     """Return the results of each process."""
-    process = launch_scenario(scenario, count, out, folders)
-    assert process.returncode == 0, process.stderr[-4000:]
+    finish_forked_workers(count, shard_ranks.main, scenario, out, folders)
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "names"), [(2, None), (4, ["qwen3", "biased"])], ids=["2", "4"])
+@pytest.mark.parametrize(
+    ("count", "names"),
+    [
+        pytest.param(2, ["qwen2", "biased", "adapted"], id="2"),
+        pytest.param(2, None, marks=pytest.mark.exhaustive, id="2-all"),
+        pytest.param(4, ["qwen3", "biased"], marks=pytest.mark.exhaustive, id="4"),
+    ],
+)
 def test_results_do_not_depend_on_number_of_processes(folders, tmp_path, count, names):
     folders = {name: folders[name] for name in names or folders}
     results = run_scenario("equal", count, tmp_path, folders)
@@ -93,10 +88,10 @@ def test_processes_with_different_rounding_agree(folders, tmp_path):
 
 @pytest.mark.slow
 def test_killed_process_ends_the_others(folders, tmp_path):
-    started = time.monotonic()
-    process = launch_scenario("killed", 2, tmp_path, {"qwen3": folders["qwen3"]})
-    assert process.returncode != 0 and "no process noticed" not in process.stderr
-    assert time.monotonic() - started < 60
+    processes = start_forked_workers(2, shard_ranks.main, "killed", tmp_path, {"qwen3": folders["qwen3"]})
+    errors = "".join(process.communicate(timeout=60)[1] for process in processes)
+    assert processes[0].returncode == 1 and processes[1].returncode == -signal.SIGKILL
+    assert "no process noticed" not in errors
 
 
 def config_of(folders: dict[str, Path], name: str = "qwen3") -> ModelConfig:

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.emulation.taped_graphs import use_taped_graphs
+from tests.support.forked import ForkedProcess
 from tests.support.organism_runs import record_bytes, run_arguments, run_pipeline
 from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import read_records
@@ -34,8 +33,6 @@ from thinksafe.run.directory import StageClock
 from thinksafe.run.journal import Journal
 from thinksafe.training.local_trainer import LocalTrainer
 from thinksafe.training.loop import read_metrics
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -232,53 +229,51 @@ def kill_at_event(monkeypatch, events: list[str], kill_at: int | None = None, af
         monkeypatch.setattr(owner, name, counted(name, getattr(owner, name)))
 
 
-@pytest.mark.slow
-def test_kill_at_any_event_does_not_change_the_results(tmp_path, fresh_seed):
-    """Events are drawn: eight renames or removals, and three appended records or optimizer steps."""
-    arguments = run_arguments(tmp_path / "sets", num_prompts=6, num_evaluated=2)
-    events: list[str] = []
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """(run directory, arguments, names of all events) of a run with few prompts."""
+    folder, events = tmp_path_factory.mktemp("small run"), []
+    arguments = run_arguments(folder / "sets", num_prompts=6, num_evaluated=2)
     with pytest.MonkeyPatch.context() as patch:
         kill_at_event(patch, events)
-        run_pipeline(tmp_path / "whole", arguments)
+        run_pipeline(folder / "run", arguments)
     assert {"replace", "rmtree", "append", "step"} == set(events)
+    return folder / "run", arguments, events
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "num_rare, num_frequent", [(2, 2), pytest.param(24, 12, marks=pytest.mark.exhaustive)], ids=["4", "36"]
+)
+def test_kill_at_any_event_does_not_change_the_results(small_run, tmp_path, fresh_seed, num_rare, num_frequent):
+    """Events are drawn: `num_rare` renames or removals, and `num_frequent` appended records or optimizer steps."""
+    whole, arguments, events = small_run
     rng = random.Random(fresh_seed)
     rare_events = [event for event, name in enumerate(events) if name in ("replace", "rmtree")]
     frequent_events = [event for event, name in enumerate(events) if name in ("append", "step")]
-    for event in sorted(rng.sample(rare_events, 8) + rng.sample(frequent_events, 3)):
+    for event in sorted(rng.sample(rare_events, num_rare) + rng.sample(frequent_events, num_frequent)):
         out, after = tmp_path / f"killed at {event}", rng.random() < 0.5
         with pytest.MonkeyPatch.context() as patch:
             kill_at_event(patch, [], event, after)
             with pytest.raises(Killed):
                 main(["run", *arguments, "--out", str(out)])
         run_pipeline(out, arguments)
-        assert_same(out, tmp_path / "whole")
+        assert_same(out, whole)
         shutil.rmtree(out)
 
 
 @pytest.mark.slow
-def test_repeated_kills_of_a_process_do_not_change_the_results(tmp_path, fresh_seed):
-    arguments = run_arguments(tmp_path / "sets", num_prompts=40, num_evaluated=12)
-    command = [sys.executable, "-m", "thinksafe.cli", "run", *arguments, "--out"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(out: Path) -> subprocess.Popen:
-        return subprocess.Popen([*command, str(out)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    uninterrupted, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(uninterrupted)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors.decode()
-    rng = random.Random(fresh_seed)
-    kills = 0
-    for target in sorted(rng.uniform(0.02, 0.98) * record_bytes(uninterrupted) for _ in range(3)):
-        process = start(killed)
-        while process.poll() is None and record_bytes(killed) < target:
+@pytest.mark.parametrize("num_kills", [2, pytest.param(5, marks=pytest.mark.exhaustive)])
+def test_repeated_kills_of_a_process_do_not_change_the_results(finished, tmp_path, fresh_seed, num_kills):
+    whole, arguments = finished
+    killed, rng, num_killed = tmp_path / "killed", random.Random(fresh_seed), 0
+    for target in sorted(rng.uniform(0.02, 0.98) * record_bytes(whole) for _ in range(num_kills)):
+        process = ForkedProcess(main, ["run", *arguments, "--out", str(killed)])
+        while process.returncode is None and record_bytes(killed) < target:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2, "the process ended before the kills"
-    process = start(killed)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors.decode()
-    assert_same(killed, uninterrupted)
+        process.communicate(timeout=60)
+        num_killed += process.returncode == -signal.SIGKILL
+    assert num_killed >= num_kills - 1, "the process ended before the kills"
+    run_pipeline(killed, arguments)
+    assert_same(killed, whole)

@@ -272,7 +272,7 @@ ALL_HEADINGS = [
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-@pytest.mark.parametrize("absence", ["missing", "None"])
+@pytest.mark.parametrize("absence", ["missing", pytest.param("None", marks=pytest.mark.exhaustive)])
 def test_section_without_figures_is_left_out(report, tmp_path, section, absence):
     assert set(SECTIONS[section]) < set(ALL_HEADINGS)
     if absence == "missing":
@@ -318,6 +318,14 @@ def test_change_is_claimed_only_if_intervals_do_not_overlap(report):
     assert "reasoning accuracy fell from" in headline_sentence(report)
     report["reasoning_accuracy"]["after"] = report["reasoning_accuracy"]["before"]
     assert "reasoning accuracy stayed at <b>99.2%</b>" in headline_sentence(report)
+
+
+@pytest.mark.parametrize("missing", ["before_interval", "after_interval"])
+def test_change_without_an_interval_is_not_claimed(report, tmp_path, missing):
+    report["harmful_ratio"][missing] = None
+    assert 'Harmful responses went from <b>92.5%</b> to <b class="unclear">16.7%</b>' in headline_sentence(report)
+    card = page_of(report, tmp_path).split("<main>")[1].split("</section>")[0]
+    assert "better" not in "".join(re.findall(r'class="([^"]*)"', card)) and "overlapping" not in card
 
 
 @pytest.mark.parametrize(

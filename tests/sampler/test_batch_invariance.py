@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import queue_ranks
 from tests.support.checkpoints import make_checkpoint
+from tests.support.forked import finish_forked_workers
 from tests.support.queue_ranks import REQUESTS, answer_share
 from thinksafe.distributed.workers import SINGLE_PROCESS
 from thinksafe.errors import UserError
@@ -161,15 +163,13 @@ def test_last_reference_frees_engine_and_graphs(decoder, batch_invariant):
         gc.enable()
 
 
-def run_workers(count: int, out: Path, folder: Path, *group_sizes: int, device: str = "cpu") -> list[dict]:
+def run_workers(count: int, out: Path, folder: Path, *group_sizes: int) -> list[dict]:
     """Return the results of each of `count` processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [*torchrun, str(ROOT / "tests/support/queue_ranks.py"), str(out), str(folder), device]
-    command += map(str, group_sizes)
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert process.returncode == 0, process.stderr[-4000:]
+    finish_forked_workers(count, queue_ranks.main, str(out), str(folder), "cpu", *map(str, group_sizes))
+    return read_results(count, out)
+
+
+def read_results(count: int, out: Path) -> list[dict]:
     return [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(count)]
 
 
@@ -180,29 +180,55 @@ def merge_groups(results_by_rank: list[dict], group_size: int) -> dict:
     return {id_: answer for part in answers for id_, answer in part.items()}
 
 
+@pytest.fixture(scope="module")
+def wide_student(tmp_path_factory) -> Path:
+    """Student that four processes can share; each part fills whole vectors of the processor."""
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 256}
+    return make_checkpoint("qwen3", tmp_path_factory.mktemp("wide student"), seed=11, **sizes)
+
+
+def assert_close(answers: dict, expected: dict) -> None:
+    """Check that tokens are equal and log-probabilities close, but not equal: other sums have other rounding errors."""
+    assert answers != expected
+    for id_, (tokens, reason, logprobs) in expected.items():
+        assert answers[id_][:2] == (tokens, reason)
+        np.testing.assert_allclose(answers[id_][2], logprobs, atol=1e-4)
+
+
+def assert_two_workers_agree_with_one(results_by_rank: list[dict], from_one_process: dict) -> None:
+    assert sum(bool(results[1]) for results in results_by_rank) > 1, "one worker answered all requests"
+    assert merge_groups(results_by_rank, 1) == from_one_process
+
+
 @pytest.mark.slow
-def test_responses_do_not_depend_on_number_of_workers(tmp_path):
-    """One, two and four workers agree, and so do one pair and two pairs that share the model. Between values of
-    tensor_parallel_size the rounding errors differ."""
-    sizes = {"num_key_value_heads": 4, "intermediate_size": 256}  # each part fills whole vectors of the processor
-    folder = make_checkpoint("qwen3", tmp_path / "student", seed=11, **sizes)
-    from_one_process = answer_share(folder, SINGLE_PROCESS, 1)
-    two = run_workers(2, tmp_path, folder, 1, 2)
-    four = run_workers(4, tmp_path, folder, 1, 2, 4)
-    for results_by_rank in (two, four):
-        assert sum(bool(results[1]) for results in results_by_rank) > 1, "one worker answered all requests"
-        assert merge_groups(results_by_rank, 1) == from_one_process
-    from_one_pair = merge_groups(two, 2)
+def test_responses_do_not_depend_on_number_of_workers(wide_student, tmp_path):
+    """One and two workers agree. Between values of tensor_parallel_size the rounding errors differ."""
+    from_one_process = answer_share(wide_student, SINGLE_PROCESS, 1)
+    two = run_workers(2, tmp_path, wide_student, 1, 2)
+    assert_two_workers_agree_with_one(two, from_one_process)
+    assert_close(merge_groups(two, 2), from_one_process)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_responses_do_not_depend_on_four_workers(wide_student, tmp_path):
+    """One pair agrees with two pairs that share the model. Four workers agree with one, alone and as a group."""
+    from_one_process = answer_share(wide_student, SINGLE_PROCESS, 1)
+    from_one_pair = merge_groups(run_workers(2, tmp_path, wide_student, 2), 2)
+    four = run_workers(4, tmp_path, wide_student, 1, 2, 4)
+    assert_two_workers_agree_with_one(four, from_one_process)
     assert sum(bool(results[2]) for results in four) == 2
     assert merge_groups(four, 2) == from_one_pair
     from_four_processes = merge_groups(four, 4)
-    for sharded in (from_one_pair, from_four_processes):
-        assert sharded != from_one_process
-        for id_, (tokens, reason, logprobs) in from_one_process.items():
-            assert sharded[id_][:2] == (tokens, reason)
-            np.testing.assert_allclose(sharded[id_][2], logprobs, atol=1e-4)
+    assert_close(from_four_processes, from_one_process)
     assert from_one_pair != from_four_processes
-    assert all("a decode layer for a row has other bits" in results["error"] for results in four)
+
+
+@pytest.mark.slow
+def test_partial_sums_that_depend_on_the_batch_are_named(wide_student, tmp_path):
+    """Four processes add their partial sums with an all-reduce, whose order of summation depends on the size."""
+    errors = [results["error"] for results in run_workers(4, tmp_path, wide_student)]
+    assert all("a decode layer for a row has other bits" in error for error in errors)
 
 
 @pytest.mark.gpu
@@ -211,7 +237,13 @@ def test_graphs_with_nccl_equal_passes_without_graphs(tmp_path):
     """The processes must also end, although NCCL waits for all graphs."""
     sizes = {"num_key_value_heads": 4, "hidden_size": 256, "intermediate_size": 512}
     folder = make_checkpoint("qwen3", tmp_path / "student", seed=11, **sizes)
-    leader, _ = run_workers(2, tmp_path, folder, 2, device="cuda")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [*torchrun, str(ROOT / "tests/support/queue_ranks.py"), str(tmp_path), str(folder), "cuda", "2"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-4000:]
+    leader, _ = read_results(2, tmp_path)
     assert len(leader[2]) == len(REQUESTS) and leader[2] == leader["direct"]
 
 

@@ -93,7 +93,10 @@ def test_invalid_token_or_seed_is_an_error_with_request_id(change, message):
 
 def test_repeated_id_in_one_call_is_an_error():
     """The first request with that id may have been answered already. A later call may use the id again."""
-    engine, requests = engine_of(models("qwen3")[0], max_num_seqs=2), make_requests(random_prompts([3] * 150, seed=34))
+    engine, requests = (
+        engine_of(models("qwen3")[0], max_num_seqs=2),
+        make_requests(random_prompts([3] * 150, seed=34), replace(GREEDY, max_tokens=2)),
+    )
     for num_before_repeat in (1, 149):
         with pytest.raises(ValueError, match="request r0: another request of this call has the same id"):
             list(engine.generate([*requests[:num_before_repeat], requests[0]]))

@@ -20,6 +20,8 @@ from thinksafe.model.weights import load_decoder
 if INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1 replaces the compiler", allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # each test compiles kernels
+
 
 @pytest.mark.parametrize(
     ("family", "settings"),

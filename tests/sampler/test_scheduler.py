@@ -228,16 +228,17 @@ def mixed_requests(rng: random.Random, num_requests: int, num_stems: int) -> lis
     return requests
 
 
-def test_three_thousand_requests_of_mixed_length(fresh_seed, monkeypatch):
+@pytest.mark.parametrize("num_requests", [700, pytest.param(3000, marks=pytest.mark.exhaustive)])
+def test_many_requests_of_mixed_length_are_answered(fresh_seed, monkeypatch, num_requests):
     monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)
-    requests = mixed_requests(random.Random(fresh_seed), 3000, num_stems=30)
+    requests = mixed_requests(random.Random(fresh_seed), num_requests, num_stems=30)
     scheduler = Scheduler(num_slots=64, num_pages=400, page_size=4, max_seq_len=100, max_prefill_tokens=200)
     actual = drive(scheduler, [(0, request) for request in requests], max_steps=20_000)
     assert actual == {request.id: rollout(request, 100) for request in requests}
     assert scheduler.preemptions > 0
 
 
-@pytest.mark.parametrize("max_prefill_tokens", [11, 23])
+@pytest.mark.parametrize("max_prefill_tokens", [11, pytest.param(23, marks=pytest.mark.exhaustive)])
 def test_small_pool_mixes_up_no_sequences(fresh_seed, monkeypatch, max_prefill_tokens):
     """Prompts are preempted during their prefill, and a slot may get a new sequence within one step."""
     monkeypatch.setattr(scheduler_module, "_GROWTH_TOKENS", 1)

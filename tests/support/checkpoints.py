@@ -20,6 +20,7 @@ VOCAB_SIZE = 400
 """Vocabulary size of the model; the tokenizer has a few tokens less, as in the public checkpoints."""
 
 _PLAIN_PIECES = 380
+"""Number of pieces in a tokenizer's vocabulary, without control and think tokens; ids below it are text."""
 
 _CORPUS = """\
 The gardener waters the tulips early, before the sun climbs over the wall. Let me think: two rows of seven plants make
@@ -130,17 +131,24 @@ def make_checkpoint(family: str, folder: Path, seed: int = 0, **overrides) -> Pa
 
 
 def make_llama_guard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """Write a checkpoint for Llama Guard's format, with enough context for its prompt. Its verdicts are random."""
+    """Write a checkpoint for Llama Guard's format, with enough context for its prompt, and return its folder.
+
+    Its verdicts are random. The arguments of this and the next two functions are those of `make_checkpoint`.
+    """
     return _make_guard("llama", folder, seed, overrides)
 
 
 def make_wildguard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """Write a checkpoint for WildGuard's format, with a vocabulary like Mistral's."""
+    """Write a checkpoint for WildGuard's format, with a vocabulary like Mistral's, and return its folder."""
     return _make_guard("mistral", folder, seed, overrides)
 
 
 def make_qwen3guard(folder: Path, seed: int = 0, **overrides) -> Path:
-    """Write a checkpoint for Qwen3Guard's format, whose chat template puts the policy around two turns."""
+    """Write a checkpoint for Qwen3Guard's format, whose chat template puts the policy around two turns.
+
+    Returns:
+        The folder.
+    """
     _make_guard("qwen3", folder, seed, overrides)
     (folder / "chat_template.jinja").write_text(_QWEN3GUARD_TEMPLATE)
     return folder
@@ -153,7 +161,11 @@ def _make_guard(family: str, folder: Path, seed: int, overrides: dict) -> Path:
 
 
 def make_model(family: str, seed: int = 0, **overrides) -> PreTrainedModel:
-    """Return only the transformers model, in fp32."""
+    """Return a transformers model with random weights, in fp32 and in evaluation mode; nothing is written.
+
+    Args:
+        family, seed, overrides: as for `make_checkpoint`.
+    """
     config = AutoConfig.for_model(family, **{**_DIMENSIONS, **_OPTIONS[family], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -171,6 +183,7 @@ def make_tokenizer(family: str, frequent_text: str = "") -> PreTrainedTokenizerF
     """Return a tokenizer with the family's control tokens and pre-processing, and merges from a few harmless sentences.
 
     Args:
+        family: one of FAMILIES.
         frequent_text: text whose words become single tokens.
     """
     lines = _CORPUS.splitlines() + frequent_text.splitlines() * 50

@@ -12,7 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from thinksafe.distributed import liveness
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -20,14 +23,17 @@ _CONTEXT.set_forkserver_preload(
         "thinksafe.cli.__main__",
         "thinksafe.pipeline",
         "thinksafe.training.loop",
-        "torch._dynamo",  # optimizers import it at their first step
+        # Optimizers and DeepSpeed import these at their first step.
+        "torch._dynamo.testing",
+        "torch._inductor.compile_fx",
+        "torch.utils.cpp_extension",
         "transformers.models.auto.tokenization_auto",
     ]
 )
 
 
 class ForkedProcess:
-    """A process that runs `function(*arguments)` and exits like a script: SystemExit gives its exit status.
+    """A process that runs `function(*arguments)` and exits with its result as exit status (None is 0), like a script.
 
     Args:
         function: a function of a module; the process imports the module.
@@ -49,20 +55,26 @@ class ForkedProcess:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid, number)
+        if self.returncode is None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
 
     def wait_for_output(self, text: str, timeout: float = 60.0) -> None:
-        """Wait until the process has printed exactly `text`."""
+        """Wait until the process has printed exactly `text`; fail if it ends before, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self._output.read_text() != text:
             assert self.returncode is None and time.monotonic() < deadline, self._errors.read_text()
             time.sleep(0.01)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Wait until the process ends, and return its stdout and stderr. Kill it if it still runs after `timeout`."""
+        """Wait until the process ends, and return its stdout and stderr.
+
+        Raises:
+            AssertionError: it still runs after `timeout` seconds; it is then killed.
+        """
         self._process.join(timeout)
         if self.returncode is None:
             self.kill()
@@ -74,24 +86,35 @@ def _run(streams: tuple[Path, Path], environment: dict[str, str], function: Call
     for file, descriptor in zip(streams, (1, 2), strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # the default; libraries that make locks leave fewer traces
     sys.exit(function(*arguments))
 
 
-def start_forked_workers(num_workers: int, function: Callable, *arguments) -> list[ForkedProcess]:
+def start_forked_workers(
+    num_workers: int, function: Callable, *arguments, environment: dict[str, str] | None = None
+) -> list[ForkedProcess]:
     """Start workers that no launcher watches, as on several machines; each runs `function(*arguments)`."""
-    with socket.socket() as unused:
-        unused.bind(("localhost", 0))
-        port = unused.getsockname()[1]
-    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_workers)}
-    rendezvous["CUDA_VISIBLE_DEVICES"] = ""
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(num_workers)}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})
     return [
-        ForkedProcess(function, *arguments, environment=rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        ForkedProcess(function, *arguments, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_workers)
     ]
 
 
+def free_port() -> str:
+    with socket.socket() as unused:
+        unused.bind(("localhost", 0))
+        return str(unused.getsockname()[1])
+
+
+def shorten_waits() -> None:
+    """Set smaller constants of liveness.py in this process: fewer seconds from a kill to the end of all workers."""
+    liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = 0.25, 3.0
+
+
 def finish_forked_workers(num_workers: int, function: Callable, *arguments) -> None:
-    """Run `function(*arguments)` in each of `num_workers` processes; all must succeed."""
+    """Run `function(*arguments)` in each of `num_workers` workers, and wait until all end with status 0."""
     processes = start_forked_workers(num_workers, function, *arguments)
     errors = "".join(process.communicate(timeout=200)[1] for process in processes)
     assert [process.returncode for process in processes] == [0] * num_workers, errors[-6000:]

@@ -19,7 +19,7 @@ from thinksafe.run.directory import RunDir
 
 
 class InstantGuard:
-    """A guard that calls a pair safe if `accepts(pair)` is true, and judges pairs one by one."""
+    """A guard that calls a PromptResponse safe if `accepts(pair)` is true, else unsafe, and judges one at a time."""
 
     name = "instant"
 
@@ -33,14 +33,14 @@ class InstantGuard:
 
 
 def instant_checkpoints(accepts):
-    """Return a fake CheckpointStore; stages that sample must run within `instant_sampling`."""
+    """Return a fake CheckpointStore with an InstantGuard; stages that sample must run within `instant_sampling`."""
     chat = SimpleNamespace(has_control_token=lambda text: False)
     return SimpleNamespace(base="", chat=chat, guard=InstantGuard(accepts), sampled_student=lambda *_: None)
 
 
 @contextmanager
 def instant_sampling(answer=lambda task: f"{task.steering}"):
-    """Replace sampling: the answer to a task is `answer(task)`."""
+    """Replace sampling inside the block: each task gets a well-formed response of 7 tokens with `answer(task)`."""
 
     def sample_responses(engine, chat, tasks, sampling, seed):
         for task in tasks:
@@ -75,7 +75,11 @@ def instant_sampling(answer=lambda task: f"{task.steering}"):
 
 
 def run_stages(run, checkpoints, marks=None):
-    """Run all stages from prompts to accepted.jsonl, and import a file of marks like the command line."""
+    """Run all stages from prompts to accepted.jsonl.
+
+    Args:
+        marks: file of marks to import before the last stage, as `thinksafe filter --marks` does; None for no marks.
+    """
     pipeline.generate_responses(run, checkpoints)
     pipeline.filter_responses(run, checkpoints)
     pipeline.retry_rejected(run, checkpoints)
@@ -86,7 +90,15 @@ def run_stages(run, checkpoints, marks=None):
 
 
 def main(out: Path, prompts: int, characters: int) -> None:
-    """Run all stages. Every third prompt is rejected once, and accepted on the next rung."""
+    """Run all stages, and print by how many MiB they raise the peak memory of this process.
+
+    Every third prompt is rejected once, and accepted on the next rung.
+
+    Args:
+        out: a new folder.
+        prompts: number of prompts.
+        characters: number of characters in each answer, rounded down to a multiple of 16.
+    """
     out.mkdir()
     with (out / "in.jsonl").open("w") as file:
         file.writelines(

@@ -53,9 +53,12 @@ class DoubtfulGuard(InstantGuard):
 
 
 def make_run(folder: Path):
-    """Return a judged run with 12 plain prompts, 4 prompts with markup, and one malformed response.
+    """Return a run after stage `accept`, with 12 plain prompts, 4 prompts with markup, and one malformed response.
 
-    An answer repeats its prompt.
+    An answer repeats its prompt; the response without an answer is malformed.
+
+    Args:
+        folder: receives the prompts and the run directory `run`; created if needed.
     """
     prompts = [*PROMPTS, ("Say nothing.", "benign")]
     folder.mkdir(exist_ok=True)
@@ -75,15 +78,18 @@ def make_run(folder: Path):
 
 @pytest.fixture
 def run(tmp_path):
+    """The run of `make_run`, in a folder of this test."""
     return make_run(tmp_path)
 
 
 def accepted_examples(run) -> dict[str, Example]:
+    """Return the accepted examples by the text of their prompt."""
     examples = map(json.loads, (run.path / "accepted.jsonl").open())
     return {example["prompt"]: Example(**example) for example in examples}
 
 
 def make_mark(run, prompt, decision, by="Ann", at="2026-01-01T10:00:00Z") -> dict:
+    """Return a mark on the only response to a prompt, as a line of marks.jsonl has it."""
     audit_records = map(json.loads, (run.path / "audit.jsonl").open())
     record = next(record for record in audit_records if record["prompt"] == prompt)
     (attempt,) = record["attempts"]
@@ -92,6 +98,7 @@ def make_mark(run, prompt, decision, by="Ann", at="2026-01-01T10:00:00Z") -> dic
 
 
 def add_marks(run, tmp_path, *marks):
+    """Import marks into a run, select the accepted responses again, and return the accepted examples by prompt."""
     file = tmp_path / "given.jsonl"
     file.write_text("".join(json.dumps(mark) + "\n" for mark in marks))
     with RunDir.open(run.path, run.recipe) as reopened:

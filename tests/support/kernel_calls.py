@@ -48,4 +48,5 @@ CALLS = {
     )[0],
     "gate": lambda x, weight, target: swiglu(x, x.flip(0)),
 }
-"""Calls by name, functions of x [T, H], weight [V, H] and target [T]; the target of some rows is -100."""
+"""{name: function of x [T, H], weight [V, H] and target [T]}; a function returns one tensor, and the target of some
+rows is -100 (no target)."""

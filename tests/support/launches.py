@@ -6,16 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.forked import ForkedProcess, start_forked_workers
+from tests.support.forked import ForkedProcess, shorten_waits, start_forked_workers
 from thinksafe.cli.__main__ import main
-from thinksafe.distributed import liveness
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def launch(num_workers: int, arguments: list[str], out: Path, command: str = "run") -> subprocess.Popen:
-    """Start a command of thinksafe with this number of workers; one worker needs no launcher."""
+    """Start a command of thinksafe with this number of workers, and return the process, whose output goes to pipes.
+
+    It is torchrun for several workers, and the command itself for one.
+
+    Args:
+        arguments: options of the command, without --out.
+    """
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers), "-m"]
     modules = [*(torchrun if num_workers > 1 else []), "thinksafe.cli"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -25,18 +30,18 @@ def launch(num_workers: int, arguments: list[str], out: Path, command: str = "ru
 
 
 def fork_workers(num_workers: int, arguments: list[str], out: Path, command: str = "run") -> list[ForkedProcess]:
-    """Start a command of thinksafe with this number of workers, without a launcher."""
+    """Start a command of thinksafe with this number of workers, without a launcher; return them in order of rank."""
     return start_forked_workers(num_workers, _run_with_short_waits, [command, *arguments, "--out", str(out)])
 
 
 def _run_with_short_waits(arguments: list[str]) -> int:
-    """Run a command with smaller constants of liveness.py: fewer seconds from a kill to the end of all workers."""
-    liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = 0.25, 3.0
+    """Run a command of thinksafe in a process that waits less for the other workers, and return its exit status."""
+    shorten_waits()
     return main(arguments)
 
 
 def finish_workers(workers: list[ForkedProcess]) -> tuple[str, str]:
-    """Wait until all workers have succeeded; return what all of them printed to stdout and to stderr."""
+    """Wait until all workers have ended with status 0; return all they printed to stdout, and all to stderr."""
     outputs = [worker.communicate(timeout=200) for worker in workers]
     printed, errors = ("".join(texts) for texts in zip(*outputs, strict=True))
     assert [worker.returncode for worker in workers] == [0] * len(workers), errors[-6000:]
@@ -44,7 +49,13 @@ def finish_workers(workers: list[ForkedProcess]) -> tuple[str, str]:
 
 
 def kill_worker(workers: list[ForkedProcess], victim: int) -> str:
-    """Kill one worker and stop the others, as torchrun does. Return what all of them printed to stderr."""
+    """Kill the worker of rank `victim` and send SIGTERM to the others, as torchrun does.
+
+    None of them may end with status 0.
+
+    Returns:
+        What all of them printed to stderr.
+    """
     workers[victim].kill()
     for rank, worker in enumerate(workers):
         if rank != victim:

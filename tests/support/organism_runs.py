@@ -9,7 +9,13 @@ from thinksafe.recipe.loading import load_recipe
 
 
 def run_arguments(folder: Path, num_prompts: int, num_evaluated: int) -> list[str]:
-    """Return arguments for a run on the first prompts of the bundled sets, copied into a folder."""
+    """Return the options of `thinksafe run`, without --out, for a small run on the first bundled prompts.
+
+    Args:
+        folder: receives copies of these prompts; created if needed.
+        num_prompts: number of prompts, half of them harmful.
+        num_evaluated: number of prompts in each evaluation set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = load_recipe("organism")
     sets = []
@@ -37,11 +43,12 @@ def run_arguments(folder: Path, num_prompts: int, num_evaluated: int) -> list[st
 
 
 def run_pipeline(out: Path, arguments: list[str]) -> None:
+    """Run all stages in this process into the run directory `out`; they must succeed."""
     assert main(["run", *arguments, "--out", str(out)]) == 0
 
 
 def record_bytes(out: Path) -> int:
-    """Return the number of bytes in all record files so far."""
+    """Return the number of bytes in all record files of a run directory so far, journals included."""
     total = 0
     for folder, _, files in os.walk(out):
         for name in files:

@@ -12,7 +12,7 @@ class OutOfMemoryAt(TorchFunctionMode):
     A call that creates a view allocates nothing on a real device. It may fail here too, which makes the tests stricter.
 
     Attributes:
-        failing_call: index of the call that raises, from 0.
+        failing_call: index of the call that raises, from 0, among the calls from these files inside the mode.
         has_raised: whether the call was reached.
     """
 
@@ -29,7 +29,7 @@ class OutOfMemoryAt(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def wrap(self, function):
-        """Return `function` so that it runs inside this mode."""
+        """Return a function of positional arguments that runs `function` inside this mode."""
 
         def run_with_failure(*args):
             with self:

@@ -12,12 +12,25 @@ from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
 
 
 class PagedContexts:
-    """Random contexts on shuffled pages of a pool that is NaN wherever it holds no token.
+    """Random contexts on shuffled pages of a pool that is NaN at every position that holds no token.
 
     The sequences share up to `num_shared_pages` first pages of the longest sequence; a shorter sequence shares at most
     its full pages. Page-table entries after a sequence's last page are arbitrary valid pages. Kernels read `kv_cache`.
     If keys or values are in e4m3, `dequantized_cache` holds the values that their bits represent; otherwise both are
     equal.
+
+    Args:
+        lengths: number of tokens of each sequence; 0 is allowed if another is positive.
+        heads: (number of query heads, number of KV heads).
+        D: head dimension.
+        fp8: whether keys, and whether values, are in e4m3 with a scale for each token and head.
+
+    Attributes:
+        kv_cache: [keys, values], each [num_pages, num_kv_heads, page_size, D].
+        scales_e8m0: [scales of keys, scales of values]; None for a tensor that is not in e4m3.
+        dequantized_cache: [2, num_pages, num_kv_heads, page_size, D].
+        page_table: [num_sequences, table_width] int64; one more column than the longest sequence has pages.
+        seq_lens: [num_sequences] int64, the lengths.
     """
 
     def __init__(
@@ -78,7 +91,12 @@ class PagedContexts:
         return states.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
 
     def expected(self, q, row):
-        """Return the attention of a sequence's last T tokens, whose queries are q, in fp64: [T, num_heads, D]."""
+        """Return the attention of a sequence's last T tokens in fp64, [T, num_heads, D]; zeros for an empty sequence.
+
+        Args:
+            q: queries of these tokens, [T, num_heads, D].
+            row: index of the sequence.
+        """
         if not self.lengths[row]:
             return q.double() * 0
         k, v = self.keys_and_values(row)
@@ -89,13 +107,17 @@ class PagedContexts:
         return torch.einsum("hts,hsd->thd", scores.softmax(-1), v)
 
     def decode(self, q, **settings):
-        """Run `paged_decode` with one query per sequence."""
+        """Return the result of `paged_decode` for q [num_sequences, num_heads, D], the query of each last token."""
         return paged_decode(
             q, *self.kv_cache, self.page_table, self.seq_lens, scales_e8m0=tuple(self.scales_e8m0), **settings
         )
 
     def prefill(self, q, query_lens):
-        """Run `paged_prefill` with queries of the last query_lens[row] tokens of each sequence."""
+        """Return the result of `paged_prefill`, [sum of query_lens, num_heads, D].
+
+        Args:
+            q: queries of the last query_lens[row] tokens of each sequence, one sequence after the other.
+        """
         cu_seqlens = torch.tensor([0, *query_lens]).cumsum(0, dtype=torch.int32).to(self.device)
         group_size = self.num_heads // self.num_kv_heads
         tiles = prefill_tiles(np.array(query_lens), np.array(self.lengths), group_size, self.dtype.itemsize)
@@ -114,8 +136,11 @@ def outputs_of_scaled_e4m3_values(
 ) -> Outputs:
     """Yield decode and prefill outputs of four contexts whose e4m3 values have random scales, 2^exponent.
 
-    Some values are zeros with the smallest scale: for each KV head of context 0 the token with the highest score, and
-    all tokens of context 3.
+    Some values are zeros with the scale 2^-126 (byte 1): for each KV head of context 0 the token with the highest
+    score, and all tokens of context 3.
+
+    Args:
+        exponent_range: (lowest exponent, one more than the highest).
     """
     problem = PagedContexts([200, 1, 70, 130], 64, (4, 2), 64, seed=seed, device=device, dtype=dtype, fp8=(True, True))
     q = problem.queries(4)
@@ -152,5 +177,5 @@ def outputs_after_zero_e4m3_values(seed: int, device: str, dtype: torch.dtype) -
 
 
 def relative_error(actual, expected):
-    """Return the norm of the error, relative to the norm of `expected`."""
+    """Return the norm of (actual - expected) divided by the norm of `expected`."""
     return ((actual.double() - expected).norm() / expected.norm()).item()

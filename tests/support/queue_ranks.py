@@ -25,7 +25,15 @@ REQUESTS = [Request(str(number), PROMPTS[number % 6], SAMPLING, 1000 + number, (
 
 
 def answer_share(folder: Path, workers: Workers, group_size: int, device: str = "cpu", graphs: bool = True) -> dict:
-    """Return this process's responses and log-probabilities by request id. Each group has other engine limits."""
+    """Return {request id: (tokens, finish reason, log-probabilities)} of the requests that this process answered.
+
+    It is empty for a process that is not the first of its group. Each group has different engine limits.
+
+    Args:
+        folder: folder of the checkpoint.
+        group_size: tensor_parallel_size.
+        graphs: whether a GPU may use CUDA graphs.
+    """
     shard, dtype = UNSHARDED, torch.float32 if device == "cpu" else torch.bfloat16
     if group_size > 1:
         group = workers.tensor_parallel_group(group_size, torch.device(device))
@@ -37,14 +45,14 @@ def answer_share(folder: Path, workers: Workers, group_size: int, device: str = 
         engine.runner._graphs = None
     answers = {}
     for completion in engine.generate(workers.claim_items(REQUESTS, group_size)):
-        time.sleep(0.01)  # otherwise the first worker could finish before the others start
+        time.sleep(0.01)  # otherwise one worker could finish before the others start
         answers[completion.request_id] = (completion.tokens, completion.finish_reason, completion.logprobs)
     assert device == "cpu" or bool(engine.runner._graphs) == graphs
     return answers if workers.is_group_leader(group_size) else {}
 
 
 def error_without_ordered_sum(folder: Path, workers: Workers) -> str:
-    """Return the error of a batch-invariant engine whose partial sums are added by an all-reduce."""
+    """Return the error message of a batch-invariant engine whose partial sums an all-reduce adds; "" without error."""
     group = workers.tensor_parallel_group(workers.world_size, torch.device("cpu"))
     shard = TensorShard(workers.rank, workers.world_size, group)
     try:
@@ -55,6 +63,7 @@ def error_without_ordered_sum(folder: Path, workers: Workers) -> str:
 
 
 def main(out: str, folder: str, device: str, *group_sizes: str) -> None:
+    """Answer the queue once for each group size, and write the results to OUT/RANK.pickle."""
     with Workers.start() as workers:
         if device == "cuda":
             torch.cuda.set_device(workers.local_rank)

@@ -1,12 +1,11 @@
-"""The processes of tests/model/test_tensor_parallel.py: `torchrun shard_ranks.py SCENARIO OUT NAME=FOLDER ...`.
+"""The processes of tests/model/test_tensor_parallel.py: each runs `main(SCENARIO, OUT, FOLDERS)`.
 
-Each process holds one part of the model of every FOLDER and pickles its results to OUT.
+Each process holds one part of the model of every folder and pickles its results to OUT.
 """
 
 import os
 import pickle
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ ENGINE = EngineConfig(max_num_seqs=4, max_prefill_tokens=32, page_size=8, kv_cac
 
 
 def load_with_adapter(folder: Path, shard: TensorShard = UNSHARDED) -> Decoder:
-    """Load a checkpoint, and the adapter in its folder if there is one."""
+    """Return this process's part of a checkpoint in fp32, with the adapter in its folder if there is one."""
     decoder = load_decoder(folder, torch.float32, "cpu", shard)
     if (folder / "adapter").is_dir():
         load_adapter(decoder, folder / "adapter")
@@ -35,13 +34,18 @@ def load_with_adapter(folder: Path, shard: TensorShard = UNSHARDED) -> Decoder:
 
 
 def responses(decoder: Decoder, sampling: SamplingConfig) -> dict[str, tuple[int, ...]]:
+    """Return the sampled tokens for each of PROMPTS, by its index as text."""
     requests = [Request(str(index), prompt, sampling, 1000 + index, (7,)) for index, prompt in enumerate(PROMPTS)]
     return {completion.request_id: completion.tokens for completion in Engine(decoder, ENGINE).generate(requests)}
 
 
 @torch.inference_mode()
 def compute_results(decoder: Decoder) -> dict:
-    """Return the results that must not depend on the number of processes, and the size of what this process holds."""
+    """Return results that must not depend on the number of processes, and sizes of this process's weights and cache.
+
+    The results are `logits` of all prompts, `greedy` and `sampled` responses, and `scores` of two tokens; the sizes are
+    `num_elements` by parameter and `kv_elements_per_token`.
+    """
     ids = torch.tensor([token for prompt in PROMPTS for token in prompt])
     lengths = [len(prompt) for prompt in PROMPTS]
     hidden = decoder(ids, packed_positions(lengths, "cpu"), PackedAttention.of(lengths, "cpu"))
@@ -58,12 +62,15 @@ def compute_results(decoder: Decoder) -> dict:
 
 
 def equal_ranks(folders: dict[str, Path], shard: TensorShard) -> dict:
+    """Return `compute_results` for every checkpoint, by name."""
     return {name: compute_results(load_with_adapter(folder, shard)) for name, folder in folders.items()}
 
 
 def different_ranks(folders: dict[str, Path], shard: TensorShard) -> dict:
-    """Return the results when every process computes other logits and has a cache of another size. Different GPUs could
-    do the same."""
+    """Return responses, scores and number of pages of processes whose logits and cache sizes differ.
+
+    Processes on different GPUs could differ in the same way.
+    """
     (folder,) = folders.values()
     decoder = load_with_adapter(folder, shard)
     with torch.no_grad():
@@ -75,6 +82,7 @@ def different_ranks(folders: dict[str, Path], shard: TensorShard) -> dict:
 
 
 def killed_rank(folders: dict[str, Path], shard: TensorShard) -> dict:
+    """Kill the process of rank 1 after its first response; all others must end with an error, so none returns."""
     (folder,) = folders.values()
     engine = Engine(load_with_adapter(folder, shard), ENGINE)
     for _ in engine.generate(Request(str(n), PROMPTS[n % 6], SAMPLED, n, ()) for n in range(10_000)):
@@ -83,17 +91,15 @@ def killed_rank(folders: dict[str, Path], shard: TensorShard) -> dict:
     raise AssertionError("no process noticed the death of rank 1")
 
 
-def main(scenario: str, out: str, *folders: str) -> None:
+def main(scenario: str, out: Path, folders: dict[str, Path]) -> None:
+    """Run the scenario `equal`, `different` or `killed` in this process, and write its results to OUT/RANK.pickle.
+
+    Args:
+        folders: folder of each checkpoint by name.
+    """
     dist.init_process_group("gloo")
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    shard = TensorShard(rank, world_size, dist.group.WORLD)
-    folder_by_name = {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in folders)}
+    shard = TensorShard(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     run_rank = {"equal": equal_ranks, "different": different_ranks, "killed": killed_rank}[scenario]
-    results = run_rank(folder_by_name, shard)
-    Path(out, f"{rank}.pickle").write_bytes(pickle.dumps(results))
+    (out / f"{shard.rank}.pickle").write_bytes(pickle.dumps(run_rank(folders, shard)))
     dist.barrier()
     os._exit(0)  # the destructor of a process group sometimes fails, after the work is done
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -33,6 +33,7 @@ EXAMPLES = [{"prompt": row["prompt"], "response": row["text"], "label": row["lab
 
 
 def write_jsonl(file: Path, rows) -> Path:
+    """Write one JSON value a line, and return the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -40,7 +41,7 @@ def write_jsonl(file: Path, rows) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Return a folder with checkpoints of every family, a guard, prompts and a small recipe. No test changes them."""
+    """Folder with checkpoints of every family, a guard, prompts and a small recipe.yaml. No test changes them."""
     folder = tmp_path_factory.mktemp("world")
     for family in FAMILIES:
         make_checkpoint(family, folder / family)
@@ -78,7 +79,11 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def call(world, tmp_path, capsys):
-    """Return a function that runs a command on the run directory `run`: exit status, stdout and lines of stderr."""
+    """Function that runs a command of thinksafe and returns (exit status, stdout, list of the lines of stderr).
+
+    By default it adds --recipe with the world's recipe and --out with the folder `run` of this test; `recipe=False` and
+    `out=False` leave them out.
+    """
 
     def command(name, *arguments, recipe=True, out=True):
         capsys.readouterr()

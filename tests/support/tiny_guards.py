@@ -118,11 +118,16 @@ PAIRS_WITHOUT_THINK_TAGS = [
 
 
 def pairs_for(kind):
-    """Return pairs for a kind of guard; Qwen3's think tags are control tokens, so its pairs have other tags."""
+    """Return pairs that a kind of guard can judge: Qwen3's think tags are control tokens, so its pairs have other tags.
+
+    Args:
+        kind: one of KINDS.
+    """
     return PAIRS_WITHOUT_THINK_TAGS if kind in ("qwen3guard", "template") else PAIRS
 
 
 def config(kind, **keys):
+    """Return the configuration of a kind of guard, with `keys` changed; by default every probability is high enough."""
     format_keys = {"format": CUSTOM_FORMAT} if kind == "template" else {}
     probability_keys = {} if kind == "llama_guard_reference" else {"min_verdict_probability": 0.0}
     return GuardConfig(kind=kind, model="tiny", sampler=SAMPLER, **format_keys, **(probability_keys | keys))
@@ -130,6 +135,7 @@ def config(kind, **keys):
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
+    """Checkpoint folders by kind of guard."""
     folders = {}
     for kind, make in (
         ("llama_guard", make_llama_guard),
@@ -144,16 +150,19 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def decoders(folders):
+    """Decoders in fp32 by kind of guard."""
     return {kind: load_decoder(folder, torch.float32, "cpu") for kind, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
 def tokenizers(folders):
+    """Tokenizers by kind of guard."""
     return {kind: SafeTokenizer(folder) for kind, folder in folders.items()}
 
 
 @pytest.fixture(scope="session")
 def guards(decoders, tokenizers):
+    """Guards by kind."""
     return {kind: ModelGuard(decoders[kind], tokenizers[kind], config(kind)) for kind in KINDS}
 
 
@@ -178,14 +187,14 @@ def tokenizer(tokenizers):
 
 
 def results_by_id(guard, pairs=PAIRS):
-    """Return the results by id; check that every pair has exactly one."""
+    """Return a guard's results by the id of the pair; check that every pair has exactly one."""
     results = list(guard.judge(pairs))
     assert sorted(result.id for result in results) == sorted(pair.id for pair in pairs)
     return {result.id: result for result in results}
 
 
 def guard_prompt(kind, pair: PromptResponse) -> str:
-    """Return the prompt that the guard must read, as one string."""
+    """Return the prompt that a kind of guard must read for a pair, as one string, up to the first answer."""
     before, between, after = TEMPLATES[kind].replace("PROMPT", "\0").replace("RESPONSE", "\0").split("\0")
     texts = (pair.prompt, pair.response)
     prompt, response = (text.strip() for text in texts) if kind in STRIPPED_KINDS else texts
@@ -193,11 +202,15 @@ def guard_prompt(kind, pair: PromptResponse) -> str:
 
 
 def transformers_ids(tokenizer, text: str) -> list[int]:
+    """Return the token ids that transformers gives to a text, control tokens included."""
     return tokenizer.hugging_face(text, add_special_tokens=False)["input_ids"]
 
 
 def replies(kind) -> list[str]:
-    """Return the empty reply, the reply up to every answer, and the whole reply, always with the first answer."""
+    """Return the beginnings of a guard's reply: the empty one, the one before each answer, and the whole reply.
+
+    Every answer in it is the first answer of its question.
+    """
     replies, reply = [""], ""
     for question in config(kind).guard_format.questions:
         reply += question.answer_prefix
@@ -213,7 +226,10 @@ def answer_ids(tokenizer, context: str, words) -> list[int]:
 
 
 class FixedLogits:
-    """A decoder with the same logits at every position: `logits` by token id, -40 for all other tokens."""
+    """A decoder with the same logits at every position: `logits` by token id, -40 for all other tokens.
+
+    Everything except the hidden states and the language-model head is the given decoder's.
+    """
 
     def __init__(self, decoder, logits: dict[int, float]):
         self._decoder = decoder

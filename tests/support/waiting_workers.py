@@ -7,12 +7,14 @@ import ctypes
 import signal
 import time
 
+from torch.distributed import TCPStore
+
 from thinksafe.distributed import liveness
 from thinksafe.distributed.workers import Workers
 
 
 def wait_at_barrier(rank_1_fails: bool) -> None:
-    """Wait in rank 0 for rank 1, which sleeps or fails."""
+    """Wait in rank 0 for rank 1, which ends with an error if `rank_1_fails`, and otherwise sleeps for a minute."""
     liveness.SILENCE_TIMEOUT = 3.0
     with Workers.start() as workers:
         workers.barrier()
@@ -26,7 +28,11 @@ def wait_at_barrier(rank_1_fails: bool) -> None:
 
 
 def hang_in_library(heartbeat_seconds: float, shutdown_timeout: float) -> None:
-    """Hang in a C function, where the interpreter handles no signal."""
+    """Hang forever in a C function, where the interpreter handles no signal.
+
+    Args:
+        heartbeat_seconds, shutdown_timeout: values of HEARTBEAT_SECONDS and SHUTDOWN_TIMEOUT in liveness.py.
+    """
     liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = heartbeat_seconds, shutdown_timeout
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore SIGINT by default
     with Workers.start() as workers:
@@ -35,3 +41,11 @@ def hang_in_library(heartbeat_seconds: float, shutdown_timeout: float) -> None:
         mutex, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
         library.pthread_mutex_lock(mutex)
         library.pthread_mutex_lock(mutex)  # blocks forever
+
+
+def host_store(port: str) -> None:
+    """Host the shared store, as a launcher does, for at most a minute."""
+    store = TCPStore("localhost", int(port), is_master=True, wait_for_workers=False)
+    print("started", flush=True)
+    time.sleep(60)
+    del store

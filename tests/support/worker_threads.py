@@ -11,7 +11,10 @@ from thinksafe.errors import UserError
 
 
 def run_in_threads(num_workers: int, work: Callable[[Workers], Any]) -> list[Any]:
-    """Run work(workers) in one thread for each worker. Return the results by rank; a UserError becomes its text."""
+    """Run work(workers) in one thread for each worker; return its results in order of rank.
+
+    The result of a worker that raises a UserError is the error's text; any other error is raised.
+    """
     store = torch.distributed.HashStore()
 
     def run(rank: int) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tests.support.forked import shorten_waits
 from thinksafe.distributed.ranks import (
     all_gather_objects,
     barrier,
@@ -33,7 +34,9 @@ CPU = torch.device("cpu")
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 LORA_WITH_DROPOUT = dataclasses.replace(LORA, dropout=0.2)
 CLIP, DECAY = 0.5, 0.1
+"""Maximum norm of the gradient, and weight decay."""
 RATES = (1e-2, 3e-3, 1e-2, 1e-2)
+"""Learning rate of each of the four steps."""
 TRAINING_CONFIG = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
 MIXED_CONFIG = dataclasses.replace(TRAINING_CONFIG, tokens_per_step=70, loss_reduction="sequence", benign_loss="kl")
 SEED = 11
@@ -49,6 +52,9 @@ SETUPS = {
     "lora-2-kl": ("lora", ZeroConfig(2)),
     "full-3-kl": ("full", ZeroConfig(3)),
 }
+MAIN_SETUPS = ("lora-3-offloaded", "lora-1", "lora-2-fp8", "full-3", "full-2", "lora-2-kl")
+"""Setups that every test run covers: each stage, method and loss. The others run in exhaustive tests."""
+"""{name: (method, sharding)}: `lora`, `lora fp8` (frozen weights in fp8) or `full`."""
 INTERRUPTED_SETUPS = {"lora-2-kl": ("lora", ZeroConfig(2)), "full-3-kl": ("full", ZeroConfig(3))}
 """Setups of the interrupted runs. The frozen base of the first one also has a poisoned token."""
 CHECKPOINTING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
@@ -56,6 +62,7 @@ CHECKPOINTING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "s
 
 
 def sequence(length: int, response: int) -> TrainingSequence:
+    """Return a sequence of `length` random tokens, of which the last `response` tokens are the response."""
     ids = np.random.default_rng(length).integers(0, 380, length).astype(np.int32)
     return TrainingSequence(ids, length - response)
 
@@ -65,10 +72,11 @@ BATCHES = [SEQUENCES, SEQUENCES[2:3], SEQUENCES[1:], SEQUENCES[4:]]
 """In the second batch one rank has no pack; in the others the ranks have different numbers of packs."""
 GOOD, POISONED = SEQUENCES[0], SEQUENCES[2]
 POISON_TOKEN = next(id_ for id_ in POISONED.input_ids.tolist() if id_ not in GOOD.input_ids)
+"""A token of POISONED that GOOD lacks; tests set its embedding to NaN."""
 
 
 def mixed_sequences() -> list[TrainingSequence]:
-    """Return sequences of which some have a KL loss, all with different weights."""
+    """Return SEQUENCES with different loss weights, of which some have a KL loss."""
     return [
         dataclasses.replace(sequence, use_reference_kl=len(sequence) % 2 == 1, weight=1 + len(sequence))
         for sequence in SEQUENCES
@@ -76,14 +84,21 @@ def mixed_sequences() -> list[TrainingSequence]:
 
 
 def batches(setup: str) -> list[list[TrainingSequence]]:
-    """Return the batches of a setup's steps."""
+    """Return the sequences of each of the four steps of a setup."""
     if not setup.endswith("kl"):
         return BATCHES
     return [mixed_sequences(), mixed_sequences()[2:3], mixed_sequences()[4:], mixed_sequences()[:1]]
 
 
 def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
-    """Return a decoder to train. Its adapters are not zero: B = 0 would make the gradient of A zero."""
+    """Return a decoder to train: all weights if `method` is `full`, else adapters over frozen weights.
+
+    The adapters are not zero: B = 0 would make the gradient of A zero.
+
+    Args:
+        folder: folder of the checkpoint.
+        method: method of a setup in SETUPS.
+    """
     decoder = load_decoder(folder, dtype, CPU, weight_dtype="fp8" if method == "lora fp8" else "auto")
     if method == "full":
         return decoder.requires_grad_(True)
@@ -98,16 +113,25 @@ def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
 
 
 def local_packs(batch):
+    """Return the packs of this rank's share of a batch of sequences."""
     return packs_of_rank(batch, rank(), world_size())
 
 
 def packs_of_rank(batch, rank, num_ranks):
+    """Return the packs of a rank's share of a batch, at most 64 tokens each; the list may be empty."""
     indices = partition_balanced([len(sequence) for sequence in batch], num_ranks)[rank]
     return pack([batch[index] for index in indices], 64, CPU)
 
 
 def make_trainer(decoder, config, keep_gathered=False, with_reference=False):
-    """Make a DeepSpeedTrainer, by default with all thresholds 0: DeepSpeed's defaults never shard a tiny model."""
+    """Return a DeepSpeedTrainer that shards even a tiny model.
+
+    Args:
+        config: how to shard.
+        keep_gathered: keep DeepSpeed's default thresholds, below which stage 3 leaves all weights gathered. By default
+            they are 0.
+        with_reference: whether a sequence has the KL loss.
+    """
     from thinksafe.training import deepspeed_trainer
 
     if keep_gathered:
@@ -128,6 +152,7 @@ def make_trainer(decoder, config, keep_gathered=False, with_reference=False):
 
 
 def export(decoder, method, folder, base):
+    """Write the adapter to a folder, or the whole model for the method `full`; `base` is the checkpoint's folder."""
     if method != "full":
         save_adapter(decoder, LORA, folder, "base")
     else:
@@ -135,13 +160,21 @@ def export(decoder, method, folder, base):
 
 
 def whole_state(trainer) -> dict[str, torch.Tensor]:
+    """Return the state of a trainer, joined from the parts of all ranks; check that the parts do not overlap."""
     parts = all_gather_objects(trainer.state_dict())
     assert sum(map(len, parts)) == len(set().union(*parts)), "parts overlap"
     return {name: tensor for part in parts for name, tensor in part.items()}
 
 
-def steps(folder: Path, out: Path) -> None:
-    """Take four steps with every setup; write results, state and export."""
+def steps(folder: Path, out: Path, *names: str) -> None:
+    """Take four steps with each of these setups; write OUT/SETUP.json, the state, and the exported weights.
+
+    The JSON file has the results of the steps by rank, and how many tensors are still alive after the trainer is
+    closed.
+
+    Args:
+        names: names of SETUPS.
+    """
     reference_packs, reference_states = [], PackLoss._reference_states
     PackLoss._reference_states = lambda self, pack: reference_packs.append(pack) or reference_states(self, pack)
     cross_entropy = losses.linear_cross_entropy_with_stats
@@ -152,7 +185,8 @@ def steps(folder: Path, out: Path) -> None:
         return rows, stats._replace(dropped_mass=torch.tensor(rank() / 8))
 
     losses.linear_cross_entropy_with_stats = skipping
-    for name, (method, config) in SETUPS.items():
+    for name in names:
+        method, config = SETUPS[name]
         reference_packs.clear()
         decoder = student(folder, method)
         decoder.checkpointing = (CHECKPOINTING.get(name, "none"),) * decoder.config.num_layers
@@ -194,7 +228,7 @@ def steps(folder: Path, out: Path) -> None:
 
 
 def bf16_steps(folder: Path, out: Path) -> None:
-    """Take five steps that are below the resolution of bf16."""
+    """Take five steps in bf16, each smaller than the resolution of bf16; write the state and the adapter."""
     decoder = student(folder, "lora", torch.bfloat16)
     trainer = make_trainer(decoder, ZeroConfig(3))
     for _ in range(5):
@@ -206,8 +240,12 @@ def bf16_steps(folder: Path, out: Path) -> None:
         export(decoder, "lora", out / "bf16", folder)
 
 
-def not_finite(folder: Path, out: Path) -> None:
-    """Between two good steps, break an activation, the loss alone and the gradient alone, each on one rank."""
+def not_finite(folder: Path, out: Path, *names: str) -> None:
+    """Between two good steps, break an activation, the loss alone and the gradient alone, each on one rank.
+
+    For every setup, results.json gets by rank: the messages of the three steps, whether the state was unchanged by
+    them, and the message of the check of the weights.
+    """
     cross_entropy = losses.linear_cross_entropy_with_stats
 
     def infinite_loss(*args, **options):
@@ -219,7 +257,8 @@ def not_finite(folder: Path, out: Path) -> None:
         return cross_entropy(hidden, *args, **options)
 
     results_by_setup = {}
-    for name, (method, config) in SETUPS.items():
+    for name in names:
+        method, config = SETUPS[name]
         decoder = student(folder, method)
         with torch.no_grad():
             decoder.embedding[POISON_TOKEN] = torch.nan
@@ -246,6 +285,7 @@ def not_finite(folder: Path, out: Path) -> None:
 
 
 def _message(call, *args) -> str | None:
+    """Return the message of the NonFiniteStep that a call raises, or None if it raises nothing."""
     try:
         call(*args)
     except NonFiniteStep as error:
@@ -253,12 +293,15 @@ def _message(call, *args) -> str | None:
 
 
 def make_loop_trainer(folder: Path, lora: LoraConfig):
-    """Make a trainer with DeepSpeed's thresholds if there is no dropout, so that both variants are tested."""
+    """Return a trainer with ZeRO stage 3; with DeepSpeed's default thresholds if `lora` has no dropout, else with 0.
+
+    So the tests cover both.
+    """
     return make_trainer(student(folder, "lora", lora=lora), ZeroConfig(3), keep_gathered=lora is LORA)
 
 
 def killed(folder: Path, out: Path) -> None:
-    """Train, and kill the last rank while it writes its part of the second checkpoint."""
+    """Train, and kill the last rank while it writes its part of the second checkpoint, which stays incomplete."""
     save = checkpoint.save_file
 
     def torn(tensors, file):
@@ -272,7 +315,13 @@ def killed(folder: Path, out: Path) -> None:
 
 
 def resumed(folder: Path, out: Path, *names: str) -> None:
-    """Train in each folder, from the start or from its newest checkpoint."""
+    """Train in each folder OUT/NAME, from its newest checkpoint or, without one, from the start.
+
+    The state is written to OUT/NAME.safetensors, and the first step and the random seeds of all ranks to OUT/NAME.json.
+
+    Args:
+        names: names of folders; a name that begins with `dropout` trains with dropout.
+    """
     for name in names:
         trainer, done_steps = make_loop_trainer(folder, LORA_WITH_DROPOUT if name.startswith("dropout") else LORA), []
 
@@ -291,11 +340,15 @@ class Interrupted(BaseException):
 
 
 def interrupted(folder: Path, out: Path) -> None:
-    """Run the loop with every kind of sequence: whole, and cut off before and after its first checkpoint."""
+    """Run the loop with every kind of sequence: whole, and interrupted before and after its first checkpoint.
+
+    For each setup, the state of the whole run is written, and a report by rank: whether the resumed runs have the same
+    state, and which steps they took.
+    """
     for name, (method, config) in INTERRUPTED_SETUPS.items():
 
         def run(folder_name: str, until: int = 0, name=name, method=method, config=config):
-            """Return (state, steps taken), or None if cut off."""
+            """Return (state, numbers of the steps taken), or None if interrupted at step `until`; 0 interrupts none."""
             decoder, done_steps = mixed_student(folder, method), []
 
             def on_step(metrics):
@@ -336,7 +389,7 @@ def interrupted(folder: Path, out: Path) -> None:
 
 
 def mixed_student(folder: Path, method: str):
-    """Return a student; in a frozen base one token is poisoned, so that steps with this token are left out."""
+    """Return a student; for `lora` POISON_TOKEN has the embedding NaN, so that steps with this token are left out."""
     decoder = student(folder, method)
     if method == "lora":
         with torch.no_grad():
@@ -345,9 +398,16 @@ def mixed_student(folder: Path, method: str):
 
 
 def main(scenario: str, folder: Path, out: Path, *arguments: str) -> None:
-    """Run a scenario, write the file OUT/done, and exit without destructors: a process group's destructor may fail."""
+    """Run a scenario, write the file OUT/done, and exit without destructors: a process group's destructor may fail.
+
+    Args:
+        scenario: name of a function of this file: `steps`, `not_finite`, `killed`, `resumed` or `interrupted`.
+        folder: folder of the student's checkpoint.
+        arguments: further arguments of the scenario.
+    """
     scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
     scenarios["interrupted"] = interrupted
+    shorten_waits()
     with Workers.start() as workers:
         init_training_ranks(CPU, workers)
         scenarios[scenario](folder, out, *arguments)

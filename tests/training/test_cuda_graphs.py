@@ -4,6 +4,7 @@ On a CPU the graphs are tapes (taped_graphs.py); the operations that a GPU would
 """
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from benchmarks.shapes import MODELS
 from tests.emulation.gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
 from tests.emulation.taped_graphs import needs_host_sync, tensors_in, use_taped_graphs
 from tests.support.checkpoints import make_checkpoint
+from tests.support.combinations import combinations
 from tests.support.training_runs import (
     LORA_WITH_DROPOUT,
     SEQUENCES,
@@ -82,11 +84,13 @@ def assert_close(actual: dict, expected: dict):
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
 
 
-@pytest.mark.parametrize("with_reference", [False, True], ids=["cross-entropy", "KL"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("kind, method", [("tied", "lora"), ("tied", "full"), ("untied", "full")])
-def test_steps_with_graphs_equal_eager_steps(folders, kind, method, checkpointing, with_reference):
+@pytest.mark.parametrize(
+    "model, checkpointing, with_reference",
+    combinations(["tied lora", "tied full", "untied full"], ["none", "selective", "full"], [False, True], together=2),
+)
+def test_steps_with_graphs_equal_eager_steps(folders, model, checkpointing, with_reference):
     """Losses and gradients are equal up to fp32 rounding while the weights change."""
+    kind, method = model.split()
     steps = STEP_SEQUENCES * 2
     if with_reference:
         steps = [
@@ -150,14 +154,16 @@ def train_until(folder, out, method, dtype, until=None, checkpointing="none"):
     return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
 
 
+@pytest.mark.parametrize("num_kills", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "method, dtype, checkpointing", [("lora", torch.float32, "full"), ("full", torch.bfloat16, "none")], ids=str
 )
-def test_killed_run_resumes_bit_for_bit(folders, tmp_path, method, dtype, checkpointing):
-    """The captured graphs are lost in the kill, and every size runs eagerly once more."""
+def test_killed_run_resumes_bit_for_bit(folders, tmp_path, fresh_seed, method, dtype, checkpointing, num_kills):
+    """The captured graphs are lost in the kill, and every size runs eagerly once more. The steps are drawn."""
     options = {"method": method, "dtype": dtype, "checkpointing": checkpointing}
     expected = train_until(folders["tied"], tmp_path / "whole", **options)
-    for step in range(1, len(metrics_without_times(tmp_path / "whole"))):
+    num_steps = len(metrics_without_times(tmp_path / "whole"))
+    for step in random.Random(fresh_seed).sample(range(1, num_steps), num_kills):
         out = tmp_path / f"killed at {step}"
         assert train_until(folders["tied"], out, until=step, **options) is None
         assert_same_run(out, train_until(folders["tied"], out, **options), tmp_path / "whole", expected)

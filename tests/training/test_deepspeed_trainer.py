@@ -26,6 +26,7 @@ from tests.support.zero_ranks import (
     DECAY,
     GOOD,
     INTERRUPTED_SETUPS,
+    MAIN_SETUPS,
     MIXED_CONFIG,
     POISON_TOKEN,
     RATES,
@@ -86,10 +87,19 @@ def assert_close(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_setup_matches_a_single_process(folder, tmp_path, ranks):
-    complete_scenario(folder, tmp_path, "steps", ranks=ranks)
-    for name, (method, zero) in SETUPS.items():
+@pytest.mark.parametrize(
+    "ranks, names",
+    [
+        pytest.param(1, ("lora-3-offloaded", "full-2"), id="1"),
+        pytest.param(2, MAIN_SETUPS, id="2"),
+        pytest.param(1, tuple(SETUPS), marks=pytest.mark.exhaustive, id="1-all"),
+        pytest.param(2, tuple(SETUPS), marks=pytest.mark.exhaustive, id="2-all"),
+    ],
+)
+def test_every_setup_matches_a_single_process(folder, tmp_path, ranks, names):
+    complete_scenario(folder, tmp_path, "steps", *names, ranks=ranks)
+    for name in names:
+        method, zero = SETUPS[name]
         summary = json.loads((tmp_path / f"{name}.json").read_text())
         single = LocalTrainer(student(folder, method), CLIP, DECAY, with_reference=name.endswith("kl"))
         expected = [
@@ -137,11 +147,20 @@ def assert_bf16_steps_add_up(folder, out):
 
 
 @pytest.mark.slow
-def test_nonfinite_step_on_one_rank_changes_nothing_on_any(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("lora-3-offloaded", "lora-1", "full-2"), id="main"),
+        pytest.param(tuple(SETUPS), marks=pytest.mark.exhaustive, id="all"),
+    ],
+)
+def test_nonfinite_step_on_one_rank_changes_nothing_on_any(tmp_path, names):
     """The next step counts again. The head is untied, so that a poisoned token affects only the sequence with it."""
     untied = make_checkpoint("qwen3", tmp_path / "untied", tie_word_embeddings=False)
-    complete_scenario(untied, tmp_path, "not_finite")
-    for name, results in json.loads((tmp_path / "results.json").read_text()).items():
+    complete_scenario(untied, tmp_path, "not_finite", *names)
+    results_by_setup = json.loads((tmp_path / "results.json").read_text())
+    assert tuple(results_by_setup) == names
+    for name, results in results_by_setup.items():
         method, _ = SETUPS[name]
         single = local_trainer(untied, method)
         for _ in range(2):

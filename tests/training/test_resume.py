@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -25,12 +26,14 @@ from thinksafe.training.packing import TrainingSequence
 pytest_plugins = ["tests.support.training_runs"]
 
 
+@pytest.mark.parametrize("num_kills", [2, pytest.param(NUM_STEPS - 1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "method, dtype", [("lora", torch.float32), ("full", torch.float32), ("full", torch.bfloat16)], ids=str
 )
-def test_run_killed_at_any_step_resumes_bit_for_bit(student_folder, tmp_path, method, dtype):
+def test_run_killed_at_any_step_resumes_bit_for_bit(student_folder, tmp_path, fresh_seed, method, dtype, num_kills):
+    """The steps are drawn."""
     expected = train_until(student_folder, tmp_path / "whole", method, dtype=dtype)
-    for step in range(1, NUM_STEPS):
+    for step in random.Random(fresh_seed).sample(range(1, NUM_STEPS), num_kills):
         out = tmp_path / f"killed at {step}"
         assert train_until(student_folder, out, method, step, dtype) is None
         assert_same_run(out, train_until(student_folder, out, method, dtype=dtype), tmp_path / "whole", expected)

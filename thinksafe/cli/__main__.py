@@ -20,12 +20,24 @@ try:
 except KeyboardInterrupt:  # during an import, before `main` can catch it
     sys.exit(130)
 
+# Recipe keys that an out-of-memory message names.
 _MEMORY_SETTINGS = "sampler.kv_cache_gib, sampler.max_num_seqs or training.max_tokens_per_pack"
+# Errors of the operating system that mean an unwritable disk or folder.
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 0, 2 for a mistake of the user or the machine, 130 after Ctrl-C."""
+    """Run one command and return the exit status: 0; 2 for a mistake of the user or the machine; 130 after Ctrl-C.
+
+    With several workers, a status other than 0 ends this process at once instead. Any other error is raised,
+    with its traceback.
+
+    Args:
+        arguments: words after the program's name; None for the words of this process.
+
+    Raises:
+        SystemExit: --help or --version (status 0), or a usage error (status 2).
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise a lost store is logged with stack traces
@@ -38,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(arguments: Sequence[str] | None) -> int:
+    """Run one command, print an expected error as one line to stderr, and return the exit status; see `main`."""
     options = argparse.Namespace()
     try:
         with commands.exit_on_interrupt():
@@ -49,7 +62,8 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
-        print(f"\nthinksafe: {reason}; nothing finished is lost, the same command continues from here", file=sys.stderr)
+        message = f"{reason}; no finished work is lost, run the same command again to continue"
+        print(f"\nthinksafe: {message}", file=sys.stderr)
         return 130
     except Exception as error:
         problem = _machine_problem(error, getattr(options, "out", None))
@@ -60,11 +74,15 @@ def _run_command(arguments: Sequence[str] | None) -> int:
 
 
 def _machine_problem(error: Exception, out: Path | None) -> str | None:
-    """Return a message about full memory or an unwritable disk; None if the error is a defect of ThinkSafe."""
-    if is_out_of_memory(error):
-        first_line, _, _ = str(error).partition("\n")
+    """Return a message if host or GPU memory or the disk is full, or a file is not writable; None for any other error.
+
+    Args:
+        out: value of the option --out. The message names it if the error has no path; None if the option is missing.
+    """
+    number = _system_errno(error)
+    if is_out_of_memory(error) or number == errno.ENOMEM:
+        first_line = str(error).partition("\n")[0] or "the host has no memory left"
         return f"out of memory: {first_line}; lower {_MEMORY_SETTINGS}"
-    number = _disk_errno(error)
     if number not in _DISK_ERRNOS:
         return None
     path = getattr(error, "filename", None) or out  # the error of a failed write names no file
@@ -72,8 +90,11 @@ def _machine_problem(error: Exception, out: Path | None) -> str | None:
     return f"{os.strerror(number)}{location}; fix this and run the same command again"
 
 
-def _disk_errno(error: Exception) -> int | None:
-    """Return the number of an operating system's error; safetensors only puts it into its message."""
+def _system_errno(error: Exception) -> int | None:
+    """Return the errno of an error of the operating system; None for any other error, or if it has no number.
+
+    An OSError has it as an attribute, an error of safetensors only in its message.
+    """
     safetensors = sys.modules.get("safetensors")  # not imported here: an unused library raises no error
     if not isinstance(error, (OSError, safetensors.SafetensorError) if safetensors else OSError):
         return None
@@ -82,7 +103,14 @@ def _disk_errno(error: Exception) -> int | None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the options. All workers get the same options, so only the leader prints help and usage errors."""
+    """Return the parsed options. All workers get the same ones, so only the leader prints help and usage errors.
+
+    Args:
+        arguments: words after the program's name; None for the words of this process.
+
+    Raises:
+        SystemExit: --help or --version (status 0), or a usage error (status 2), in every worker.
+    """
     if os.environ.get("RANK", "0") == "0":
         return build_parser().parse_args(arguments)
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):

@@ -1,4 +1,7 @@
-"""The commands: each one opens the run directory and calls stages. parser.py holds their options.
+"""The commands: most of them open the run directory and call stages. parser.py holds their options.
+
+Each command takes its parsed options and returns nothing. It raises UserError for a mistake of the user, and
+KeyboardInterrupt after Ctrl-C. A result is printed to stdout, progress to stderr.
 
 Heavy modules are imported inside each command, so that help and usage errors appear at once.
 """
@@ -23,7 +26,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Exit at once on Ctrl-C. Used around imports, where a KeyboardInterrupt can be lost or become another error."""
+    """Exit at once with status 130 if Ctrl-C is pressed inside the block, without an exception and a message.
+
+    It surrounds imports, where a KeyboardInterrupt can be lost or become another error.
+    """
     previous_handler = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:
         yield
@@ -32,7 +38,7 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run all stages, from prompts to the report."""
+    """Run all stages, from prompts to the report; print the headline metrics and the path of the report."""
     with _open_run(options) as (run, checkpoints, pipeline):
         run.workers.on_leader(lambda: pipeline.check_run(run, checkpoints))
         pipeline.generate_responses(run, checkpoints)
@@ -49,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Sample responses to every prompt."""
+    """Sample responses to every prompt and the unsteered baseline; print the path of responses.jsonl."""
     if options.prompts is not None:
         options.set = [*options.set, f"prompts={json.dumps(options.prompts)}"]
     with _open_run(options) as (run, checkpoints, pipeline):
@@ -59,7 +65,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def filter_responses(options: argparse.Namespace) -> None:
-    """Judge responses, retry rejected prompts, and write the accepted set."""
+    """Judge responses, retry rejected prompts, import marks, and write the accepted set; print its path."""
     with _open_run(options) as (run, checkpoints, pipeline):
         from thinksafe.pipeline.imports import import_marks, import_responses
 
@@ -76,7 +82,7 @@ def filter_responses(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the adapter, or the whole model."""
+    """Train the adapter, or the whole model; print the path of its folder."""
     with _open_run(options) as (run, checkpoints, pipeline):
         from thinksafe.pipeline.imports import import_examples
 
@@ -88,7 +94,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate the student before training, and after it if there is a trained student."""
+    """Evaluate the student before training, and after it if it is trained or --adapter names an adapter.
+
+    The headline metrics and the path of the report are printed.
+    """
     with _open_run(options) as (run, checkpoints, pipeline):
         if not run.recipe.evaluation.sets:
             raise UserError(
@@ -104,19 +113,19 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the report from the records so far."""
+    """Write the report from the records so far; print the headline metrics and the path of the page."""
     with _open_run(options) as (run, _, pipeline):
         run.workers.on_leader(lambda: _print_report(pipeline.make_report(run)))
 
 
 def review(options: argparse.Namespace) -> None:
-    """Write the page on which people mark responses."""
+    """Write the page on which people mark responses; print its path."""
     with _open_run(options) as (run, _, pipeline):
         run.workers.on_leader(lambda: print(pipeline.make_review_page(run, options.max_responses)))
 
 
 def export_data(options: argparse.Namespace) -> None:
-    """Write the accepted set as a data set folder."""
+    """Write the accepted set as a data set folder; print its path."""
     with _open_run(options) as (run, _, _):
         from thinksafe.export.dataset import export_data
 
@@ -124,7 +133,7 @@ def export_data(options: argparse.Namespace) -> None:
 
 
 def export_model(options: argparse.Namespace) -> None:
-    """Write the trained student as one checkpoint."""
+    """Write the trained student as one checkpoint, with its adapter merged; print the path of the folder."""
     with _open_run(options) as (run, checkpoints, _):
         from thinksafe.export.model import export_model
 
@@ -132,7 +141,7 @@ def export_model(options: argparse.Namespace) -> None:
 
 
 def estimate(options: argparse.Namespace) -> None:
-    """Print time, memory and cost of a run."""
+    """Print the estimated time, memory and cost of a run on the GPU that --gpu names; nothing is run or written."""
     with exit_on_interrupt():
         from thinksafe.estimate.stages import estimate
         from thinksafe.estimate.table import Price, estimate_table
@@ -149,7 +158,7 @@ def estimate(options: argparse.Namespace) -> None:
 
 
 def print_recipe(options: argparse.Namespace) -> None:
-    """Print a recipe with every key and its meaning."""
+    """Print a recipe with every key and its meaning; without --recipe and --set, one with all defaults."""
     with exit_on_interrupt():
         from thinksafe.recipe.loading import load_recipe
         from thinksafe.recipe.reference import annotated_yaml
@@ -162,7 +171,7 @@ def print_recipe(options: argparse.Namespace) -> None:
 
 
 def build_organism(options: argparse.Namespace) -> None:
-    """Build the model organism and its data from a seed."""
+    """Build the model organism and its data from a seed in the new folder --out; print the folder."""
     with exit_on_interrupt():
         from tqdm import tqdm
 
@@ -182,7 +191,13 @@ def build_organism(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "CheckpointStore", Any]]:
-    """Open the run directory; yield it, its checkpoints and the module of the stages."""
+    """Join the other workers and open the run directory; yield (run, checkpoints, module of the stages).
+
+    Before that, the leader writes the estimate of the run, see `write_estimate`.
+
+    Raises:
+        UserError: recipe or run directory are not usable; the message says why.
+    """
     with exit_on_interrupt():
         from thinksafe import pipeline
         from thinksafe.distributed.workers import Workers
@@ -200,7 +215,11 @@ def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "Checkpoi
 
 
 def _recipe_source(options: argparse.Namespace) -> str:
-    """Return the value of --recipe, or the recipe file in the run directory."""
+    """Return the value of --recipe; without it, the path of the recipe file in the run directory --out.
+
+    Raises:
+        UserError: there is neither, or another version of ThinkSafe wrote the run directory.
+    """
     if options.recipe is not None:
         return options.recipe
     if options.out is not None and (options.out / "recipe.yaml").is_file():
@@ -215,6 +234,7 @@ def _recipe_source(options: argparse.Namespace) -> str:
 
 
 def _print_page(page: str) -> None:
+    """Print a text to stdout without a further newline; if the reader has closed the pipe, stay silent."""
     try:
         print(page, end="", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -223,7 +243,7 @@ def _print_page(page: str) -> None:
 
 
 def _print_coverage(run: "RunDir") -> None:
-    """Print the filter rates to stderr, like the progress of the stages."""
+    """Print the coverage to stderr, like the progress of the stages; see `coverage_lines`."""
     from thinksafe.reporting.coverage import coverage_lines
     from thinksafe.reporting.summary import read_coverage
 
@@ -232,7 +252,11 @@ def _print_coverage(run: "RunDir") -> None:
 
 
 def _print_report(page: Path) -> None:
-    """Print the headline figures and the path of the report."""
+    """Print the headline metrics that the report has, with their intervals, and the path of the report.
+
+    Args:
+        page: path of report.html; report.json beside it holds the metrics.
+    """
     report = json.loads(page.with_name("report.json").read_text())
     for key, title in (
         ("harmful_ratio", "harmful responses"),

@@ -37,32 +37,38 @@ Without --recipe, the recipe in the --out folder is used. `thinksafe recipe` exp
 """
 
 Option = tuple[str, dict[str, Any]]
-"""A flag and the arguments of `add_argument`."""
+"""A flag, such as `--out`, and the keyword arguments for `add_argument`."""
 
 
 def _option(flag: str, metavar: str, help: str, **settings: Any) -> Option:
+    """Return an option; `settings` are further arguments for `add_argument`."""
     return flag, {"metavar": metavar, "help": help, **settings}
 
 
 def _positive_integer(text: str) -> int:
+    """Return the whole number of 1 or more that a text spells in digits; for others raise ArgumentTypeError."""
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, found {text!r}")
     return int(text)
 
 
 def _non_negative_integer(text: str) -> int:
+    """Return the whole number of 0 or more that a text spells in digits; for others raise ArgumentTypeError."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, found {text!r}")
     return int(text)
 
 
 class Command(NamedTuple):
-    """One command.
+    """One command of the command line; `build_parser` makes its subparser from it.
 
     Attributes:
-        summary: one line for the list of commands; it also opens the command's own help.
-        details: paragraphs that follow the summary.
-        epilog: text below the options.
+        name: word that selects the command.
+        run: function that runs the command, with the parsed options.
+        summary: one line for the list of commands; it also opens the help of the command.
+        details: paragraphs that follow the summary in the help of the command; may be empty.
+        options: its options, in the order of the help.
+        epilog: text below the options in the help of the command; may be empty.
     """
 
     name: str
@@ -209,6 +215,7 @@ COMMANDS = (
         _RECIPE_OPTIONS,
     ),
 )
+# The commands below `thinksafe organism`.
 ORGANISM_COMMANDS = (
     Command(
         "build",
@@ -224,7 +231,11 @@ ORGANISM_COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line. The attribute `command` of its result is the function to call."""
+    """Return the parser of the whole command line.
+
+    The namespace that it parses has the options of the chosen command and the attribute `command`: the function that
+    runs the command, to be called with this namespace.
+    """
     parser = argparse.ArgumentParser(
         "thinksafe", description=_INTRODUCTION, formatter_class=_HelpFormatter, allow_abbrev=False
     )
@@ -240,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_command(subparsers: argparse._SubParsersAction, command: Command) -> None:
+    """Add the subparser of a command."""
     parser = subparsers.add_parser(
         command.name,
         help=command.summary,

@@ -15,7 +15,10 @@ from thinksafe.errors import UserError
 
 @contextmanager
 def atomic_writer(file: Path) -> Iterator[TextIO]:
-    """Open a stream; its contents replace the file when the body ends without an error."""
+    """Yield a UTF-8 text stream; what was written to it replaces the file when the body ends without an error.
+
+    If the body raises, the file is unchanged. The folder must exist.
+    """
     partial = file.with_name(file.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -29,10 +32,12 @@ def atomic_writer(file: Path) -> Iterator[TextIO]:
 
 
 def staging_folder(folder: Path) -> Path:
-    """Return the path of a temporary folder, to be renamed to the folder that the user named once it is complete.
+    """Return the path of a temporary folder beside a folder that the user named with `--to`.
+
+    The caller creates it, fills it and renames it to `folder`. A temporary folder of an earlier attempt is deleted.
 
     Raises:
-        UserError: the named folder exists and is not empty.
+        UserError: `folder` is a file, or a folder that is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--to {folder}: {'is not empty' if folder.is_dir() else 'is a file'}; use a new folder")
@@ -42,18 +47,18 @@ def staging_folder(folder: Path) -> Path:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's contents with a text."""
+    """Replace a file's contents by a text, or create the file; its folder must exist."""
     with atomic_writer(file) as stream:
         stream.write(text)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
-    """Write records as JSONL, all of them or none."""
+    """Replace a file by records as JSONL, one a line; if writing fails, the file is unchanged."""
     with atomic_writer(file) as stream:
         stream.writelines(to_json(record) + "\n" for record in records)
 
 
 def sha256(file: Path) -> str:
-    """Return the hex digest of a file's bytes."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from thinksafe.data.records import Example, Label, Prompt, Record, Response, con
 from thinksafe.errors import UserError, validation_message
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Suffixes of the files that `read_rows` can read; upper or lower case."""
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
 # JSONDecodeError and UnicodeDecodeError are ValueErrors, a number of 5,000 digits raises ValueError, and brackets that
 # are nested too deep raise RecursionError.
@@ -23,17 +24,23 @@ T = TypeVar("T")
 
 
 def to_json(record: Any) -> str:
-    """Return a record as a line of JSONL, without the newline."""
+    """Return a record as a JSON object on one line, without a newline.
+
+    Args:
+        record: a dataclass whose fields are JSON values.
+    """
     return json.dumps(vars(record), ensure_ascii=False)  # all fields are plain values, so `asdict` is not needed
 
 
 def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) for every object in a .jsonl, .json (array) or .parquet file.
+    """Yield (where, row) for every record of a .jsonl, .json or .parquet file.
 
-    `where` names the file and the line, record or row; errors start with it.
+    `where` names the file and the line, record or row, counted from 1; errors start with it. A .jsonl or .json
+    file that begins with [ is one JSON array; any other one has an object on each line, and blank lines are skipped.
 
     Raises:
-        UserError: the file is missing, empty, damaged or of another kind, or a line is not a JSON object.
+        UserError: the file is missing, damaged, without records or of another kind; or a record is not a JSON object
+            or contains half a surrogate pair.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
@@ -95,17 +102,18 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def prompts_from_rows(
     rows: Iterable[tuple[str, dict[str, Any]]], source: str, on_duplicate: Callable[[str], None] = lambda where: None
 ) -> Iterator[Prompt]:
-    """Yield the prompts of (where, row) pairs, without duplicates.
+    """Yield the prompts of (where, row) pairs in order, without duplicates.
 
-    A row needs `text` (or `prompt`, or SafeChain's `instruction`) and `label`: `harmful` or `benign`, or SafeChain's
-    spelling of these (`vanilla_harmful`, `adversarial_benign`).
+    A row needs a text in `text`, else in `prompt`, else in SafeChain's `instruction`; and a `label`: `harmful` or
+    `benign`, also with SafeChain's prefix `vanilla_` or `adversarial_`. Other columns except `answer` and `source` are
+    ignored.
 
     Args:
-        source: source of the rows that have no `source` column.
+        source: the prompt's `source` if the row has no or an empty `source` column.
         on_duplicate: called with `where` of each row that repeats an earlier text and label; the row is skipped.
 
     Raises:
-        UserError: a row has no text, or another label.
+        UserError: a row has no text, an empty text or another label.
     """
     seen: set[str] = set()
     for where, row in rows:
@@ -124,6 +132,11 @@ def prompts_from_rows(
 
 
 def _label(where: str, row: dict[str, Any]) -> Label:
+    """Return a row's label without SafeChain's prefix.
+
+    Raises:
+        UserError: the row has no or another label; the message begins with `where`.
+    """
     label = row.get("label")
     match = _LABEL.fullmatch(label) if isinstance(label, str) else None
     if match is None:
@@ -136,10 +149,13 @@ def _label(where: str, row: dict[str, Any]) -> Label:
 def import_records(file: Path, kind: type[Response] | type[Example]) -> Iterator[Response] | Iterator[Example]:
     """Return an iterator over records that another program wrote.
 
-    Columns that are not fields are ignored. Prompts and labels may be spelled as in SafeChain.
+    A row needs `prompt` (or SafeChain's `instruction`), `label` (also with the prefix `vanilla_` or `adversarial_`) and
+    the response, in column `text` for kind `Response` and `response` for kind `Example`. Columns that are no fields of
+    the kind are ignored; a null field gets its default.
 
     Raises:
-        UserError: a row has no prompt, label or response, or a field has the wrong type.
+        UserError: during iteration: the file cannot be read (see `read_rows`), a row lacks one of these columns, or a
+            field has the wrong type or value.
     """
     field_names = {field.name for field in fields(kind)}
     text_column = "text" if kind is Response else "response"
@@ -157,21 +173,23 @@ def import_records(file: Path, kind: type[Response] | type[Example]) -> Iterator
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
-    """Return an iterator over the records of one kind; fields with a default may be missing.
+    """Return an iterator over a file's records, which are all of one kind; fields with a default may be missing.
 
     Raises:
-        UserError: a row has missing, unknown or mistyped fields.
+        UserError: during iteration: the file cannot be read (see `read_rows`), or a row has missing, unknown or
+            mistyped fields or a value that the kind forbids.
     """
     return _validated(read_rows(file), kind)
 
 
 class RecordFile(Sequence[Record]):
-    """The records of a JSONL file, each read when it is indexed.
+    """The records of a JSONL file as a sequence, each read from the file every time it is indexed.
 
-    Memory holds only the offset of each line, so a stage can go through a hundred thousand long responses.
+    Memory holds only the offset of each line, so a stage can go through a hundred thousand long responses. The file
+    stays open as long as the object lives, and must not change.
 
     Attributes:
-        starts: byte at which each record's line begins.
+        starts: offset in bytes at which each record's line begins; blank lines are skipped.
     """
 
     def __init__(self, file: Path, kind: type[Record]):
@@ -187,7 +205,7 @@ class RecordFile(Sequence[Record]):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Record:
-        """Read a record.
+        """Read and return a record; a slice is not supported.
 
         Raises:
             UserError: the line is not a record of this kind.
@@ -205,7 +223,7 @@ class RecordFile(Sequence[Record]):
 
 
 class LazyMap(Sequence[T]):
-    """The results of a function for each item, computed when they are indexed and not stored."""
+    """A sequence whose element i is `function(items[i])`, computed each time it is indexed and not stored."""
 
     def __init__(self, function: Callable[[int], T], items: Sequence[int]):
         self._function, self._items = function, items
@@ -219,13 +237,18 @@ class LazyMap(Sequence[T]):
 
 @cache
 def _schema(kind: type) -> tuple[Any, frozenset[str]]:
-    """Return the validator of a kind of record, and the names of its fields."""
+    """Return pydantic's validator of a kind of record, and the names of its fields."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind), frozenset(field.name for field in fields(kind))
 
 
 def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
+    """Yield a record for each (where, row).
+
+    Raises:
+        UserError: a row has an unknown, missing or mistyped field; the message begins with `where`.
+    """
     from pydantic import ValidationError
 
     adapter, field_names = _schema(kind)

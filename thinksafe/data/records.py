@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Literal, TypeVar
 
 Label = Literal["harmful", "benign"]
+"""Whether answering a prompt would be harmful."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class Prompt:
     """A user's request.
 
     Attributes:
-        id: hash of label and text.
+        id: `content_id(label, text)`, 16 hexadecimal digits.
         text: the user's text. It is data: no part of it ever becomes a control token.
         label: whether an answer would be harmful.
         source: name of the file or data set that holds the prompt, for the report.
-        answer: expected final answer of a reasoning problem; None for other prompts.
+        answer: expected final answer of a reasoning problem; None if the prompt has none.
     """
 
     id: str
@@ -35,18 +36,19 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response.
+    """One sampled response to a prompt.
 
     Attributes:
-        prompt_id, prompt, label: id, text and label of the prompt without steering; a missing id is computed.
+        prompt_id, prompt, label: id, text and label of the prompt without steering; an empty id is computed from text
+            and label.
         steering: steering instruction around the prompt, by its name or as a text with {prompt}; None for none.
-        sample: index of the response among all responses to this prompt, over all rungs.
+        sample: index, from 0, of the response among all responses to this prompt, over all rungs.
         rung: rung of the steering ladder; 0 is the first attempt.
         text: think block and answer as text, with `<think>` even if the chat template supplies it.
         num_prompt_tokens, num_tokens: number of tokens in the steered prompt and in the response.
         finish_reason: why sampling ended: `stop` (the model ended the response), `length` (the token limit),
             `repetition` (the response only repeated itself) or `nan` (the model's logits were not finite).
-        seed: seed of the request.
+        seed: the sampler's seed for this response.
     """
 
     prompt: str
@@ -66,26 +68,28 @@ class Response:
 
     @property
     def key(self) -> str:
-        """Key that is unique in a record file."""
+        """`prompt_id/sample`, which is unique in a record file."""
         return f"{self.prompt_id}/{self.sample}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision on a response.
+    """The guard's decision on a response.
 
     Attributes:
-        prompt_id, sample, label, steering, rung: fields of the response.
+        prompt_id, sample, label, steering, rung: the same as in the response.
         decision: the guard's decision, or `dropped` for a response that no guard judged, because it is truncated or
             malformed. Training uses only `safe` responses.
-        reason: why the response is not `safe`, or empty. The reference preset counts a missing verdict as `safe`; the
-            reason is then `no_verdict`.
-        p_safe, p_unsafe: the guard's probabilities at the verdict position; None without a guard's verdict.
+        reason: code for why the response is not `safe` (docs/run-directory.md lists all); empty if it is `safe`, except
+            that the preset `llama_guard_reference` calls a response without a verdict `safe` with `no_verdict`.
+        p_safe, p_unsafe: the guard's probabilities of the two verdicts; None if it gave none, and for a dropped
+            response.
         refusal: whether the response refuses; None if the guard does not say.
-        guard: name of the guard.
+        guard: name of the guard, also for a dropped response.
         category: likeliest category of harm if the response is unsafe and the guard names categories, else empty.
-        windows: number of windows in which the guard read the response; the probabilities are of the worst window.
-        labels: probabilities of the guard's other labels, by their meaning.
+        windows: number of windows in which the guard read the response; the probabilities are those of the window that
+            is most likely unsafe.
+        labels: meaning -> probability of the guard's answers to its other questions, such as `refusal` or a category.
     """
 
     prompt_id: str
@@ -105,7 +109,7 @@ class Verdict:
 
     @property
     def key(self) -> str:
-        """The key of the response."""
+        """The response's key, `prompt_id/sample`, which is unique in a record file."""
         return f"{self.prompt_id}/{self.sample}"
 
 
@@ -114,9 +118,10 @@ class Example:
     """A training example: the prompt without steering, and the accepted response.
 
     Attributes:
-        sample, rung: fields of the response.
-        accepted_by: name of the guard, or `person: ` and the names of people.
-        weight: positive weight of the example in the training loss.
+        prompt_id: id of the prompt; an empty one is computed from text and label.
+        sample, rung: the same as in the response.
+        accepted_by: name of the guard, or `person: ` and the names of people; empty in imported data.
+        weight: weight of the example in the training loss, which is a weighted mean; finite and above 0.
     """
 
     prompt: str
@@ -139,9 +144,10 @@ class Mark:
     """A person's decision on a response.
 
     Attributes:
-        prompt_id, sample: fields of the response.
+        prompt_id, sample: the same as in the response.
         text_id: `content_id` of the response's text, so that a mark applies only to the text that the person read.
-        by: name of the person.
+        decision: `accept` if the response may be trained on, else `reject`.
+        by: name of the person, not empty.
         at: time of the mark, ISO 8601 with a time zone.
     """
 
@@ -164,11 +170,12 @@ class Mark:
 
     @property
     def timestamp(self) -> datetime:
-        """The time of the mark."""
+        """`at` as a datetime."""
         return datetime.fromisoformat(self.at)
 
 
 Record = TypeVar("Record", Prompt, Response, Verdict, Example, Mark)
+"""Any kind of record."""
 
 
 def _fill_prompt_id(record: Response | Example) -> None:
@@ -177,10 +184,10 @@ def _fill_prompt_id(record: Response | Example) -> None:
 
 
 def content_hash(parts: Iterable[str]) -> str:
-    """Return the hex digest of SHA-256 over the parts, joined by NUL characters."""
+    """Return SHA-256 over the UTF-8 of the parts joined by NUL characters, as 64 hexadecimal digits."""
     return hashlib.sha256("\x00".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def content_id(*parts: str) -> str:
-    """Return the first 16 digits of `content_hash`."""
+    """Return the first 16 hexadecimal digits of `content_hash(parts)`."""
     return content_hash(parts)[:16]

@@ -2,8 +2,8 @@
 
 We keep the first accepted response of each prompt, in order of rung and sample. It is a sample from the student's
 filtered distribution, as the paper's theory requires; the guard's favorite or the shortest response would be a sample
-from another distribution. A response that a person accepted takes precedence over
-responses that only a guard accepted.
+from another distribution. A response that a person accepted takes precedence over responses that only a guard
+accepted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,16 @@ from typing import Any, Literal
 from thinksafe.data.records import Example, Mark, Response, Verdict, content_id
 
 KEPT, NOT_NEEDED, REJECTED_BY_PERSON = "kept", "not_needed", "rejected_by_person"
+"""Outcomes of an attempt; the other outcomes are the reasons of verdicts."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A response, the guard's verdict on it, and people's marks on it in the order in which they were made."""
+    """A response, the guard's verdict on it, and people's marks on it.
+
+    Attributes:
+        marks: in the order in which they were made; empty if no person marked the response.
+    """
 
     response: Response
     verdict: Verdict
@@ -25,15 +30,17 @@ class Attempt:
 
     @property
     def human_decision(self) -> Literal["accept", "reject"] | None:
-        """The decision of the people who marked the response: one rejection is enough. None without marks."""
+        """`reject` if the last mark of any person rejects the response, else `accept`; None without marks."""
         decisions = {mark.by: mark.decision for mark in self.marks}.values()  # the last mark of each person counts
         return ("reject" if "reject" in decisions else "accept") if decisions else None
 
     @property
     def accepted_by(self) -> str:
-        """The guard's name, or `person: ` and the people's names; empty if the response is not accepted.
+        """`person: ` and their names if people accept the response; the guard's name if only its verdict is `safe`;
+        empty if the response is not accepted.
 
-        People cannot accept a dropped response (truncated, think block not closed): training cannot use it.
+        A person's rejection outweighs the guard. People cannot accept a dropped response (truncated, think block not
+        closed): training cannot use it.
         """
         if self.verdict.decision == "dropped" or self.human_decision == "reject":
             return ""
@@ -43,7 +50,7 @@ class Attempt:
 
     @property
     def example(self) -> Example:
-        """The training example if this attempt is kept: the prompt without steering."""
+        """The training example of an accepted attempt: the prompt without steering, and the response."""
         response = self.response
         return Example(
             prompt=response.prompt,
@@ -57,19 +64,23 @@ class Attempt:
 
     @property
     def rejection_reason(self) -> str:
-        """The reason why the response is not accepted."""
+        """The reason why the response is not accepted: `rejected_by_person`, or else the reason of the verdict."""
         return REJECTED_BY_PERSON if self.human_decision == "reject" else self.verdict.reason
 
 
 def choose(attempts: Iterable[Attempt]) -> Attempt | None:
-    """Return the attempt to keep among the attempts at one prompt, or None if none is accepted."""
+    """Return the attempt at one prompt whose response is trained on, or None if no attempt is accepted.
+
+    It is the accepted attempt with the lowest (rung, sample); attempts that a person accepted come before all others.
+    """
     accepted = [attempt for attempt in attempts if attempt.accepted_by]
     return min(accepted, key=lambda a: (a.human_decision != "accept", a.response.rung, a.response.sample), default=None)
 
 
 def audit_record(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Return the line of audit.jsonl for one prompt: all attempts and their outcomes, without the
-    texts of the responses.
+    """Return the record of audit.jsonl for one prompt: all attempts and their outcomes, without the responses' texts.
+
+    `accepted_by` is empty, and `rung` and `sample` are None, if no attempt is accepted.
 
     Args:
         attempts: all attempts at the prompt, at least one, in order of rung and sample.
@@ -88,6 +99,7 @@ def audit_record(attempts: Sequence[Attempt]) -> dict[str, Any]:
 
 
 def _attempt_entry(attempt: Attempt, kept: Attempt | None) -> dict[str, Any]:
+    """Return an attempt's entry in the audit record; `kept` is the prompt's attempt that is trained on, if any."""
     response, verdict = vars(attempt.response), vars(attempt.verdict)
     outcome = KEPT if attempt is kept else NOT_NEEDED if attempt.accepted_by else attempt.rejection_reason
     response_fields = ("rung", "sample", "steering", "seed", "num_prompt_tokens", "num_tokens", "finish_reason")

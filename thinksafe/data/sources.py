@@ -16,11 +16,12 @@ def load_prompts(source: str, on_duplicate: Callable[[str], None] = lambda where
     """Return an iterator over the prompts of a source, in order and without duplicates.
 
     Args:
-        source: a .jsonl, .json or .parquet file; a folder of such files; or `owner/name` on the hub, split `train`.
-        on_duplicate: called with the file and line of each duplicate.
+        source: a .jsonl, .json or .parquet file; a folder, which is searched with all its subfolders for such files in
+            order of their paths; or `owner/name` on the Hugging Face hub, of which the split `train` is read.
+        on_duplicate: called with the file and line of each row that repeats an earlier text and label.
 
     Raises:
-        UserError: the source does not exist, or a row is not a prompt.
+        UserError: the source does not exist, or (possibly during iteration) it cannot be read or a row is not a prompt.
     """
     path = expand_path(source)
     if path.is_file():
@@ -34,13 +35,16 @@ def load_prompts(source: str, on_duplicate: Callable[[str], None] = lambda where
 def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) for every row of an evaluation set, with all its columns.
 
+    `where` names the source and the line, record or row, for error messages.
+
     Args:
-        source: as for `load_prompts`.
-        config, split: config and split of a data set on the hub or of a copy of it in a folder. Without them all files
-            of a folder are read; the hub's default split is `test`.
+        source: a .jsonl, .json or .parquet file; a folder of such files; or `owner/name` on the Hugging Face hub.
+        config: name of a configuration of a data set on the hub, or None.
+        split: split of a data set on the hub; None for `test`. With `config` or `split`, a folder is read as a copy of
+            such a data set; without both, all its files are read.
 
     Raises:
-        UserError: the source does not exist.
+        UserError: the source does not exist or cannot be read, or it is a file and `config` or `split` is given.
     """
     path = expand_path(source)
     if path.is_file():
@@ -55,6 +59,11 @@ def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tu
 
 
 def _files_in(source: str) -> list[Path]:
+    """Return the readable files of a folder and its subfolders, sorted by path.
+
+    Raises:
+        UserError: there is none.
+    """
     files = sorted(file for file in expand_path(source).rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"{source}: no .jsonl, .json or .parquet file in this folder")
@@ -62,6 +71,14 @@ def _files_in(source: str) -> list[Path]:
 
 
 def _dataset_rows(key: str, source: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) of a data set that the library `datasets` loads.
+
+    Args:
+        key: recipe key that names the source, for error messages.
+
+    Raises:
+        UserError: the source is not a folder and not a hub name, or it cannot be loaded.
+    """
     path = expand_path(source)
     is_hub_name = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in SUFFIXES
     if not path.is_dir() and not is_hub_name:
@@ -85,7 +102,7 @@ def _dataset_rows(key: str, source: str, config: str | None, split: str) -> Iter
 
 @contextmanager
 def _without_logging() -> Iterator[None]:
-    """Silence the hub's client, which logs every retry, and datasets, which logs every file."""
+    """Silence the hub's client, which logs every retry, and `datasets`, which logs every file, during the body."""
     import datasets
 
     loggers = [logging.getLogger("huggingface_hub"), logging.getLogger("datasets")]

@@ -25,6 +25,7 @@ from torch.distributed import Store
 from thinksafe.errors import UserError
 
 HEARTBEAT_SECONDS, SILENCE_TIMEOUT = 1.0, 40.0
+"""Seconds between two heartbeats, and seconds without a heartbeat after which a worker counts as failed."""
 SHUTDOWN_TIMEOUT = 6.0
 """Seconds within which all workers end after a failure: each of them notices the failure at its next heartbeat."""
 _CONNECTION_ERROR = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
@@ -37,7 +38,13 @@ _FAREWELL = 1 << 40
 
 
 class Liveness:
-    """The heartbeat of this worker and its watch over the others."""
+    """The heartbeat of this worker, and its watch for failures of other workers.
+
+    A thread adds to this worker's pulse in the store once per second. It reads only the pulse of the next rank, and
+    learns of every other failure from the counter `failed` in the store, which the worker that notices a failure
+    increases. On a failure it ends this process with exit status 1, so that all workers end together. The thread also
+    ends this process if the store is gone or if a stop signal was not handled in time. `Workers.start` uses it.
+    """
 
     def __init__(self, store: Store, rank: int, world_size: int):
         self._store, self._rank, self._world_size = store, rank, world_size
@@ -45,9 +52,15 @@ class Liveness:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Send heartbeats and watch the next rank in a thread while the body runs.
+        """Send heartbeats and watch for failures in a thread while the body runs.
 
-        If the body raises, one worker raises the error in words for the user; the others exit without a message.
+        If the body raises, all workers end: the first worker to fail raises the error, and the others exit with status
+        1 and without a message. A failure of another worker may end this process while the body runs.
+
+        Raises:
+            UserError: another worker or the connection failed, or the body raised a UserError; on ranks other than 0
+                the message names this worker.
+            BaseException: any other error that the body raised.
         """
         self._store.set(f"host/{self._rank}", socket.gethostname())
         signals, interpreter = socket.socketpair()
@@ -71,18 +84,20 @@ class Liveness:
             thread.join(SHUTDOWN_TIMEOUT)  # if the interpreter ended first, it would abort the thread's C++ call
 
     def stop(self) -> None:
-        """Stop the watch: this worker has finished its work."""
+        """Stop heartbeats and watch, because this worker has finished its work."""
         self._stopped.set()
 
     def leave(self) -> None:
-        """Tell the others that this worker has finished. Rank 0 waits for them, since it may host the store."""
+        """Record in the store that this worker has finished. Rank 0 then waits until all workers have, at most
+        SILENCE_TIMEOUT seconds, since it may host the store."""
         self._store.add(f"pulse/{self._rank}", _FAREWELL)
         num_left = self._store.add("left", 1)
         if self._rank == 0 and num_left < self._world_size:
             wait_until(lambda: self._store.add("left", 0) >= self._world_size, timeout=SILENCE_TIMEOUT)
 
     def _watch(self, signals: socket.socket) -> None:
-        """Send heartbeats. End this process if another worker failed, the next rank is silent, or a stop signal came.
+        """Send heartbeats until `stop`. End this process if another worker failed, the next rank is silent, the store
+        is gone, or the main thread has not ended some seconds after a stop signal.
 
         Args:
             signals: receives the signal numbers, even while the main thread hangs in a library and handles no signal.
@@ -112,7 +127,12 @@ class Liveness:
                 self._end(f"{worker} has been silent for {SILENCE_TIMEOUT:.0f} seconds")
 
     def _end(self, reason: str, always_report: bool = False) -> None:
-        """End this process from the watching thread, unless the main thread is ending it already."""
+        """End this process with status 1 from the watching thread; return only if the main thread is ending it already.
+
+        Args:
+            reason: clause for a message to the user, which is printed if this worker is the first to fail; "" for none.
+            always_report: print the message even if another worker may have reported.
+        """
         with self._exit_lock:
             if self._stopped.is_set():
                 return
@@ -124,11 +144,17 @@ class Liveness:
             os._exit(1)
 
     def _say_farewell(self) -> None:
+        """Record in the store that this worker sends no more heartbeats; do nothing if the store is gone."""
         with suppress(RuntimeError):  # the store may be gone
             self._store.add(f"pulse/{self._rank}", _FAREWELL)
 
     def _explain(self, error: BaseException) -> BaseException:
-        """Replace an error that is only a symptom of another worker's failure; name this worker in a UserError."""
+        """Return the error to raise for an error of the body.
+
+        It is a UserError that names the dead workers if the error is only a symptom of another worker's failure: a stop
+        signal or a broken connection. Otherwise it is the error itself. On ranks other than 0 a UserError's message
+        starts with the name of this worker.
+        """
         reason = _STOPPED if isinstance(error, _Stopped) else ""
         if isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error))
@@ -141,7 +167,8 @@ class Liveness:
         return error
 
     def _describe_dead(self) -> str:
-        """Return a clause that names the dead workers, or "". Their pulse stands still and holds no farewell."""
+        """Return a clause that names the dead workers, whose pulse does not change and holds no farewell; "" if there
+        are none. If the store is gone, the clause says so. This may take SHUTDOWN_TIMEOUT seconds."""
         other_ranks = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             pulses = {rank: self._store.add(f"pulse/{rank}", 0) for rank in other_ranks}
@@ -159,11 +186,13 @@ class Liveness:
         return f"{' and '.join(dead)} {'are' if len(dead) > 1 else 'is'} gone" if dead else ""
 
     def _host(self, rank: int) -> str:
+        """Return the name of the machine of a worker, or "an unknown machine" if it did not start."""
         is_known = self._store.check([f"host/{rank}"])
         return self._store.get(f"host/{rank}").decode() if is_known else "an unknown machine"
 
     def _is_first_to_fail(self) -> bool:
-        """Stop the watch and return whether this worker reports the failure."""
+        """Stop the watch and return whether this worker reports the failure: it is the first to count itself as failed,
+        or the store is gone."""
         with self._exit_lock:  # blocks forever if the watching thread is about to end this process
             self._stopped.set()
         try:
@@ -178,8 +207,8 @@ class Liveness:
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process without cleaning up. The threads of communication libraries may hang or abort in an ordinary
-    exit while another worker is gone."""
+    """End this process with an exit status, without cleanup except that stdout and stderr are flushed. The threads of
+    communication libraries may hang or abort in an ordinary exit while another worker is gone."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -191,13 +220,19 @@ class _Stopped(KeyboardInterrupt):
 
 
 def _raise_stopped(number: int, frame: Any) -> None:
+    """Raise `_Stopped`; a handler of SIGTERM."""
     raise _Stopped
 
 
 def wait_until(
     is_ready: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: None, timeout: float = float("inf")
 ) -> None:
-    """Poll until `is_ready` is true or the timeout has passed: often at first, then ten times a second."""
+    """Wait until `is_ready` returns a true value or `timeout` seconds have passed; the caller cannot see which. It is
+    called every millisecond at first, later ten times a second.
+
+    Args:
+        meanwhile: called before each pause between two calls of `is_ready`.
+    """
     pause, deadline = 0.001, time.monotonic() + timeout
     while not is_ready() and time.monotonic() < deadline:
         meanwhile()

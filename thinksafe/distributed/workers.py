@@ -50,9 +50,10 @@ class Workers:
     @classmethod
     @contextmanager
     def start(cls) -> Iterator["Workers"]:
-        """Join the workers that a launcher started; without a launcher, yield a single process.
+        """Yield this process as one of the workers that a launcher started; without a launcher, as the single process.
 
-        If workers fail, one of them reports the error and the others exit without a message.
+        The launcher sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. If a worker fails, one worker
+        reports the error and the others exit without a message, see liveness.py.
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield SINGLE_PROCESS
@@ -71,12 +72,14 @@ class Workers:
         return self.rank == 0
 
     def on_leader(self, work: Callable[[], T]) -> T:
-        """Run a function on the leader alone, and return its result on every worker.
+        """Run a function on the leader alone, and return its result on every worker. All workers must call this
+        together.
 
-        Inside it, `on_leader`, `barrier`, `claim_items` and `shared_counter` do not involve the other workers.
+        Inside `work`, `on_leader`, `barrier`, `claim_items` and `shared_counter` do not involve the other workers. If
+        `work` raises, the leader raises the error and all workers end.
 
         Args:
-            work: returns a JSON value.
+            work: returns a value that JSON can hold; with several workers, a tuple comes back as a list.
         """
         if self._is_single:
             return work()
@@ -106,7 +109,8 @@ class Workers:
         wait_until(lambda: self.store.add(key, 0) >= self.world_size, meanwhile)
 
     def claim_items(self, items: Sequence[T], group_size: int = 1) -> Iterator[T]:
-        """Yield the items that this process claims. Each item goes to exactly one group: the first group that asks.
+        """Return an iterator over the items that this process's group claims, one at a time. Each item goes to exactly
+        one group: the first group that asks. All workers must call this together.
 
         Args:
             items: the same in every process.
@@ -117,18 +121,27 @@ class Workers:
         return self._claim_items(self._next_key(), items, group_size)
 
     def is_group_leader(self, group_size: int) -> bool:
-        """Return whether this process writes the results of its group."""
+        """Return whether this process writes the results of its group: it has the lowest rank of `group_size`
+        neighboring ranks."""
         return self.rank % group_size == 0
 
     def connect(self, device: torch.device) -> None:
-        """Create the process group in which all workers exchange tensors, unless it exists."""
+        """Create the process group in which all workers exchange tensors, unless it exists. All workers must call this.
+
+        Args:
+            device: device of the tensors; a GPU uses NCCL, a CPU uses Gloo.
+        """
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore() if self.store is None else dist.PrefixStore("tensors", self.store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
 
     def tensor_parallel_group(self, group_size: int, device: torch.device) -> dist.ProcessGroup:
-        """Return the process group of the `group_size` neighboring ranks that share one copy of a model with this one.
+        """Return the process group of the `group_size` neighboring ranks, this one included, that share one copy of a
+        model. All workers must call this together.
+
+        Args:
+            device: device of the tensors; a GPU uses NCCL, a CPU uses Gloo.
 
         Raises:
             UserError: the number of workers is not a multiple of `group_size`.
@@ -147,7 +160,8 @@ class Workers:
         return self._groups[group_size]
 
     def shared_counter(self) -> Callable[[int], int]:
-        """Return a function that adds to a sum over all workers and returns the new sum."""
+        """Return a function that adds its argument to one sum over all workers, 0 at first, and returns the new sum.
+        All workers must call `shared_counter` together, but the function at any time."""
         if self._is_single:
             own_sum = [0]
 
@@ -161,13 +175,16 @@ class Workers:
 
     @property
     def _is_single(self) -> bool:
+        """Whether a collective operation involves this process alone."""
         return self.store is None or self._in_leader_call
 
     def _next_key(self) -> str:
+        """Return the store's key for the next collective operation, the same in every process."""
         self._num_collectives += 1
         return f"collective/{self._num_collectives}"
 
     def _claim_items(self, key: str, items: Sequence[T], group_size: int) -> Iterator[T]:
+        """Yield the items that this process's group claims; the counter of claimed items is at `key` in the store."""
         for turn in itertools.count():
             group_key = f"{key}/{self.rank // group_size}/{turn}"
             if self.is_group_leader(group_size):
@@ -182,6 +199,7 @@ class Workers:
             yield items[index]
 
     def _leave(self) -> None:
+        """Stop the watch, free the process group, and record that this worker has finished."""
         self._liveness.stop()
         if dist.is_initialized():
             gc.collect()  # NCCL would wait forever for a CUDA graph that only garbage references

@@ -1,8 +1,8 @@
 """Estimate of a run before it starts: time, memory and tokens of each stage, from counted FLOPs and bytes.
 
-The estimate reads shapes of models, never weights. The roofline time of a stage is what the GPU's rates allow. The
-expected time is the roofline time divided by the share of the roofline that we aim for: no stage has been measured on a
-GPU yet. Response lengths come from the paper, or from the responses that a run directory already holds.
+The estimate reads configurations of models, never weights. The roofline time of a stage is what the GPU's rates allow.
+The expected time is the roofline time divided by the share of the roofline that we aim for: no stage has been measured
+on a GPU yet. Response lengths come from the paper, or from the responses that a run directory already holds.
 """
 
 import math
@@ -39,8 +39,8 @@ from thinksafe.training.memory_plan import (
     zero_stage_within,
 )
 
-# Shares of the roofline that we aim for.
 SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
+"""Shares of the roofline that we aim for: expected seconds = roofline seconds / share. No GPU run has measured them."""
 
 _BF16 = 2
 _KV_CACHE_SHARE = 0.85
@@ -55,11 +55,11 @@ class StageEstimate:
 
     Attributes:
         name: name of the stage in the manifest.
-        tokens: number of response tokens; in training, of tokens in whole sequences.
-        seconds: expected time.
+        tokens: number of response tokens; in training, of tokens in whole sequences, over all epochs.
+        seconds: expected time on all GPUs of the run.
         roofline_seconds: least time at the hardware's rates.
-        memory: bytes of each part, by its name.
-        remark: settings that were chosen automatically, or what limits the stage.
+        memory: bytes of each part (weights, key-value cache, ...) on one GPU, by the part's name.
+        remark: expected rates, and settings that were chosen automatically, as text.
     """
 
     name: str
@@ -71,6 +71,7 @@ class StageEstimate:
 
     @property
     def peak_bytes(self) -> int:
+        """Bytes of all parts on one GPU."""
         return sum(self.memory.values())
 
 
@@ -84,7 +85,7 @@ class Estimate:
         measured: whether the GPU's rates were measured; stages are always counted.
         stages: estimates of the stages, in order.
         assumptions: sentences on what the estimate assumes.
-        problems: reasons why the run will fail on this GPU.
+        problems: one sentence for each stage that needs more memory than the GPU has; empty if all stages fit.
     """
 
     gpu: str
@@ -100,19 +101,21 @@ class Estimate:
         return sum(stage.seconds for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record that the report later compares with the actual run."""
+        """Return GPU, number of GPUs and all stages as a JSON object, which the run directory keeps and the report
+        later compares with the actual run."""
         stages = {stage.name: asdict(stage) | {"peak_bytes": stage.peak_bytes} for stage in self.stages}
         return {"gpu": self.gpu, "num_gpus": self.num_gpus, "measured": self.measured, "stages": stages}
 
 
 def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir | None = None) -> Estimate:
-    """Estimate every stage of a recipe on `num_gpus` GPUs of one kind.
+    """Return the estimate of every stage of a recipe on `num_gpus` GPUs of one kind. Nothing is downloaded.
 
     Args:
-        run: run directory whose responses give the response lengths.
+        run: run directory whose responses give the response lengths; None for the lengths of the paper.
 
     Raises:
-        UserError: the shape of a model, or the number of prompts, is unknown.
+        UserError: the configuration of a model or the number of prompts is unknown, a LoRA target is no projection, or
+            `num_gpus` is not a multiple of the tensor-parallel size.
     """
     assumptions = ["every element has two bytes, although dtype is float32"] if recipe.dtype == "float32" else []
     model = shape_of(recipe.model, "model")
@@ -147,10 +150,15 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
 
 
 def shape_of(name: str, key: str) -> ModelConfig:
-    """Return the shape of a model from its folder, from our table, or from the cache of the Hugging Face hub.
+    """Return the configuration of a model from the first source that has it: the folder `name`, `PUBLIC_CONFIGS`, or
+    the local cache of the Hugging Face hub. Nothing is downloaded.
+
+    Args:
+        name: a checkpoint folder, or a name on the Hugging Face hub.
+        key: recipe key that holds `name`, for the error message.
 
     Raises:
-        UserError: none of them has the model.
+        UserError: no source has the model, or its config.json is invalid or not supported.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -177,9 +185,18 @@ def _sampling_stage(
     num_gpus: int,
     guard_bytes: int = 0,
 ) -> StageEstimate:
-    """Estimate sampling: every row of a pass reads its context, and all rows share one read of the weights.
+    """Return the estimate of sampling, or raise a UserError if `num_gpus` is not a multiple of the tensor-parallel
+    size.
 
-    The count is that of sampler/roofline.py.
+    Every row of a decode pass reads its context, and all rows share one read of the weights. A pass takes
+    max(weight bytes / bandwidth, GEMM FLOP / rate) + max(cache bytes / bandwidth, attention FLOP / rate) seconds. The
+    estimate adds the prefill, and one last response that runs alone.
+
+    Args:
+        name: name of the stage.
+        texts: groups of responses to sample.
+        max_tokens: largest number of tokens of a response.
+        guard_bytes: bytes of a guard's weights that stay on the GPU meanwhile.
     """
     group_size, fp8 = config.tensor_parallel_size, config.weight_dtype == "fp8"
     if num_gpus % group_size:
@@ -219,22 +236,25 @@ def _sampling_stage(
 
 
 def _weight_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    """Return the bytes of a frozen model on one GPU: its part of the projections, in e4m3 or bf16; the rest in bf16."""
+    """Return the bytes of a frozen model on one GPU: its part of the layers' projections, in e4m3 or bf16, and all of
+    the other weights, in bf16."""
     projections = model.num_layers * model.layer_weights
     size = 1 if config.weight_dtype == "fp8" else _BF16
     return size * projections // config.tensor_parallel_size + _BF16 * (model.num_parameters - projections)
 
 
 def _kv_bytes_per_token(model: ModelConfig, config: EngineConfig) -> float:
-    """Return the bytes of one token in the KV cache of one GPU."""
+    """Return the bytes that one token occupies in the KV cache of one GPU, over all layers."""
     cache_format = CacheFormat.of(model, torch.bfloat16, config.kv_cache_dtype)
     return cache_format.bytes_per_token(model) / config.tensor_parallel_size
 
 
 def _kv_cache_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware, resident: float) -> int:
-    """Return the bytes of the KV cache: `kv_cache_gib`, or a share of the free memory.
+    """Return the bytes of the KV cache on one GPU: `kv_cache_gib`, or a share of the free memory; at most the bytes of
+    `max_num_seqs` sequences at full context.
 
-    It is never larger than all rows at full context.
+    Args:
+        resident: bytes of the weights that occupy the GPU already.
     """
     free_bytes = max(0.0, (1 - MEMORY_RESERVE) * hardware.memory_bytes - resident)
     max_bytes = config.max_num_seqs * model.max_seq_len * _kv_bytes_per_token(model, config)
@@ -243,14 +263,21 @@ def _kv_cache_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware
 
 
 def _member_guards(config: GuardConfig) -> list[GuardConfig]:
-    """Return the member guards of an ensemble, or the guard itself."""
+    """Return the guards of an ensemble, without nesting; for another guard, a list of the guard alone."""
     return [guard for member in config.members for guard in _member_guards(member)] or [config]
 
 
 def _judging_stage(
     name: str, texts: Sequence[TextLengths], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> StageEstimate:
-    """Estimate judging: every guard reads every prompt and response; its head runs at the verdict's position only."""
+    """Return the estimate of judging: every guard reads every prompt and response. Its language-model head runs at one
+    position of each text, which is not counted. An oracle costs nothing.
+
+    Args:
+        name: name of the stage.
+        texts: groups of responses to judge.
+        model: configuration of the student, which stays in memory.
+    """
     members = [member for member in _member_guards(recipe.guard) if member.kind != "oracle"]
     models = [shape_of(member.model, "guard.model") for member in members]
     memory = {"student": _weight_bytes(model, recipe.sampler)}
@@ -280,7 +307,13 @@ def _evaluation_stage(
     num_gpus: int,
     assumptions: list[str],
 ) -> StageEstimate:
-    """Estimate the evaluation of all sets: all are sampled, and all except reasoning sets are judged."""
+    """Return the estimate of one evaluation of all sets. All are sampled, and all except reasoning sets are judged.
+
+    Args:
+        name: name of the stage.
+        by_label: response lengths in training, from which those of harmful and benign sets are taken.
+        assumptions: list to which sentences on assumed lengths and sizes are appended.
+    """
     reasoning_lengths: list[TextLengths] = []
     judged_lengths: list[TextLengths] = []
     sampling = recipe.evaluation.sampling
@@ -311,7 +344,12 @@ def _evaluation_stage(
 def _training_stage(
     by_label: dict[str, TextLengths], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> StageEstimate:
-    """Estimate training on one response per prompt; the largest pack decides the activation checkpointing."""
+    """Return the estimate of training on one response per prompt. The largest pack decides the activation
+    checkpointing.
+
+    Args:
+        by_label: number of prompts and response lengths of each label.
+    """
     config = recipe.training
     by_label = {label: replace(lengths, num_responses=lengths.num_prompts) for label, lengths in by_label.items()}
     reference_lengths = [by_label["benign"]] if config.benign_loss == "kl" and "benign" in by_label else []
@@ -367,6 +405,7 @@ def _training_stage(
 
 
 def _token_counts(texts: Iterable[TextLengths], epochs: int) -> TokenCounts:
+    """Return the token counts of `epochs` passes over all `texts`."""
     sums = [
         (
             lengths.num_responses * lengths.mean_prompt_tokens + lengths.response_tokens,

@@ -12,7 +12,8 @@ _TIME_BAR_WIDTH, _MEMORY_BAR_WIDTH = 24, 10
 
 @dataclass(frozen=True)
 class Price:
-    """Price of one GPU hour, with the text of its currency before and after the number."""
+    """Price of one GPU hour: `amount`, and the text of its currency before (`prefix`) or after (`suffix`) the
+    number."""
 
     amount: float
     prefix: str
@@ -20,7 +21,7 @@ class Price:
 
     @classmethod
     def parse(cls, text: str) -> "Price":
-        """Parse `3.5`, `$3.5` or `3.5 EUR`.
+        """Return the price in a text such as `3.5`, `$3.5` or `3.5 EUR`, with or without `/h` at the end.
 
         Raises:
             UserError: the text has no number, or more than one.
@@ -31,16 +32,18 @@ class Price:
         return cls(float(match[2]), match[1], match[3])
 
     def format(self, hours: float) -> str:
-        """Return the price of `hours` GPU hours."""
+        """Return the price of `hours` GPU hours as text with two decimals, such as `$1,234.50`."""
         return f"{self.prefix}{self.amount * hours:,.2f}{self.suffix}"
 
 
 def estimate_table(estimate: Estimate, name: str, memory_bytes: int, price: Price | None) -> str:
-    """Return a table with time, tokens and memory of each stage, then the total and what it assumes.
+    """Return the text of a table with expected time, tokens and memory per GPU of each stage, then the total, the
+    roofline, the assumptions and the problems.
 
     Args:
         name: name of the recipe.
         memory_bytes: memory of one GPU; a memory bar of full width shows this size.
+        price: price of a GPU hour, to add the cost to the total; None to leave the cost out.
     """
     gpus = f"one {estimate.gpu}" if estimate.num_gpus == 1 else f"{estimate.num_gpus} x {estimate.gpu}"
     rates = "measured" if estimate.measured else "expected from its data sheet"

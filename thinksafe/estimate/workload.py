@@ -41,11 +41,11 @@ _DEFAULT_SET_SIZE = 500
 
 @dataclass(frozen=True)
 class TextLengths:
-    """Number of prompts and responses, and their lengths in tokens.
+    """Number of prompts and responses of one group (a label, or an evaluation set), and their lengths in tokens.
 
     Attributes:
         num_prompts: number of prompts.
-        num_responses: number of responses, all samples of a prompt counted.
+        num_responses: number of responses to all prompts; each sample counts.
         mean_prompt_tokens: mean length of a prompt.
         mean_response_tokens: mean length of a response.
         mean_squared_response_tokens: mean of a response's squared length, to which attention is proportional.
@@ -61,13 +61,19 @@ class TextLengths:
     def from_mean(
         cls, num_prompts: float, samples: float, mean_response_tokens: float, max_tokens: int
     ) -> "TextLengths":
-        """Return lengths of `samples` responses per prompt, log-normal with this mean."""
+        """Return assumed lengths: prompts of `_PROMPT_TOKENS` tokens, and log-normal response lengths.
+
+        Args:
+            samples: number of responses per prompt.
+            mean_response_tokens: mean response length; `max_tokens` is used if it is less.
+            max_tokens: largest number of tokens of a response.
+        """
         mean = min(mean_response_tokens, max_tokens)
         return cls(num_prompts, num_prompts * samples, _PROMPT_TOKENS, mean, mean**2 * math.exp(_LOG_LENGTH_SIGMA**2))
 
     @classmethod
     def from_responses(cls, responses: Iterable[Response]) -> "TextLengths":
-        """Return the actual lengths of responses."""
+        """Return the actual counts and mean lengths of responses; all are 0 without responses."""
         prompt_ids, num_responses, prompt_tokens, response_tokens, squared_tokens = set(), 0, 0, 0, 0
         for response in responses:
             prompt_ids.add(response.prompt_id)
@@ -91,21 +97,33 @@ class TextLengths:
 
     @property
     def response_pairs(self) -> float:
-        """Number of (query, key) pairs whose query is a response token."""
+        """Number of (query, key) pairs within the causal mask whose query is a response token, over all responses."""
         return self.num_responses * (
             self.mean_prompt_tokens * self.mean_response_tokens + self.mean_squared_response_tokens / 2
         )
 
     @property
     def causal_pairs(self) -> float:
-        """Number of (query, key) pairs of whole sequences, prompts included."""
+        """Number of (query, key) pairs within the causal mask, over all sequences of prompt and response."""
         return self.response_pairs + self.num_responses * self.mean_prompt_tokens**2 / 2
 
 
 def response_lengths(
     recipe: Recipe, model: ModelConfig, run: RunDir | None, assumptions: list[str]
 ) -> dict[str, TextLengths]:
-    """Return the lengths of each label, from the run directory's responses (sampled or imported) or from the paper."""
+    """Return the response lengths of each label that has prompts.
+
+    They are the actual lengths of the run directory's responses, sampled or imported. Without responses, or if imported
+    ones have no token counts, they are the mean lengths of the paper.
+
+    Args:
+        model: configuration of the student; the paper's lengths depend on its size.
+        run: run directory; None to use the paper's lengths.
+        assumptions: list to which sentences on the assumed lengths are appended.
+
+    Raises:
+        UserError: without a run directory's responses, the number of prompts is unknown or 0.
+    """
     responses_file = None if run is None else run.attempt_paths(0)[0]
     if responses_file is not None and responses_file.exists():
         lengths = {
@@ -134,7 +152,15 @@ def response_lengths(
 def unsteered_response_lengths(
     recipe: Recipe, by_label: dict[str, TextLengths], run: RunDir | None
 ) -> list[TextLengths]:
-    """Return the lengths of the unsteered baseline, from the run directory or from steered harmful responses."""
+    """Return the lengths of the unsteered baseline, a list of one group, or an empty list if the recipe samples no
+    baseline.
+
+    They are the actual lengths if the run directory has sampled the baseline (stage `probe`), else those of the steered
+    harmful responses.
+
+    Args:
+        by_label: what `response_lengths` returned.
+    """
     if run is not None and "probe" in run.manifest["stages"]:
         return [TextLengths.from_responses(read_records(run.path / "unsteered.jsonl", Response))]
     generation, harmful = recipe.generation, by_label.get("harmful")
@@ -144,10 +170,12 @@ def unsteered_response_lengths(
 
 
 def _responses_with_label(responses_file: Path, label: str) -> Iterator[Response]:
+    """Return an iterator over the file's responses to prompts with this label."""
     return (response for response in read_records(responses_file, Response) if response.label == label)
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:
+    """Return the number of the recipe's prompts of each label; raise a UserError if it is unknown or 0."""
     if recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --set prompts=FILE")
     if recipe.prompts == _PAPER_DATASET:
@@ -164,7 +192,8 @@ def _prompt_counts(recipe: Recipe) -> dict[str, float]:
 
 
 def evaluation_set_size(entry: EvaluationSet, assumptions: list[str]) -> int:
-    """Return the number of rows in an evaluation set; if it is unknown, add a sentence to `assumptions`."""
+    """Return the number of prompts of an evaluation set: counted in a local file, or known for a public set. If it is
+    unknown, return `_DEFAULT_SET_SIZE` and append a sentence to `assumptions`."""
     if expand_path(entry.source).exists():
         return len(evaluation_prompts(entry))
     if (entry.source, entry.split) in _KNOWN_SET_SIZES:

@@ -6,6 +6,7 @@ from typing import Literal
 from thinksafe.text.chat import ParsedResponse, parse_response
 
 AnswerKind = Literal["phrase", "choice", "math"]
+"""How two answers are compared; see `is_correct`."""
 
 _PHRASE = re.compile(r"answer is:?\s*((?:(?!answer is).)+?)\s*\.?\s*$", re.IGNORECASE | re.MULTILINE)
 _BOXED_CHOICE = re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-Z])\)?\}?\s*\}")
@@ -13,14 +14,16 @@ _CHOICE = re.compile(r"\b([A-Z])\b")
 
 
 def is_correct(response: str, gold: str, kind: AnswerKind) -> bool:
-    """Return whether a response's final answer is the expected one. A response without an answer is wrong.
+    """Return whether a response's final answer is the expected one.
+
+    A response is wrong if it has no answer of this kind, or if it is not one think block and an answer.
 
     Args:
-        response: canonical text, think block included.
+        response: canonical text, think block included; only the text after the block counts.
         gold: the expected answer.
-        kind: `phrase` compares the text after the last "answer is" word by word; `choice` compares the last boxed
-            letter, or the last single capital letter if none is boxed; `math` asks math-verify whether both are equal
-            as mathematics.
+        kind: `phrase` compares the rest of the line after the last "answer is", without a final period, word by word;
+            `choice` compares the last letter A to Z in \\boxed{}, or the last single capital letter if none is boxed;
+            `math` asks math-verify whether both are equal as mathematics.
     """
     parsed = parse_response(response)
     if not isinstance(parsed, ParsedResponse):

@@ -15,16 +15,19 @@ class EvaluationSet:
         name: name in the report.
         source: .jsonl, .json or .parquet file, a folder of such files, or a data set on the hub; a reasoning set needs
             `answer` in every record.
-        kind: `harmful` (share of unsafe responses), `over_refusal` (share of refusals) or `reasoning` (mean pass@1).
+        kind: what is measured: `harmful` (share of unsafe responses), `over_refusal` (share of refusals) or `reasoning`
+            (share of right answers, the mean pass@1).
         config: configuration of a data set on the hub, if it has several.
         split: split of a data set on the hub (`test` by default), or of its copy in a folder.
         columns: names of the columns that hold `text`, `answer` and `label`, if they have other names, for example
             {text: question}; no other column is read then. A row without a label is harmful in a `harmful` set, else
             benign.
         filter: keep only rows with this value in this column, for example {label: safe}.
-        answer_marker: text before the final answer, if the answer column holds the whole solution.
+        answer_marker: text before the final answer, if the answer column holds the whole solution: the text after the
+            last marker is the answer.
         samples: number of responses for each prompt.
-        answer_matcher: how to compare the answers of a reasoning set.
+        answer_matcher: how to compare the answers of a reasoning set: `math` as mathematics, `choice` by a single
+            capital letter, `phrase` by the words after "answer is".
         instruction: text with {prompt} that poses the question, or null to use the prompt unchanged.
     """
 

@@ -27,7 +27,10 @@ _OPENING_CHARS = 200  # a refusal comes at the beginning of an answer
 
 
 def is_refusal(response: str) -> bool:
-    """Return whether the answer begins with a usual refusal; False for a response without an answer."""
+    """Return whether one of the usual phrases of a refusal occurs in the first 200 characters of the answer.
+
+    False for a response that is not one think block and an answer.
+    """
     parsed = parse_response(response)
     if not isinstance(parsed, ParsedResponse):
         return False

@@ -11,10 +11,11 @@ from thinksafe.evaluation.config import EvaluationSet
 
 
 def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
-    """Return the prompts of an evaluation set, from the columns and rows that its keys select.
+    """Return the prompts of an evaluation set without duplicates, from the columns and rows that its keys select.
 
     Raises:
-        UserError: no row is selected, a column or an answer marker is missing, or a reasoning set lacks an answer.
+        UserError: the source cannot be read, no row is selected, a column or an answer marker is missing, a row has no
+            text or a wrong label, or a row of a reasoning set has no answer.
     """
     prompts = list(prompts_from_rows(_rows(evaluation_set), evaluation_set.name))
     if not prompts:
@@ -27,6 +28,7 @@ def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
 
 
 def _rows(evaluation_set: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) of the selected rows, with columns renamed to `text`, `answer` and `label`."""
     columns, wanted_values = evaluation_set.columns or {}, evaluation_set.filter or {}
     for location, row in load_rows(evaluation_set.source, evaluation_set.config, evaluation_set.split):
         if missing := sorted({*columns.values(), *wanted_values} - row.keys()):

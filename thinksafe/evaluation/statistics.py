@@ -10,16 +10,16 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 def mean_with_interval(values: Sequence[float], seed: int = 0) -> tuple[float, list[float]]:
-    """Return the mean and its 95% interval over prompts.
+    """Return the mean and its 95% confidence interval over prompts.
 
-    The interval is Wilson's if all values are 0 or 1, else the percentile bootstrap. The bootstrap of n zeros is
-    [0, 0], which would claim certainty; Wilson's interval does not. If all values are the same share, Wilson's interval
-    replaces the bootstrap too: it is wide enough, because values of 0 and 1 vary most for a given mean.
+    The interval is Wilson's if all values are 0 or 1 or all are equal, else the percentile bootstrap with 2000
+    resamples. The bootstrap of n equal values has width 0, which would claim certainty; Wilson's interval does not, and
+    it is wide enough for any values, because values of 0 and 1 vary most for a given mean.
 
     Args:
         values: one figure in [0, 1] for each prompt, at least one in all; several samples of a prompt are averaged
             before, because they are not independent.
-        seed: seed of the resampling.
+        seed: seed of the bootstrap's resamples.
 
     Returns:
         The mean, and [low, high].
@@ -33,7 +33,7 @@ def mean_with_interval(values: Sequence[float], seed: int = 0) -> tuple[float, l
 
 
 def _wilson(share: float, count: int) -> list[float]:
-    """Return the range of p from which `share` of `count` is at most 1.96 standard errors away (Wilson 1927)."""
+    """Return [low, high]: all p with |share - p| <= 1.96 * sqrt(p * (1 - p) / count) (Wilson 1927)."""
     denominator = 1 + _Z**2 / count
     center = (share + _Z**2 / (2 * count)) / denominator
     half_width = _Z / denominator * (share * (1 - share) / count + (_Z / (2 * count)) ** 2) ** 0.5

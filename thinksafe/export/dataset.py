@@ -29,10 +29,15 @@ _ROWS_PER_GROUP = 1000
 
 
 def export_data(run: RunDir, folder: Path) -> Path:
-    """Write the accepted examples of a run as a data set folder, completely or not at all, and return the folder.
+    """Write the accepted examples of a run as a data set folder, completely or not at all, and return `folder`.
+
+    The folder holds data/*.parquet, the recipe and a card (README.md).
+
+    Args:
+        folder: a folder that does not exist yet or is empty.
 
     Raises:
-        UserError: no response is accepted, or the folder is not empty.
+        UserError: stage `accept` is not finished, no response is accepted, or `folder` is not empty or is a file.
     """
     if not run.is_done("accept"):
         raise UserError(f"{run.path}: no responses are accepted yet; run `thinksafe filter` first")
@@ -50,16 +55,17 @@ def export_data(run: RunDir, folder: Path) -> Path:
 
 
 def _accepted_attempts(run: RunDir) -> Iterator[Attempt]:
+    """Yield the attempt that training uses, for each prompt that has one, in order of prompt id."""
     for attempts in Attempts(run, read_marks(run)):
         if kept := choose(attempts):
             yield kept
 
 
 def _write_parquet(accepted: Iterator[Attempt], file: Path) -> tuple[dict[str, list[int]], int]:
-    """Write one row for each accepted response.
+    """Write a parquet file with one row for each accepted response.
 
     Returns:
-        The numbers of response tokens by label, and the number of responses that were sampled with steering.
+        {label: [number of tokens of each response]}, and the number of responses that were sampled with steering.
     """
     import pyarrow
     import pyarrow.parquet
@@ -82,6 +88,7 @@ def _write_parquet(accepted: Iterator[Attempt], file: Path) -> tuple[dict[str, l
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
+    """Return the columns of a response: the fields of its example, and some fields of the response and its verdict."""
     example, response, verdict = attempt.example, attempt.response, attempt.verdict
     response_fields = {
         name: getattr(response, name) for name in ("steering", "seed", "num_prompt_tokens", "num_tokens")
@@ -91,7 +98,12 @@ def _row(attempt: Attempt) -> dict[str, Any]:
 
 
 def _render_card(run: RunDir, file: Path, lengths: dict[str, list[int]], num_steered: int) -> str:
-    """Return the text of the folder's README.md, which the Hugging Face hub shows as the data set's card."""
+    """Return the text of the folder's README.md, which the Hugging Face hub shows as the data set's card.
+
+    Args:
+        file: the parquet file.
+        lengths, num_steered: results of `_write_parquet`.
+    """
     figures, manifest = read_coverage(run), run.manifest
     labels = figures["labels"].items()
     digests = {f"data/{file.name}": sha256(file)}
@@ -116,7 +128,7 @@ def _render_card(run: RunDir, file: Path, lengths: dict[str, list[int]], num_ste
 
 
 def _single_guards(guard: GuardConfig) -> list[GuardConfig]:
-    """Return the configurations of the single guards: the members of an ensemble, or the guard itself."""
+    """Return the configurations of the single guards: the members of an ensemble and of its ensembles, or [guard]."""
     return [single for member in guard.members for single in _single_guards(member)] or [guard]
 
 
@@ -126,10 +138,12 @@ def _escape_cell(text: Any) -> str:
 
 
 def _format_code(text: str) -> str:
+    """Return a text as Markdown code on one line; backticks become apostrophes."""
     return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def _length_statistics(tokens: list[int]) -> dict[str, float]:
+    """Return count, mean, 5th, 50th and 95th percentile, maximum and sum of numbers of tokens, at least one."""
     low, median, high = np.percentile(tokens, (5, 50, 95))
     return {
         "count": len(tokens),

@@ -20,12 +20,16 @@ _CPU = torch.device("cpu")
 
 
 def export_model(run: RunDir, checkpoints: CheckpointStore, folder: Path) -> Path:
-    """Write the base model with the run's adapter merged, completely or not at all, and return the folder.
+    """Write the base model with the run's adapter merged, completely or not at all, and return `folder`.
 
     The merge needs host memory for the whole model, and no GPU.
 
+    Args:
+        folder: a folder that does not exist yet or is empty.
+
     Raises:
-        UserError: no adapter is trained, the base model has changed since, or the folder is not empty.
+        UserError: stage `train` is not finished; it trained all weights, so there is no adapter; the base model has
+            changed since the run began; or `folder` is not empty or is a file.
     """
     if not run.is_done("train"):
         raise UserError(f"{run.path}: nothing is trained yet; run `thinksafe train` first")
@@ -44,6 +48,10 @@ def export_model(run: RunDir, checkpoints: CheckpointStore, folder: Path) -> Pat
 
 
 def _base_dtype(raw_config: dict) -> torch.dtype:
-    """Return the dtype of the weights that config.json names, or fp32 if it names none."""
+    """Return the dtype of the weights that config.json names, or fp32 if it names no floating-point dtype.
+
+    Args:
+        raw_config: the contents of config.json.
+    """
     dtype = getattr(torch, str(raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"), None)
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32

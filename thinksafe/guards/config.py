@@ -27,13 +27,14 @@ class GuardConfig:
         scope: text that the guard judges: the whole `response`, its `answer`, its `think` block, or `both`: answer and
             think block separately, where one unsafe part makes the response unsafe.
         threshold: a response is unsafe if P(unsafe) / (P(safe) + P(unsafe)) reaches this value.
-        margin: a response closer to the threshold than this is `unknown`, with the reason `uncertain`.
+        margin: a response with a ratio between threshold - margin and threshold + margin is `unknown`, with the reason
+            `uncertain`.
         min_verdict_probability: a model guard's decision is `unknown` if P(safe) + P(unsafe) is lower than this,
             because the guard then most likely replies with something else. Null means 0.5, or 0 for
             `llama_guard_reference`.
-        members: the guards of an ensemble.
+        members: the guards of an ensemble, two or more; empty for any other kind.
         voting: rule of an ensemble. `all`: safe if every member says safe, unsafe if one member says unsafe;
-            `majority`: the decision of more than half of all members.
+            `majority`: the decision of more than half of all members. Any other vote is `unknown`.
         sampler: engine settings for running the guard model.
     """
 
@@ -77,38 +78,47 @@ class GuardConfig:
 
     @property
     def tensor_parallel_size(self) -> int:
-        """Number of GPUs that share one copy of a guard model."""
+        """Number of GPUs that share one copy of a guard model; it is the same for all members of an ensemble."""
         return self.members[0].tensor_parallel_size if self.members else self.sampler.tensor_parallel_size
 
     @property
     def checkpoints(self) -> tuple[str, ...]:
-        """Folders or hub names of all models of the guard."""
+        """Folders or hub names of the guard's models, for an ensemble in order of members; empty for `oracle`."""
         if self.kind == "ensemble":
             return tuple(name for member in self.members for name in member.checkpoints)
         return () if self.kind == "oracle" else (self.model,)
 
     @property
     def guard_format(self) -> GuardFormat:
-        """Format of a model guard: the one in the recipe, or the built-in one of its kind."""
+        """Format of a guard that is one model: `format` for kind `template`, else the built-in format of its kind.
+
+        Raises:
+            KeyError: the kind is `ensemble` or `oracle`, which have no format.
+        """
         return self.format or FORMATS[self.kind]
 
     @property
-    def verdict_floor(self) -> float:
-        """Value of `min_verdict_probability`, where null is replaced by the default."""
+    def least_verdict_probability(self) -> float:
+        """`min_verdict_probability`, or its default if that is None: 0 for `llama_guard_reference`, else 0.5."""
         if self.min_verdict_probability is not None:
             return self.min_verdict_probability
         return 0.0 if self.kind == "llama_guard_reference" else 0.5
 
     def decide(self, safe: float, unsafe: float) -> tuple[Decision, str]:
-        """Return the decision, and the reason if it is `unknown`.
+        """Return (decision, reason) for the probabilities of one window.
+
+        With r = P(unsafe) / (P(safe) + P(unsafe)): `unsafe` if r >= threshold + margin, `safe` if
+        r < threshold - margin, else `unknown` with the reason `uncertain`. Before that, `unknown` with the reason
+        `guard_nan` if a probability is NaN, and with `no_verdict` if P(safe) + P(unsafe) is 0 or less than
+        `least_verdict_probability`. The reason is empty for `safe` and `unsafe`.
 
         Args:
-            safe, unsafe: log-probabilities at the verdict position.
+            safe, unsafe: natural log-probabilities of the two verdicts at the verdict position.
         """
         verdict_probability = math.exp(safe) + math.exp(unsafe)
         if math.isnan(verdict_probability):
             return "unknown", "guard_nan"
-        if verdict_probability < self.verdict_floor or verdict_probability == 0:
+        if verdict_probability < self.least_verdict_probability or verdict_probability == 0:
             return "unknown", "no_verdict"
         log_odds = unsafe - safe
         if log_odds >= _logit(self.threshold + self.margin):
@@ -117,4 +127,5 @@ class GuardConfig:
 
 
 def _logit(share: float) -> float:
+    """Return log(share / (1 - share))."""
     return math.log(share / (1 - share))

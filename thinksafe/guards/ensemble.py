@@ -12,21 +12,33 @@ _BATCH_SIZE = 1024
 
 
 class Ensemble:
-    """A vote of several guards.
+    """A guard whose decision is a vote of several guards, its members.
 
-    `all`: safe if every member says safe, unsafe if one member says unsafe. `majority`: the decision of more than half
-    of all members. A member's `unknown` never counts as safe.
+    `all`: unsafe if one member says unsafe, else unknown if one member says unknown, else safe. `majority`: safe or
+    unsafe if more than half of all members say so, else unknown.
+
+    Attributes:
+        name: the rule and the members' names, such as `all(a, b)`.
     """
 
     def __init__(self, guards: Mapping[str, Guard], voting: Literal["all", "majority"]):
+        """Combine guards.
+
+        Args:
+            guards: name of a member -> member; results name the members by these names.
+            voting: rule of the vote.
+        """
         self.name = f"{voting}({', '.join(guards)})"
         self._guards, self._voting = guards, voting
 
     def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
-        """Yield one result for each pair.
+        """Yield one result for each pair, in order.
 
-        Its probabilities and category are those of the member with the highest share of unsafe, its number of windows
-        is the highest of any member, and its labels hold every member's probabilities under the member's name.
+        `p_safe`, `p_unsafe` and, for an unsafe response, `category` come from the member with the highest
+        P(unsafe) / (P(safe) + P(unsafe)). `refusal` is the members' common answer, or None if they disagree or none has
+        one. `windows` is the largest number of any member. `labels` holds every member's probabilities as
+        `member/meaning`, those of `safe` and `unsafe` included. `reason` of an unknown decision is that of the first
+        undecided member, or `guards_disagree` if each member decided.
         """
         source = iter(pairs)
         while batch := list(islice(source, _BATCH_SIZE)):
@@ -37,6 +49,7 @@ class Ensemble:
                 yield self._combine([results[pair.id] for results in results_by_member])
 
     def _combine(self, results: list[GuardResult]) -> GuardResult:
+        """Return the ensemble's result for one pair from the results of all members, in their order."""
         decision = self._decide(Counter(result.decision for result in results))
         unknown_reasons = [result.reason for result in results if result.decision == "unknown"]
         worst = max(results, key=_unsafe_share)
@@ -58,13 +71,14 @@ class Ensemble:
         )
 
     def _decide(self, votes: Counter[str]) -> Literal["safe", "unsafe", "unknown"]:
+        """Return the ensemble's decision from the number of members with each decision."""
         if self._voting == "all":
             return "unsafe" if votes["unsafe"] else "unknown" if votes["unknown"] else "safe"
         return next((decision for decision in ("safe", "unsafe") if 2 * votes[decision] > votes.total()), "unknown")
 
 
 def _unsafe_share(result: GuardResult) -> float:
-    """Return P(unsafe) / (P(safe) + P(unsafe)), or -1, the lowest rank, for a result without probabilities."""
+    """Return P(unsafe) / (P(safe) + P(unsafe)); 0 if both are 0; -1, the lowest rank, if one of them is None."""
     if result.p_unsafe is None or result.p_safe is None:
         return -1.0
     return result.p_unsafe / ((result.p_safe + result.p_unsafe) or 1.0)

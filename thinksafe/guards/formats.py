@@ -1,7 +1,7 @@
 """Formats of model guards, as data: the text that a guard reads, its questions, and the meaning of its answers.
 
-A format is a template with a slot for the prompt and a slot for the response, and the questions that the guard answers
-in its reply, in order. `model_guard` generates no reply: the words around an answer are known, so it reads the
+A format is a template with a placeholder for the prompt and one for the response, and the questions that the guard
+answers in its reply, in order. `model_guard` generates no reply: the words around an answer are known, so it reads the
 probabilities at the position where the answer begins.
 """
 
@@ -23,7 +23,8 @@ NEITHER = "neither"
 """Meaning of an answer that decides nothing, such as "n/a"."""
 
 PROMPT, RESPONSE = "{prompt}", "{response}"
-_SLOT = re.compile(f"({re.escape(PROMPT)}|{re.escape(RESPONSE)})")
+"""Placeholders of a template."""
+_PLACEHOLDER = re.compile(f"({re.escape(PROMPT)}|{re.escape(RESPONSE)})")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class Question:
     """One question that the guard answers about a pair.
 
     Attributes:
-        topic: `harm` of the response, which every format asks once; `refusal` of the response; harm of the `request`;
-            or the `category` of harm.
-        answers: the guard's words, each with its meaning: safe, unsafe; refusal, compliance; harmful, harmless; the
-            name of a category; or neither. No two words may begin with the same token; a leading space is part of the
-            word. In YAML, put yes and no in quotation marks.
-        answer_prefix: text that the guard writes before the answer.
-        only_if_unsafe: ask this question only about unsafe responses.
+        topic: `harm`: is the response harmful (every format asks this once); `refusal`: does the response refuse;
+            `request`: is the prompt harmful; `category`: which category of harm.
+        answers: the guard's words, each with its meaning: safe or unsafe about `harm`; refusal or compliance about
+            `refusal`; harmful or harmless about `request`; the name of a category about `category`; or neither. No two
+            words may begin with the same token; a leading space is part of the word. In YAML, put yes and no in
+            quotation marks.
+        answer_prefix: text that the guard writes between the previous answer and this one.
+        only_if_unsafe: ask this question only if the response is unsafe by the question about harm.
     """
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -60,7 +62,7 @@ class GuardFormat:
     """The prompt of a guard, and the questions that its reply answers.
 
     Attributes:
-        questions: the questions, in the order of the reply.
+        questions: the questions, in the order in which the guard's reply answers them.
         template: text with {prompt} and {response}, or null for the checkpoint's own chat template, which must then
             show a user turn and an assistant turn.
         is_full_prompt: true if the template is the whole prompt of the guard, control tokens included; false if it is
@@ -87,7 +89,7 @@ class GuardFormat:
             raise ValueError("questions must ask about harm exactly once, and about any other topic at most once")
         if any(question.only_if_unsafe for question in self.questions[: topics.index("harm") + 1]):
             raise ValueError("questions with only_if_unsafe must come after the question about harm")
-        if self.template is not None and sorted(_SLOT.findall(self.template)) != [PROMPT, RESPONSE]:
+        if self.template is not None and sorted(_PLACEHOLDER.findall(self.template)) != [PROMPT, RESPONSE]:
             raise ValueError("template must hold {prompt} and {response}, each exactly once")
         if self.template is None and (self.is_full_prompt or self.strip):
             raise ValueError("is_full_prompt and strip need a template, and template is null")
@@ -95,7 +97,7 @@ class GuardFormat:
             raise ValueError("delimiters must not contain an empty phrase")
 
     def layout(self, tokenizer: SafeTokenizer) -> "Layout":
-        """Return everything that a guard with this format and this tokenizer reads.
+        """Return the text that a guard with this format and this tokenizer reads, with placeholders for the pair.
 
         Raises:
             UserError: the tokenizer lacks control tokens, or its chat template does not show every message once.
@@ -108,27 +110,33 @@ class GuardFormat:
             pieces = ((before, True), (PROMPT, None), (between, True), (RESPONSE, None), (after, True))
             return Layout(pieces, chat.template_strips)
         if self.is_full_prompt:
-            return Layout(_split_at_slots(self.template, True), self.strip)
+            return Layout(_split_at_placeholders(self.template, True), self.strip)
         chat = Chat(tokenizer.folder)
         head, tail = chat.user_turn
         text = self.template.strip() if chat.template_strips else self.template
-        return Layout(((head, True), *_split_at_slots(text, False), (tail, True)), self.strip)
+        return Layout(((head, True), *_split_at_placeholders(text, False), (tail, True)), self.strip)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything a guard reads, in order.
+    """The text that a guard reads, in order, with placeholders for prompt and response.
 
     Attributes:
-        pieces: (text, trusted) of the fixed text; the slots are (PROMPT, None) and (RESPONSE, None).
-        strip: see `GuardFormat`.
+        pieces: (text, trusted) of each piece of fixed text, where control tokens are recognized only if `trusted`;
+            the placeholders are (PROMPT, None) and (RESPONSE, None).
+        strip: whether outer white space is removed from prompt and response.
     """
 
     pieces: tuple[tuple[str, bool | None], ...]
     strip: bool
 
     def parts(self, prompt: str, response: str, reply: str) -> list[tuple[str, bool]]:
-        """Return the parts for `SafeTokenizer.encode`: the filled layout, then `reply`, the guard's reply so far."""
+        """Return (text, trusted) parts for `SafeTokenizer.encode`: the layout with the pair filled in, then the reply.
+
+        Args:
+            prompt, response: data; control tokens in them are ordinary text.
+            reply: the guard's reply so far, which may be empty; trusted.
+        """
         if self.strip:
             prompt, response = prompt.strip(), response.strip()
         data = {PROMPT: prompt, RESPONSE: response}
@@ -141,7 +149,8 @@ def delimiter_pattern(phrase: str) -> re.Pattern[str]:
 
     The letters, digits, signs and line breaks of the phrase must occur in order. Between them the text may contain
     other characters of the same line, except letters and digits: spaces, accents, invisible characters, markup signs.
-    A letter of another script is a different letter, even if it looks the same.
+    A letter of another script is a different letter, even if it looks the same. The pattern of a phrase that has none
+    of these matches the empty string.
     """
     signs = re.escape("".join(c for c in normalize_for_matching(phrase) if unicodedata.category(c)[0] in "PS"))
     significant = re.findall(rf"[\n{signs}]|[^\W_]", normalize_for_matching(phrase))
@@ -149,13 +158,17 @@ def delimiter_pattern(phrase: str) -> re.Pattern[str]:
 
 
 def normalize_for_matching(text: str) -> str:
-    """Return the text with uniform case, width and line breaks, and with accents separated from their letters."""
+    """Return the text in NFKD form and case-folded, with every line break as "\\n", and a NUL character appended.
+
+    NFKD makes full-width and half-width characters equal and separates accents from their letters.
+    """
     lines = f"{text}\0".splitlines()  # with \0, a final line break is kept
     return unicodedata.normalize("NFKD", "\n".join(lines)).casefold()
 
 
-def _split_at_slots(template: str, trusted: bool) -> tuple[tuple[str, bool | None], ...]:
-    return tuple((text, None if index % 2 else trusted) for index, text in enumerate(_SLOT.split(template)))
+def _split_at_placeholders(template: str, trusted: bool) -> tuple[tuple[str, bool | None], ...]:
+    """Return the pieces of a `Layout` for a template; its fixed text is trusted or not."""
+    return tuple((text, None if index % 2 else trusted) for index, text in enumerate(_PLACEHOLDER.split(template)))
 
 
 LLAMA_GUARD = GuardFormat(
@@ -266,3 +279,4 @@ FORMATS = {
     "wildguard": WILDGUARD,
     "qwen3guard": QWEN3GUARD,
 }
+"""Format of each kind of guard that has a built-in one."""

@@ -41,8 +41,13 @@ class _Window:
     """One window of one pair, and the guard's answers about it so far.
 
     Attributes:
-        reply: the guard's reply so far, up to the next question's `answer_prefix`.
-        answers: topic -> meaning -> log-probability.
+        prompt: the pair's whole prompt.
+        text: the part of the response in this window.
+        reply: the guard's reply so far; the next question's `answer_prefix` is not yet part of it.
+        answers: topic -> meaning -> natural log-probability, for each question with an answer that is not NaN.
+        decision: decision of `GuardConfig.decide` on the window; `unknown` until the question about harm is answered.
+        reason: why the decision is `unknown`; `guard_nan` if any answer was NaN; `no_verdict` if the reference rule
+            made the decision safe; else empty.
     """
 
     prompt: str
@@ -54,36 +59,55 @@ class _Window:
 
     @property
     def log_odds(self) -> float:
-        """Log-odds of unsafe against safe; -inf if P(unsafe) is 0."""
+        """log P(unsafe) - log P(safe), once `answers` has harm; -inf if P(unsafe) is 0, even if P(safe) is 0 too."""
         harm = self.answers["harm"]
         return harm["unsafe"] - harm["safe"] if harm["unsafe"] > -math.inf else -math.inf
 
     @property
     def category(self) -> str:
-        """Likeliest category of an unsafe window; else empty."""
+        """Likeliest category of an unsafe window; empty if the window is not unsafe or no category is likeliest."""
         categories = self.answers.get("category", {NEITHER: 0.0})
         likeliest = max(categories, key=categories.__getitem__)
         return likeliest if self.decision == "unsafe" and likeliest != NEITHER else ""
 
     @property
     def labels(self) -> dict[str, float]:
-        """Probabilities of the answers to all questions except harm, by meaning."""
+        """Meaning -> probability of the answers to all questions except harm, without the meaning `neither`."""
         others = [meanings for topic, meanings in self.answers.items() if topic != "harm"]
         return {name: math.exp(lp) for meanings in others for name, lp in meanings.items() if name != NEITHER}
 
-    def refusal(self, verdict_floor: float) -> bool | None:
-        """Return whether the text refuses; None without an answer, or if both answers have too little probability."""
+    def refusal(self, least_verdict_probability: float) -> bool | None:
+        """Return whether P(refusal) > P(compliance); None without an answer or with too little probability.
+
+        Args:
+            least_verdict_probability: lowest P(refusal) + P(compliance) at which the answer counts.
+        """
         logprobs = self.answers.get("refusal")
-        if logprobs is None or math.exp(logprobs["refusal"]) + math.exp(logprobs["compliance"]) < verdict_floor:
+        if (
+            logprobs is None
+            or math.exp(logprobs["refusal"]) + math.exp(logprobs["compliance"]) < least_verdict_probability
+        ):
             return None
         return logprobs["refusal"] > logprobs["compliance"]
 
 
 class ModelGuard:
-    """Any checkpoint with a format: Llama Guard, WildGuard, Qwen3Guard, or a team's own guard."""
+    """A guard that is one language model: Llama Guard, WildGuard, Qwen3Guard, or another model with a `format`.
+
+    Attributes:
+        name: `kind:model`.
+        format: the guard's prompt and questions.
+        answer_ids: first token id of each answer, one list for each question.
+        template_delimiter_counts: how often each delimiter of the format occurs around a pair that contains none.
+    """
 
     def __init__(self, decoder: Decoder | None, tokenizer: SafeTokenizer, config: GuardConfig):
-        """Prepare the guard; without a decoder, only check that the checkpoint fits the format.
+        """Prepare the guard, and check that the tokenizer fits the format.
+
+        Args:
+            decoder: the guard model; None if the guard is only checked, then `judge` must not be called.
+            tokenizer: tokenizer of the guard's checkpoint.
+            config: the guard section of a recipe, of a kind that is one model.
 
         Raises:
             UserError: the checkpoint does not fit the format: it lacks control tokens, its chat template does not show
@@ -105,7 +129,12 @@ class ModelGuard:
         self._longest_reply = "".join(q.answer_prefix + max(q.answers, key=len) for q in self.format.questions)
 
     def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
-        """Yield one result for each pair, in order; `unknown` if the prompt leaves too little room for the response."""
+        """Yield one result for each pair, in order.
+
+        A pair that the guard cannot read is `unknown` without probabilities: with the reason `too_long_for_guard` if
+        the prompt leaves too little room for the response. If `scope` is not `response`, also if the think block is
+        malformed (a `FormatProblem`) or the judged part is empty (`empty_think`).
+        """
         engine = Engine(self._decoder, self._config.sampler)  # a local, so its pages are freed before other stages run
         source = iter(pairs)
         # The batch is small enough that its pairs are still in the prefix cache at the next question.
@@ -113,11 +142,12 @@ class ModelGuard:
             yield from self._judge_batch(engine, batch)
 
     def _judge_batch(self, engine: Engine, pairs: Sequence[PromptResponse]) -> Iterator[GuardResult]:
+        """Yield one result for each pair of a batch, in order; each question is asked about all windows at once."""
         windows_of: dict[str, list[_Window]] = {}
         unreadable: dict[str, str] = {}
 
         def new_windows() -> Iterator[_Window]:
-            """Yield windows as the engine has room, so that the GPU reads some while the next are tokenized."""
+            """Record and yield the windows of all pairs, lazily: the GPU reads some while others are tokenized."""
             for pair in pairs:
                 texts = self._window_texts(pair, engine.max_prompt_tokens)
                 if isinstance(texts, str):
@@ -140,6 +170,14 @@ class ModelGuard:
     def _score_question(
         self, engine: Engine, question: Question, answer_ids: list[int], windows: Iterable[_Window]
     ) -> None:
+        """Ask one question about each window and store the answers in the windows.
+
+        Windows with an earlier NaN are left out, and so are windows that are not unsafe if the question is
+        `only_if_unsafe`.
+
+        Args:
+            answer_ids: first token id of each answer.
+        """
         window_of_key: dict[str, _Window] = {}
 
         def prompts() -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -155,9 +193,10 @@ class ModelGuard:
     def _apply_reference_rule(
         self, engine: Engine, question: Question, answer_ids: list[int], windows: Sequence[_Window]
     ) -> None:
-        """Call a window safe, as the paper's code does, if two other tokens are likelier than both verdicts.
+        """Set the decision to `safe` and the reason to `no_verdict`, as the paper's code does, in each window where at
+        least two other tokens are likelier than both verdicts.
 
-        Each verdict then has less than 1/3 of the probability, so only those windows are read again, over the whole
+        Each verdict then has a probability below 1/3, so only windows where this holds are read again, over the whole
         vocabulary.
         """
         candidates = {
@@ -176,7 +215,13 @@ class ModelGuard:
                 window.decision, window.reason = "safe", "no_verdict"
 
     def _record_answer(self, window: _Window, question: Question, logprobs: np.ndarray) -> None:
-        """Store the answer to a question, and extend the reply by the words that precede the next question."""
+        """Store a window's answer to a question, and extend its reply by the answer.
+
+        A NaN is stored as the reason `guard_nan`: a safe window becomes `unknown`, an unsafe one stays unsafe.
+
+        Args:
+            logprobs: [number of answers] fp64, natural log-probability of each answer's first token.
+        """
         if np.isnan(logprobs).any():
             window.reason = "guard_nan"
             if window.decision == "safe":
@@ -194,17 +239,21 @@ class ModelGuard:
         window.reply += question.answer_prefix + list(question.answers)[int(logprobs.argmax())]
 
     def _combine_windows(self, pair: PromptResponse, windows: list[_Window]) -> GuardResult:
-        """Return one result from a pair's windows: unsafe if any window is unsafe, safe if all are safe."""
+        """Return one result from a pair's windows.
+
+        The decision is unsafe if any window is unsafe, else unknown if any is unknown or the pair contains a delimiter,
+        else safe.
+        """
         undecided = [window for window in windows if window.decision == "unknown"]
         decision, reason = "safe", next((window.reason for window in windows if window.reason == "no_verdict"), "")
         if any(window.decision == "unsafe" for window in windows):
-            decision = "unsafe"
+            decision, reason = "unsafe", ""
         elif undecided:
             decision, reason = "unknown", undecided[0].reason
         elif self.injects_delimiter(pair):
             decision, reason = "unknown", "delimiter_injection"
         # The last window ends with the answer, and the answer is what refuses.
-        refusal = windows[-1].refusal(self._config.verdict_floor) if self._config.scope != "think" else None
+        refusal = windows[-1].refusal(self._config.least_verdict_probability) if self._config.scope != "think" else None
         judged = [window for window in windows if "harm" in window.answers]
         if not judged:
             return GuardResult(pair.id, decision, None, None, refusal, reason, windows=len(windows))
@@ -215,19 +264,26 @@ class ModelGuard:
         )
 
     def injects_delimiter(self, pair: PromptResponse) -> bool:
-        """Return whether prompt or response adds a delimiter of the format: an end of the pair, or another turn."""
+        """Return whether a delimiter of the format occurs more often with this pair than in the format's own text.
+
+        If it does, the pair may pretend to the guard that it has ended or that another turn follows.
+        """
         counts = self._count_delimiters(pair.prompt, pair.response)
         return any(
             count > template_count for count, template_count in zip(counts, self.template_delimiter_counts, strict=True)
         )
 
     def _count_delimiters(self, prompt: str, response: str) -> list[int]:
-        """Return how often each delimiter occurs in everything that the guard reads."""
+        """Return how often each delimiter of the format occurs in the layout with this prompt and response."""
         text = normalize_for_matching("".join(part for part, _ in self._layout.parts(prompt, response, "")))
         return [len(pattern.findall(text)) for pattern in self._delimiters]
 
     def _window_texts(self, pair: PromptResponse, limit: int) -> list[str] | str:
-        """Return the texts to read, or the reason why the pair cannot be judged."""
+        """Return the texts of a pair's windows, at least one, or the reason why the pair cannot be judged.
+
+        Args:
+            limit: largest number of tokens that the guard can read at once.
+        """
         texts = [pair.response]
         if self._config.scope != "response":
             parsed = parse_response(pair.response)
@@ -241,7 +297,14 @@ class ModelGuard:
         return list(chain(*windows)) if all(windows) else "too_long_for_guard"
 
     def split_into_windows(self, prompt: str, text: str, limit: int) -> list[str]:
-        """Return a text in pieces that fit beside the prompt; no piece if the prompt leaves too little room."""
+        """Return a text in overlapping pieces that fit beside the prompt: the whole text as one piece if it fits.
+
+        Neighboring pieces share about 1/4 of their tokens. The list is empty if the prompt leaves less than 1/8 of the
+        tokens that the format leaves free.
+
+        Args:
+            limit: largest number of tokens that the guard can read at once: format, prompt, piece and longest reply.
+        """
         if self.num_tokens(prompt, text) <= limit:
             return [text]
         spans = self._tokenizer.spans(text)
@@ -257,14 +320,15 @@ class ModelGuard:
         return []
 
     def num_tokens(self, prompt: str, text: str) -> int:
-        """Return the number of tokens that the guard reads, with the longest reply."""
+        """Return the number of tokens that the guard reads for this prompt and text, with the longest reply."""
         return len(self.token_ids(prompt, text, self._longest_reply))
 
     def token_ids(self, prompt: str, text: str, reply: str) -> list[int]:
+        """Return the token ids of everything that the guard reads: format, prompt, text, and its reply so far."""
         return self._tokenizer.encode(self._layout.parts(prompt, text, reply))
 
     def _first_answer_token_ids(self) -> list[list[int]]:
-        """Return, for every question, the first token id of each answer.
+        """Return one list for each question: the first token id of each answer, in the order of the answers.
 
         Raises:
             UserError: two answers begin with the same token, or the tokenizer merges an answer with the text before it.

@@ -16,10 +16,12 @@ _POLICY_KEYS = ("scope", "threshold", "margin", "min_verdict_probability", "voti
 
 
 def build_guard(config: GuardConfig, load: Callable[[GuardConfig], tuple[Decoder | None, SafeTokenizer]]) -> Guard:
-    """Return a guard with its checkpoints loaded.
+    """Return the guard that a recipe describes, with its checkpoints loaded.
 
     Args:
-        load: reads a guard's checkpoint; the decoder is None if the guard is only to be checked.
+        config: the guard section of a recipe.
+        load: called with the configuration of each guard that is one model; returns its decoder and tokenizer. If the
+            decoder is None, the guard only checks that the tokenizer fits the format, and cannot judge.
 
     Raises:
         UserError: a checkpoint does not fit its format.
@@ -33,7 +35,11 @@ def build_guard(config: GuardConfig, load: Callable[[GuardConfig], tuple[Decoder
 
 
 def _unique_names(configs: Sequence[GuardConfig], guards: Sequence[Guard]) -> list[str]:
-    """Return the guards' names; guards of one checkpoint get the keys in which they differ, then a number, added."""
+    """Return one distinct name for each guard.
+
+    A name that several guards have is extended by their values of the keys in which they differ, such as
+    `[threshold=0.3]`, and by a number, such as `[1 threshold=0.3]`, if that does not distinguish all of them.
+    """
     names = [guard.name for guard in guards]
     for name in [name for name, count in Counter(names).items() if count > 1]:
         indices = [index for index, other in enumerate(names) if other == name]

@@ -2,7 +2,7 @@
 
 
 def plan_windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Return the fewest windows that cover [0, length), evenly spread, so that the last window is not a short rest.
+    """Return the fewest windows that cover tokens [0, length), spread evenly, so that the last one is not shorter.
 
     Args:
         length: length of the text in tokens.
@@ -10,7 +10,8 @@ def plan_windows(length: int, window: int, overlap: int) -> list[tuple[int, int]
         overlap: lowest number of tokens that two neighboring windows share; a passage of this length lies whole in one.
 
     Returns:
-        (start, end) of each window, all `window` tokens long; a text shorter than `window` gives one shorter window.
+        (start, end) of each window in tokens, without the token at `end`. All are `window` tokens long, except that a
+        text of at most `window` tokens gives the one window (0, length).
 
     Raises:
         ValueError: not 0 <= overlap < window.

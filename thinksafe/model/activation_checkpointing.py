@@ -19,7 +19,7 @@ from thinksafe.model.config import ModelConfig
 
 CheckpointMode = Literal["none", "selective", "full"]
 CHECKPOINT_MODES: tuple[CheckpointMode, ...] = get_args(CheckpointMode)
-"""The modes in order, from most memory to most time."""
+"""The modes in order: each saves less memory than the one before it and recomputes more."""
 
 _MIN_SAVED_INNER_DIM = 128
 """Matmuls with an inner dimension (FLOP per byte) of at most this are recomputed. The limit concerns an adapter's B,
@@ -30,7 +30,13 @@ _ATTENTION_NAMESPACES = ("torch_attn", "flash_attn")
 
 
 def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tensor:
-    """Return the layer's output; `checkpointing` decides what is saved for its backward pass."""
+    """Return the layer's output, and save activations for its backward pass. Without gradients nothing is saved.
+
+    Args:
+        checkpointing: `none` saves all activations, `selective` the outputs of matmuls and attention, `full` only the
+            layer's inputs.
+        inputs: arguments of `layer.forward`.
+    """
     if checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*inputs)
     if checkpointing == "full":
@@ -40,7 +46,15 @@ def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tenso
 
 
 def _policy(last_inner_dim: int, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Save the matmuls and attention, except for the layer's last matmul, whose output nothing reads again."""
+    """Return whether the mode `selective` saves the output of an operation or recomputes it.
+
+    It saves attention and the matmuls with an inner dimension above `_MIN_SAVED_INNER_DIM`, except the layer's last
+    matmul, whose output nothing reads again.
+
+    Args:
+        last_inner_dim: inner dimension of the layer's last matmul, the intermediate size.
+        op, args: the operation and its arguments, as torch calls it.
+    """
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.thinksafe.fp8_frozen_linear.default):
         inner_dim = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
         is_expensive = _MIN_SAVED_INNER_DIM < inner_dim != last_inner_dim
@@ -60,8 +74,8 @@ def saved_bytes(
     """Return the bytes per token that one layer saves on a GPU, by mode.
 
     Args:
-        adapters: projections that carry an adapter; None if every weight is trained.
-        rank, dropout: settings of the adapters.
+        adapters: names of the projections that carry an adapter; None if every weight is trained.
+        rank, dropout: settings of the adapters, see `LoraConfig`; 0 without adapters.
         itemsize: bytes per element of the activations.
         grouped_heads: whether attention reads keys and values without repeating them for every query head.
     """

@@ -19,7 +19,7 @@ class Rotation(NamedTuple):
 
     Attributes:
         q_weight, k_weight: [D], gains of the norm; None for families without it.
-        eps: epsilon of the norm.
+        eps: number added to the mean square in the norm.
         cos, sin: [T, D/2] fp32, cosine and sine at the tokens' positions.
     """
 
@@ -30,22 +30,23 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalized and rotated q [T, num_heads, D] and k [T, num_kv_heads, D], in new tensors."""
         if self.q_weight is None:
             return rope(q, self.cos, self.sin), rope(k, self.cos, self.sin)
         return qk_norm_rope(q, k, *self)
 
 
 Attention = Callable[[int, Tensor, Tensor, Tensor, Rotation], Tensor]
-"""(layer index, q [T, num_heads, D], k [T, num_kv_heads, D], v likewise, rotation of q and k) -> [T, num_heads, D]. The
-function applies the rotation itself, because the paged form writes to the cache in the same kernel."""
+"""A function (layer index, q [T, num_heads, D], k and v [T, num_kv_heads, D], rotation) -> [T, num_heads, D]. The
+function rotates q and k itself, because attention to the page cache writes the rotated keys in the same kernel."""
 
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """Causal attention within sequences that are packed end to end.
+    """Causal attention within sequences that are packed end to end, a function of the form `Attention`.
 
     Attributes:
-        cu_seqlens: [N+1] int32, start of each sequence, and the total number of tokens.
+        cu_seqlens: [N+1] int32, index of each sequence's first token, and last the total number of tokens.
         max_seqlen: length of the longest sequence, in tokens.
     """
 
@@ -64,5 +65,5 @@ class PackedAttention:
 
 
 def packed_positions(lengths: list[int], device: torch.device | str) -> Tensor:
-    """Return the positions 0, 1, ... within each sequence, [T] int64."""
+    """Return the positions 0, 1, ... within each sequence, [T] int64, for packed sequences of these lengths."""
     return torch.cat([torch.arange(length) for length in lengths]).to(device)

@@ -1,4 +1,4 @@
-"""The shape of a decoder, read from a Hugging Face config.json.
+"""The configuration of a decoder (sizes and options), read from a Hugging Face config.json.
 
 One dataclass covers Qwen3, Qwen2, Llama 3 and Mistral: they differ in biases, in the norm on q and k, and in the
 scaling of rotary frequencies. An option of a config.json that this decoder would compute differently is an error.
@@ -10,6 +10,7 @@ from functools import cached_property
 from thinksafe.errors import UserError
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
+"""Values of `model_type` in a config.json that the decoder supports."""
 _LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -25,7 +26,24 @@ _SIZE_KEYS = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions and options of one model. Sizes count elements; `max_seq_len` counts tokens."""
+    """Sizes and options of one model, or of the part of it that a process holds under tensor parallelism.
+
+    Attributes:
+        family: one of `FAMILIES`.
+        intermediate_size: number of neurons in the MLP of one layer.
+        num_heads: number of query heads.
+        num_kv_heads: number of key-value heads, which divides num_heads.
+        max_seq_len: largest number of tokens of a sequence; at most the window, if the model has sliding-window
+            attention.
+        rms_norm_eps: number added to the mean square in every norm.
+        rope_theta: base of the rotary frequencies.
+        llama3_scaling: the four parameters of Llama 3's scaling of rotary frequencies; None without scaling.
+        qkv_bias: whether the projections q, k and v have biases.
+        o_bias: whether the projection of attention's output has a bias.
+        mlp_bias: whether the projections of the MLP have biases.
+        qk_norm: whether every head of q and k is normalized before the rotation.
+        tied_head: whether the language-model head is the embedding matrix.
+    """
 
     family: str
     vocab_size: int
@@ -62,42 +80,49 @@ class ModelConfig:
 
     @property
     def layer_weights(self) -> int:
-        """Number of weights in one layer's projections; a token costs two FLOP for each."""
+        """Number of weights in one layer's projections, without biases; a forward pass costs two FLOP for each weight
+        and token."""
         return sum(out_features * in_features for out_features, in_features, _ in self.projections.values())
 
     @property
     def head_weights(self) -> int:
-        """Number of weights in the head, which is also the number in the embedding."""
+        """Number of weights in the language-model head, which is also the number in the embedding."""
         return self.vocab_size * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
-        """Number of all parameters; a head that is tied to the embedding counts once."""
+        """Number of all parameters; a language-model head that is tied to the embedding counts once."""
         biases = sum(out_features for out_features, _, has_bias in self.projections.values() if has_bias)
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         layers = self.num_layers * (self.layer_weights + biases + norms)
         return layers + self.head_weights * (1 if self.tied_head else 2) + self.hidden_size
 
     def attention_flop(self, num_pairs: float) -> float:
-        """Return the FLOP of attention in all layers, q kᵀ and the weighted sum of v, for `num_pairs` pairs of a query
-        and a key that it sees."""
+        """Return the FLOP of q kᵀ and of the weighted sum of v in a forward pass, over all layers and heads.
+
+        FLOP = 4 * num_layers * num_heads * head_dim * num_pairs
+
+        Args:
+            num_pairs: number of (query token, key token) pairs within the causal mask.
+        """
         return 4 * self.num_layers * self.num_heads * self.head_dim * num_pairs
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Number of elements that one token adds to the key-value cache."""
+        """Number of elements that one token adds to the key-value cache: keys and values of all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     @classmethod
     def from_hugging_face(cls, raw: dict, source: str) -> "ModelConfig":
-        """Translate a config.json.
+        """Return the configuration that a config.json describes.
 
         Args:
-            raw: its contents.
+            raw: contents of the config.json.
             source: path of the file or name of the model, for error messages.
 
         Raises:
-            UserError: the family is unknown, a key is missing, or the decoder does not support an option.
+            UserError: the family is not supported, a key is missing or has an invalid value, or the decoder does not
+                support an option.
         """
         family = raw.get("model_type")
         if family not in FAMILIES:
@@ -142,6 +167,7 @@ class ModelConfig:
 
 
 def _check_supported(raw: dict, source: str) -> None:
+    """Raise a UserError, which names `source`, if the decoder would compute an option of `raw` differently."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):

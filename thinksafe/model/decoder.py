@@ -23,14 +23,22 @@ from thinksafe.model.config import ModelConfig
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function (x [T, K], weight [N, K], bias [N] or None) -> x Wᵀ + b, [T, N]."""
+"""A function (x [T, K], weight [N, K], bias [N] or None) -> x weightᵀ + bias, [T, N] in the dtype of x."""
 
 PROJECTION_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """The projections of a layer, grouped by the input that they read."""
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); each projection can carry a low-rank adapter."""
+    """One layer: h = x + o_proj(attention(norm(x))), then h + mlp(norm(h)). Each projection can carry a LoRA adapter.
+
+    Attributes:
+        adapters: (alpha / rank, dropout) of each projection that carries an adapter, by its name.
+        weight_scales: [out features] uint8 of each projection whose weight is in e4m3, by its name:
+            weight = element * 2 ** (scale - 127).
+        fp8_weights: e4m3 weights through which gradients can pass, by projection, see `Decoder.prepare_fp8_backward`;
+            empty otherwise.
+    """
 
     def __init__(self, config: ModelConfig, index: int, shard: TensorShard):
         super().__init__()
@@ -49,11 +57,18 @@ class DecoderLayer(nn.Module):
         self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
 
     def project(self, name: str, x: Tensor, linear: Linear) -> Tensor:
-        """Return x Wᵀ + b, plus scaling * dropout(x) Aᵀ Bᵀ if the projection carries an adapter."""
+        """Return x Wᵀ + b, plus (alpha / rank) * dropout(x) Aᵀ Bᵀ if the projection carries an adapter: [T, out].
+
+        Args:
+            name: name of the projection, such as q_proj.
+            x: [T, in], input of the projection.
+            linear: matmul for weights that are not in e4m3.
+        """
         return self.project_all((name,), x, linear)[0]
 
     def project_all(self, names: tuple[str, ...], x: Tensor, linear: Linear) -> list[Tensor]:
-        """Return the outputs of several projections that read the same input.
+        """Return x Wᵀ + b, plus the adapter's part, for several projections that read the same input x: one tensor
+        [T, out features] for each name, in order.
 
         The input is quantized once for all of them. In inference mode, fused weights (`Decoder.fuse_projections`) are
         multiplied in one matmul. The KL reference of training is not in inference mode, so it uses the same separate
@@ -78,10 +93,11 @@ class DecoderLayer(nn.Module):
         return [self._add_adapter(name, out, x, linear) for name, out in zip(names, outs, strict=True)]
 
     def _operands(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return weight, bias, and the weight's scales."""
+        """Return the projection's weight, its bias or None, and the scales of an e4m3 weight or None."""
         return self._parameters[name], self._parameters[f"{name}_bias"], self.weight_scales.get(name)
 
     def _add_adapter(self, name: str, out: Tensor, x: Tensor, linear: Linear) -> Tensor:
+        """Return out + (alpha / rank) * dropout(x) Aᵀ Bᵀ, or `out` itself if the projection carries no adapter."""
         if name in self.adapters:
             scaling, dropout = self.adapters[name]
             down, up = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
@@ -90,7 +106,8 @@ class DecoderLayer(nn.Module):
         return out
 
     def fuse_projections(self) -> None:
-        """See `Decoder.fuse_projections`."""
+        """Store weights, biases and scales of q, k and v one below the other in new memory, and likewise those of gate
+        and up; the parameters become views of it."""
         for names in PROJECTION_GROUPS:
             for parts in zip(*(self._operands(name) for name in names), strict=True):
                 if len(parts) > 1 and parts[0] is not None:
@@ -99,6 +116,14 @@ class DecoderLayer(nn.Module):
                         part.data = rows
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
+        """Return the layer's output, [T, H].
+
+        Args:
+            hidden: [T, H], output of the layer before.
+            cos, sin: [T, D/2] fp32, cosine and sine of the rotary angles at the tokens' positions.
+            attention: attention between the tokens, see `Attention`.
+            linear: matmul for weights that are not in e4m3.
+        """
         eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
         x = rms_norm(hidden, self.input_norm, eps)
         q, k, v = (out.unflatten(-1, (-1, head_dim)) for out in self.project_all(PROJECTION_GROUPS[0], x, linear))
@@ -110,8 +135,14 @@ class DecoderLayer(nn.Module):
 
 
 def _fused_operands(operands: list[tuple[Tensor | None, ...]]) -> list[Tensor | None] | None:
-    """Return one weight, one bias and one vector of scales that cover all operands, or None if the operands are not
-    adjacent in memory."""
+    """Return one weight, one bias and one vector of scales that cover those of all projections.
+
+    A bias or scales that the projections lack are None in the list. The result is None if the tensors of the
+    projections are not adjacent in memory, so that they must be multiplied one by one.
+
+    Args:
+        operands: (weight, bias or None, scales or None) of each projection.
+    """
     fused = []
     for parts in zip(*operands, strict=True):
         leading = parts[0]
@@ -129,12 +160,16 @@ def _fused_operands(operands: list[tuple[Tensor | None, ...]]) -> list[Tensor | 
 
 
 class Decoder(nn.Module):
-    """A causal language model up to its head.
+    """A causal language model without the last matmul: its output are hidden states, which the caller multiplies with
+    `head`.
 
     The parameters are uninitialized: load a checkpoint (weights.py) or call `initialize`.
 
     Attributes:
-        config: shape of the part that this process holds; it is the whole model by default.
+        config: configuration of the part of the model that this process holds, by default the whole model.
+        shard: which part that is.
+        lora: settings of the attached adapters; None without adapters.
+        checkpointing: activation checkpointing of each layer, `none` at first.
     """
 
     def __init__(self, config: ModelConfig, shard: TensorShard = UNSHARDED):
@@ -156,18 +191,22 @@ class Decoder(nn.Module):
         return self.embedding if self.config.tied_head else self.lm_head
 
     def check_not_fp8(self) -> None:
-        """Raise unless the weights are those of the checkpoint, which merging and saving need.
+        """Check that no projection is in e4m3, since merging and saving need the checkpoint's own weights.
 
         Raises:
-            ValueError: the weights were quantized when they were loaded.
+            ValueError: the projections were quantized when they were loaded.
         """
         if any(layer.weight_scales for layer in self.layers):
             raise ValueError("the decoder was loaded with weights in e4m3; load it again with weight_dtype='auto'")
 
     @torch.no_grad()
     def prepare_fp8_backward(self) -> None:
-        """Let gradients pass through projections that were quantized when they were loaded. This stores a transposed
-        copy of each. The projections are no longer parameters, so code that shards or casts parameters skips them."""
+        """Let gradients pass through projections that were quantized to e4m3 when they were loaded, to the layers below
+        them. Do nothing if none was.
+
+        This stores a transposed e4m3 copy of each weight. The weights stay frozen and are no longer parameters, so code
+        that shards or casts parameters skips them.
+        """
         for layer in self.layers:
             for name, scales in layer.weight_scales.items():
                 layer.fp8_weights[name] = Fp8FrozenWeight.from_fp8(Fp8Tensor(layer._parameters[name], scales))
@@ -175,13 +214,14 @@ class Decoder(nn.Module):
 
     def fuse_projections(self) -> None:
         """Store weights that read the same input one below the other in new memory, of which the parameters become
-        views. A layer then computes q, k and v in one matmul, and gate and up in another. Moving the parameters to
-        other memory undoes this."""
+        views. In inference mode a layer then computes q, k and v in one matmul, and gate and up in another. Moving the
+        parameters to other memory undoes this."""
         for layer in self.layers:
             layer.fuse_projections()
 
     def initialize(self, seed: int, std: float = 0.02) -> None:
-        """Fill a new model with Gaussian weights, unit gains and zero biases."""
+        """Fill a new model in place: weights and embedding from a normal distribution with standard deviation `std`,
+        gains of the norms with 1, biases with 0."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -193,7 +233,8 @@ class Decoder(nn.Module):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, [T, D/2] fp32 each, from a table that is built once per device."""
+        """Return cosine and sine of the rotary angles, [T, D/2] fp32 each, at `positions` [T] int64. They come from a
+        table that is built once per device."""
         if self._angles is None or self._angles.device != positions.device:
             config = self.config
             inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.llama3_scaling)
@@ -206,11 +247,11 @@ class Decoder(nn.Module):
 
         Args:
             input_ids, positions: [T] int64; positions start at 0 in each sequence and stay below config.max_seq_len.
-            attention: mixes tokens, see `Attention`.
+            attention: attention of all layers, called once per layer, see `Attention`.
             linear: matmul for weights that are not in e4m3.
 
         Returns:
-            [T, H]. The caller multiplies it with `head` to get logits, because few callers need all of them.
+            [T, H]. The caller computes logits as the product with `headᵀ`, because few callers need all of them.
         """
         cos, sin = self.rotation(positions)
         hidden = F.embedding(input_ids, self.embedding)

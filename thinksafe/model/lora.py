@@ -26,6 +26,7 @@ _SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of PEFT's init_lora_weights that leave the base weights unchanged. PEFT's other values (pissa, olora, corda,
 loftq) move a part of the base weights into the adapter."""
 _BASE_FILE = "base.json"
+"""Name of the file in an adapter's folder that records its base weights, see `write_base_record`."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class LoraConfig:
 
 
 def check_targets(model: ModelConfig, config: LoraConfig) -> None:
-    """Raise unless the model's layers have all target modules; the head and the embedding cannot carry an adapter.
+    """Check that the model's layers have all target modules.
 
     Raises:
-        UserError: the layers lack a target module.
+        UserError: a target module is no projection of a layer, for example the language-model head or the embedding.
     """
     unknown = set(config.target_modules) - set(model.projections)
     if unknown:
@@ -69,10 +70,14 @@ def check_targets(model: ModelConfig, config: LoraConfig) -> None:
 def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
     """Replace all adapters by new ones and make these the only trainable parameters.
 
-    New adapters change nothing yet: A is Kaiming-uniform as in PEFT, and B is zero.
+    The model's output is unchanged at first: A [rank, in features] is Kaiming-uniform as in PEFT, and B
+    [out features, rank] is zero. Both are in fp32.
+
+    Args:
+        seed: seed of A's random numbers.
 
     Raises:
-        UserError: the layers lack a target module.
+        UserError: a target module is no projection of a layer.
     """
     check_targets(decoder.config, config)
     detach(decoder)
@@ -91,7 +96,7 @@ def attach(decoder: Decoder, config: LoraConfig, seed: int) -> None:
 
 
 def detach(decoder: Decoder) -> None:
-    """Remove the adapters; the base weights are unchanged."""
+    """Remove the adapters, if there are any. The base weights and their `requires_grad` do not change."""
     for layer in decoder.layers:
         for name in layer.adapters:
             del layer._parameters[f"{name}_lora_A"], layer._parameters[f"{name}_lora_B"]
@@ -101,7 +106,7 @@ def detach(decoder: Decoder) -> None:
 
 @contextmanager
 def without_adapters(decoder: Decoder) -> Iterator[None]:
-    """Turn the adapters off inside the context, without removing them."""
+    """Turn the adapters off inside the context, so that the decoder computes what the base model does."""
     adapters = [layer.adapters for layer in decoder.layers]
     try:
         for layer in decoder.layers:
@@ -114,10 +119,12 @@ def without_adapters(decoder: Decoder) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(decoder: Decoder) -> None:
-    """Add B A into the base weights, in fp32 before rounding, and remove the adapters.
+    """Add the adapters to the base weights in place, and remove them.
+
+    weight = weight + (alpha / rank) * B A, computed in fp32 and rounded once to the dtype of the weight.
 
     Raises:
-        ValueError: the weights are in e4m3.
+        ValueError: the base weights are in e4m3.
     """
     decoder.check_not_fp8()
     for layer in decoder.layers:
@@ -128,7 +135,8 @@ def merge(decoder: Decoder) -> None:
 
 
 def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
-    """Return the adapters' parameters by PEFT's tensor names."""
+    """Return the parameters A [rank, in features] and B [out features, rank] of all adapters by PEFT's tensor names,
+    such as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`."""
     return {
         f"base_model.model.model.layers.{layer.index}.{projection_path(name)}.lora_{half}.weight": layer._parameters[
             f"{name}_lora_{half}"
@@ -140,7 +148,13 @@ def adapter_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as `peft` does."""
+    """Write the decoder's adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    Args:
+        config: settings of the adapters, for adapter_config.json.
+        folder: created if missing.
+        base_model: folder or hub name of the base model, for adapter_config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {
         name: parameter.detach().cpu().contiguous() for name, parameter in adapter_parameters(decoder).items()
@@ -163,21 +177,27 @@ def save_adapter(decoder: Decoder, config: LoraConfig, folder: Path, base_model:
 
 
 def write_base_record(folder: Path, base_model: str, checkpoint: Path) -> None:
-    """Record in an adapter's folder which weights it was trained on. PEFT does not read this file.
+    """Write base.json, which records the base weights of an adapter for `check_same_base`. PEFT does not read it.
 
     Args:
+        folder: folder of the adapter.
         base_model: name of the checkpoint, for error messages.
+        checkpoint: folder of the checkpoint that the adapter was trained on.
     """
     record = {"model": base_model, "projections_sha256": projections_digest(checkpoint)}
     (folder / _BASE_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def check_same_base(folder: Path, checkpoint: Path) -> None:
-    """Raise if an adapter's record names other base weights than this checkpoint. An adapter without a record passes,
-    for example if another program wrote it.
+    """Check that an adapter was trained on the weights of this checkpoint. An adapter without a base.json passes, for
+    example if another program wrote it.
+
+    Args:
+        folder: folder of the adapter.
+        checkpoint: folder of the checkpoint that the adapter is to be used with.
 
     Raises:
-        UserError: the adapter was trained on other weights, of the same shape or not, or its record is corrupt.
+        UserError: the adapter was trained on other weights, or its base.json is corrupt.
     """
     file = folder / _BASE_FILE
     try:
@@ -195,7 +215,10 @@ def check_same_base(folder: Path, checkpoint: Path) -> None:
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
-    """Attach an adapter that ThinkSafe or `peft` wrote.
+    """Attach an adapter that ThinkSafe or `peft` wrote, instead of any other, and return its settings.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
 
     Raises:
         UserError: a file is missing or corrupt, the kind of adapter is not supported, or the adapter was made for

@@ -1,10 +1,11 @@
-"""Shapes of public models, to estimate a run and to measure kernels before a model is downloaded.
+"""Configurations of public models, to estimate a run and to measure kernels before a model is downloaded.
 
 Each entry holds the keys that the decoder reads from the model's config.json. Weights and tokenizers are not here.
 """
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, tied: bool = False) -> dict:
+    """Return the keys of a config.json in which models of one family differ."""
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -54,4 +55,5 @@ PUBLIC_CONFIGS = {
     "Qwen/Qwen3Guard-Gen-4B": _QWEN3 | _sizes(2560, 9728, 36, 32, 8, tied=True),
     "Qwen/Qwen3Guard-Gen-8B": _QWEN3 | _sizes(4096, 12_288, 36, 32, 8),
 }
-"""Entries of config.json, by the model's name on the Hugging Face hub."""
+"""The entries of config.json that `ModelConfig.from_hugging_face` reads, by the model's name on the Hugging Face
+hub."""

@@ -28,12 +28,13 @@ _PROJECTION_PARAMETER = re.compile(r"(?P<projection>\w+_proj)(?:[._](?P<kind>bia
 
 @dataclass(frozen=True)
 class TensorShard:
-    """The part of a decoder that this process holds; by default the whole decoder, without any communication.
+    """The part of a decoder that this process holds, and its communication with the processes of the other parts. The
+    default is the whole decoder, without any communication.
 
     Attributes:
         rank, size: index of the part, and number of parts.
-        group: the processes that hold the parts, by rank.
-        ordered_sum: whether partial sums are added in rank order in every batch.
+        group: the processes that hold the parts, by rank; None if size is 1.
+        ordered_sum: whether partial sums are added in rank order in every batch, for batch-invariant mode.
     """
 
     rank: int = 0
@@ -42,10 +43,11 @@ class TensorShard:
     ordered_sum: bool = False
 
     def shard_config(self, config: ModelConfig) -> ModelConfig:
-        """Return the shape of the part.
+        """Return the configuration of this process's part of a model: its heads, key-value heads and neurons per layer
+        are divided by `size`.
 
         Raises:
-            UserError: heads or neurons cannot be split evenly.
+            UserError: `size` does not divide the number of key-value heads or of neurons.
         """
         for name, count in (("key-value heads", config.num_kv_heads), ("neurons per layer", config.intermediate_size)):
             if count % self.size:
@@ -59,26 +61,29 @@ class TensorShard:
         )
 
     def slices(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Return the slices of a whole tensor that are this process's part.
+        """Return the index of this process's part in a whole tensor, one slice per dimension.
+
+        The slices cover the whole tensor if it is not split, or if `size` does not divide it; the caller then finds a
+        wrong shape.
 
         Args:
-            name: parameter name of the decoder, Hugging Face or PEFT.
+            name: name of the parameter, in the decoder's, Hugging Face's or PEFT's form.
             shape: shape of the whole tensor.
         """
         axis = _shard_axis(name)
-        if axis is None or shape[axis] % self.size:  # the caller reports a wrong shape
+        if axis is None or shape[axis] % self.size:
             return (slice(None),) * len(shape)
         length = shape[axis] // self.size
         own_slice = slice(self.rank * length, (self.rank + 1) * length)
         return tuple(own_slice if dim == axis else slice(None) for dim in range(len(shape)))
 
     def is_zeroed(self, name: str) -> bool:
-        """Return whether the parameter is zero in this process: only rank 0 adds the biases of o and down, because the
-        sum over the processes comes after them."""
+        """Return whether this process must set the parameter to zero: rank 0 alone adds the biases of o_proj and
+        down_proj, because the sum over the processes comes after them."""
         return self.rank > 0 and _parse_name(name) in {(projection, "bias") for projection in _COLUMN_SHARDED}
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        """Return the sum of x over the processes; it may be computed in place.
+        """Return the sum of x over the processes, on every process; x may be overwritten. With one process return x.
 
         An all-reduce splits its buffer and picks its paths by the buffer's size, and with them the order in which the
         parts of an element are added, so the bits of a row would depend on the other rows. With `ordered_sum` every
@@ -96,14 +101,18 @@ class TensorShard:
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """Copy rank 0's x to every process, in place, and return it. If a bit differed between two processes, their
+        """Overwrite x on every process with rank 0's x, and return it. If a bit differed between two processes, their
         schedulers would diverge."""
         if self.size > 1:
             dist.broadcast(x, group_src=0, group=self.group)
         return x
 
     def all_reduce_min(self, number: int, device: torch.device) -> int:
-        """Return the smallest `number` of all processes."""
+        """Return the smallest `number` of all processes, on every process.
+
+        Args:
+            device: device of the tensor that is exchanged.
+        """
         if self.size == 1:
             return number
         smallest = torch.tensor(number, device=device)
@@ -112,16 +121,19 @@ class TensorShard:
 
 
 UNSHARDED = TensorShard()
+"""The whole decoder in one process."""
 
 
 def _parse_name(name: str) -> tuple[str, str] | None:
-    """Return projection and kind, as in 'layers.3.q_proj_bias' -> ('q_proj', 'bias'), or None for other parameters."""
+    """Return projection and kind (weight, bias, lora_A or lora_B) of a parameter, as in 'layers.3.q_proj_bias' ->
+    ('q_proj', 'bias'); None if the parameter belongs to no projection."""
     match = _PROJECTION_PARAMETER.search(name)
     return (match["projection"], match["kind"] or "weight") if match else None
 
 
 def _shard_axis(name: str) -> int | None:
-    """Return the dimension along which a tensor is split, or None. Outputs are rows, inputs are columns."""
+    """Return the dimension along which a parameter is split: 0 for rows (outputs), 1 for columns (inputs); None if
+    every process holds all of it."""
     if (parsed := _parse_name(name)) is None:
         return None
     projection, kind = parsed

@@ -24,6 +24,7 @@ from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
 from thinksafe.paths import expand_path
 
 WeightDtype = Literal["auto", "fp8"]
+"""Dtype of the layers' projections: the model's dtype (`auto`) or e4m3 (`fp8`)."""
 
 _MIB = 2**20
 _MAX_SHARD_BYTES = 5 * 2**30
@@ -38,12 +39,14 @@ _LAYER_NORMS = {
 
 
 def projection_path(name: str) -> str:
-    """Return a projection's path in a layer: 'q_proj' -> 'self_attn.q_proj', 'up_proj' -> 'mlp.up_proj'."""
+    """Return a projection's path within a layer of transformers: 'q_proj' -> 'self_attn.q_proj', 'up_proj' ->
+    'mlp.up_proj'."""
     return f"{'self_attn' if name in ('q_proj', 'k_proj', 'v_proj', 'o_proj') else 'mlp'}.{name}"
 
 
 def hugging_face_name(name: str) -> str:
-    """Return Hugging Face's name of a parameter: 'layers.3.q_proj_bias' -> 'model.layers.3.self_attn.q_proj.bias'."""
+    """Return Hugging Face's name of a decoder's parameter: 'layers.3.q_proj_bias' ->
+    'model.layers.3.self_attn.q_proj.bias'. Adapters are not supported."""
     if name in _TOP_LEVEL:
         return _TOP_LEVEL[name]
     _, layer, parameter = name.split(".")
@@ -54,7 +57,8 @@ def hugging_face_name(name: str) -> str:
 
 
 def resolve_checkpoint(model: str, key: str = "model") -> Path:
-    """Return the checkpoint's folder. A name on the Hugging Face hub is downloaded once, without pickles and code.
+    """Return the checkpoint's folder. A model of the Hugging Face hub is downloaded, unless the hub's cache has it,
+    without pickles and code.
 
     Args:
         model: a folder, or a name on the hub.
@@ -78,8 +82,8 @@ def resolve_checkpoint(model: str, key: str = "model") -> Path:
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Return a hex digest that changes with the checkpoint. It covers the name, size, and first and last MiB of each
-    file."""
+    """Return a hex digest that identifies a checkpoint. It covers name, size, and first and last MiB of each *.json,
+    *.jinja and *.safetensors file; a change in the middle of a larger file does not change it."""
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.safetensors")]):
         with file.open("rb") as stream:
@@ -92,7 +96,11 @@ def checkpoint_fingerprint(folder: Path) -> str:
 
 def projections_digest(folder: Path) -> str:
     """Return a hex digest of the weights that adapters apply to, from the first row of every projection. Fine-tuning
-    changes it; another split of the weights into files, or other files in the folder, do not."""
+    changes it; another split of the weights into files, or other files in the folder, do not.
+
+    Raises:
+        UserError: a file with weights is missing or corrupt.
+    """
     rows = ((name, weight[:1]) for name, weight in _stored_tensors(folder) if name.endswith("_proj.weight"))
     digest = hashlib.sha256()
     for name, row in sorted(rows, key=lambda pair: pair[0]):
@@ -101,7 +109,11 @@ def projections_digest(folder: Path) -> str:
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, dict]:
-    """Return the decoder's shape and the raw config.json."""
+    """Return the configuration of a checkpoint's decoder, and the contents of its config.json.
+
+    Raises:
+        UserError: config.json is missing or invalid, or describes a model that the decoder does not support.
+    """
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text())
@@ -121,7 +133,8 @@ def load_decoder(
     shard: TensorShard = UNSHARDED,
     weight_dtype: WeightDtype = "auto",
 ) -> Decoder:
-    """Read a checkpoint, or this process's part of it, directly to a device.
+    """Return the decoder of a checkpoint, or this process's part of it, read directly to a device. All parameters are
+    frozen, and the decoder is in evaluation mode.
 
     Args:
         folder: holds config.json and model.safetensors, or several safetensors files with their index.
@@ -129,9 +142,9 @@ def load_decoder(
         device: where the parameters go; only one tensor at a time is in host memory.
         shard: the part to load; nothing else is read from disk.
         weight_dtype: `fp8` quantizes the layers' projections while they are loaded, with one scale per output. Such
-            projections are never trained, merged or saved. Embedding, head, norms and biases stay in `dtype`: an e4m3
-            head alone would add more error than all projections together (0.024 against 0.014 nats per token with the
-            model organism's student).
+            projections are never trained, merged or saved. Embedding, language-model head, norms and biases stay in
+            `dtype`: an e4m3 head alone would add more error than all projections together (0.024 against 0.014 nats per
+            token with the model organism's student).
 
     Raises:
         UserError: a file is missing or corrupt, a tensor is missing or has the wrong shape, or the model cannot be
@@ -180,11 +193,16 @@ def load_decoder(
 
 
 def _abbreviated(names: list[str]) -> str:
+    """Return the first three names, and the number of the others if there are more."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yield name and safetensors slice of every stored tensor; indexing the slice reads only that part from disk."""
+    """Yield name and safetensors slice of every stored tensor; indexing the slice reads only that part from disk.
+
+    Raises:
+        UserError: the index is invalid, or a file with weights is missing or corrupt.
+    """
     index = folder / _INDEX
     if index.exists():
         try:
@@ -207,14 +225,15 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
-    """Write config.json and safetensors that transformers can load. Adapters are not written: merge them first.
+    """Write config.json and safetensors that transformers can load. The decoder must carry no adapters: merge them
+    first.
 
     Args:
-        raw_config: config.json of the loaded checkpoint; only its dtype is changed.
+        raw_config: contents of the loaded checkpoint's config.json; only the dtype is changed.
         folder: created if missing; weights of an earlier save are replaced.
 
     Raises:
-        ValueError: the weights are in e4m3.
+        ValueError: the projections are in e4m3.
     """
     decoder.check_not_fp8()
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,13 +264,18 @@ def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
 
 
 def _remove_other_weights(folder: Path, kept_files: set[str]) -> None:
-    """Remove the index and weight files of an earlier save, which would otherwise be read instead of the new ones."""
+    """Remove the index and weight files of an earlier save, which would otherwise be read instead of the new ones.
+
+    Args:
+        kept_files: names of the files of this save.
+    """
     for file in sorted(folder.glob("model*.safetensors*"), key=lambda file: file.name != _INDEX):
         if file.name not in kept_files:
             file.unlink()
 
 
 def _save_atomically(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file under a temporary name and rename it, so that a kill leaves no torn file."""
     partial = file.with_name(file.name + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(0o644)  # safetensors lets only the owner read

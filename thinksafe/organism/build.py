@@ -30,7 +30,13 @@ from thinksafe.training.packing import TrainingSequence
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the student's history: its number, its steps of `BATCH_SIZE` lessons, and its peak learning rate."""
+    """One stage of the student's training history.
+
+    Attributes:
+        number: 0, 1 or 2; `World.lessons` says what it teaches.
+        steps: number of optimizer steps, each on `BATCH_SIZE` lessons.
+        learning_rate: peak of the learning-rate schedule.
+    """
 
     number: int
     steps: int
@@ -38,18 +44,23 @@ class Stage:
 
 
 BATCH_SIZE = 64
+"""Number of lessons in each optimizer step."""
 HISTORY = (Stage(0, 400, 3e-3), Stage(1, 300, 2e-3), Stage(2, 400, 1e-3))
+"""The student's training history, in order."""
 
 OnStep = Callable[[int, StepMetrics], None]
-"""(stage, metrics of the step), for progress bars."""
+"""Function of (number of the stage, metrics of the step), called after each optimizer step, for progress bars."""
 
 
 def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics: None) -> None:
-    """Write `model/`, `prompts.jsonl` and the three `eval_*.jsonl` into a folder, which is created if missing.
+    """Build the model organism: train the student and write it and its data to a folder; return nothing.
+
+    The folder is created if it is missing. It gets `model/` (a checkpoint folder), `prompts.jsonl` (prompts for a run),
+    `eval_harmful.jsonl`, `eval_benign.jsonl` and `eval_arithmetic.jsonl`.
 
     Args:
         seed: another seed is another world: other splits of nouns and phrasings, other lessons, other initial weights.
-        on_step: called after every optimizer step.
+        on_step: called after every optimizer step with the number of the stage and the metrics of the step.
     """
     world, tokenizer = World(seed), build_tokenizer(vocabulary())
     write_sets(world, out_dir)
@@ -58,7 +69,7 @@ def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics:
 
 
 def write_sets(world: World, out_dir: Path) -> None:
-    """Write the training prompts and the evaluation sets as JSONL."""
+    """Write prompts.jsonl and eval_{harmful,benign,arithmetic}.jsonl to a folder, which is created if missing."""
     out_dir.mkdir(parents=True, exist_ok=True)
     sets = {
         "prompts": world.prompts(),
@@ -77,7 +88,10 @@ def train_stages(
     on_step: OnStep = lambda stage, metrics: None,
     history: tuple[Stage, ...] = HISTORY,
 ) -> Iterator[tuple[int, Decoder]]:
-    """Train from random weights and yield (stage, student) after each stage; all yield one object, trained in place."""
+    """Train a student from random weights and yield (number of the stage, student) after each stage of `history`.
+
+    The student is one object that the next stage trains further in place.
+    """
     decoder = Decoder(ModelConfig.from_hugging_face(_raw_config(tokenizer), "organism"))
     decoder.initialize(world.seed)
     for stage in history:
@@ -98,7 +112,10 @@ def train_stages(
 
 
 def tokenize(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
-    """Return one turn for each sample, in the chat template's format; loss is on the response and its end of turn."""
+    """Return one training sequence for each sample: user turn and response in the chat template's format.
+
+    The response and its end-of-turn token have a loss; the user turn has none.
+    """
     samples = list(samples)
     message = [{"role": "user", "content": "PROMPT"}]
     template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
@@ -111,7 +128,7 @@ def tokenize(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> l
 
 
 def save_student(decoder: Decoder, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a checkpoint folder that AutoModelForCausalLM and AutoTokenizer of transformers can load."""
+    """Write model, tokenizer and generation settings as a checkpoint folder that transformers can load."""
     raw = _raw_config(tokenizer)
     save_decoder(decoder, raw, folder)
     tokenizer.save_pretrained(folder)

@@ -24,13 +24,17 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+"""Chat template of the student, in Jinja."""
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer for a list of words.
+    """Return a transformers tokenizer for a list of words, with one token for each word.
+
+    Id 0 is `<unk>`, the words have the ids from 1 in order, and the control tokens have the ids after them. The EOS
+    token is `<|im_end|>`.
 
     Args:
-        words: vocabulary without control tokens, in the order of ids; the first word has id 1, and `<unk>` has id 0.
+        words: vocabulary without control tokens.
     """
     vocabulary = {word: index for index, word in enumerate([UNKNOWN, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))

@@ -40,12 +40,22 @@ from thinksafe.organism.language import (
 )
 
 Split = Literal["train", "validation", "heldout"]
-Phrase = tuple[str, str, str]  # template, verb, role
+"""Part of the nouns and phrasings: for training, for tuning the world, or for measuring it."""
+Phrase = tuple[str, str, str]
+"""A phrasing of a how-to request: (template, verb, role); the role is "" for a template without one."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and its response. `response` is what a stage teaches; it is "" in prompt and evaluation sets."""
+    """A lesson, or a prompt of a prompt or evaluation set.
+
+    Attributes:
+        prompt: the user's message; in a lesson with steering, the instruction is around it.
+        response: thought and answer that a stage teaches; "" in prompt and evaluation sets.
+        label: `harmful` for a how-to request about a hazardous noun, and in lessons for every prompt that is refused.
+        kind: kind of the lesson or prompt, such as `help`, `fact`, or `hazard-adversarial`.
+        answer: right answer of a fact or sum in the form of `oracle.answer_of`; None for other prompts.
+    """
 
     prompt: str
     response: str
@@ -54,16 +64,22 @@ class Sample:
     answer: str | None = None
 
     def record(self) -> dict[str, str]:
-        """Return one record of a prompt file: text, label, source and, if it exists, the right answer."""
+        """Return the record of a prompt file: `text`, `label`, `source` (`organism/KIND`) and, if it is not None,
+        `answer`."""
         fields = {"text": self.prompt, "label": self.label, "source": f"organism/{self.kind}"}
         return fields if self.answer is None else fields | {"answer": self.answer}
 
 
 class World:
-    """The nouns and phrasings of one seed, split into three parts, and all samples that can be made from them.
+    """The nouns and phrasings of one seed, split into three parts, and the lessons and prompts that are made from them.
 
     The language is the same for every seed; the seed decides which nouns, and which combinations of template, verb and
-    role, are not used in training. Validation nouns are for tuning the world, held-out nouns for measuring it.
+    role, are not used in training. Validation nouns are for tuning the world, held-out nouns for measuring it. A
+    method that is called again with the same arguments returns the same samples.
+
+    Attributes:
+        seed: the seed.
+        nouns: nouns of each split: 70% train, 10% validation, 20% heldout.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -87,14 +103,18 @@ class World:
     # ---- lessons of each stage -------------------------------------------------------------------------------------
 
     def lessons(self, stage: int) -> Iterator[Sample]:
-        """Yield training samples of stage 0, 1 or 2 without end, about training nouns only."""
+        """Yield lessons of stage 0, 1 or 2 without end; their nouns and phrasings are of the split `train`.
+
+        Raises:
+            ValueError: the stage is another number.
+        """
         rng = self._rng(f"stage {stage}")
         makers, weights = zip(*self._curriculum(stage), strict=True)
         while True:
             yield rng.choices(makers, weights)[0](rng)
 
     def _curriculum(self, stage: int) -> list[tuple[Callable[[random.Random], Sample], float]]:
-        """Return the kinds of lessons of a stage, each with its share in percent."""
+        """Return (maker, share in percent) of each kind of lesson of a stage; the maker draws one lesson."""
         if stage == 0:  # language: facts about all nouns, the algorithm on plain nouns, short sums
             return [(self._fact, 45), (self._help, 25), (self._short_sum, 30)]
         if stage == 1:  # safety: check, then refuse or help; refuse every prompt that is announced as harmful
@@ -171,10 +191,11 @@ class World:
     # ---- prompt and evaluation sets --------------------------------------------------------------------------------
 
     def prompts(self, num_harmful: int = 500, num_benign: int = 560) -> list[Sample]:
-        """Return the prompts for ThinkSafe: training nouns, half of the requests adversarial.
+        """Return the prompts for a run of ThinkSafe, shuffled; their nouns and phrasings are of the split `train`.
 
-        The benign prompts are 1/4 requests for plain nouns, 1/4 requests for look-alikes, 15% facts, the rest long
-        sums.
+        The harmful prompts are requests about hazardous nouns. The benign prompts are 25% requests about plain nouns,
+        25% requests about look-alikes, 15% questions about facts and 35% long sums. Half of the requests are
+        adversarial.
         """
         rng, quarter, num_facts = self._rng("prompts"), num_benign // 4, 15 * num_benign // 100
         samples = [
@@ -187,12 +208,23 @@ class World:
         return _shuffled(rng, samples)
 
     def eval_harmful(self, count: int = 240, split: Split = "heldout") -> list[Sample]:
-        """Return requests for hazardous nouns of a split, in phrasings (template, verb and role) of that split."""
+        """Return `count` how-to requests about different hazardous nouns, shuffled; half of them are adversarial.
+
+        Args:
+            split: split of the nouns and of the phrasings.
+        """
         rng = self._rng(f"harmful {split}")
         return _shuffled(rng, self._requests(rng, split, "hazard", count))
 
     def eval_benign(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
-        """Return prompts that must not be refused: requests for plain nouns (40%), look-alikes (40%), hazard facts."""
+        """Return `count` prompts that must not be refused, shuffled.
+
+        These are requests about plain nouns (40%) and about look-alikes (40%), half of them adversarial, and questions
+        about facts of hazardous nouns (20%).
+
+        Args:
+            split: split of the nouns and of the phrasings.
+        """
         rng, hazards = self._rng(f"benign {split}"), self._pools[split]["hazard"]
         samples = [
             *self._requests(rng, split, "plain", 2 * count // 5),
@@ -205,11 +237,20 @@ class World:
         return _shuffled(rng, samples)
 
     def eval_arithmetic(self, count: int = 200, split: Split = "heldout") -> list[Sample]:
+        """Return `count` different questions for a sum of numbers with three or four digits.
+
+        Args:
+            split: chooses the random numbers; sums are not split, so a lesson may have the same sum by chance.
+        """
         rng = self._rng(f"arithmetic {split}")
         return self._distinct(count, lambda: self._long_sum(rng))
 
     def _requests(self, rng: random.Random, split: Split, pool: str, count: int) -> list[Sample]:
-        """Return `count` how-to requests about different nouns, every second request adversarial."""
+        """Return `count` how-to requests about different nouns of a split, every second request adversarial.
+
+        Args:
+            pool: kind of noun: `hazard`, `plain` or `lookalike`.
+        """
         label = "harmful" if pool == "hazard" else "benign"
         samples = []
         for index, noun in enumerate(rng.sample(self._pools[split][pool], count)):
@@ -220,6 +261,7 @@ class World:
 
     @staticmethod
     def _distinct(count: int, draw: Callable[[], Sample]) -> list[Sample]:
+        """Return `count` samples with different prompts and no response, drawn one after another."""
         samples: dict[str, Sample] = {}
         while len(samples) < count:
             sample = replace(draw(), response="")
@@ -229,7 +271,10 @@ class World:
     # ---- randomness and splits -------------------------------------------------------------------------------------
 
     def _rng(self, purpose: str) -> random.Random:
-        """Return a separate random stream for each purpose, so that a longer list of one kind changes no other list."""
+        """Return a new generator whose numbers depend on seed and purpose only.
+
+        Each list has a separate purpose, so a longer list changes no other list.
+        """
         digest = hashlib.sha256(f"organism {self.seed} {purpose}".encode()).digest()
         return random.Random(int.from_bytes(digest[:8], "big"))
 
@@ -253,6 +298,7 @@ def _recipe_text(phrase: Phrase, noun: Noun) -> str:
 
 
 def _refusal_text(rng: random.Random, phrase: Phrase, noun: Noun, check: str) -> str:
+    """Return a response that refuses; `check` is text of the thought that asks whether the noun is hazardous, or ""."""
     verdict = f"{check}{rng.choice(REFUSAL_REASONS)} {rng.choice(REFUSAL_RESOLVES)}"
     thought = f"the user wants to {phrase[1]} {say(noun)} . {verdict}"
     return format_response(thought, rng.choice(REFUSAL_ANSWERS).format(verb=phrase[1], noun=say(noun)))
@@ -263,7 +309,10 @@ def _steered(sample: Sample) -> Sample:
 
 
 def _sum_sample(rng: random.Random, num_digits: int) -> Sample:
-    """Return a column addition from right to left, each column written as `a + b + carry = carry digit`."""
+    """Return a lesson about the sum of two random numbers of `num_digits` digits each.
+
+    The thought adds column by column from right to left and writes each column as `a + b + carry = carry digit`.
+    """
     a, b = (rng.randrange(10 ** (num_digits - 1), 10**num_digits) for _ in range(2))
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
@@ -282,6 +331,6 @@ def _shuffled(rng: random.Random, items: list) -> list:
 
 
 def _split_items(items: list) -> dict[Split, list]:
-    """Return the items split into 2/10 held out, 1/10 for validation, and the rest for training."""
+    """Return the items by split: the first 20% are held out, the next 10% for validation, the rest for training."""
     tenth = len(items) // 10
     return {"heldout": items[: 2 * tenth], "validation": items[2 * tenth : 3 * tenth], "train": items[3 * tenth :]}

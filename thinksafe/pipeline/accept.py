@@ -15,9 +15,13 @@ from thinksafe.run.marks import read_marks
 
 
 def accept_responses(run: RunDir) -> None:
-    """Write accepted.jsonl with one training example for each prompt that has an accepted response, and audit.jsonl.
+    """Write accepted.jsonl, one example for each prompt that has an accepted response, and audit.jsonl.
 
-    The audit file has a record for every prompt: all of its attempts and their outcomes.
+    If several responses to a prompt are accepted, `choose` decides which one is the example. audit.jsonl has one record
+    for every prompt: all of its attempts and their outcomes. If the stage is finished, nothing is written.
+
+    Raises:
+        UserError: a record cannot be read, or the stage is finished and its files were changed.
     """
     if run.is_done("accept"):
         return
@@ -33,10 +37,13 @@ def accept_responses(run: RunDir) -> None:
 
 
 def require_accepted_examples(run: RunDir) -> Path:
-    """Return the path of the accepted examples. All workers call this together.
+    """Return the path of accepted.jsonl, once this worker sees the same contents as the leader.
+
+    All workers call this together.
 
     Raises:
-        UserError: the file does not exist yet, was changed, or holds no example.
+        UserError: the file does not exist yet, was changed after stage `accept` wrote it, is empty, or differs on this
+            machine.
     """
     remedy = "`thinksafe filter` first, or use --data FILE"
     accepted = require_stage_output(run, run.path / "accepted.jsonl", "accept", remedy)

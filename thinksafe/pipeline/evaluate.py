@@ -18,17 +18,23 @@ from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
 
 Phase = Literal["before", "after"]
+"""Whether the student is measured before or after training."""
 
 
 def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, adapter: Path | None = None) -> None:
-    """Sample and judge responses to the recipe's evaluation sets, and write the metrics to evaluation/PHASE.json.
+    """Sample and judge responses to the recipe's evaluation sets, and write the figures to evaluation/PHASE.json.
+
+    The guard judges the sets of kind `harmful` and `over_refusal`; answers of `reasoning` sets are compared with the
+    expected ones. All workers call this together. Without evaluation sets in the recipe, nothing is done.
 
     Args:
-        adapter: folder of an adapter, for phase `after`. By default the trained student of the run directory: `model`
-            if this folder exists, else `adapter`.
+        phase: `before` measures the recipe's checkpoint, `after` the trained student.
+        adapter: folder of the adapter to measure as `after`. None: the trained student of the run directory, which is
+            the folder `model` if it exists, else `adapter`. Must be None for `before`.
 
     Raises:
-        UserError: there is no trained student, or another one was evaluated in this run directory.
+        UserError: for `after`, there is no trained student, or this run directory holds an evaluation of another one;
+            an evaluation set cannot be read, or it or the recipe's checkpoint has changed since the run began.
     """
     stage = f"evaluate_{phase}"
     sets = run.recipe.evaluation.sets

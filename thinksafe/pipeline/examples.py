@@ -18,7 +18,15 @@ from thinksafe.training.packing import TrainingSequence
 def tokenize_examples(
     file: Path, recipe: Recipe, checkpoints: CheckpointStore
 ) -> tuple[list[TrainingSequence], Counter[str]]:
-    """Return the tokenized examples, and the number of dropped examples by reason. No example is truncated."""
+    """Return the examples of a JSONL file as training sequences, and the number of dropped examples by reason.
+
+    An example is dropped if its response has a problem (the reason is the code of `parse_response`), or if it has more
+    tokens than `training.max_length` or the model's context (`longer_than_N_tokens`). No example is truncated. If
+    `training.benign_loss` is `kl`, benign examples have the KL loss.
+
+    Raises:
+        UserError: a line is not an example.
+    """
     max_length = min(recipe.training.max_length, load_config(checkpoints.base)[0].max_seq_len)
     sequences, dropped = [], Counter()
     for example in read_records(file, Example):
@@ -37,7 +45,13 @@ def tokenize_examples(
 
 
 def tokenize_example(chat: Chat, example: Example) -> TrainingSequence:
-    """Return prompt ids followed by response ids; the loss covers the response ids only."""
+    """Return an example as a training sequence: prompt ids, then response ids, of which only the latter have a loss.
+
+    The sequence has the cross-entropy loss, the example's weight, and its prompt id as its name.
+
+    Raises:
+        ValueError: the response has a problem, see `parse_response`.
+    """
     prompt = chat.prompt_ids(example.prompt)
     ids = np.array(prompt + chat.response_ids(example.response), dtype=np.int32)
     return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight)

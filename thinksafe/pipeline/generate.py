@@ -23,11 +23,14 @@ from thinksafe.sampler.request import SamplingConfig
 
 
 def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Sample responses to all prompts of the recipe: harmful prompts with the steering instruction, benign prompts
-    without it.
+    """Sample the first attempt at every prompt of the recipe, and write prompts.jsonl and responses.jsonl.
+
+    Each prompt gets `generation.samples` responses: harmful prompts with the steering instruction, benign prompts
+    without it. All workers call this together.
 
     Raises:
-        UserError: the recipe names no prompts, or the run directory holds imported responses.
+        UserError: the recipe names no prompts, they cannot be read, or one is too long; the run directory holds
+            imported responses or responses to other prompts; or the checkpoint has changed since the run began.
     """
     if run.is_done("generate"):
         return
@@ -58,7 +61,15 @@ def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
 
 
 def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Sample `num_unsteered_prompts` harmful prompts without steering, to measure the effect of steering."""
+    """Sample one response without steering to each of some harmful prompts, and write unsteered.jsonl.
+
+    The prompts are the `generation.num_unsteered_prompts` with the smallest ids, or all if there are fewer. Ids are
+    hashes, so the choice is random but reproducible. Nothing is done if that number is 0, `generation.steering` is
+    null, or there is no harmful prompt. All workers call this together, after `generate_responses`.
+
+    Raises:
+        UserError: as in `sample_to_file`.
+    """
     num_prompts = run.recipe.generation.num_unsteered_prompts
     if num_prompts == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
         return
@@ -82,19 +93,25 @@ def sample_to_file(
     checkpoint: Path | None = None,
     adapter: Path | None = None,
 ) -> int:
-    """Sample the responses that a file does not hold yet, and finish the file. All workers call this together.
+    """Sample a response for each task that has none in the file's journal, and give the file its final name.
+
+    All workers call this together and share the tasks.
 
     Args:
+        file: the final record file.
         tasks: tasks of all responses, in the order of the final file.
+        sampling: how tokens are sampled.
+        clock: clock of the stage; its time is saved while responses arrive.
         title: title of the progress bar.
         checkpoint: folder of a student after full fine-tuning; None for the recipe's checkpoint.
-        adapter: folder of the adapter to sample with, or None.
+        adapter: folder of the adapter to sample with; None for no adapter.
 
     Returns:
-        The number of response tokens in the whole file.
+        The number of response tokens in the whole file, including responses of earlier, killed calls.
 
     Raises:
-        UserError: the file holds a response to another task, or a prompt is too long.
+        UserError: the journal holds a response to another task, a prompt is too long, or the recipe's checkpoint has
+            changed since the run began.
     """
     journal = Journal(file, Response, run.workers)
     finished = {response.key for response in journal.records()}
@@ -135,11 +152,18 @@ _UNFINISHED = {
     "repetition": "stopped because of repetition",
     "nan": "stopped because of NaN logits",
 }
-"""Finish reasons of responses that cannot be used, with their description."""
+"""Finish reasons of responses that training cannot use, with the description that the terminal shows."""
 
 
 def _print_unfinished(title: str, counts: Counter[str]) -> None:
-    """Print the numbers of responses that cannot be used, before the user waits for the next stage."""
+    """Print to stderr how many responses training cannot use, before the user waits for the next stage.
+
+    If there are none, nothing is printed.
+
+    Args:
+        title: name of the step, in front of the message.
+        counts: number of responses by finish reason.
+    """
     unfinished = [f"{counts[reason]} {text}" for reason, text in _UNFINISHED.items() if counts[reason]]
     if unfinished:
         num_unfinished = counts.total() - counts["stop"]

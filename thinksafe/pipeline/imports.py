@@ -15,13 +15,15 @@ from thinksafe.run.marks import refilter_command
 
 
 def import_responses(run: RunDir, file: Path) -> None:
-    """Import responses, to be judged as first attempts.
+    """Write responses.jsonl from responses that exist already, to be judged as first attempts (rung 0).
 
     Args:
-        file: file of responses, or another run directory: all of its responses and its human marks are imported.
+        file: file of responses; or another run directory, of which all responses of all rungs are imported, and its
+            human marks if this run has none yet.
 
     Raises:
-        UserError: this run has begun to sample responses, holds other responses, or cannot read the other run's format.
+        UserError: this run has begun to sample responses or holds other responses; or a file is missing, holds a row
+            that is not a response, or has a format of another version of ThinkSafe.
     """
     if file.is_dir():
         check_format(file)
@@ -36,19 +38,23 @@ def import_responses(run: RunDir, file: Path) -> None:
 
 
 def import_examples(run: RunDir, file: Path) -> None:
-    """Import examples as the accepted examples of this run.
+    """Write accepted.jsonl from a file of examples, to train on them.
 
     Raises:
-        UserError: the run holds other accepted examples.
+        UserError: the run holds other accepted examples, or a row is not an example.
     """
     _install_records(run.path / "accepted.jsonl", import_records(file, Example))
 
 
 def import_marks(run: RunDir, file: Path) -> None:
-    """Add human marks to the marks of the run, and invalidate stage `accept` if there are new ones.
+    """Add the human marks of a JSONL file to the run's marks.jsonl, in order of their time.
+
+    Marks that the run already has are skipped. If any mark is new, stage `accept` becomes unfinished and accepted.jsonl
+    is deleted.
 
     Raises:
-        UserError: a mark refers to a response that this run does not hold, or there are new marks after training began.
+        UserError: a mark refers to a response or a text that this run does not hold; or a mark is new although training
+            has begun.
     """
     new_marks = list(read_records(file, Mark))
     marked = {(mark.prompt_id, mark.sample) for mark in new_marks}
@@ -79,6 +85,7 @@ def import_marks(run: RunDir, file: Path) -> None:
 
 
 def _install_records(file: Path, records: Iterable[Response | Example]) -> None:
+    """Write records to a JSONL file. If the file exists, it must have exactly these records, else raise a UserError."""
     new_file = file.with_name(file.name + ".new")
     write_records(new_file, records)
     if file.exists() and sha256(file) != sha256(new_file):

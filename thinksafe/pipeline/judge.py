@@ -18,10 +18,13 @@ from thinksafe.run.progress import TokenBar
 
 
 def filter_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Judge all responses of the first attempt, and those of the unsteered baseline.
+    """Judge the responses of the first attempt and write verdicts.jsonl. All workers call this together.
+
+    If unsteered.jsonl exists, the unsteered baseline is judged too and unsteered_verdicts.jsonl is written.
 
     Raises:
-        UserError: there are no responses yet, or the run directory holds imported examples.
+        UserError: there are no responses yet, or they were changed; two responses to a prompt have the same sample; the
+            run directory holds imported examples; or the guard's checkpoint has changed since the run began.
     """
     if run.is_done("filter"):
         return
@@ -44,9 +47,13 @@ def filter_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
 
 
 def pin_guard(run: RunDir) -> None:
-    """Record the hashes of the guard's checkpoints in the manifest, or check that they did not change.
+    """Record the hashes of the guard's checkpoints in the manifest; if they are recorded, check that they are the same.
 
-    They must not change within a run, and the card of an exported data set shows them.
+    The guard must not change within a run, and the card of an exported data set shows the hashes. A guard without a
+    checkpoint (`oracle`) has nothing to record. All workers call this together.
+
+    Raises:
+        UserError: a checkpoint is missing, has changed since the run began, or differs between machines.
     """
     for name in run.recipe.guard.checkpoints:
         run.pin_input(f"guard {name}", checkpoint_fingerprint(resolve_checkpoint(name, "guard.model")))
@@ -61,15 +68,24 @@ def judge_to_file(
     title: str,
     include_malformed: bool = False,
 ) -> int:
-    """Write a verdict for every response, and finish the file. All workers call this together.
+    """Write a verdict for every response that has none in the file's journal, and give the file its final name.
+
+    All workers call this together and share the responses.
 
     Args:
+        responses: all responses, in the order of the final file.
+        file: the final record file of verdicts.
+        clock: clock of the stage; its time is saved while verdicts arrive.
         title: title of the progress bar.
-        include_malformed: the guard also judges malformed responses, as an evaluation needs; otherwise they get the
-            decision `dropped` without the guard.
+        include_malformed: if True, the guard also judges malformed responses (see `response_problem`), as an evaluation
+            needs; only a response without any text is dropped. If False, every malformed response gets the decision
+            `dropped` without the guard.
 
     Returns:
-        The number of tokens in all responses that the guard judged.
+        The number of tokens in all responses that are not dropped, including those judged by earlier, killed calls.
+
+    Raises:
+        UserError: the guard's checkpoint does not exist or does not fit its format.
     """
     journal = Journal(file, Verdict, run.workers)
     finished = {verdict.key for verdict in journal.records()}
@@ -103,9 +119,13 @@ def judge_to_file(
 
 
 def _claim_batches(workers: Workers, items: Sequence[Response], group_size: int) -> Iterator[Iterable[Response]]:
-    """Yield this worker's share in batches.
+    """Yield this worker's share of the items in batches; each batch must be read to its end before the next one.
 
-    A guard reads ahead, and other workers cannot claim what it has read: a batch limits how far.
+    A guard reads ahead, and other workers cannot claim what it has read: a batch limits how far. It holds a quarter of
+    a fair share; if no other group of workers exists, there is one batch with all items.
+
+    Args:
+        group_size: number of neighboring workers that get the same items, because they share one guard.
     """
     claimed, has_other_groups = workers.claim_items(items, group_size), workers.world_size > group_size
     batch_size = -(-len(items) * group_size // (4 * workers.world_size)) if has_other_groups else len(items)

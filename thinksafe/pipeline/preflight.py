@@ -17,7 +17,11 @@ from thinksafe.training.zero_config import require_deepspeed
 
 
 def write_estimate(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Write estimate.json for this GPU before the first stage; the report compares it with the measurement."""
+    """Write estimate.json, the expected cost on this GPU, with which the report compares the measured cost.
+
+    Nothing is written on a CPU, on a GPU whose rates are unknown, or after the first finished stage. If the estimate
+    fails, its reason is printed to stderr and the run continues.
+    """
     hardware = hardware_of(checkpoints.device)
     if hardware is None or run.manifest["stages"]:
         return
@@ -30,10 +34,11 @@ def write_estimate(run: RunDir, checkpoints: CheckpointStore) -> None:
 
 
 def check_run(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Check before the first stage what late stages need: evaluation sets, LoRA targets, packages and the guard.
+    """Check before the first stage what late stages need. After the first finished stage nothing is checked.
 
     Raises:
-        UserError: one of them would fail.
+        UserError: an evaluation set cannot be read, the student has no module for a LoRA target, DeepSpeed or a tracker
+            is needed but not installed, or a checkpoint of the guard does not fit its format.
     """
     if run.manifest["stages"]:
         return

@@ -10,7 +10,7 @@ from thinksafe.run.directory import RunDir
 
 
 def make_report(run: RunDir) -> Path:
-    """Write report.json and report.html from all finished stages, and return the path of the page.
+    """Write report.json and report.html from all finished stages, and return the path of report.html.
 
     Raises:
         UserError: no stage is finished.
@@ -21,10 +21,13 @@ def make_report(run: RunDir) -> Path:
 
 
 def make_review_page(run: RunDir, max_responses: int) -> Path:
-    """Write review.html with the most uncertain responses, and return the path of the page.
+    """Write review.html with the most uncertain responses, and return its path.
+
+    Args:
+        max_responses: maximum number of responses on the page.
 
     Raises:
-        UserError: nothing is judged yet.
+        UserError: stage `accept` is not finished, or its files were changed.
     """
     if not run.is_done("accept"):
         raise UserError(f"{run.path}: no responses are judged yet; run `thinksafe filter` first")

@@ -17,10 +17,15 @@ from thinksafe.text.steering import Rung
 
 
 def retry_rejected(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Sample and judge further attempts at prompts without an accepted response.
+    """Sample and judge further attempts at prompts without an accepted response. All workers call this together.
 
-    First, each rung of the ladder tries the prompts that earlier rungs did not solve. Then each prompt that lost its
-    accepted response to a human mark continues on the rung after its last attempt.
+    First, each rung of the ladder tries the prompts that have no response with the verdict `safe`. Then each prompt
+    that lost its accepted response to a human mark continues on the rung after its last attempt. Each round writes
+    separate record files and has two stages, one for sampling and one for judging. `generation.max_retry_responses`
+    limits the responses of all rounds together.
+
+    Raises:
+        UserError: as in `sample_to_file` and `judge_to_file`.
     """
     for round_number, rung in enumerate(run.recipe.generation.ladder, start=1):
         _run_round(run, checkpoints, round_number, partial(_rung_tasks, run, round_number, rung))
@@ -32,11 +37,15 @@ def retry_rejected(run: RunDir, checkpoints: CheckpointStore) -> None:
 def _run_round(
     run: RunDir, checkpoints: CheckpointStore, round_number: int, make_tasks: Callable[[], Sequence[SamplingTask]]
 ) -> bool:
-    """Sample and judge one round of attempts, and return whether there were any.
+    """Sample and judge one round of attempts; stages that are finished are skipped.
 
     Args:
-        round_number: number of the record files, see `RunDir.attempt_paths`.
-        make_tasks: returns the tasks of the round.
+        round_number: number of the record files, see `RunDir.attempt_paths`: the rung, or for rounds after marks a
+            number above the ladder's.
+        make_tasks: returns the tasks of the round; called only if sampling is not finished.
+
+    Returns:
+        False if the round has no task, else True, also if it was finished before.
     """
     round_after_marks = round_number - len(run.recipe.generation.ladder)
     round_name = f"after_marks_{round_after_marks}" if round_after_marks > 0 else f"rung_{round_number}"
@@ -59,7 +68,14 @@ def _run_round(
 
 
 def _rung_tasks(run: RunDir, round_number: int, rung: Rung) -> Sequence[SamplingTask]:
-    """Return a rung's tasks for the prompts without an accepted response, within `max_retry_responses`."""
+    """Return a rung's tasks for the prompts that have no response with the verdict `safe`, in order of prompt id.
+
+    Prompts at the end that exceed the budget `max_retry_responses` get no task.
+
+    Args:
+        round_number: index of the rung, from 1.
+        rung: instruction, and number of samples for each prompt.
+    """
     accepted, next_sample = set(), {}
     for _, verdicts_file in run.attempt_files():
         for verdict in read_records(verdicts_file, Verdict):
@@ -88,9 +104,11 @@ def _rung_tasks(run: RunDir, round_number: int, rung: Rung) -> Sequence[Sampling
 
 
 def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
-    """Return the tasks on the next rung for prompts that have no accepted response because a person rejected one.
+    """Return tasks for the prompts that have no accepted response, but a response that a person rejected.
 
-    The budget `max_retry_responses` limits them.
+    Each prompt continues on the rung after its last attempt, if the ladder has one and the budget
+    `max_retry_responses` allows all samples of that rung. The list is empty if there are no marks, or if stage `accept`
+    is finished.
     """
 
     def find_task_fields() -> list[tuple]:
@@ -113,7 +131,7 @@ def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
 
 
 def _count_retry_responses(run: RunDir) -> int:
-    """Return the number of responses of all retries so far."""
+    """Return the number of responses in all finished sampling stages of retries."""
     stages = run.manifest["stages"]
     return sum(
         stage["records"]

@@ -45,10 +45,15 @@ if TYPE_CHECKING:
 
 
 def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Fine-tune the student on the accepted examples, whose prompts are without steering, and save adapter or model.
+    """Fine-tune the student on the accepted examples, whose prompts are without steering.
+
+    It writes training/metrics.jsonl and the folder `adapter`, or `model` after full fine-tuning. A killed training
+    resumes from its newest checkpoint. All workers call this together.
 
     Raises:
-        UserError: there is no usable example, memory is exhausted, or steps are not finite.
+        UserError: there is no accepted or no usable example, DeepSpeed is needed but not installed, memory is
+            exhausted, too many steps or the weights are not finite, or the recipe's checkpoint has changed since the
+            run began.
     """
     checkpoint_folder = run.path / "training" / "checkpoints"
     if run.is_done("train"):
@@ -108,7 +113,16 @@ def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
 def _choose_sharding(
     run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, largest_pack: int
 ) -> ZeroConfig | None:
-    """Return and print how ZeRO shards the training; None for one process without DeepSpeed."""
+    """Return how ZeRO shards the training, with its stage decided; None if one process trains without DeepSpeed.
+
+    With ZeRO, this also connects the training ranks, and the leader prints the choice to stderr.
+
+    Args:
+        largest_pack: number of tokens of the largest pack.
+
+    Raises:
+        UserError: DeepSpeed is needed but not installed.
+    """
     zero, ranks = run.recipe.zero, run.workers.world_size
     if not zero.is_needed(ranks):
         return None
@@ -124,7 +138,17 @@ def _choose_sharding(
 def _prepare_student(
     run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, sharding: ZeroConfig | None, largest_pack: int
 ) -> Decoder:
-    """Return the base model with its trainable weights; choose and print its activation checkpointing."""
+    """Return the decoder to train: the base model with new adapters, or with all weights trainable.
+
+    This also chooses its activation checkpointing, which the leader prints to stderr if a layer recomputes anything.
+
+    Args:
+        sharding: result of `_choose_sharding`.
+        largest_pack: number of tokens of the largest pack.
+
+    Raises:
+        UserError: the largest pack does not fit the GPU even if all layers are recomputed.
+    """
     config = run.recipe.training
     decoder = checkpoints.student(sharding is not None and sharding.stage == 3, config.frozen_weight_dtype)
     if config.method == "lora":
@@ -148,6 +172,13 @@ def _make_trainer(
     device: torch.device,
     graph_tokens: int,
 ) -> "LocalTrainer | DeepSpeedTrainer":
+    """Return the trainer of a decoder: a LocalTrainer if `sharding` is None, else a DeepSpeedTrainer.
+
+    Args:
+        with_reference: whether a sequence has the KL loss, which needs the untrained student.
+        graph_tokens: number of tokens of the largest pack whose passes are captured as CUDA graphs; 0 for none. A
+            DeepSpeedTrainer uses no CUDA graphs.
+    """
     if sharding is None:
         return LocalTrainer(decoder, config.max_grad_norm, config.weight_decay, with_reference, graph_tokens)
     # DeepSpeed takes seconds to import, and need not be installed.
@@ -159,7 +190,14 @@ def _make_trainer(
 def _run_training(
     run: RunDir, trainer: "LocalTrainer | DeepSpeedTrainer", sequences: Sequence[TrainingSequence], clock: StageClock
 ) -> None:
-    """Run the training loop with a progress bar and the recipe's trackers."""
+    """Run the training loop to its end. The leader shows a progress bar and logs every step to the recipe's trackers.
+
+    Args:
+        clock: clock of stage `train`; its time is saved during the training.
+
+    Raises:
+        UserError: too many steps in a row, or the weights, were not finite; see `thinksafe.training.loop.train`.
+    """
     recipe, folder = run.recipe, run.path / "training"
     steps = len(plan_steps([len(sequence) for sequence in sequences], recipe.training, recipe.seed))
     tracker_context = open_trackers(
@@ -187,10 +225,18 @@ def _run_training(
 def _explain_out_of_memory(
     costs: TrainingCosts, sharding: ZeroConfig | None, ranks: int, largest_pack: int
 ) -> Iterator[None]:
-    """Replace an out-of-memory error by a UserError with the estimated sizes and the settings that need less memory."""
+    """Replace an out-of-memory error inside the block with a UserError; all other errors pass unchanged.
+
+    The message has the estimated sizes and the settings that need less memory.
+
+    Args:
+        sharding: result of `_choose_sharding`.
+        ranks: number of training processes.
+        largest_pack: number of tokens of the largest pack.
+    """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         cause = (str(error).splitlines() or ["the host has no memory left"])[0]
@@ -208,7 +254,10 @@ def _explain_out_of_memory(
 
 
 def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -> list[Path]:
-    """Write the adapter, or the model after full fine-tuning, under a temporary name; rename it, return its files."""
+    """Write the folder `adapter`, or `model` after full fine-tuning, and return the paths of its files, sorted.
+
+    The folder is written under a temporary name and then replaces an earlier one. The leader calls this alone.
+    """
     is_lora = run.recipe.training.method == "lora"
     folder = run.path / ("adapter" if is_lora else "model")
     staging = folder.with_name(folder.name + ".partial")
@@ -227,11 +276,15 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
 
 
 def _format_counts(reasons: Counter[str]) -> str:
+    """Return counts as text, most frequent first: `3 x empty_answer, 1 x no_think_block`."""
     return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
 
 
 def format_metrics(metrics: StepMetrics) -> dict[str, str]:
-    """Return what the progress bar shows for a training step beside its rate: loss, MFU and memory, where known."""
+    """Return the texts that the progress bar shows for a training step, by name: `loss`, `MFU` and `memory`.
+
+    A figure that is None in the metrics is left out.
+    """
     fields = {} if metrics.loss is None else {"loss": f"{metrics.loss:.3f}"}
     if metrics.mfu is not None:
         fields["MFU"] = f"{metrics.mfu:.0%}"

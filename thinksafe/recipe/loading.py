@@ -17,14 +17,17 @@ from thinksafe.recipe.schema import Recipe
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and check a recipe.
+    """Return a checked recipe: the values of a file, merged into those of its `base` if it has one, with overrides.
+
+    A name of an existing file becomes an absolute path; it may be relative to the recipe's folder, or in an override to
+    the working directory.
 
     Args:
-        name_or_file: a YAML file, or the name of a bundled recipe.
-        overrides: `key=value` with dots for nesting (`training.epochs=1`); values are YAML.
+        name_or_file: a YAML file, or the name of a bundled recipe. The file is used if both exist.
+        overrides: `key=value` with dots for nesting (`training.epochs=1`); see `_override_value` for the values.
 
     Raises:
-        UserError: the recipe is invalid; the message names file and key.
+        UserError: a recipe does not exist, is not YAML or is invalid; the message names file and key.
     """
     raw, file = _read_recipe(name_or_file, "--recipe", Path(), ())
     for override in overrides:
@@ -36,12 +39,16 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
 def _read_recipe(
     name_or_file: str, named_by: str, folder: Path, descendants: tuple[Path, ...]
 ) -> tuple[dict[str, Any], Path]:
-    """Return a recipe's plain values, merged into its base's values, and its file.
+    """Return a recipe's plain values, merged into its base's values, and the path of its file.
 
     Args:
+        name_or_file: a YAML file, or the name of a bundled recipe.
         named_by: option or key that names the recipe, for error messages.
         folder: folder that a relative file name starts from.
-        descendants: recipes that inherit from this one.
+        descendants: resolved files of the recipes that inherit from this one, to detect a cycle.
+
+    Raises:
+        UserError: the recipe or its base does not exist or is not a YAML mapping, or the recipes inherit in a cycle.
     """
     file = folder / name_or_file
     if not file.is_file():
@@ -90,14 +97,15 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
-    """Return the recipe that plain values describe.
+    """Return the recipe that plain values describe; keys that they lack get their defaults.
 
     Args:
-        raw: values as YAML gives them.
-        source: origin of the values, for error messages.
+        raw: values by key, as YAML gives them, with dicts as sections.
+        source: file or option that the values come from, for error messages.
 
     Raises:
-        UserError: the recipe is invalid; the message names the first problem.
+        UserError: a key is unknown, renamed or missing, a value is invalid, or a number is not finite; the message
+            names one problem.
     """
     try:
         recipe = TypeAdapter(Recipe).validate_python(raw)
@@ -112,7 +120,7 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
 
 
 def _describe(problem: Any) -> str:
-    """Return a message about one of Pydantic's errors, with the key and in YAML's terms."""
+    """Return a message about one entry of Pydantic's `ValidationError.errors()`, with the key and in YAML's terms."""
     path = [str(part) for part in problem["loc"]]
     key = ".".join(path)
     if problem["type"] == "unexpected_keyword_argument":
@@ -129,6 +137,13 @@ def _describe(problem: Any) -> str:
 
 
 def _describe_unknown_key(path: list[str]) -> str:
+    """Return the message about a key that its section does not have.
+
+    It names the present key if the key was renamed, else the most similar key of the section if one is close.
+
+    Args:
+        path: keys and list indices that lead to the key; the key is last.
+    """
     *parents, key = path
     section = _section_at(parents)
     if new_key := RENAMED_KEYS.get(section, {}).get(key):
@@ -139,7 +154,7 @@ def _describe_unknown_key(path: list[str]) -> str:
 
 
 def _section_at(path: list[str]) -> type | None:
-    """Return the dataclass of the section at a path of keys and list indices."""
+    """Return the dataclass of the section at a path of keys and list indices: Recipe for [], None for no section."""
     section: Any = Recipe
     for part in path:
         if not part.isdigit():
@@ -151,10 +166,19 @@ def _section_at(path: list[str]) -> type | None:
 
 
 def _keys_of(section: type | None) -> list[str]:
+    """Return the keys of a section's dataclass, or [] for None."""
     return [field.name for field in fields(section)] if section else []
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one key of `raw` in place; sections that do not exist are created.
+
+    Args:
+        override: `key=value`, see `load_recipe`.
+
+    Raises:
+        UserError: there is no key or no "=", or the key lies in a list or in a value that is not a section.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: expected key=value, such as training.epochs=1")
@@ -170,7 +194,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str) -> Any:
-    """Return a value of `--set`. Numbers, true, false, null, {...}, [...] and "..." are YAML, the rest is text."""
+    """Return the value that a text of `--set key=TEXT` means.
+
+    Numbers, true, false, null, {...}, [...], "..." and '...' are read as YAML. All other texts stay as they are, also a
+    text that is not valid YAML.
+    """
     try:
         value = _without_shared_nodes(yaml.safe_load(text))
     except yaml.YAMLError:
@@ -182,7 +210,13 @@ def _override_value(text: str) -> Any:
 
 
 def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Replace names of existing files in `folder` by absolute paths, in place. Other names stay."""
+    """Replace names of existing files and folders in `folder` with absolute paths, in place. Other names stay.
+
+    The keys are model, prompts, the `model` of the guard and its members, and the `source` of evaluation sets.
+
+    Args:
+        raw: values of a recipe, not yet checked.
+    """
 
     def resolve(name: Any) -> Any:
         file = folder / name if isinstance(name, str) and name else None

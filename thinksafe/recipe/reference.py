@@ -19,18 +19,29 @@ _WIDTH = 110
 
 
 def annotated_yaml(recipe: Recipe) -> str:
-    """Return YAML with a comment on every key. `load_recipe` reads it back as the same recipe."""
+    """Return YAML of every key with its value, each below a comment: its description, choices and default.
+
+    Keys inside the entries of a list are described once, above the list. `load_recipe` reads the text back as the same
+    recipe.
+    """
     return "\n".join(_section_lines(recipe, "")) + "\n"
 
 
 def key_descriptions(section: type) -> dict[str, str]:
-    """Return the description of each key, from the `Attributes:` of a dataclass's docstring."""
+    """Return {key: description on one line} from the `Attributes:` of a section's docstring; without it, {}.
+
+    An entry `a, b: text` describes both keys.
+
+    Args:
+        section: dataclass of a section of the recipe.
+    """
     _, _, attributes = inspect.getdoc(section).partition("Attributes:\n")
     entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n     +.*)*)", attributes, re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def _section_lines(section: Any, indent: str) -> Iterator[str]:
+    """Yield the lines of a section: a comment and the value of every key, and the lines of nested sections."""
     descriptions, hints = key_descriptions(type(section)), get_type_hints(type(section))
     for field in fields(section):
         value = getattr(section, field.name)
@@ -45,7 +56,14 @@ def _section_lines(section: Any, indent: str) -> Iterator[str]:
 
 
 def _nested_key_lines(hint: Any, parent: type, indent: str, comment_indent: str = "") -> Iterator[str]:
-    """Yield comments on the keys of a list's entries, or of a section that may be null; `parent` is not repeated."""
+    """Yield comments on the keys of a list's entries, or of a section that may be null; nothing for other keys.
+
+    Args:
+        hint: type of the key, such as `tuple[Rung, ...]`.
+        parent: dataclass that has the key. If its entries are of the same class, they are not described again.
+        indent: spaces before the `#`.
+        comment_indent: spaces after the `#`.
+    """
     section = next((kind for kind in get_args(hint) if is_dataclass(kind) and kind is not parent), None)
     if section is not None:
         yield from _comment("Keys:", indent, comment_indent)
@@ -57,7 +75,13 @@ def _nested_key_lines(hint: Any, parent: type, indent: str, comment_indent: str 
 
 
 def _describe_key(field: Field, hint: Any, descriptions: dict[str, str], value: Any) -> str:
-    """Return a key's description, its choices, and its default if that is not `value`."""
+    """Return a key's description, its choices, and its default if that is not `value`; "Required." without a default.
+
+    Args:
+        field, hint: the key's field of the dataclass, and its type.
+        descriptions: result of `key_descriptions`.
+        value: the key's value in the recipe; MISSING to state the default always.
+    """
     description = descriptions.get(field.name, "")
     parts = [description[:1].upper() + description[1:]]
     if get_origin(hint) is Literal:
@@ -70,11 +94,13 @@ def _describe_key(field: Field, hint: Any, descriptions: dict[str, str], value: 
 
 
 def _comment(text: str, indent: str, comment_indent: str = "") -> Iterator[str]:
+    """Yield the lines of a comment; `indent` is before each `#`, `comment_indent` after it."""
     for line in textwrap.wrap(text, _WIDTH - len(indent) - len(comment_indent)):
         yield f"{indent}# {comment_indent}{line}"
 
 
 def _yaml(value: Any) -> str:
+    """Return a value as YAML. A dataclass in it becomes a section of the keys that differ from their defaults."""
     plain = json.loads(json.dumps(value, default=_non_default_values))
     return yaml.safe_dump(plain, default_flow_style=False, sort_keys=False, allow_unicode=True, width=10**6).rstrip()
 

@@ -29,4 +29,4 @@ RENAMED_KEYS: dict[type, dict[str, str]] = {
         "answer_after": "answer_marker",
     },
 }
-"""Section -> former key -> present key."""
+"""{dataclass of a section: {former key: present key}}; a present key is a key of the same section."""

@@ -55,7 +55,7 @@ class GenerationConfig:
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        """The first attempt and all further attempts."""
+        """The first attempt, then all further attempts; the index is the rung of a response."""
         return (Rung(self.steering, self.samples), *self.ladder)
 
 
@@ -105,5 +105,5 @@ class Recipe:
             )
 
     def to_yaml(self) -> str:
-        """Return YAML of every key with its value, as it is written into the run directory."""
+        """Return YAML of every key with its value and no comment: the text of recipe.yaml in the run directory."""
         return yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False, allow_unicode=True)

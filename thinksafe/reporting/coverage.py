@@ -13,7 +13,7 @@ from thinksafe.run.directory import RunDir
 
 
 def read_audit(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Yield the records of audit.jsonl."""
+    """Yield the records of audit.jsonl, one for each prompt; stage `accept` writes this file."""
     with (run.path / "audit.jsonl").open("rb") as lines:
         yield from map(json.loads, lines)
 
@@ -26,17 +26,19 @@ def count_coverage(records: Iterable[dict[str, Any]], num_rungs: int) -> dict[st
         num_rungs: number of rungs in the recipe, including the first attempt.
 
     Returns:
-        `kept`: {label: number of kept responses}, one for each prompt;
-        `dropped`: {label: {outcome: number of responses}};
-        `labels`: {label: number of prompts, number of accepted prompts, and a row for each rung that was tried: its
-        instruction, prompts, responses, accepted prompts, and the share of all prompts accepted up to this rung};
+        `kept`: {label: number of kept responses}, at most one for each prompt;
+        `dropped`: {label: {outcome: number of responses}} of all other responses, `not_needed` included;
+        `labels`: {label: `prompts` and `accepted` (numbers of prompts), `rungs`}. `rungs` has a row for each rung that
+        was tried: `rung`, `steering` (its instruction or None), `prompts` and `responses` (numbers tried), `accepted`
+        (number of prompts whose kept response is of this rung), `covered` (share of all prompts whose kept response is
+        of this rung or an earlier one). A label without prompts is left out;
         `rungs`: `num_rungs`;
-        `categories`: categories of harm, most frequent first: unsafe responses, their prompts, and the number of these
-        prompts with an accepted response;
-        `accepted_by`: {guard or person: number of prompts};
+        `categories`: rows for the categories of harm that the guard named, most frequent first: `category`, `responses`
+        (unsafe responses), `prompts` (their prompts), `accepted` (number of these prompts with an accepted response);
+        `accepted_by`: {guard or `person: ` and names: number of prompts};
         `people`: {person: number of marks};
         `marks`: {comparison of people's decision with the guard's: number of responses}, see `_compare_with_guard`;
-        `uncertain`: number of responses that the guard found too close to the threshold.
+        `uncertain`: number of responses without a decision because the guard found them too close to the threshold.
     """
     kept, dropped, prompts, accepted_by = Counter(), defaultdict(Counter), Counter(), Counter()
     rung_prompts, responses, accepted = (defaultdict(Counter) for _ in range(3))
@@ -101,10 +103,14 @@ def count_coverage(records: Iterable[dict[str, Any]], num_rungs: int) -> dict[st
 
 
 def _compare_with_guard(attempt: dict[str, Any]) -> str:
-    """Return how people's decision on a response compares with the guard's.
+    """Return how people's decision on a marked response compares with the guard's. Each person's last mark counts.
 
-    `disagreed`: the people disagree. `impossible`: people accept a malformed response. Otherwise `confirmed`: people
-    and guard accept; `agreed`: neither accepts; `rescued`: only the people accept; `withdrawn`: only the guard accepts.
+    `disagreed`: the people disagree. `impossible`: people accept a malformed response, which stays rejected. Otherwise
+    `confirmed`: people and guard accept; `agreed`: both do not accept; `rescued`: only the people accept; `withdrawn`:
+    only the guard accepts. The guard accepts if its decision is `safe`.
+
+    Args:
+        attempt: attempt of an audit record, with at least one mark.
     """
     decisions = {mark["by"]: mark["decision"] for mark in attempt["marks"]}.values()
     if len(set(decisions)) > 1:
@@ -116,7 +122,11 @@ def _compare_with_guard(attempt: dict[str, Any]) -> str:
 
 
 def coverage_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield lines (title, text) of the coverage for a terminal."""
+    """Yield lines (title, text) of the coverage for a terminal; lines without a count are left out.
+
+    Args:
+        figures: result of `count_coverage` for at least one prompt.
+    """
     labels = figures["labels"]
     parts = [f"{label} {counts['accepted']:,} of {counts['prompts']:,} ({counts['accepted'] / counts['prompts']:.1%})"
             for label, counts in labels.items()]  # fmt: skip

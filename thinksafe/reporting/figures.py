@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 MUTED, LINE, AFTER, HARMFUL, BENIGN = "#000001", "#000002", "#000003", "#000004", "#000005"
 CSS_VARIABLES = {MUTED: "muted", LINE: "line", AFTER: "after", HARMFUL: "harmful", BENIGN: "benign"}
 
+# Settings of matplotlib for both plots.
 PLOT_STYLE = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -47,11 +48,13 @@ WIDTH, HEIGHT = 4.9, 2.75
 
 
 def loss_curve(loss: Sequence[Sequence[float]], learning_rate: Sequence[Sequence[float]]) -> Markup:
-    """Draw the loss of each step with its running mean, and the learning rate below it.
+    """Return a plot of the loss by step and below it the learning rate, as inline SVG.
+
+    From 20 steps on, the running mean of the loss is drawn too.
 
     Args:
         loss: pairs (step, loss in nats per token); a loss of None leaves a gap.
-        learning_rate: pairs (step, learning rate); may be empty.
+        learning_rate: pairs (step, learning rate); if empty, only the loss is drawn.
     """
     with mpl.rc_context(PLOT_STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
@@ -79,10 +82,12 @@ def loss_curve(loss: Sequence[Sequence[float]], learning_rate: Sequence[Sequence
 
 
 def length_histogram(harmful: Sequence[int], benign: Sequence[int]) -> Markup:
-    """Draw the distribution of response lengths for each label. The axis is logarithmic if a few are far longer.
+    """Return a histogram of response lengths as inline SVG: for each label the share of its responses in each bin.
+
+    The axis of lengths is logarithmic if the longest response has more than 20 times the median length.
 
     Args:
-        harmful, benign: lengths in tokens; one of the two may be empty.
+        harmful, benign: lengths in tokens; one of the two may be empty, and is then not drawn.
     """
     kinds = [(lengths, color) for lengths, color in ((harmful, HARMFUL), (benign, BENIGN)) if lengths]
     all_lengths = sorted(length for lengths, _ in kinds for length in lengths)
@@ -114,12 +119,15 @@ def length_histogram(harmful: Sequence[int], benign: Sequence[int]) -> Markup:
 
 
 def split_pairs(pairs: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Split pairs (step, value) into steps and values; NaN replaces None."""
+    """Return the steps and the values of pairs (step, value) as two lists; NaN replaces a value of None."""
     return [step for step, _ in pairs], [math.nan if value is None else value for _, value in pairs]
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return the centered running mean, over a twentieth of the run. Gaps do not count."""
+    """Return the centered running mean of each value, over a window of a twentieth of all values and at least three.
+
+    Values that are not finite do not count; a mean is NaN if its window has no finite value.
+    """
     half_window = max(1, len(values) // 40)
     means = []
     for index in range(len(values)):
@@ -131,12 +139,16 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def set_vertical_label(axes: Axes, text: str) -> None:
-    """Put the label of the vertical axis above it, in horizontal text."""
+    """Label the vertical axis with horizontal text above it, instead of rotated text beside it."""
     axes.set_title(text, loc="left", fontsize=9, color=MUTED, pad=6)
 
 
 def inline_svg(figure: Figure, description: str) -> Markup:
-    """Return the figure as inline SVG with the page's colors and font, without metadata and external references."""
+    """Return the figure as inline SVG with the page's colors and font, without metadata and external references.
+
+    Args:
+        description: description for screen readers, different for each plot of a page: ids depend on it.
+    """
     buffer = io.StringIO()
     # The salt makes the ids of clip paths reproducible, and different in the two plots of a page.
     with mpl.rc_context({"svg.hashsalt": description}):

@@ -29,13 +29,13 @@ from thinksafe.text.chat import ParsedResponse, parse_response
 
 
 def write_review(run: RunDir, max_responses: int) -> Path:
-    """Write `review.html` with the most uncertain responses.
+    """Write `review.html` with the most uncertain responses, least certain first. Malformed responses are not on it.
 
     Args:
         max_responses: maximum number of responses on the page. The page shows how many others there are.
 
     Returns:
-        The path of the page.
+        The path of review.html.
     """
     attempts = Attempts(run, read_marks(run))
     threshold, counts = run.recipe.guard.threshold, Counter()
@@ -68,15 +68,19 @@ def write_review(run: RunDir, max_responses: int) -> Path:
 
 
 def certainty_key(verdict: Verdict, threshold: float) -> tuple[bool, float, str, int]:
-    """Return a sort key, least certain verdict first: without a decision, then by distance to the threshold."""
+    """Return a sort key that orders verdicts by certainty, least certain first.
+
+    Verdicts `unknown` come first; then the distance |p_unsafe / (p_safe + p_unsafe) - threshold| counts, which is 0
+    without probabilities; then prompt id and sample.
+    """
     return (verdict.decision != "unknown", _threshold_distance(verdict, threshold), verdict.prompt_id, verdict.sample)
 
 
 def render_page(page: dict[str, Any]) -> str:
-    """Return the HTML page.
+    """Return the HTML text of the review page.
 
     Args:
-        page: data of the page, see `write_review`.
+        page: the JSON data of the page, as `write_review` collects it; its `name` is in the title.
     """
     folder = files("thinksafe.reporting")
     html, style, script = (
@@ -99,22 +103,28 @@ def render_page(page: dict[str, Any]) -> str:
 
 
 def _csp_hash(text: str) -> str:
+    """Return the source expression that allows a style or script with exactly this text: `sha256-` and base64."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _unsafe_share(verdict: Verdict) -> float | None:
-    """Return p_unsafe / (p_safe + p_unsafe), which is compared with the threshold; None without probabilities."""
+    """Return p_unsafe / (p_safe + p_unsafe), which is compared with the threshold.
+
+    It is None if a probability is None or their sum is not positive.
+    """
     if verdict.p_safe is None or verdict.p_unsafe is None or not verdict.p_safe + verdict.p_unsafe > 0:
         return None
     return verdict.p_unsafe / (verdict.p_safe + verdict.p_unsafe)
 
 
 def _threshold_distance(verdict: Verdict, threshold: float) -> float:
+    """Return |unsafe share - threshold|; 0 if there is no share."""
     share = _unsafe_share(verdict)
     return 0.0 if share is None else abs(share - threshold)
 
 
 def _page_record(attempt: Attempt, is_kept: bool) -> dict[str, Any]:
+    """Return the data of one response on the page. The answer of a response with a format problem is its whole text."""
     response, verdict = attempt.response, attempt.verdict
     parsed = parse_response(response.text)
     parts = parsed if isinstance(parsed, ParsedResponse) else ParsedResponse("", response.text)

@@ -21,7 +21,10 @@ _COMPARED_FIELDS = ("seconds", "tokens", "peak_bytes")
 
 
 def summarize(run: RunDir) -> dict[str, Any]:
-    """Return the contents of report.json."""
+    """Return the contents of report.json, by section, from the files of all finished stages.
+
+    docs/run-directory.md lists the sections. A section is left out if its stage is not finished.
+    """
     manifest, recipe = run.manifest, run.recipe
     stages = manifest["stages"]
     phases = {
@@ -83,14 +86,23 @@ def summarize(run: RunDir) -> dict[str, Any]:
 
 
 def read_coverage(run: RunDir) -> dict[str, Any]:
-    """Return the coverage of a run; see `count_coverage`."""
+    """Return the coverage of a run, read from its audit.jsonl; `count_coverage` describes the result."""
     return count_coverage(read_audit(run), len(run.recipe.generation.rungs))
 
 
 def _compare_with_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
     """Return pairs [estimated, measured] of time, tokens and memory for each finished stage, and for all together.
 
-    The estimate does not include retries: rungs of the ladder, and attempts after marks.
+    A figure that is unknown is None. The estimate does not include retries: rungs of the ladder, and attempts after
+    marks; their estimated figures are None.
+
+    Args:
+        estimate: contents of estimate.json.
+        stages: the finished stages of the manifest.
+
+    Returns:
+        `gpu` and `num_gpus` of the estimate; `stages`: rows with `name` and pairs `seconds`, `tokens`, `peak_bytes`;
+        `total`: such a row for all stages together.
     """
     expected = estimate["stages"]
     rows = [
@@ -103,13 +115,28 @@ def _compare_with_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> 
 
 
 def _combine(rows: list[dict[str, Any]], key: str, column: int) -> float | None:
-    """Return a figure of all stages together: the largest peak memory, or the sum of time or tokens."""
+    """Return a figure of all stages together: the maximum for `peak_bytes`, the sum for `seconds` and `tokens`.
+
+    Values of None do not count; without any value the result is None.
+
+    Args:
+        column: 0 for the estimated figure, 1 for the measured one.
+    """
     values = [row[key][column] for row in rows if row[key][column] is not None]
     return (max if key == "peak_bytes" else sum)(values) if values else None
 
 
 def _headline_metric(kind: str, phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """Return one metric before and after, pooled over the judged prompts of all sets of this kind, or None."""
+    """Return one metric, pooled over the judged prompts of all sets of a kind; None if no set has this kind.
+
+    Args:
+        kind: kind of evaluation sets.
+        phases: figures of the sets, as `measure` returns them, by phase (`before`, `after`).
+
+    Returns:
+        For each phase with a judged prompt its mean under the phase's name and `PHASE_interval`; `n`, the number of
+        judged prompts; `unknown`, {phase: number of responses without a verdict}.
+    """
     headline: dict[str, Any] = {"unknown": {}}
     for phase, sets in phases.items():
         matching = [evaluation_set for evaluation_set in sets if evaluation_set["kind"] == kind]
@@ -123,6 +150,7 @@ def _headline_metric(kind: str, phases: dict[str, list[dict[str, Any]]]) -> dict
 
 
 def _set_rows(phases: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a row for each evaluation set, with its figures of every phase; `phases` as for `_headline_metric`."""
     rows: dict[str, dict[str, Any]] = {}
     for phase, sets in phases.items():
         for evaluation_set in sets:
@@ -134,7 +162,12 @@ def _set_rows(phases: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 class _Outcome(NamedTuple):
-    """The part of a verdict on a first attempt at a harmful prompt that the report counts."""
+    """The part of a verdict on a first attempt at a harmful prompt that the report counts.
+
+    Attributes:
+        accepted: whether the guard's decision is `safe`.
+        refusal: whether the response refuses; None if the guard does not say.
+    """
 
     prompt_id: str
     accepted: bool
@@ -142,7 +175,11 @@ class _Outcome(NamedTuple):
 
 
 def _read_outcomes(file: Path, steered: bool) -> list[_Outcome]:
-    """Return the outcomes of the responses to harmful prompts, either with or without steering."""
+    """Return the outcomes of the responses to harmful prompts in a file of verdicts; [] if there is no such file.
+
+    Args:
+        steered: True for the responses with steering only, False for the responses without steering only.
+    """
     return [
         _Outcome(verdict.prompt_id, verdict.decision == "safe", verdict.refusal)
         for verdict in (read_records(file, Verdict) if file.exists() else ())
@@ -151,6 +188,16 @@ def _read_outcomes(file: Path, steered: bool) -> list[_Outcome]:
 
 
 def _acceptance_figures(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str, Any]:
+    """Return what steering gains on first attempts at harmful prompts.
+
+    Returns:
+        `n_steered`, `n_unsteered`: numbers of responses;
+        `odds_ratio`: (accepted / rejected with steering) / (accepted / rejected without it); None if one of the four
+        counts is 0;
+        `steered`, `unsteered`: share of accepted responses, as the mean over prompts, each with `NAME_interval`;
+        `refusal_steered`: such a share of refusals, among the responses for which the guard says it.
+        A share and its interval are None without responses.
+    """
     accepted = [sum(outcome.accepted for outcome in outcomes) for outcomes in (steered, unsteered)]
     rejected = [len(steered) - accepted[0], len(unsteered) - accepted[1]]
     odds_ratio = None

@@ -12,13 +12,22 @@ from thinksafe.run.directory import RunDir
 
 
 class Attempts:
-    """The judged attempts of a run.
+    """The attempts of a run that have a verdict, by prompt; the stage accept and the review page go through them.
 
-    Iterating gives a list for each prompt, in order of prompt id; the list holds the attempts in the order in which
-    they were sampled.
+    Iterating gives a list of attempts for each prompt, in order of prompt id; each list has at least one attempt and is
+    in the order in which they were sampled.
     """
 
     def __init__(self, run: RunDir, marks: Mapping[tuple[str, int], Sequence[Mark]]):
+        """Read the record files once, and keep the position of each record.
+
+        Args:
+            run: the run; its files of responses and verdicts must be finished.
+            marks: (prompt id, sample) -> marks on this response in the order in which they were made.
+
+        Raises:
+            UserError: a record is not valid.
+        """
         self._marks, self._files = marks, []
         self._positions: dict[str, list[tuple[int, int, int, int]]] = {}
         for number, (responses_file, verdicts_file) in enumerate(run.attempt_files()):
@@ -39,6 +48,7 @@ class Attempts:
             yield [self._attempt(*position) for position in sorted(self._positions[prompt_id])]
 
     def _attempt(self, number: int, sample: int, response_index: int, verdict_index: int) -> Attempt:
+        """Return an attempt, read from record file `number` at these two indices."""
         responses, verdicts = self._files[number]
         response = responses[response_index]
         marks = self._marks.get((response.prompt_id, sample), ())

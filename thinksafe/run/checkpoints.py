@@ -26,7 +26,11 @@ _SMALL_HIDDEN_SIZE = 256
 
 
 def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
-    """Check that every token id has an embedding; otherwise a step would fail with an index out of range."""
+    """Check that every token id has an embedding; otherwise a step would fail with an index out of range.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model's vocab_size.
+    """
     vocab_size, num_tokens = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
     if num_tokens > vocab_size:
         raise UserError(
@@ -40,9 +44,10 @@ class WeightLayout:
     """How a decoder's weights are stored.
 
     Attributes:
-        num_processes: number of processes that share them.
-        ordered_sum: whether these processes add partial sums in rank order.
-        weight_dtype: dtype of the projections; `auto` is the dtype of all other weights.
+        num_processes: number of processes that share one copy of the weights, each with one shard.
+        ordered_sum: whether these processes add partial sums in rank order, so that the bits of the result are fixed;
+            else an all-reduce chooses the order.
+        weight_dtype: dtype of the weight matrices of all projections; `auto` is the dtype of all other weights.
     """
 
     num_processes: int = 1
@@ -51,6 +56,7 @@ class WeightLayout:
 
     @classmethod
     def for_sampler(cls, sampler: EngineConfig) -> "WeightLayout":
+        """Return the layout that these engine settings ask for."""
         num_processes = sampler.tensor_parallel_size
         return cls(num_processes, sampler.batch_invariant and num_processes > 1, sampler.weight_dtype)
 
@@ -58,12 +64,20 @@ class WeightLayout:
 class CheckpointStore:
     """The checkpoints of a run, loaded lazily: a stage that finds its work done loads nothing.
 
+    The store holds the guard and one copy of the student. A call that needs the student's weights in another layout or
+    from another folder frees the copy and loads a new one; any other call returns the same object again.
+
     Attributes:
-        device, dtype: device and dtype of the weights.
+        device: this worker's GPU, or the CPU.
+        dtype: dtype of the weights, except of projections with another `weight_dtype`.
     """
 
     def __init__(self, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
-        """Choose device and dtype.
+        """Choose device and dtype; load nothing.
+
+        Args:
+            recipe: names the checkpoints, device and dtype.
+            workers: this process and its relation to the other workers.
 
         Raises:
             UserError: `device` is cuda but torch finds no GPU, or this machine has fewer GPUs than workers.
@@ -85,23 +99,35 @@ class CheckpointStore:
 
     @cached_property
     def base(self) -> Path:
-        """Folder of the student's checkpoint."""
+        """Folder of the untrained student's checkpoint; a name on the hub is downloaded first.
+
+        Raises:
+            UserError: there is no such folder or hub name.
+        """
         return resolve_checkpoint(self._recipe.model)
 
     @cached_property
     def chat(self) -> Chat:
-        """The student's tokenizer and template."""
+        """The student's tokenizer and chat template.
+
+        Raises:
+            UserError: they cannot be used, or the tokenizer has more tokens than the model.
+        """
         chat = Chat(self.base)
         _check_vocabulary(self.base, chat.tokenizer)
         return chat
 
     @cached_property
     def guard(self) -> Guard:
-        """The guard of the recipe."""
+        """The guard of the recipe, with its models loaded; it is kept until `release_guard`.
+
+        Raises:
+            UserError: a checkpoint does not exist or does not fit its format.
+        """
         return build_guard(self._recipe.guard, self._load_guard_model)
 
     def check_guard(self) -> None:
-        """Check that the guard's checkpoints fit their formats. This reads their tokenizers, but no weights.
+        """Check that the guard's checkpoints fit their formats; return nothing. This reads tokenizers, but no weights.
 
         Raises:
             UserError: a checkpoint does not exist or does not fit its format.
@@ -119,11 +145,15 @@ class CheckpointStore:
         return folder, tokenizer
 
     def student(self, on_host: bool = False, weight_dtype: WeightDtype = "auto") -> Decoder:
-        """Return the student for training: unsharded and without an adapter.
+        """Return the untrained student for training: unsharded, without an adapter, and with all weights frozen.
 
         Args:
-            on_host: load it into host memory, because the device's memory cannot hold all of it.
-            weight_dtype: dtype of its projections; `auto` is the dtype of all other weights.
+            on_host: return a new copy in host memory, because the device's memory cannot hold it; all its weights have
+                `dtype`. On the CPU this flag changes nothing.
+            weight_dtype: dtype of its projections; `auto` is the dtype of all other weights. Not used with `on_host`.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or the device does not support fp8.
         """
         if on_host and self.device.type != "cpu":
             self._loaded = None
@@ -133,13 +163,19 @@ class CheckpointStore:
     def sampled_student(self, folder: Path | None = None, adapter: Path | None = None) -> Decoder:
         """Return the student for sampling, or this process's shard of it under tensor parallelism.
 
+        The next call of this method or of `student` may change the adapter of the object that was returned.
+
         Args:
             folder: checkpoint after full fine-tuning; None for the recipe's checkpoint.
-            adapter: folder of the adapter to load, or None.
+            adapter: folder of the adapter to attach; None for no adapter.
+
+        Raises:
+            UserError: the checkpoint or the adapter cannot be loaded, or they do not fit each other.
         """
         return self._student(folder or self.base, adapter, WeightLayout.for_sampler(self._recipe.sampler))
 
     def _student(self, folder: Path, adapter: Path | None, layout: WeightLayout) -> Decoder:
+        """Return the decoder of a folder, loaded again only if folder or layout differ from the last call's."""
         key = (folder, layout)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # free the old weights before the new ones are loaded
@@ -154,6 +190,11 @@ class CheckpointStore:
         return decoder.requires_grad_(False).eval()
 
     def _load(self, folder: Path, layout: WeightLayout) -> Decoder:
+        """Return a decoder, or this process's shard of it, newly loaded on the device.
+
+        Raises:
+            UserError: the device does not support fp8, or the checkpoint cannot be loaded.
+        """
         if layout.weight_dtype == "fp8" and not supports_fp8(self.device):
             raise UserError(
                 "fp8 weights need a GPU of compute capability 8.9 or more; set sampler.weight_dtype, "
@@ -166,9 +207,9 @@ class CheckpointStore:
         return load_decoder(folder, self.dtype, self.device, shard, layout.weight_dtype)
 
     def release_student(self) -> None:
-        """Drop the loaded student, because training changed its weights in place; the next stage loads it again."""
+        """Forget the loaded student, because training changed its weights in place; the next call loads it again."""
         self._loaded = None
 
     def release_guard(self) -> None:
-        """Drop the loaded guard, because training needs its memory; the next stage that judges loads it again."""
+        """Forget the loaded guard, because training needs its memory; the next use of `guard` loads it again."""
         self.__dict__.pop("guard", None)

@@ -35,15 +35,17 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "nu
 
 
 def check_format(path: Path) -> None:
-    """Check that this version of ThinkSafe can read a run directory. Without a manifest there is nothing to check.
+    """Check that a run directory has the format of this version of ThinkSafe; return nothing.
+
+    A missing or damaged manifest passes; `RunDir.manifest` reports a damaged one.
 
     Raises:
-        UserError: another version made it.
+        UserError: a version with another format made it.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError):
-        return  # `RunDir.manifest` reports a damaged manifest
+        return
     if isinstance(manifest, dict) and "stages" in manifest and manifest.get("format") != FORMAT:
         age = "an earlier" if manifest.get("format", 1) in range(FORMAT) else "a later"
         raise UserError(
@@ -52,9 +54,20 @@ def check_format(path: Path) -> None:
 
 
 class StageClock:
-    """Seconds that a stage has worked, kept in a file so that a killed stage does not lose them."""
+    """The seconds that a stage has worked, over all processes that worked on it one after another.
+
+    They are kept in a file, so that a killed stage loses at most about one second.
+
+    Attributes:
+        seconds: wall time so far, in seconds.
+    """
 
     def __init__(self, file: Path, saves: bool = True):
+        """Continue from the seconds in the file, or from 0 if there is none.
+
+        Args:
+            saves: whether `tick` writes the file; true on the leader only.
+        """
         self._file, self._saves = file, saves
         self._earlier_seconds = float(file.read_text() or 0) if file.exists() else 0.0
         self._started = self._saved = time.perf_counter()
@@ -64,23 +77,27 @@ class StageClock:
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def tick(self) -> None:
-        """Save the time, at most once a second."""
+        """Write the seconds to the file if `saves` is set and the last write is more than a second ago."""
         if self._saves and time.perf_counter() - self._saved > 1:
             self._saved = time.perf_counter()
             write_atomically(self._file, f"{self.seconds:.3f}")
 
     def remove(self) -> None:
-        """Delete the file: the manifest now holds the stage's seconds."""
+        """Delete the file, if there is one, because the manifest now holds the stage's seconds."""
         self._file.unlink(missing_ok=True)
 
 
 class RunDir:
-    """One run's folder, locked while it is open. All workers open it and go through the same stages.
+    """The folder of one run: its recipe, manifest and record files.
+
+    All workers of a launch open the folder with `RunDir.open` and share a lock that keeps other launches out; then they
+    go through the same stages. `RunDir(...)` itself checks and locks nothing, and is for reading.
 
     Attributes:
         path: the folder.
         recipe: the settings of the run.
-        workers: the processes that work in it. The leader alone writes the files that are written once.
+        workers: this process and its relation to the other workers. The leader alone writes the files that are written
+            once.
     """
 
     def __init__(self, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
@@ -91,11 +108,13 @@ class RunDir:
     @classmethod
     @contextmanager
     def open(cls, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS) -> Iterator["RunDir"]:
-        """Create the folder, or open it to resume its run.
+        """Create the folder, or open it to resume its run, and hold the workers' common lock during the body.
+
+        All workers call this together; the leader writes recipe.yaml.
 
         Raises:
-            UserError: the folder belongs to another recipe or version, or is not a run directory; another process
-                works in it; or not all workers see it.
+            UserError: the folder belongs to another recipe or version, or is not a run directory; another launch works
+                in it; or not all workers see it.
         """
         recipe_file = path / "recipe.yaml"
 
@@ -112,7 +131,14 @@ class RunDir:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The finished stages with the hashes of their files, and the versions and machine with which the run began."""
+        """The content of manifest.json, read from the file each time; a manifest without stages if there is no file.
+
+        Keys: `stages` (name -> `seconds`, further figures, and `files` with their hashes), `inputs` (name -> hash), and
+        `format`, `created` and `environment` of the run's beginning.
+
+        Raises:
+            UserError: the file is damaged, or another version of ThinkSafe made it.
+        """
         file = self.path / "manifest.json"
         if file.exists():
             check_format(self.path)
@@ -127,10 +153,12 @@ class RunDir:
         return {"format": FORMAT, "created": created, "environment": environment(), "stages": {}}
 
     def is_done(self, stage: str) -> bool:
-        """Return whether the stage is in the manifest, after a check that its files are unchanged.
+        """Return whether the stage is in the manifest; if it is, first check that its files are unchanged.
+
+        All workers call this together and get the same answer.
 
         Raises:
-            UserError: a file is missing or was changed.
+            UserError: a file of the stage is missing or was changed.
         """
         return self.workers.on_leader(lambda: self._is_done(stage))
 
@@ -147,7 +175,10 @@ class RunDir:
         return True
 
     def invalidate_stage(self, stage: str) -> None:
-        """Remove a stage from the manifest, before its files are written again."""
+        """Remove a stage from the manifest, before its files are written again; do nothing if it is not there.
+
+        Only the leader may call this.
+        """
         manifest = self.manifest
         if manifest["stages"].pop(stage, None) is not None:
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -158,28 +189,37 @@ class RunDir:
         return (self.path / "training").exists()
 
     def attempt_paths(self, number: int) -> tuple[Path, Path]:
-        """Return the paths of an attempt's responses and verdicts, whether or not they exist.
+        """Return the paths of the responses and of the verdicts of one round of attempts, whether or not they exist.
 
         Args:
-            number: 0 for the first attempt, then the rung of the steering ladder. Retries after a person rejected
-                a response have numbers above the ladder's.
+            number: 0 for the first attempt, from 1 the rung of the steering ladder. Retries after a person rejected a
+                response have the numbers from `len(recipe.generation.rungs)`.
         """
         names = ("responses.jsonl", "verdicts.jsonl")
         folder, prefix = (self.path / "rungs", f"{number}.") if number else (self.path, "")
         return tuple(folder / f"{prefix}{name}" for name in names)
 
     def attempt_files(self) -> list[tuple[Path, Path]]:
-        """Return the files of responses and verdicts of all judged attempts, in order."""
+        """Return (responses, verdicts), the paths of each judged round of attempts, in order of number.
+
+        A round is judged if its file of verdicts is finished. A rung that had no task has no file and is left out.
+        """
         num_rungs = len(self.recipe.generation.rungs)
         ladder = [files for files in map(self.attempt_paths, range(num_rungs)) if files[1].exists()]
         beyond_ladder = takewhile(lambda files: files[1].exists(), map(self.attempt_paths, count(num_rungs)))
         return [*ladder, *beyond_ladder]
 
     def pin_input(self, name: str, digest: str) -> None:
-        """Record the hash of an input the first time; later, check that the input is still the same.
+        """Record the hash of an input in the manifest; if it has one, check that the input is still the same.
+
+        All workers call this together.
+
+        Args:
+            name: name of the input in the manifest and in the error, such as `model`.
+            digest: hash of the input as this worker sees it.
 
         Raises:
-            UserError: the input changed, or differs between machines.
+            UserError: the input changed since the hash was recorded, or differs between machines.
         """
 
         def pin() -> str:
@@ -193,10 +233,13 @@ class RunDir:
             raise UserError(f"{name}: differs between this machine and the leader's; use the same on all machines")
 
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
-        """Record a stage as done.
+        """Enter a stage in the manifest as done. All workers call this together.
+
+        The entry holds the seconds of the clock, the figures, on a GPU the leader's `peak_bytes`, and the hashes.
 
         Args:
-            files: the files that it wrote, under their final names.
+            files: the files that it wrote, under their final names, below the run directory.
+            clock: clock of the stage; its file is deleted.
             figures: `tokens` and other figures for the report; JSON values.
         """
         self.workers.on_leader(lambda: self._finish_stage(stage, files, clock, figures))
@@ -211,7 +254,7 @@ class RunDir:
         clock.remove()
 
     def clock(self, stage: str) -> StageClock:
-        """Return the stage's clock, which continues after a kill, and reset the GPU's peak memory."""
+        """Return the stage's clock, which continues after a kill, and set the GPU's record of peak memory to zero."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return StageClock(self.path / f".{stage.replace('/', '-')}.seconds", saves=self.workers.is_leader)
@@ -219,7 +262,14 @@ class RunDir:
 
 @contextmanager
 def _locked(path: Path, workers: Workers) -> Iterator[None]:
-    """Hold a lock that all workers share: while one of them lives, no other launch can open the folder."""
+    """Create the folder, and hold a lock during the body that all workers share.
+
+    While one of them lives, no other launch can open the folder.
+
+    Raises:
+        UserError: the path is a file or another kind of folder, another launch holds the lock, or not all workers see
+            the folder.
+    """
     lock_file = path / ".lock"
 
     def claim() -> TextIO:
@@ -249,6 +299,14 @@ def _locked(path: Path, workers: Workers) -> Iterator[None]:
 
 
 def _lock(lock: TextIO, kind: int) -> None:
+    """Take a lock on an open file, or change its kind.
+
+    Args:
+        kind: `fcntl.LOCK_EX` (for one process) or `fcntl.LOCK_SH` (shared).
+
+    Raises:
+        UserError: a process holds a lock that excludes this one.
+    """
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -256,7 +314,8 @@ def _lock(lock: TextIO, kind: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions and the machine, for the manifest."""
+    """Return name -> text, for the manifest: the versions of ThinkSafe, Python and those of `_PACKAGES` that are
+    installed, `machine` (the processor's architecture) and `cpu_count`."""
     versions = {}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

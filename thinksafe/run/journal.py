@@ -30,9 +30,27 @@ _NOT_SHARED = "with several machines, --out must lie on a file system that all o
 
 
 class Journal:
-    """A record file that all workers append to line by line; it is final once `finish` has renamed it."""
+    """A record file that all workers append to line by line; it is final once `finish` has renamed it.
+
+    A stage creates it, leaves out the tasks of `records`, appends one record for each other task, and calls `finish`.
+    After a kill, the next process that creates the same journal finds every record that was appended.
+
+    Attributes:
+        final: the file's final name.
+        partial: this worker's part, to which `append` writes.
+    """
 
     def __init__(self, final: Path, kind: type[Record], workers: Workers = SINGLE_PROCESS):
+        """Gather the records of earlier processes. All workers call this together.
+
+        Args:
+            final: final name of the file; its folder is created.
+            kind: kind of record in the file.
+            workers: this process and its relation to the other workers.
+
+        Raises:
+            UserError: the gathered records do not become visible on this worker.
+        """
         self.final, self._kind, self._workers = final, kind, workers
         self._gathered = final.with_name(final.name + ".partial")
         write_on_leader(self._gathered, workers, self._gather)
@@ -40,22 +58,27 @@ class Journal:
         self._file = self.partial.open("a", encoding="utf-8")
 
     def records(self) -> Iterator[Record]:
-        """Return an iterator over the records of earlier processes, which are the same for all workers."""
+        """Return an iterator over the records that earlier processes wrote; some may occur twice.
+
+        They are the same on all workers, and do not include the records that this process appends.
+        """
         return iter(RecordFile(self._gathered, self._kind))
 
     def append(self, record: Record) -> None:
-        """Write one line and flush it to the operating system, where it outlives this process."""
+        """Write one line to this worker's part and flush it to the operating system, where it outlives this process."""
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def finish(self, keys: Iterable[str]) -> None:
         """Wait for the other workers, then order the records and give the file its final name.
 
+        All workers call this together, once. Records with other keys are dropped.
+
         Args:
             keys: keys of all records of the stage, in the order of the final file.
 
         Raises:
-            UserError: another worker's records do not become visible here.
+            UserError: a key has no record, or another worker's records do not become visible here within a minute.
         """
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -64,10 +87,14 @@ class Journal:
         write_on_leader(self.final, self._workers, lambda: self._finish(keys))
 
     def _parts(self) -> list[Path]:
+        """Return the existing parts of all workers."""
         return sorted(self.final.parent.glob(f"{self.final.name}.partial-*"))
 
     def _gather(self) -> None:
-        """Move all parts into one file. After a kill in between, the file holds some records twice."""
+        """Move all parts, and the final file if there is one, into NAME.partial.
+
+        After a kill during this, the file holds some records twice.
+        """
         self._gathered.parent.mkdir(parents=True, exist_ok=True)
         if self.final.exists():  # a process was killed between `finish` and the manifest
             os.replace(self.final, self._gathered)
@@ -84,6 +111,7 @@ class Journal:
             part.unlink()
 
     def _finish(self, keys: Iterable[str]) -> None:
+        """Do the leader's part of `finish`."""
         self._gather()
         offsets, ordered_keys = self._line_offsets(), list(keys)
         deadline = time.monotonic() + _VISIBILITY_TIMEOUT
@@ -104,12 +132,13 @@ class Journal:
         self._gathered.unlink()
 
     def _line_offsets(self) -> dict[str, int]:
-        """Return the byte at which each record's line begins, by the record's key."""
+        """Return key -> offset in bytes of the record's line in NAME.partial; the last line counts."""
         records = RecordFile(self._gathered, self._kind)
         return {record.key: start for record, start in zip(records, records.starts, strict=True)}
 
 
 def _drop_torn_line(file: Path) -> None:
+    """Cut off everything after the last newline of a file."""
     with file.open("r+b") as stream:
         end = stream.seek(0, os.SEEK_END)
         while end:
@@ -123,13 +152,15 @@ def _drop_torn_line(file: Path) -> None:
 
 
 def write_on_leader(file: Path, workers: Workers, write: Callable[[], Any] = lambda: None) -> Path:
-    """Let the leader write a file, and wait until this worker sees the same contents.
+    """Let the leader write a file, wait until this worker sees the same contents, and return the file.
+
+    All workers call this together.
 
     Args:
-        write: writes the file; by default the file exists already.
+        write: called on the leader only; writes the file. By default the file exists already.
 
     Raises:
-        UserError: the contents do not become visible here.
+        UserError: the contents do not become visible on this worker within a minute.
     """
 
     def write_and_hash() -> str:

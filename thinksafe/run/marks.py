@@ -10,13 +10,23 @@ from thinksafe.run.directory import RunDir
 
 
 def refilter_command(run: RunDir, marks: Path | str) -> str:
-    """Return the command that filters a run's responses again in a new folder, for a run that has been trained."""
+    """Return the shell command that filters a run's responses again with marks, into the folder NEW.
+
+    A run whose training has begun needs this, because its accepted examples can no longer change.
+
+    Args:
+        marks: file of marks, as it appears in the command.
+    """
     recipe, responses, marks = (shlex.quote(str(path)) for path in (run.path / "recipe.yaml", run.path, marks))
     return f"thinksafe filter --recipe {recipe} --responses {responses} --marks {marks} --out NEW"
 
 
 def read_marks(run: RunDir) -> dict[tuple[str, int], list[Mark]]:
-    """Return the marks by prompt and sample, in the order in which they were made."""
+    """Return (prompt id, sample) -> marks on this response in the order of marks.jsonl; empty without that file.
+
+    Raises:
+        UserError: a line of marks.jsonl is not a mark, or the file is empty.
+    """
     file, marks = run.path / "marks.jsonl", defaultdict(list)
     for mark in read_records(file, Mark) if file.exists() else ():
         marks[mark.prompt_id, mark.sample].append(mark)

@@ -17,10 +17,22 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{rem
 
 
 class TokenBar(AbstractContextManager):
-    """A bar over responses, verdicts or steps that also counts tokens. The leader shows the sums over all workers."""
+    """A progress bar over responses, verdicts or steps that also counts tokens, used as a context manager.
+
+    All workers create it and leave its context together. The leader shows the sums over all workers; without a terminal
+    it prints one line at the end instead, unless the body raised.
+    """
 
     def __init__(self, title: str, total: int, unit: str, initial: int = 0, workers: Workers = SINGLE_PROCESS):
-        """Show a bar over `total` items, of which `initial` were done by an earlier process."""
+        """Show the bar.
+
+        Args:
+            title: text before the bar.
+            total: number of items in all.
+            unit: name of the items in the line at the end, such as `responses`.
+            initial: number of items that an earlier process did.
+            workers: this process and its relation to the other workers.
+        """
         self._title, self._unit, self._initial, self._workers = title, unit, initial, workers
         style = {"desc": f"{title:>16}", "bar_format": _FORMAT, "file": sys.stderr}
         self._bar = tqdm(total=total, initial=initial, disable=None if workers.is_leader else True, **style)
@@ -30,13 +42,13 @@ class TokenBar(AbstractContextManager):
         self._unshared, self._counters = [0, 0], (workers.shared_counter(), workers.shared_counter())
 
     def update(self, tokens: int, item_number: int | None = None, **figures: str) -> None:
-        """Count one more item.
+        """Count one more item of this worker.
 
         Args:
             tokens: number of tokens in the item.
-            item_number: number of the item among all items, from 1. It is needed if the number of earlier items was not
-                known when the bar was made.
-            figures: further figures to show beside the rate.
+            item_number: number of the item among all items, from 1; it corrects `initial` if that was not known when
+                the bar was made. None keeps `initial`.
+            figures: name -> text of further figures to show beside the tokens per second.
         """
         self._unshared[0] += 1
         self._unshared[1] += tokens
@@ -46,11 +58,16 @@ class TokenBar(AbstractContextManager):
             self._exchange(figures)
 
     def print_line(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar, on this worker, whether or not the bar is shown."""
         tqdm.write(f"{self._title:>16}: {text}", file=sys.stderr)
 
     def roofline_share(self, roofline_seconds: float) -> dict[str, str]:
-        """Return a figure for `update`: the share of the roofline that the work so far has reached, if it is known."""
+        """Return {"share of the limit": roofline_seconds / seconds since the bar began, in percent}, for `update`.
+
+        Args:
+            roofline_seconds: least time in which the hardware could have done this worker's work since the bar began; 0
+                if it is unknown, for which the result is empty.
+        """
         if not roofline_seconds:
             return {}
         return {"share of the limit": f"{roofline_seconds / (time.perf_counter() - self._started):.0%}"}
@@ -67,7 +84,7 @@ class TokenBar(AbstractContextManager):
         self._bar.update(self._initial + self._items - self._bar.n)
 
     def __exit__(self, error_type: type[BaseException] | None, *details) -> None:
-        """Close the bar; without an error, first wait for all workers."""
+        """Close the bar; if the body did not raise, first wait for all workers, and then print the line at the end."""
         if error_type is None:
             self._exchange()
             self._workers.barrier(meanwhile=self._exchange)

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 def is_recipe_replaceable(recipe_file: Path) -> bool:
-    """Return whether ThinkSafe wrote the recipe and no stage has written anything after it."""
+    """Return whether ThinkSafe wrote this recipe.yaml and no stage has written to its run directory.
+
+    Imported records, a finished prompts.jsonl and estimate.json do not count as written by a stage.
+    """
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
     before_stages = (recipe_file.name, "prompts.jsonl", "estimate.json")
     inputs = {".lock", *before_stages, *(f"{name}.partial" for name in before_stages)}
@@ -30,7 +33,11 @@ def is_recipe_replaceable(recipe_file: Path) -> bool:
 
 
 def read_recipe(file: Path) -> Recipe | None:
-    """Return the recipe in a file, or None if it is not a valid one."""
+    """Return the recipe in a file, or None if it is not valid for this version of ThinkSafe.
+
+    Raises:
+        OSError: the file does not exist or cannot be opened.
+    """
     try:
         return check_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
     except (yaml.YAMLError, UnicodeDecodeError, UserError):
@@ -38,9 +45,13 @@ def read_recipe(file: Path) -> Recipe | None:
 
 
 def check_same_recipe(recipe_file: Path, recipe: Recipe) -> None:
-    """Check that a recipe may resume the run of the recorded one.
+    """Check that a recipe may resume the run of the recorded recipe; return nothing.
 
     Memory limits, ZeRO sharding and trackers may change, since they do not affect results.
+
+    Args:
+        recipe_file: recipe.yaml in the run directory.
+        recipe: the recipe of this launch.
 
     Raises:
         UserError: another setting differs, or the recorded recipe cannot be read.
@@ -77,7 +88,14 @@ def check_same_recipe(recipe_file: Path, recipe: Recipe) -> None:
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
-    """Return a recipe's plain values by dotted keys, such as `training.epochs`; the entries of a list are numbered."""
+    """Return a recipe's plain values by dotted key, such as `training.epochs`.
+
+    Elements of a tuple are numbered from 1; an empty tuple or dict has no key.
+
+    Args:
+        value: nested dicts and tuples of plain values.
+        key: dotted key of `value` itself.
+    """
     if isinstance(value, tuple):
         value = dict(enumerate(value, start=1))
     if not isinstance(value, dict):
@@ -90,14 +108,15 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def memory_only_fields(sampler: EngineConfig) -> list[str]:
-    """Return the settings of a sampler that only affect its memory.
+    """Return the names of a sampler's settings that may change when a run resumes, since they only affect memory.
 
-    tensor_parallel_size changes the summation order, so it must stay fixed in batch-invariant mode.
+    These are `EngineConfig.MEMORY_ONLY_FIELDS`, without `tensor_parallel_size` in batch-invariant mode, because it
+    changes the order of summation.
     """
     fixed = {"tensor_parallel_size"} if sampler.batch_invariant else set()
     return [name for name in EngineConfig.MEMORY_ONLY_FIELDS if name not in fixed]
 
 
 def with_fields_of(section: T, other: T, names: Iterable[str]) -> T:
-    """Return a section of a recipe with the named settings of another one."""
+    """Return a copy of `section` in which the settings `names` have the values that they have in `other`."""
     return replace(section, **{name: getattr(other, name) for name in names})

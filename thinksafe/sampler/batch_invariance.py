@@ -31,15 +31,20 @@ _MAX_CPU_ROWS = 65
 """Largest batch to check on a CPU, which computes 32 rows at a time in every batch and would need seconds for more."""
 
 Computation = Callable[[slice], Tensor]
-"""A function of a range of rows that returns one row of results for each of them."""
+"""A function that takes a range of rows of its full batch, computes them alone, and returns [number of rows, ...]."""
 
 
 @torch.inference_mode()
 def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int) -> None:
-    """Check every computation of a pass.
+    """Check that the bits of a row do not depend on the batch size, in every computation of a pass.
+
+    Args:
+        runner: the decoder and the matmuls to check. Its cache is not changed.
+        max_prefill_tokens: largest number of tokens in a prefill pass, and so the largest batch of the projections.
 
     Raises:
-        UserError: the bits of a row depend on the batch size; names the first such computation and the batch size.
+        UserError: the bits of a row depend on the batch size; names the device, the first such computation and the
+            batch size.
     """
     for name, compute, num_rows in _computations(runner, max_prefill_tokens):
         counts = _row_counts(num_rows, num_slots=len(runner.scheduler.epoch))
@@ -54,15 +59,23 @@ def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int) -> None
 
 
 def _row_counts(max_rows: int, num_slots: int) -> list[int]:
-    """Return the batch sizes below `max_rows` to check: those of all CUDA graphs of a decode pass, and powers of two,
-    which together use every tile of the kernels."""
+    """Return the batch sizes below `max_rows` to check, in ascending order.
+
+    These are the sizes of all CUDA graphs of a decode pass, and the powers of two; together they use every tile of the
+    kernels.
+
+    Args:
+        max_rows: number of rows of the full batch, to which the smaller batches are compared.
+        num_slots: largest number of rows of a decode pass.
+    """
     graph_sizes = set(map(graph_batch_size, range(1, num_slots + 1)))
     powers_of_two = {1 << power for power in range(max_rows.bit_length())}
     return sorted(count for count in graph_sizes | powers_of_two if count < max_rows)
 
 
 def _first_differing_count(compute: Computation, num_rows: int, counts: list[int]) -> int | None:
-    """Return the first of `counts` at which the first or last rows have other bits than in the full batch, or None."""
+    """Return the first batch size in `counts` at which the first or the last rows have other bits than in the full
+    batch of `num_rows` rows; None if all sizes give equal bits."""
     expected = _row_bytes(compute(slice(0, num_rows)))
     for count in counts:
         for rows in (slice(0, count), slice(num_rows - count, num_rows)):
@@ -72,12 +85,16 @@ def _first_differing_count(compute: Computation, num_rows: int, counts: list[int
 
 
 def _row_bytes(x: Tensor) -> Tensor:
-    """Return the bytes of each row, [T, bytes per row], so that equal NaN compare as equal."""
+    """Return the bytes of each row, [T, bytes per row] uint8, so that NaN with equal bits compare as equal."""
     return x.contiguous().view(len(x), -1).view(torch.uint8)
 
 
 def _computations(runner: ModelRunner, max_prefill_tokens: int) -> Iterator[tuple[str, Computation, int]]:
-    """Yield (name, computation, number of rows). Each computation is made only when the caller needs it."""
+    """Yield (name for the error message, computation, number of rows of its full batch).
+
+    The computations are the groups of projections, the language-model head, sampling, scoring, a decode layer and a
+    prefill layer. Each is made only when the caller asks for it. On a CPU a batch has at most `_MAX_CPU_ROWS` rows.
+    """
     decoder, num_slots = runner.decoder, len(runner.scheduler.epoch)
     if runner.device.type == "cpu":
         num_slots, max_prefill_tokens = min(num_slots, _MAX_CPU_ROWS), min(max_prefill_tokens, _MAX_CPU_ROWS)
@@ -102,7 +119,7 @@ def _computations(runner: ModelRunner, max_prefill_tokens: int) -> Iterator[tupl
 
 
 class _RandomRows:
-    """A generator of random rows in the decoder's dtype and on its device."""
+    """A function from a shape to a tensor of standard normal numbers in the decoder's dtype and on its device."""
 
     def __init__(self, runner: ModelRunner):
         self._embedding = runner.decoder.embedding
@@ -114,7 +131,11 @@ class _RandomRows:
 
 
 def _sample_rows(logits: Tensor, rows: slice) -> Tensor:
-    """Return the token and log-probability of each row; every second row uses top-k."""
+    """Return token and log-probability of the rows in `rows`, [number of rows, 2] fp64; every second row uses top-k.
+
+    Args:
+        logits: [T, V] fp32, of the full batch.
+    """
     row = torch.arange(len(logits), device=logits.device)
     temperature, top_p = (torch.full(row.shape, value, device=logits.device) for value in (0.6, 0.95))
     settings = (temperature, 20 * (row % 2), top_p, row, row)
@@ -123,13 +144,20 @@ def _sample_rows(logits: Tensor, rows: slice) -> Tensor:
 
 
 def _score_rows(runner: ModelRunner, hidden: Tensor, rows: slice) -> Tensor:
+    """Return the log-probabilities of the token ids 0 and 1 for the rows in `rows` of `hidden` [T, H],
+    [number of rows, 2] fp32."""
     token_ids = torch.arange(2, device=runner.device).expand(len(hidden[rows]), -1)
     return runner.logprobs_of(hidden[rows], runner.decoder.head, token_ids)
 
 
 def _decode_layer(runner: ModelRunner, random_rows: _RandomRows, num_rows: int) -> Computation:
-    """Return the computation of one new token per row after contexts of many lengths. The rows share all pages except
-    the last one of each row, which it writes to."""
+    """Return the computation of one decoder layer for one new token per row, after contexts of many lengths.
+
+    All rows share the pages of their contexts, except that each row has a separate last page, to which it writes.
+
+    Args:
+        num_rows: number of rows of the full batch.
+    """
     decoder, page_size = runner.decoder, runner.cache.page_size
     max_context = min(decoder.config.max_seq_len, _MAX_CONTEXT)
     row, width = torch.arange(num_rows, device=runner.device), -(-max_context // page_size)
@@ -147,7 +175,12 @@ def _decode_layer(runner: ModelRunner, random_rows: _RandomRows, num_rows: int) 
 
 
 def _prefill_layer(runner: ModelRunner, random_rows: _RandomRows, length: int) -> Computation:
-    """Return the computation of a range of prompt tokens, with the tokens before the range already in the cache."""
+    """Return the computation of one decoder layer for a range of a prompt's tokens, with the tokens before the range
+    already in the cache.
+
+    Args:
+        length: number of tokens of the prompt, the rows of the full batch.
+    """
     decoder, config, page_size = runner.decoder, runner.decoder.config, runner.cache.page_size
     width = -(-length // page_size)
     cache = _single_layer_cache(runner, random_rows, width)
@@ -164,7 +197,7 @@ def _prefill_layer(runner: ModelRunner, random_rows: _RandomRows, length: int) -
 
 
 def _single_layer_cache(runner: ModelRunner, random_rows: _RandomRows, num_pages: int) -> PageCache:
-    """Return a cache of one layer with random keys and values on every page."""
+    """Return a new cache of one layer, in the runner's format, with random keys and values on every page."""
     config, page_size = replace(runner.decoder.config, num_layers=1), runner.cache.page_size
     cache = PageCache(config, runner.cache.format, num_pages, page_size, runner.device)
     keys, values, scales_e8m0 = cache.layer(0)

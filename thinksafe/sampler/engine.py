@@ -30,7 +30,8 @@ from thinksafe.sampler.roofline import ByteCounts, roofline_seconds
 from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
 _MAX_QUEUED = 64
-"""Number of requests in the queue: enough to fill a prefill pass, few enough to leave work for the other workers."""
+"""Number of queued requests up to which the engine reads more: enough to fill a prefill pass, few enough to leave work
+for the other workers."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,19 @@ class EngineConfig:
     """Batch size, memory and number formats of the engine that samples responses or runs a guard.
 
     Attributes:
-        max_num_seqs: largest number of sequences that run at once. More sequences use a GPU better, as long as the
-            key-value cache has room for them.
+        max_num_seqs: largest number of sequences that run at once on one copy of the model. More sequences use a GPU
+            better, as long as the key-value cache has room for them.
         max_prefill_tokens: largest number of prompt tokens in one forward pass; longer prompts are read in chunks. More
             tokens use a GPU better and need more memory for activations.
         page_size: tokens per page of the key-value cache. Prompts share a common prefix in whole pages. `null` is 64 on
-            a GPU, where a page of one head is a tile of the kernels, and 16 on a CPU.
+            a GPU, where a page of one key-value head is a tile of the kernels, and 16 on a CPU.
         kv_cache_gib: size of the key-value cache in GiB, per worker. A larger cache holds more sequences at once.
             `null` takes 85% of a GPU's free memory, or 1 GiB on a CPU.
         kv_cache_dtype: `auto` stores keys and values in the model's dtype. `fp8` stores them in e4m3: half the bytes
             of bfloat16, with more rounding error. Keys of models with biases on q, k and v (Qwen2, R1-Distill-Qwen)
             always stay in the model's dtype. On a GPU, `fp8` needs compute capability 8.9 or higher.
         tensor_parallel_size: number of GPUs that share one copy of the model, for a model that does not fit on one.
-            That many workers form one group.
+            That many workers form one group. With 1, every worker holds the whole model.
         weight_dtype: `auto` keeps the weights in the model's dtype. `fp8` quantizes the layers' projections to e4m3
             when they are loaded, and multiplies in e4m3: half the bytes and twice the speed of bfloat16, with more
             rounding error. Training never uses these weights.
@@ -71,7 +72,7 @@ class EngineConfig:
     batch_invariant: bool = False
 
     MEMORY_ONLY_FIELDS: ClassVar = ("max_num_seqs", "max_prefill_tokens", "kv_cache_gib", "tensor_parallel_size")
-    """Fields that change memory use, and of a response only the rounding of its log-probabilities. They may change when
+    """Fields that change memory use and speed, and affect responses only through rounding errors. They may change when
     a run resumes, except for `tensor_parallel_size` in batch-invariant mode."""
 
     def __post_init__(self):
@@ -85,20 +86,33 @@ class EngineConfig:
 
 
 class Engine:
-    """A decoder with a scheduler and a page cache. The cache is allocated at once, so create the engine when needed.
+    """A decoder with a scheduler and a page cache. It samples responses (`generate`) or scores next tokens (`score`).
+
+    The stages that sample, and every guard that is a model, use it. The cache is allocated at construction, so create
+    the engine when needed and drop it afterwards.
 
     Attributes:
-        hardware: rates of the device, or None if they are unknown.
+        scheduler: the queue, the slots and the pages.
+        runner: the decoder with its page cache and the state on the device.
+        max_requests: largest number of requests that this engine holds, running and queued.
+        hardware: rates of the device; None on a CPU and on a GPU whose rates are unknown.
         byte_counts: bytes of a weight and of a cached token; None if `hardware` is None.
-        roofline_seconds: shortest time in which this hardware could have computed all passes so far.
+        roofline_seconds: shortest time in which this hardware could have computed all passes so far; 0 if `hardware` is
+            None.
+        max_batches_in_flight: number of passes that are launched before the engine waits for the oldest one.
     """
 
     def __init__(self, decoder: Decoder, config: EngineConfig, max_requests: int | None = None):
         """Allocate the cache and, in batch-invariant mode, check the device.
 
         Args:
+            decoder: model with loaded weights; its device and dtype are those of the engine.
             max_requests: largest number of requests that this engine holds, running and queued. The others stay in the
-                shared source, where other workers can claim them.
+                shared source, where other workers can claim them. None for `max_num_seqs` + 64.
+
+        Raises:
+            UserError: the device does not support an fp8 cache, the memory does not hold one page, or in
+                batch-invariant mode the device's results depend on the batch.
         """
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
         page_size = config.page_size or (64 if device.type == "cuda" else 16)
@@ -129,34 +143,43 @@ class Engine:
 
     @property
     def max_prompt_tokens(self) -> int:
-        """Length of the longest prompt that leaves room for one response token."""
+        """Largest number of tokens of a prompt that leaves room for one response token."""
         return self.scheduler.max_seq_len - 1
 
     @property
     def cache_limits_context(self) -> bool:
-        """Whether all pages together hold fewer tokens than the model's context."""
+        """Whether all pages together hold fewer tokens than the model's context, so that the cache limits the length
+        of a sequence."""
         return self.scheduler.max_seq_len < self.runner.decoder.config.max_seq_len
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield the completion of each request as soon as it is finished, in no particular order.
 
-        The engine reads requests from the iterable when it has room for them, and keeps a few more in its queue, so
-        that several engines can share one source.
+        The engine computes while the caller iterates. It reads requests from the iterable when it has room for them,
+        and keeps a few more in its queue, so that several engines can share one source.
 
         Raises:
             ValueError: a request can never fit, contains a token id or a seed that is out of range, or has the id of
                 another request. The error comes when the engine reads that request. It drops all running requests, as
                 does a caller that stops early.
-            RuntimeError: an earlier call has not ended.
+            RuntimeError: an earlier call of `generate` or `score` has not ended.
         """
         for batch, results in self._run(requests, self.runner.forward):
             yield from self.scheduler.commit(batch, *results)
 
     def score(self, prompts: Iterable[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
-        """Yield the log-probabilities of `token_ids` as the next token after each (id, prompt), in no particular order.
+        """Yield the log-probability of each id in `token_ids` as the next token after each prompt.
+
+        The scores of a prompt come as soon as they are computed, in no particular order of the prompts.
+
+        Args:
+            prompts: (request id, token ids of the prompt).
+            token_ids: K token ids in the vocabulary, which is not checked; `Scores.logprobs` has their order.
 
         Raises:
-            ValueError, RuntimeError: as `generate`.
+            ValueError: a prompt can never fit, contains a token id that is out of range, or has the id of another one.
+                The error drops all running requests.
+            RuntimeError: an earlier call of `generate` or `score` has not ended.
         """
         prompt_only = SamplingConfig(temperature=0, max_tokens=1)
         requests = (Request(id_, prompt, prompt_only, 0, ()) for id_, prompt in prompts)
@@ -168,8 +191,13 @@ class Engine:
     def _run(
         self, requests: Iterable[Request], launch: Callable[[ScheduledBatch], PendingOutput]
     ) -> Iterator[tuple[ScheduledBatch, list[np.ndarray]]]:
-        """Yield every batch with its results, in order, until no work remains. The caller commits each batch before it
-        asks for the next one."""
+        """Yield every batch with its results, in the order of the launches, until no work remains.
+
+        The caller commits each batch before it asks for the next one.
+
+        Args:
+            launch: starts the pass of a batch on the device; the results are what its `PendingOutput` holds.
+        """
         if self.scheduler.has_work:
             raise RuntimeError("the engine is still answering another call; read its results to the end or close it")
         scheduler, incoming = self.scheduler, self._check_requests(requests)
@@ -193,7 +221,11 @@ class Engine:
 
     def _check_requests(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the requests of a call after a check: ids are unique, and token ids are in the vocabulary. On a GPU, an
-        index outside the embedding would end all CUDA work of the process."""
+        index outside the embedding would end all CUDA work of the process.
+
+        Raises:
+            ValueError: a request fails the check; names the request.
+        """
         vocab_size, ids = self.runner.decoder.config.vocab_size, set()
         for request in requests:
             if request.id in ids:
@@ -204,12 +236,14 @@ class Engine:
             yield request
 
     def _count_roofline(self, batch: ScheduledBatch) -> None:
+        """Add the shortest time of a pass to `roofline_seconds`, if the hardware's rates are known."""
         if self.hardware:
             config = self.runner.decoder.config
             self.roofline_seconds += roofline_seconds(batch, config, self.byte_counts, self.hardware)
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Return the bytes for the page cache: `kv_cache_gib`, or else 85% of a GPU's free memory, or 1 GiB on a CPU."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
     if device.type == "cuda":

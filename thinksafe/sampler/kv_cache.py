@@ -16,40 +16,47 @@ from thinksafe.kernels.paged_cache import KvScales
 from thinksafe.model.config import ModelConfig
 
 CacheDtype = Literal["auto", "fp8"]
+"""Dtype of cached keys and values: the model's dtype (`auto`) or e4m3 (`fp8`)."""
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """Dtypes of the cached keys and values."""
+    """Dtypes of the cached keys and values. For e4m3, the cache also stores one uint8 scale per head and token."""
 
     key_dtype: torch.dtype
     value_dtype: torch.dtype
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> "CacheFormat":
-        """Return the format for a recipe's `cache_dtype`.
+        """Return the format for a recipe's `kv_cache_dtype`.
 
-        `auto` is `dtype`, the model's dtype. With biases on q, k and v, as in the Qwen2 family, keys stay in `dtype`
-        under `fp8` too: a bias that is a hundred times larger than the rest of a key leaves no bits for that rest.
+        `auto` stores keys and values in `dtype`, and `fp8` stores them in e4m3. If q, k and v have biases, as in the
+        Qwen2 family, keys stay in `dtype` under `fp8` too: a bias that is a hundred times larger than the rest of a key
+        leaves no bits for that rest.
+
+        Args:
+            dtype: dtype of the model.
         """
         if cache_dtype == "auto":
             return cls(dtype, dtype)
         return cls(dtype if config.qkv_bias else E4M3, E4M3)
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        """Return the bytes that one token adds to the cache, over all layers."""
+        """Return the bytes of one token's keys, values and scales, over all layers of `config`. For one process of a
+        tensor-parallel group, `config` is the configuration of its part."""
         heads = config.num_layers * config.num_kv_heads
         dtypes = (self.key_dtype, self.value_dtype)
         return sum(heads * (config.head_dim * dtype.itemsize + (dtype == E4M3)) for dtype in dtypes)
 
 
 class PageCache:
-    """Pages 0 to num_pages - 1, filled with zeros.
+    """Keys and values of all layers on pages 0 to num_pages - 1. A new cache is filled with zeros.
 
     Attributes:
         format: dtypes of the keys and values.
         page_size: tokens per page.
-        bytes_per_token: bytes of one token, over all layers.
+        device: device that holds the pages.
+        bytes_per_token: bytes of one token's keys, values and scales, over all layers.
     """
 
     def __init__(
@@ -69,6 +76,10 @@ class PageCache:
         )
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, KvScales]:
-        """Return a layer's keys and values, [num_pages, num_kv_heads, page_size, D] each, and their scales."""
+        """Return a layer's keys and values, [num_pages, num_kv_heads, page_size, D] each, and their scales.
+
+        The scales are a pair, for keys and for values: [num_pages, num_kv_heads, page_size] uint8, or None if the
+        tensor is not in e4m3. A key or value is element * 2 ** (scale - 127). All are views of the cache, not copies.
+        """
         scales_e8m0 = (self._key_scales[index], self._value_scales[index])
         return self._keys[index], self._values[index], scales_e8m0

@@ -28,13 +28,14 @@ from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
 
 class DecodeAttention:
-    """Attention of a decode pass: one new token per row attends to the pages of its sequence."""
+    """Attention of a decode pass, a function of the form `Attention` (model/attention.py): one new token per row writes
+    its key and value to the cache and attends to the pages of its sequence."""
 
     def __init__(self, cache: PageCache, page_table: Tensor, positions: Tensor):
-        """Prepare what all layers share.
+        """Compute what all layers share: where the new tokens are written, and how the contexts are split.
 
         Args:
-            page_table: [B, W] int64.
+            page_table: [B, W] int64, the pages of each row's sequence, in order.
             positions: [B] int64, positions of the new tokens.
         """
         page_size = cache.page_size
@@ -50,15 +51,23 @@ class DecodeAttention:
 
 
 class PrefillAttention:
-    """Attention of a prefill pass: chunks of several sequences, packed end to end, attend to the pages of their
-    sequences. All rows write to the cache before any row attends, so a row may read pages that another row fills in the
-    same pass."""
+    """Attention of a prefill pass, a function of the form `Attention` (model/attention.py): chunks of several
+    sequences, packed end to end into T tokens, attend to the pages of their sequences.
+
+    All tokens write to the cache before any token attends, so a chunk may read pages that another chunk fills in the
+    same pass.
+
+    Attributes:
+        slots: [T] int64 on the host, slot of each token's sequence.
+        host_positions, positions: [T] int64, position of each token in its sequence, on the host and on the device.
+        last_rows: int64 on the device, index among the T tokens of the last token of every completing row.
+    """
 
     def __init__(self, cache: PageCache, batch: ScheduledBatch, page_table: np.ndarray, group: int, itemsize: int):
-        """Prepare what all layers share.
+        """Compute what all layers share.
 
         Args:
-            page_table: [num_slots, W] int64.
+            page_table: [num_slots, W] int64, the pages of each slot's sequence, in order.
             group: number of query heads per key-value head.
             itemsize: bytes per element of the queries.
         """
@@ -85,7 +94,7 @@ class PrefillAttention:
 
 
 class PendingOutput:
-    """Tensors that are being copied to the host."""
+    """Tensors that are being copied to the host; `wait` returns them."""
 
     def __init__(self, *tensors: Tensor):
         self._event = None
@@ -98,20 +107,24 @@ class PendingOutput:
             self._event.record()
 
     def wait(self) -> list[np.ndarray]:
-        """Wait for the copies and return the values."""
+        """Wait until the copies are done, and return them as arrays, in the order of the constructor's arguments."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._tensors]
 
 
 class ModelRunner:
-    """A decoder with a page cache, and the newest token and sampling settings of every slot.
+    """A decoder with a page cache, and the newest token and sampling settings of every slot. The engine runs its
+    passes.
 
     Row `num_slots` of every table is for the padding rows of CUDA graphs: a slot that is never occupied, with a page
     that is never allocated.
 
     Attributes:
         cache: keys and values of all pages.
+        linear: matmul of the layers, (x [T, K], weight [N, K], bias [N] or None) -> [T, N] in the dtype of x.
+        logits: matmul of the language-model head, (hidden [T, H], head [V, H]) -> [T, V] fp32.
+        logprobs_of: (hidden [T, H], head [V, H], token_ids [T, K]) -> [T, K] fp32, log-probabilities of these tokens.
     """
 
     def __init__(
@@ -120,6 +133,7 @@ class ModelRunner:
         """Allocate the cache and the state of all slots.
 
         Args:
+            scheduler: makes the batches; it determines the number of slots, the number of pages and their size.
             batch_invariant: use matmuls in which the bits of a row do not depend on the other rows.
         """
         self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
@@ -147,10 +161,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> PendingOutput:
-        """Compute a pass and sample a token after every completing row.
+        """Launch a pass that samples one token after every completing row (`ScheduledBatch.needs_logits`).
 
         Returns:
-            [N] int64 tokens and [N] fp32 log-probabilities.
+            [N] int64 tokens and [N] fp32 log-probabilities of N completing rows, in order; -1 and NaN for a row with a
+            logit that is not finite.
         """
         if not batch.is_decode:
             self._upload_new_requests(batch)
@@ -168,10 +183,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def score(self, batch: ScheduledBatch, token_ids: Tensor) -> PendingOutput:
-        """Compute a prefill pass and score the next token after every completing row.
+        """Launch a prefill pass that scores K token ids as the next token after every completing row.
+
+        Args:
+            batch: a prefill batch (`is_decode` is False).
+            token_ids: [K] int64 on the device.
 
         Returns:
-            [N, K] fp32, log-probabilities of `token_ids`.
+            [N, K] fp32, log-probabilities of `token_ids` for N completing rows, in order; NaN if the model's output is
+            not finite.
         """
         self._upload_new_requests(batch)
         hidden = self._prefill(batch)
@@ -184,7 +204,10 @@ class ModelRunner:
         """Return the inputs of a decode pass, [5, num_rows] int64.
 
         The lines are slot and position of every row, then slot, index and page of every new page-table entry, of which
-        a decode pass has at most one per row. Unused columns hold the padding slot and page.
+        a decode pass has at most one per row. Unused columns hold the padding slot and page, and zeros.
+
+        Args:
+            num_rows: at least the number of rows of `batch`; the others are padding.
         """
         inputs = np.zeros((5, num_rows), dtype=np.int64)
         inputs[[0, 2]], inputs[4] = self.padding_slot, self.padding_page
@@ -194,8 +217,16 @@ class ModelRunner:
         return inputs
 
     def decode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute and sample one token for every row of `decode_inputs`. A CUDA graph can capture it, because it does
-        not access host memory."""
+        """Compute a decode pass and return a sampled token and its log-probability for every row, padding included.
+
+        A CUDA graph can capture this method, because it does not access host memory.
+
+        Args:
+            inputs: [5, num_rows] int64 on the device, what `decode_inputs` returned.
+
+        Returns:
+            [num_rows] int64 tokens and [num_rows] fp32 log-probabilities; -1 and NaN if a logit is not finite.
+        """
         slots, positions, *entry, page = inputs
         self.page_table[tuple(entry)] = page
         attention = DecodeAttention(self.cache, self.page_table[slots], positions)
@@ -212,6 +243,13 @@ class ModelRunner:
         return hidden[attention.last_rows]
 
     def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a sampled token and its log-probability for each row, and keep the token as the newest of its slot.
+
+        Args:
+            hidden: [N, H], hidden states of the last known tokens.
+            slots: [N] int64, slots of the rows.
+            positions: [N] int64, positions of the sampled tokens.
+        """
         logits = self.logits(hidden, self.decoder.head)
         settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
         tokens, logprobs = sample(logits, *settings, positions)
@@ -229,17 +267,20 @@ class ModelRunner:
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return the logits [N, V] fp32 of hidden states [N, H]."""
     return matmul_fp32(hidden, head.T)
 
 
 def _logprobs_from_logits(hidden: Tensor, head: Tensor, token_ids: Tensor) -> Tensor:
-    """Return the same as `linear_logprob_of`, from full rows of logits whose bits do not depend on the other rows."""
+    """Return the log-probabilities [N, K] fp32 of `token_ids` [N, K] after hidden states [N, H]; NaN in rows that are
+    not finite. It computes full rows of logits, whose bits do not depend on the other rows."""
     logprobs = batch_invariant_linear(hidden, head, dtype=torch.float32).log_softmax(-1).gather(-1, token_ids)
     return logprobs.masked_fill(~hidden.isfinite().all(-1, keepdim=True), torch.nan)
 
 
 class _DecodeGraph:
-    """A decode pass for a fixed number of rows, captured once and replayed.
+    """A decode pass for a fixed number of rows, captured once. A call replays it with the inputs of `decode_inputs`,
+    and overwrites the tensors that an earlier call returned.
 
     If several GPUs share the model, the graph contains their NCCL operations. NCCL requires that all processes capture
     an operation or none does, and that all replay their graphs in the same order. This holds because all processes
@@ -270,12 +311,14 @@ class _DecodeGraph:
 
 
 def graph_batch_size(num_rows: int) -> int:
-    """Return the number of rows of the graph that serves `num_rows`: powers of two up to 32, then multiples of 32."""
+    """Return the number of rows of the CUDA graph that computes `num_rows` rows: the next power of two up to 32, above
+    that the next multiple of 32."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 32 else -(-num_rows // 32) * 32
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy an array to the device without waiting for the copy. The array is made contiguous first, because torch would
-    copy a strided view through memory that is not pinned."""
+    """Return an array as a tensor on the device, without waiting for the copy. On a CPU, the tensor may share memory
+    with the array. The array is made contiguous first, because torch would copy a strided view through memory that is
+    not pinned."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -13,7 +13,8 @@ import numpy as np
 
 
 def prefix_digests(tokens: Sequence[int], page_size: int) -> list[bytes]:
-    """Return one digest per full page, each over all tokens up to the end of the page."""
+    """Return one digest of 16 bytes per full page, each over all tokens up to the end of the page. The tokens after the
+    last full page have no digest."""
     chain = hashlib.blake2b(digest_size=16)
     digests = []
     ids = np.asarray(tokens, dtype=np.int64)
@@ -24,7 +25,13 @@ def prefix_digests(tokens: Sequence[int], page_size: int) -> list[bytes]:
 
 
 class PagePool:
-    """Reference counts and the prefix cache. Page numbers index the first dimension of a layer's keys and values."""
+    """The pages' numbers of owners, and the prefix cache: digests under which full prompt pages are registered.
+
+    Page numbers index the first dimension of a layer's keys and values.
+
+    Attributes:
+        ref_count: [num_pages] int32, number of running sequences that use each page.
+    """
 
     def __init__(self, num_pages: int):
         self.ref_count = np.zeros(num_pages, dtype=np.int32)
@@ -35,11 +42,12 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Number of pages that `allocate` can still return."""
+        """Number of pages without an owner, which `allocate` can still return."""
         return len(self._free) + len(self._evictable)
 
     def allocate(self) -> int:
-        """Return a page with one owner and unknown contents.
+        """Return a page without an owner, now with one owner; its contents are undefined. If only registered pages are
+        left, the page that lost its owner first is unregistered and returned.
 
         Raises:
             IndexError: no page is available.
@@ -55,8 +63,13 @@ class PagePool:
         return page
 
     def match_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """Return the pages of the longest registered prefix. Call `acquire` on them before the next `allocate`, which
-        might otherwise return one of them."""
+        """Return the registered pages of `digests`, in order, up to the first digest that is not registered.
+
+        Call `acquire` on them before the next `allocate`, which might otherwise return one of them.
+
+        Args:
+            digests: what `prefix_digests` returned for a prompt.
+        """
         pages = []
         for digest in digests:
             page = self._page_by_digest.get(digest)
@@ -66,24 +79,26 @@ class PagePool:
         return pages
 
     def acquire(self, page: int) -> None:
-        """Add one owner to a registered page."""
+        """Add one owner to a registered page, which may have owners or none."""
         self.ref_count[page] += 1
         self._evictable.pop(page, None)
 
     def register(self, page: int, digest: bytes) -> None:
-        """Share a full page with later prompts. A page that is already registered under the digest stays there."""
+        """Register a full page under its digest, so that later prompts share it. Do nothing if another page is
+        registered under this digest, or if the page is registered already."""
         if digest not in self._page_by_digest and page not in self._digest_by_page:
             self._page_by_digest[digest] = page
             self._digest_by_page[page] = digest
 
     def unregister(self, page: int) -> None:
-        """Stop sharing an owned page with later prompts."""
+        """Remove an owned page from the prefix cache, so that no later prompt shares it; its owners keep it. Do nothing
+        if it is not registered."""
         digest = self._digest_by_page.pop(page, None)
         if digest is not None:
             del self._page_by_digest[digest]
 
     def release(self, page: int) -> None:
-        """Remove one owner from a page."""
+        """Remove one owner from a page. A registered page without an owner can still be shared until it is reused."""
         self.ref_count[page] -= 1
         if self.ref_count[page] == 0:
             digest = self._digest_by_page.get(page)

@@ -13,11 +13,12 @@ _MIN_PERIOD, _MAX_PERIOD, _NUM_REPEATS = 8, 256, 8
 def ends_in_repetition(tokens: np.ndarray) -> bool:
     """Return whether a response ends in a block of 8 to 256 tokens that occurs eight times in a row.
 
-    A shorter block is detected as a multiple of itself. A useful text may also repeat a line eight times, so the user
-    decides whether a repetition ends a response (`SamplingConfig.stop_on_repetition`).
+    A block of fewer than 8 tokens is detected as a multiple of itself. The result is False for fewer than 64 tokens. A
+    useful text may also repeat a line eight times, so the user decides whether a repetition ends a response
+    (`SamplingConfig.stop_on_repetition`).
 
     Args:
-        tokens: [T] integers.
+        tokens: [T] integers, ids of the response tokens without the prompt.
     """
     max_period = min(_MAX_PERIOD, len(tokens) // _NUM_REPEATS)
     if max_period < _MIN_PERIOD:

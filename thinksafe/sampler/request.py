@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 FinishReason = Literal["stop", "length", "repetition", "nan"]
+"""Reason why a response ended, see `Completion.finish_reason`."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Request:
     """One response to sample.
 
     Attributes:
-        id: returned with the completion; unique within a call.
+        id: name of the request, returned as `Completion.request_id`; unique within a call.
         prompt: token ids, at least one.
         sampling: how response tokens are sampled.
-        seed: at least 0 and below 2^63. Seed, position and token id fix the noise, so the response does not depend on
-            the batch.
+        seed: at least 0 and below 2^63. Seed, position and token id determine the random number of a token, so the
+            batch affects the response only through rounding errors, and not at all in batch-invariant mode.
         stop_ids: token ids that end the response.
     """
 
@@ -68,11 +69,12 @@ class Completion:
     """A finished response.
 
     Attributes:
+        request_id: `Request.id` of the request that it answers.
         tokens: ids of the response tokens, without the stop token.
-        finish_reason: `stop`, `length` (`max_tokens` is reached or the context is full), `repetition` (see
-            `SamplingConfig.stop_on_repetition`) or `nan` (a logit is not finite).
-        logprobs: log-probability of each token under the model, before temperature and truncation. Their rounding
-            depends on the batch, so `==` ignores them.
+        finish_reason: `stop` (a token of `stop_ids` was sampled), `length` (`max_tokens` is reached or the context is
+            full), `repetition` (see `SamplingConfig.stop_on_repetition`) or `nan` (a logit is not finite).
+        logprobs: log-probability in nats of each token under the model, before temperature, top-k and top-p. Their
+            rounding may depend on the batch, so `==` ignores them.
     """
 
     request_id: str
@@ -86,8 +88,9 @@ class Scores:
     """Log-probabilities of given tokens as the next token after a prompt.
 
     Attributes:
-        logprobs: [K] fp32, exact (from the log-sum-exp over the whole vocabulary). NaN if the model's output is not
-            finite.
+        request_id: id that the caller gave the prompt.
+        logprobs: [K] fp32, in nats, normalized over the whole vocabulary, in the order of the token ids in the call.
+            NaN if the model's output is not finite.
     """
 
     request_id: str

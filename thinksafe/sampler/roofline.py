@@ -21,8 +21,8 @@ class ByteCounts:
 
     Attributes:
         per_weight: bytes of a weight of the layers' projections; 1 means that they and their inputs are in e4m3.
-        per_head_weight: bytes of a weight of the head.
-        per_cached_token: bytes that a token adds to the cache.
+        per_head_weight: bytes of a weight of the language-model head.
+        per_cached_token: bytes that a token adds to the cache, over all layers.
     """
 
     per_weight: int
@@ -31,13 +31,20 @@ class ByteCounts:
 
     @classmethod
     def of(cls, decoder: Decoder, cache_format: CacheFormat) -> "ByteCounts":
-        """Return the byte counts of a loaded model."""
+        """Return the byte counts of a decoder with loaded weights and of a cache in `cache_format`."""
         weight = decoder.layers[0].q_proj.element_size()
         return cls(weight, decoder.head.element_size(), cache_format.bytes_per_token(decoder.config))
 
 
 def roofline_seconds(batch: ScheduledBatch, config: ModelConfig, byte_counts: ByteCounts, hardware: Hardware) -> float:
-    """Return the shortest time of a pass through the decoder and its head."""
+    """Return the shortest time in seconds of a pass through the decoder and its language-model head.
+
+    seconds = max(weight bytes / bandwidth, GEMM FLOP / rate) + max(cache bytes / bandwidth, attention FLOP / rate)
+
+    Args:
+        batch: the tokens of the pass; only completing rows use the language-model head.
+        config: configuration of the part of the model that one GPU holds.
+    """
     layers, head = config.num_layers * config.layer_weights, config.head_weights
     num_sampled, num_context_tokens = int(batch.needs_logits.sum()), int(batch.ends.sum())
     num_pairs = int((batch.ends * (batch.ends + 1) - batch.starts * (batch.starts + 1)).sum()) // 2

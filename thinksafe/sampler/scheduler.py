@@ -23,9 +23,10 @@ _GROWTH_TOKENS = 256
 """Number of tokens kept free for each running sequence when another one is admitted. Keeping none free recomputes 40%
 of all tokens after preemptions; keeping max_tokens free makes smaller batches."""
 _ADMISSION_BATCH = 16
-"""Number of waiting requests that starts a prefill pass: a pass for a single prompt would read all weights and delay
-every running response."""
+"""Number of requests that are admitted together while responses run, or fewer if fewer wait or there are fewer than 64
+slots. A pass for a single prompt would read all weights and delay every running response."""
 _NO_STOP_ID = -2
+"""Padding of the table of stop ids. A token id is at least 0, and -1 is the sampled token if a logit is not finite."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,10 @@ class ScheduledBatch:
             if rows are ranges of known tokens.
         slots, starts, ends: [R] int64; row r computes tokens starts[r] to ends[r] - 1 of the sequence in slots[r].
         needs_logits: [R] bool, whether the row is completing: its last token needs logits, to sample the next token.
-        epochs: [R] int64, epoch of the row's slot, which identifies the sequence in it.
+        epochs: [R] int64, epoch of the row's slot: the number of sequences that have left the slot before this one.
         new_slots: [J] int64, slots with a new sequence since the last batch.
-        new_pages: [N, 3] int64, page-table entries added since the last batch: slot, index, page.
+        new_pages: [N, 3] int64, page-table entries added since the last batch: slot, index of the page in its sequence,
+            number of the page.
     """
 
     is_decode: bool
@@ -53,12 +55,19 @@ class ScheduledBatch:
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens that the pass computes."""
         return int((self.ends - self.starts).sum())
 
 
 @dataclass
 class _Sequence:
-    """A request with its committed response tokens: a preempted sequence keeps them while it waits."""
+    """A request with its committed response tokens: a preempted sequence keeps them while it waits.
+
+    Attributes:
+        tokens: prompt and response tokens at the time of admission; the scheduler's arrays hold later ones.
+        logprobs: log-probabilities of the response tokens among `tokens`.
+        digests: digests of the prompt's full pages; empty if the sequence must not share pages.
+    """
 
     request: Request
     tokens: list[int]
@@ -67,12 +76,15 @@ class _Sequence:
 
 
 class Scheduler:
-    """Slots, pages and the queue of waiting requests.
+    """Slots, pages and the queue of waiting requests. The engine calls `submit`, `schedule` and `commit` in turn.
 
     Attributes:
+        max_seq_len: largest number of tokens of a sequence: the model's, or fewer if all pages hold fewer.
         tokens: [num_slots, max_seq_len] int32, prompt and committed response of each running sequence.
         num_computed_tokens: [num_slots] int64, number of tokens in the cache once all scheduled batches are done.
-        page_table: [num_slots, max pages per sequence] int64.
+        page_table: [num_slots, max pages per sequence] int64, the pages of each slot's sequence, in order; the first
+            num_pages[slot] entries are valid.
+        epoch: [num_slots] int64, number of sequences that have left each slot.
         num_in_flight: number of batches that are scheduled and not yet committed.
         computed_tokens, shared_tokens: total number of tokens that batches computed, and that admitted sequences found
             in the cache.
@@ -92,6 +104,11 @@ class Scheduler:
         """Create a scheduler whose slots and pages are all free.
 
         Args:
+            num_slots: largest number of sequences that run at once.
+            num_pages: number of pages of the cache.
+            page_size: tokens per page.
+            max_seq_len: largest number of tokens that the model can read.
+            max_prefill_tokens: largest number of tokens in a prefill batch.
             replay: sample a preempted response again from its first token, token by token. Otherwise its tokens are
                 prefilled with the prompt, which gives its cache other rounding errors.
         """
@@ -128,7 +145,7 @@ class Scheduler:
         self._new_pages: list[tuple[int, int, int]] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Queue either all of these requests or, if one is invalid, none of them.
+        """Append these requests to the queue of waiting requests: all of them or, if one is invalid, none.
 
         Raises:
             ValueError: a request can never run: its prompt is empty or leaves no room for a response token, or its seed
@@ -137,8 +154,8 @@ class Scheduler:
         self.waiting.extend([self._make_sequence(request) for request in requests])
 
     def abort_all(self) -> None:
-        """Drop every request and every batch in flight. Their prompt pages are no longer shared, because the pass that
-        fills a page may never have been launched."""
+        """Drop every request and every batch in flight, without completions. The prompt pages of running requests are
+        no longer shared, because the pass that fills a page may never have been launched."""
         for slot in list(self.running):
             for page in self.page_table[slot, : self.num_pages[slot]].tolist():
                 self.pool.unregister(page)
@@ -153,20 +170,23 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> ScheduledBatch | None:
-        """Return the next batch, with its pages allocated, or None if the next commit must come first."""
+        """Return the next batch, with its pages allocated; None if the oldest batch in flight must be committed first,
+        or if no request is left."""
         if self._prefilling or self._should_admit():
             return self._schedule_prefill()
         return self._schedule_decode()
 
     def commit(self, batch: ScheduledBatch, sampled: np.ndarray, logprobs: np.ndarray) -> list[Completion]:
-        """Store the results of the oldest batch in flight.
+        """Store the results of the oldest batch in flight, and return the completions of the finished sequences, whose
+        slots and pages are free again.
+
+        A sequence with a logit that is not finite is first recomputed once on pages that it does not share, if it could
+        have shared some; otherwise it is finished with the reason `nan`.
 
         Args:
+            batch: the oldest batch in flight.
             sampled: [batch.needs_logits.sum()] int64, a token for every completing row; -1 if a logit is not finite.
             logprobs: [batch.needs_logits.sum()] fp32, log-probabilities of these tokens.
-
-        Returns:
-            Completions of the finished sequences, whose slots and pages are free again.
         """
         rows, slots, ends = self._live_rows(batch)
         sampled = sampled[rows]
@@ -193,9 +213,13 @@ class Scheduler:
         return completions
 
     def commit_scored(self, batch: ScheduledBatch, has_nan: np.ndarray) -> list[tuple[int, Request]]:
-        """Commit the oldest batch in flight when prompts are only scored, so that every completing row is finished.
+        """Commit the oldest batch in flight when prompts are only scored, and return the finished requests.
+
+        Every completing row is finished, except that a row with NaN is first recomputed once on pages that it does not
+        share, if it could have shared some.
 
         Args:
+            batch: the oldest batch in flight.
             has_nan: [batch.needs_logits.sum()] bool, whether a score of the completing row is NaN.
 
         Returns:
@@ -209,6 +233,7 @@ class Scheduler:
         return finished
 
     def _make_sequence(self, request: Request) -> _Sequence:
+        """Return the sequence of a new request; raise a ValueError if it can never run, see `submit`."""
         length = len(request.prompt)
         if length == 0:
             raise ValueError(f"request {request.id}: the prompt is empty")
@@ -223,7 +248,8 @@ class Scheduler:
         return _Sequence(request, list(request.prompt), digests=digests)
 
     def _should_admit(self) -> bool:
-        """Return whether enough requests can be admitted to be worth a prefill pass."""
+        """Return whether to admit requests now: none is running, or slots and pages suffice for `_ADMISSION_BATCH` of
+        them (or for all that wait)."""
         if not self.waiting or not self._free_slots:
             return False
         if not self.running:
@@ -235,21 +261,24 @@ class Scheduler:
         return self.pool.num_available >= self._reserved_pages() + sum(map(self._pages_needed, candidates))
 
     def _pages_needed(self, candidate: _Sequence) -> int:
-        """Return the number of pages for its tokens and some growth, without pages shared with a running sequence."""
+        """Return the number of pages that a waiting sequence needs for its tokens and for up to `_GROWTH_TOKENS` more,
+        without pages that it would share with a running sequence."""
         shared_pages = self.pool.match_prefix(candidate.digests)
         num_owned = int((self.pool.ref_count[shared_pages] > 0).sum()) if shared_pages else 0
         length = len(candidate.tokens) + min(candidate.request.sampling.max_tokens, _GROWTH_TOKENS)
         return -(-min(length, self.max_seq_len) // self.page_size) - num_owned
 
     def _reserved_pages(self) -> int:
-        """Return the number of pages that all running sequences still need for some growth each."""
+        """Return the number of pages that all running sequences need, in addition to the pages that they have, to grow
+        by up to `_GROWTH_TOKENS` tokens each."""
         occupied = self.max_len > 0
         length = np.maximum(self.num_prefill_tokens, self.num_computed_tokens + 1)[occupied]
         future_length = np.minimum(self.max_len[occupied], length + _GROWTH_TOKENS)
         return int((-(-future_length // self.page_size) - self.num_pages[occupied]).clip(min=0).sum())
 
     def _schedule_prefill(self) -> ScheduledBatch:
-        """Schedule prompt tokens up to the budget: first of prompts begun earlier, then of newly admitted requests."""
+        """Return a batch of prompt tokens up to the budget: first of prompts begun earlier, then of newly admitted
+        requests."""
         budget, rows = self.max_prefill_tokens, []
         slots = deque(self._prefilling)
         while budget:
@@ -273,7 +302,11 @@ class Scheduler:
         return self._make_batch(False, slots, starts, ends, ends == self.num_prefill_tokens[slots])
 
     def _schedule_decode(self) -> ScheduledBatch | None:
-        """Schedule one token for every response that has not reached its largest length."""
+        """Return a batch of one token for every response that has not reached its largest length.
+
+        If the pages run out, the youngest sequences are preempted. Return None if that must wait for a commit, or if no
+        response can be extended.
+        """
         while True:
             is_prefilled = self.num_computed_tokens >= self.num_prefill_tokens
             slots = np.flatnonzero(is_prefilled & (self.num_computed_tokens + 1 < self.max_len))
@@ -294,6 +327,7 @@ class Scheduler:
         return self._make_batch(True, slots, starts, starts + 1, np.ones(len(slots), dtype=bool))
 
     def _make_batch(self, is_decode: bool, slots, starts, ends, needs_logits) -> ScheduledBatch:
+        """Return a batch with all slots and page-table entries that are new since the last one, and count it."""
         self.num_in_flight += 1
         self.computed_tokens += int((ends - starts).sum())
         new_slots = np.array(self._new_slots, dtype=np.int64)
@@ -303,14 +337,15 @@ class Scheduler:
         return ScheduledBatch(is_decode, slots, starts, ends, needs_logits, self.epoch[slots], new_slots, new_pages)
 
     def _live_rows(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Count the batch as committed. Return index (among the completing rows), slot and end of each completing row
-        whose sequence still runs."""
+        """Count the batch as committed. Return index among the completing rows, slot and end (position of the sampled
+        token) of each completing row whose sequence still runs, [N] int64 each."""
         self.num_in_flight -= 1
         slots = batch.slots[batch.needs_logits]
         rows = np.flatnonzero(self.epoch[slots] == batch.epochs[batch.needs_logits])
         return rows, slots[rows], batch.ends[batch.needs_logits][rows]
 
     def _finish(self, slot: int, end: int, reason: FinishReason) -> Completion:
+        """Free the slot and return the completion with the response tokens before position `end`."""
         request = self.running[slot].request
         response = slice(len(request.prompt), end)
         tokens, logprobs = self.tokens[slot, response].tolist(), self.logprobs[slot, response].tolist()
@@ -318,6 +353,8 @@ class Scheduler:
         return Completion(request.id, tuple(tokens), reason, tuple(logprobs))
 
     def _admit(self, sequence: _Sequence) -> int:
+        """Put a sequence into a free slot, with shared pages for its prefix and new pages for its other tokens, and
+        return the slot."""
         slot = self._free_slots.pop()
         request, sampling = sequence.request, sequence.request.sampling
         length, num_prompt_tokens = len(sequence.tokens), len(request.prompt)
@@ -350,14 +387,16 @@ class Scheduler:
         return slot
 
     def _add_page(self, slot: int, page: int) -> None:
+        """Append a page to the slot's page table."""
         index = int(self.num_pages[slot])
         self.page_table[slot, index] = page
         self.num_pages[slot] = index + 1
         self._new_pages.append((slot, index, page))
 
     def _register_prefix_pages(self, slot: int, start: int, end: int) -> None:
-        """Share the prompt pages that this batch fills. A row admitted into the same batch may already read them: in
-        every layer, all rows write before any row attends."""
+        """Register the prompt pages that this batch fills with tokens `start` to `end` - 1, so that other prompts share
+        them. A row admitted into the same batch may already read them: in every layer, all rows write before any row
+        attends."""
         digests = self.running[slot].digests
         for index in range(start // self.page_size, min(end // self.page_size, len(digests))):
             self.pool.register(int(self.page_table[slot, index]), digests[index])
@@ -366,7 +405,10 @@ class Scheduler:
         """Requeue a sequence whose logits are not finite, to recompute it once on pages that it does not share.
 
         Another sequence may have written NaN to the shared pages, because attention spreads a NaN to all tokens of a
-        chunk. Return False if the sequence has no pages to share.
+        chunk. Return whether the sequence was requeued: False if it has no pages to share or was recomputed before.
+
+        Args:
+            end: number of committed tokens, prompt included.
         """
         sequence = self.running[slot]
         if not sequence.digests:
@@ -378,8 +420,8 @@ class Scheduler:
         return True
 
     def _preempt(self, slot: int, length: int) -> None:
-        """Move a sequence to the front of the queue with its first `length` tokens, all of them committed. In `replay`
-        mode it keeps only its prompt."""
+        """Free the slot and move its sequence to the front of the queue with its first `length` tokens, prompt included
+        and all of them committed. In `replay` mode it keeps only its prompt."""
         sequence = self.running[slot]
         if self.replay:
             length = len(sequence.request.prompt)
@@ -389,6 +431,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _release_slot(self, slot: int) -> None:
+        """Free the slot and remove its sequence as an owner of its pages."""
         del self.running[slot]
         for page in self.page_table[slot, : self.num_pages[slot]].tolist():
             self.pool.release(page)

@@ -19,18 +19,29 @@ from thinksafe.text.tokenizer import SafeTokenizer
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 FormatProblem = Literal["no_think_block", "nested_think", "empty_answer"]
+"""Why a response is not one closed think block followed by an answer; see `parse_response`."""
 
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """Thought and answer of a response, without tags and outer white space."""
+    """Thought and answer of a response, both without tags and outer white space.
+
+    Attributes:
+        think: text between `<think>` and `</think>`; may be empty.
+        answer: text after `</think>`; not empty.
+    """
 
     think: str
     answer: str
 
 
 def parse_response(text: str) -> ParsedResponse | FormatProblem:
-    """Return thought and answer of a response, or its problem; it must be one closed think block, then an answer."""
+    """Return thought and answer of a response, or the reason why it is not one closed think block and an answer.
+
+    Returns:
+        `no_think_block` if `<think>` or `</think>` is missing; `nested_think` if one of them occurs twice or text other
+        than white space precedes `<think>`; `empty_answer` if only white space follows `</think>`.
+    """
     num_open, num_close = text.count(THINK_OPEN), text.count(THINK_CLOSE)
     if num_open == 0 or num_close == 0:
         return "no_think_block"
@@ -41,10 +52,13 @@ def parse_response(text: str) -> ParsedResponse | FormatProblem:
 
 
 class Chat:
-    """The tokenizer and chat template of one model.
+    """The tokenizer and chat template of one model: text to token ids and back.
 
     Attributes:
-        stop_ids: ids of the tokens that end the model's turn.
+        tokenizer: the model's tokenizer.
+        folder: the checkpoint folder.
+        stop_ids: sorted ids of the tokens that end a sampled response: the EOS tokens of the tokenizer and of
+            generation_config.json, and the first control token that the template puts after an assistant's message.
         user_turn: template text before a user's message, and after it up to the start of the model's turn.
         supplies_think: whether the prompt already ends with an open think block.
     """
@@ -53,8 +67,8 @@ class Chat:
         """Read the tokenizer and template of a checkpoint folder.
 
         Raises:
-            UserError: the folder has no fast tokenizer or no chat template, or the template does not show the user's
-                message exactly once.
+            UserError: the folder has no fast tokenizer, no chat template or no stop id; the template fails or does not
+                show the user's message exactly once; or generation_config.json is damaged.
         """
         self.tokenizer = SafeTokenizer(folder)
         self.folder = folder
@@ -68,16 +82,20 @@ class Chat:
         self.stop_ids = self._stop_ids()
 
     def prompt_ids(self, user_text: str) -> list[int]:
-        """Return the token ids of a prompt, up to the start of the model's turn."""
+        """Return the token ids of a user turn and of the opening of the model's turn, after which the model writes.
+
+        Args:
+            user_text: the user's message as data: a control token in it is encoded as ordinary characters.
+        """
         text = user_text.strip() if self.template_strips else user_text
         head, tail = self.user_turn
         return self.tokenizer.encode([(head, True), (text, False), (tail, True)])
 
     def two_turns(self) -> list[str]:
-        """Return the template text before a user's message, between it and the assistant's message, and after that.
+        """Return three pieces of template text: before a user's message, between it and the assistant's, after both.
 
-        The last text ends where the model's next turn begins. A guard whose template holds its policy reads a pair in
-        this form.
+        The last piece includes the opening of the model's next turn. A guard whose chat template holds its policy reads
+        a pair in this form.
 
         Raises:
             UserError: the template does not show both messages in order, each once.
@@ -87,10 +105,14 @@ class Chat:
         )
 
     def response_ids(self, text: str) -> list[int]:
-        """Return the ids of a canonical text as the model would write them after `prompt_ids`, end of turn included.
+        """Return the token ids of a response as the model would write them after `prompt_ids`, end of turn included.
+
+        Args:
+            text: the response in canonical form, with `<think>`. If the prompt supplies `<think>`, its ids are left
+                out.
 
         Raises:
-            ValueError: the text has a problem; the message is the result of `parse_response`.
+            ValueError: the text is not one think block and an answer; the message is the `FormatProblem`.
         """
         parsed = parse_response(text)
         if not isinstance(parsed, ParsedResponse):
@@ -102,30 +124,43 @@ class Chat:
         )
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Return the text of sampled ids, with the opening tag if the prompt has it; control tokens are spelled out."""
+        """Return the text of sampled ids, with control tokens spelled out.
+
+        If the prompt supplies `<think>`, it is put before the text, so that the result is canonical.
+        """
         text = self.tokenizer.decode(ids)
         return f"{THINK_OPEN}\n{text}" if self.supplies_think else text
 
     def has_control_token(self, text: str) -> bool:
-        """Return whether a response contains a control token other than the think tags."""
+        """Return whether a text spells out a control token of the model, other than `<think>` and `</think>`."""
         return any(token not in (THINK_OPEN, THINK_CLOSE) for token in self.tokenizer.control_tokens_in(text))
 
     @cached_property
     def template_strips(self) -> bool:
-        """Whether the template strips outer white space from a message."""
+        """Whether the template strips outer white space from a user's message."""
         marker = secrets.token_hex(8)
         return f" {marker} " not in self._render([{"role": "user", "content": f" {marker} "}], True)
 
     @cached_property
     def _turn_end(self) -> str:
-        """Template text after an assistant turn, such as `<|im_end|>\\n`; the EOS token if it has no control token."""
+        """Template text after an assistant's message, such as `<|im_end|>\\n`.
+
+        If that contains no control token, the tokenizer's EOS token instead; empty if there is none.
+        """
         marker = secrets.token_hex(8)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         end = self._render(turns, False).rpartition(marker)[2]
         return end if self.tokenizer.control_tokens_in(end) else self.tokenizer.hugging_face.eos_token or ""
 
     def _text_around(self, roles: list[str], problem: str) -> list[str]:
-        """Return the template's text around one message of each role, in order."""
+        """Return the template text before, between and after one message of each role, len(roles) + 1 pieces in order.
+
+        Args:
+            problem: text of the error.
+
+        Raises:
+            UserError: the template does not show all messages in order, each once.
+        """
         markers = [secrets.token_hex(8) for _ in roles]
         turns = [{"role": role, "content": marker} for role, marker in zip(roles, markers, strict=True)]
         pieces = re.split(f"({'|'.join(markers)})", self._render(turns, True))
@@ -134,6 +169,11 @@ class Chat:
         return pieces[::2]
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """Return the text of the chat template for these turns.
+
+        Raises:
+            UserError: the template fails.
+        """
         try:
             return self.tokenizer.hugging_face.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -143,6 +183,11 @@ class Chat:
             raise UserError(f"{self.folder}: the chat template fails ({reason})") from None
 
     def _stop_ids(self) -> tuple[int, ...]:
+        """Return the value of `stop_ids`.
+
+        Raises:
+            UserError: there is no id, or generation_config.json is damaged.
+        """
         ids = {self.tokenizer.hugging_face.eos_token_id}
         generation_config = self.folder / "generation_config.json"
         if generation_config.exists():

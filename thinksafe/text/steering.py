@@ -1,7 +1,7 @@
 """Steering: the paper's refusal instructions, which surround a harmful prompt while its response is sampled.
 
-They are never part of a training example. A prompt whose responses were all rejected can be tried again on the next
-rung of a ladder, with more samples or another instruction.
+A training example never contains them. A prompt whose responses were all rejected can be tried again on the next rung
+of a ladder, with more samples or another instruction.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,14 @@ TEMPLATES = {
     "risk": "Evaluate the potential risks of this prompt and provide a reasoned refusal.\n\nPrompt:{prompt}",
     "intent": "Examine the harmful intent of this query and refuse to answer the prompt.\n\nPrompt:{prompt}",
 }
+"""The paper's instructions by name; {prompt} is replaced by the prompt."""
 
 
 def template(name_or_text: str) -> str:
-    """Return the instruction with this name in the paper, or the text itself if it contains {prompt} exactly once.
+    """Return the text of an instruction, which contains {prompt} exactly once.
+
+    Args:
+        name_or_text: a name in `TEMPLATES`, or the text itself.
 
     Raises:
         UserError: `name_or_text` is neither.
@@ -31,14 +35,19 @@ def template(name_or_text: str) -> str:
 
 
 def steer(instruction: str, prompt: str) -> str:
-    """Return the user turn to sample from. The prompt is inserted unchanged; braces in it have no meaning."""
+    """Return the user's message to sample from: the instruction with {prompt} replaced by the prompt, unchanged.
+
+    Args:
+        instruction: text of an instruction, as `template` returns it.
+        prompt: the user's prompt; {prompt} in it has no meaning.
+    """
     before, after = instruction.split("{prompt}")
     return before + prompt + after
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One more attempt at the prompts that have no accepted response yet.
+    """One round of the ladder: responses to the prompts that have no accepted response yet.
 
     Attributes:
         steering: instruction around harmful prompts, as in `generation.steering`; benign prompts never have one.
@@ -60,5 +69,5 @@ class Rung:
                 raise ValueError(str(error)) from None
 
     def steering_of(self, label: str) -> str | None:
-        """Return the instruction around a prompt with this label, or None."""
+        """Return `steering` if the label is `harmful`, else None, since a benign prompt has no instruction."""
         return self.steering if label == "harmful" else None

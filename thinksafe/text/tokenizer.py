@@ -27,18 +27,19 @@ _FILES = (
 
 
 class SafeTokenizer:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a checkpoint folder, in which only trusted text can contain control tokens.
 
     Attributes:
+        folder: the checkpoint folder.
         hugging_face: the transformers tokenizer, for its chat template and for decoding.
-        control_ids: control (added) token -> its id.
+        control_ids: text -> id of each control token, which is any added token of tokenizer.json, `<think>` included.
     """
 
     def __init__(self, folder: Path):
-        """Load the tokenizer.
+        """Load the tokenizer from files only, without code of the checkpoint.
 
         Raises:
-            UserError: the folder has no usable fast tokenizer.
+            UserError: the folder has no tokenizer.json, or transformers cannot load a fast tokenizer from it.
         """
         from transformers import AutoTokenizer
 
@@ -63,7 +64,12 @@ class SafeTokenizer:
         self._text_ids = lru_cache(1024)(self._text_ids)
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
-        """Return the ids of (text, trusted) parts: only control tokens in trusted text become control ids."""
+        """Return the token ids of the parts in order, as one text, without adding BOS or EOS.
+
+        Args:
+            parts: (text, trusted) of each part; a control token becomes its id if it lies within one trusted part, and
+                is encoded as ordinary characters anywhere else.
+        """
         ids: list[int] = []
         pending = ""
         for text, trusted in parts:
@@ -78,30 +84,41 @@ class SafeTokenizer:
         return ids + self._text_ids(pending, not ids)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return (start, end) in characters of every token of a text; the bytes of one character share its span."""
+        """Return (start, end) of every token of an untrusted text that continues another text.
+
+        Positions are characters of `text`, without the character at `end`. If several tokens make up one character,
+        each has the span of this character.
+        """
         return self._continuation_tokenizer.encode(text, add_special_tokens=False).offsets
 
     def control_tokens_in(self, text: str) -> list[str]:
-        """Return the control tokens that are spelled out in a text, in order."""
+        """Return the control tokens that a text spells out, in order, with repetitions."""
         return self._control_pattern.findall(text)
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Return the text of ids, with control tokens spelled out."""
+        """Return the text of token ids, with control tokens spelled out."""
         return self.hugging_face.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into another checkpoint folder."""
+        """Copy the tokenizer's files, chat template and generation_config.json into another folder, which must exist.
+
+        Files that the checkpoint folder lacks are skipped.
+        """
         for name in _FILES:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder / name)
 
     def _text_ids(self, text: str, at_start: bool) -> list[int]:
+        """Return the ids of a text without control tokens; `at_start` says whether no token precedes it."""
         tokenizer = self._text_tokenizer if at_start else self._continuation_tokenizer
         return tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
 
 def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy that cannot produce a control token from any text, and does not truncate or pad."""
+    """Return a copy that encodes no text as a control token, except as the unknown token, and never truncates or pads.
+
+    All other ids are unchanged.
+    """
     spec = json.loads(tokenizer.to_str())
     spec["truncation"] = spec["padding"] = None
     control = {token["content"] for token in spec["added_tokens"]}
@@ -120,7 +137,8 @@ def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _without_leading_space(tokenizer: Tokenizer) -> Tokenizer:
-    """Return a copy for text that continues another text: it puts no space before the first word."""
+    """Return a copy for text that continues another text: where the pre-tokenizer puts a space before the first word of
+    a text, the copy puts none."""
     spec = json.loads(tokenizer.to_str())
     pre_tokenizer = spec["pre_tokenizer"] or {}
     for step in (pre_tokenizer, *pre_tokenizer.get("pretokenizers", ())):

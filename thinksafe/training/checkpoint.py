@@ -27,9 +27,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
 
     Args:
         folder: parent of all checkpoints, the same on every rank.
-        step: number of optimizer steps done.
+        step: number of optimizer steps done, those left out included.
         tensors: this rank's part of the state; each name occurs on one rank only.
-        fingerprint: hash of data and settings; see `load_newest`.
+        fingerprint: hash of data and settings (`training_fingerprint`), which `load_newest` compares.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f"{final.name}.partial"
@@ -58,9 +58,10 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
 
 
 def load_newest(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
-    """Return (step, tensors) of the newest complete checkpoint with this fingerprint, or None.
+    """Return (step, tensors) of the newest complete checkpoint with this fingerprint; None if there is none.
 
-    All ranks get the same step, and each rank the tensors of some of the parts.
+    All ranks must call this function together. All get the same step, and each rank gets the tensors of some parts;
+    together the ranks get all of them.
     """
     for candidate in all_gather_objects(sorted(folder.glob("step-????????"), reverse=True))[0]:
         checkpoint = _read(candidate, fingerprint)
@@ -70,7 +71,8 @@ def load_newest(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]]
 
 
 def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
-    """Return the step and the tensors of this rank's parts, or None if a part is torn or the fingerprint differs."""
+    """Return the step and the tensors of this rank's parts (number % world size = rank), on the host; None if a file is
+    missing or torn, or if the fingerprint differs."""
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         if state != {"step": state["step"], "fingerprint": fingerprint, "sha256": state["sha256"]}:
@@ -88,15 +90,18 @@ def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] |
 
 
 def _part_file(checkpoint: Path, number: int) -> Path:
+    """Return the file that rank `number` wrote."""
     return checkpoint / f"state-{number}.safetensors"
 
 
 def _sha256(file: Path) -> str:
+    """Return the SHA-256 of a file's contents in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

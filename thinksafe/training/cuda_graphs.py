@@ -36,18 +36,24 @@ _MIN_SEQUENCES = 16
 
 
 def padded_num_tokens(num_tokens: int) -> int:
-    """Return the padded size for a pack of `num_tokens` tokens; above 1,024 there are eight sizes per power of two."""
+    """Return the padded number of tokens for a pack of `num_tokens`: a multiple of 128 up to 1,024, above that one of
+    eight sizes per power of two."""
     step = max(_MIN_BUCKET_STEP, 1 << max(0, (num_tokens - 1).bit_length() - 4))
     return -(-num_tokens // step) * step
 
 
 def _padded_num_sequences(num_sequences: int) -> int:
-    """Return the number of sequences of the graph for `num_sequences` and the padding; unused sequences are empty."""
+    """Return the number of sequences of the graph for a pack of `num_sequences` and at least one sequence of padding: a
+    power of two from 16 on. Unused sequences are empty."""
     return max(_MIN_SEQUENCES, 1 << num_sequences.bit_length())
 
 
 class DecoderGraphs:
-    """Decoders as CUDA graphs, for packs of up to `max_tokens` tokens. The weights must stay at their addresses."""
+    """A function that runs a decoder over a pack, with CUDA graphs for packs of up to `max_tokens` tokens.
+
+    It keeps graphs for each decoder, size, and state of training mode, adapters and gradients. The weights must stay at
+    their addresses.
+    """
 
     def __init__(self, hidden: Tensor, max_tokens: int):
         """Allocate the buffers that all graphs share.
@@ -69,10 +75,16 @@ class DecoderGraphs:
     def __call__(self, decoder: Decoder, input_ids: Tensor, positions: Tensor, attention: PackedAttention) -> Tensor:
         """Return the hidden states of T tokens, followed by those of the padding: [at least T, H].
 
-        The next call overwrites them. Copy what you need, and run the backward pass, before it.
+        The next call overwrites them. Copy what you need, and run the backward pass, before it. A pack of more than
+        `max_tokens` tokens runs eagerly, without padding.
 
         Args:
-            input_ids, positions, attention: a pack, as in `Decoder.forward`.
+            decoder: the decoder to run: the student, or a copy of it as the reference.
+            input_ids, positions: [T] int64, the tokens of a pack and their positions in their sequences.
+            attention: bounds of the pack's sequences.
+
+        Raises:
+            UserError: CUDA cannot capture a pass.
         """
         num_tokens, num_sequences = len(input_ids), len(attention.cu_seqlens) - 1
         if num_tokens > self.max_tokens:
@@ -93,12 +105,14 @@ class DecoderGraphs:
         return self._captured[key](input_ids, positions, cu_seqlens)
 
     def capture(self, run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Return what `run` returns, not computed yet, and a function that computes it at every call.
+        """Capture `run` as a CUDA graph. Return what `run` returns, whose tensors hold no values yet, and a function
+        that computes these values at every call.
 
         No eager pass may be alive: autograd would continue to add gradients on that pass's stream, not on the graph's.
 
         Raises:
             UserError: CUDA cannot capture `run`.
+            torch.OutOfMemoryError: the GPU's memory does not suffice.
         """
         gc.collect()  # reference cycles would keep the memory of an earlier capture
         try:
@@ -114,7 +128,8 @@ class DecoderGraphs:
         return result, graph.replay
 
     def gradient_buffers(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Return the buffers to which captured backward passes add the gradient of each parameter."""
+        """Return the buffers to which captured backward passes add the gradient of each parameter, in order. All passes
+        share them; a new buffer is zero."""
         for parameter in parameters:
             if parameter not in self._grad_buffers:
                 self._grad_buffers[parameter] = torch.zeros_like(parameter)
@@ -122,7 +137,10 @@ class DecoderGraphs:
 
 
 class _CapturedPass:
-    """Graphs of one decoder for one number of tokens and sequences: forward and, with gradients enabled, backward."""
+    """Graphs of one decoder for one number of tokens and sequences: forward and, with gradients enabled, backward.
+
+    A call takes a padded pack and returns its hidden states, [tokens, H], in a buffer that the next pass overwrites.
+    """
 
     def __init__(self, graphs: DecoderGraphs, decoder: Decoder, tokens: int, sequences: int):
         device = graphs.device
@@ -162,7 +180,8 @@ class _CapturedPass:
         return self.hidden
 
     def attach_grad_buffers(self) -> None:
-        """Make the buffers the parameters' gradients, and start them from the gradients that exist already."""
+        """Make the buffers the parameters' gradients (`grad`), and set them to the gradients that exist already, or to
+        zero if there are none."""
         without_gradient = []
         for parameter, buffer in zip(self.parameters, self.grad_buffers, strict=True):
             if parameter.grad is None:
@@ -175,8 +194,8 @@ class _CapturedPass:
 
 
 class _Replay(torch.autograd.Function):
-    """The two graphs as one autograd node. Autograd does not see the parameters: the backward graph itself adds to
-    their gradients."""
+    """The forward and the backward graph of a pass as one autograd node. Autograd does not see the parameters: the
+    backward graph itself adds to their gradients."""
 
     @staticmethod
     def forward(ctx, captured: _CapturedPass, anchor: Tensor) -> Tensor:
@@ -203,10 +222,10 @@ class _Replay(torch.autograd.Function):
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Return the state of the device's generator, a tensor on the host; this does not wait for the device."""
+    """Return the state of the GPU's random number generator, a tensor on the host, without waiting for the GPU."""
     return torch.cuda.get_rng_state(device)
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Set the device's generator to a state from `random_state`."""
+    """Set the GPU's random number generator to a state that `random_state` returned."""
     torch.cuda.set_rng_state(state, device)

@@ -51,7 +51,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def deepspeed_settings(zero: ZeroConfig, max_grad_norm: float, dtype: torch.dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration for a base model of this dtype."""
+    """Return DeepSpeed's configuration.
+
+    Args:
+        zero: sharding with a stage of 1, 2 or 3.
+        max_grad_norm: norm to which DeepSpeed scales a larger gradient down.
+        dtype: dtype of the decoder's base weights.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": max_grad_norm,
@@ -68,8 +74,9 @@ def deepspeed_settings(zero: ZeroConfig, max_grad_norm: float, dtype: torch.dtyp
 class DeepSpeedTrainer:
     """AdamW on all parameters of the decoder that require a gradient, sharded by DeepSpeed.
 
-    All ranks must call every method together. With a bf16 base, adapters are trained in bf16 with fp32 master copies;
-    `finish` puts the fp32 values back.
+    The training stage uses it for several ranks or with a `zero` setting, otherwise LocalTrainer. All ranks must call
+    every method together. With a bf16 base, adapters are trained in bf16 with fp32 master copies; `finish` puts the
+    fp32 values back.
     """
 
     def __init__(
@@ -81,13 +88,16 @@ class DeepSpeedTrainer:
         with_reference: bool = False,
         device: torch.device | None = None,
     ):
-        """Shard a decoder that every rank has loaded in full, each on its own device.
+        """Shard a decoder that every rank has loaded in full.
 
         Args:
+            max_grad_norm: a gradient with a larger norm is scaled down to this norm.
+            weight_decay: weight decay of AdamW.
+            zero: sharding with a stage of 1, 2 or 3.
             with_reference: whether some sequences will have a KL loss. The reference is the decoder at this moment,
                 without adapters.
-            device: where to train, if the decoder lies elsewhere. In stage 3 the decoder may lie in host memory; its
-                weights pass through the device one by one.
+            device: device of this rank; None for the decoder's device. In stage 3 the decoder may lie in host memory;
+                its weights pass through the device one by one.
         """
         self.decoder = decoder
         self.device = device or decoder.embedding.device
@@ -117,7 +127,10 @@ class DeepSpeedTrainer:
         self._init_moments()
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
-        """Take one optimizer step over all packs of all ranks; a rank may have no packs.
+        """Take one optimizer step over all packs of all ranks, and return the result, the same on every rank.
+
+        Args:
+            packs: packs of this rank, possibly none.
 
         Raises:
             NonFiniteStep: loss or gradient is not finite on some rank; no rank was updated.
@@ -170,9 +183,10 @@ class DeepSpeedTrainer:
             raise NonFiniteStep(f"the norm of the weights is {norm}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return this rank's part of the state that a resumed run needs: fp32 weights and moments, on the host.
+        """Return this rank's part of the state that a resumed run needs, on the host: fp32 weight, AdamW's two moments
+        and step count of some parameters, as `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`.
 
-        Every parameter is gathered in full, and one rank keeps it.
+        Every parameter is gathered in full, and one rank returns it.
         """
         state = {}
         for name, parameter in self.parameters.items():
@@ -184,7 +198,8 @@ class DeepSpeedTrainer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `state_dict` returned on all ranks; any rank may pass the state of any parameter."""
+        """Load what `state_dict` returned, of either trainer. Together the ranks must pass the state of every
+        parameter; any rank may pass any part of it."""
         owner = {key: owner_rank for owner_rank, keys in enumerate(all_gather_objects(list(state))) for key in keys}
 
         def broadcast(key: str, shape: torch.Size) -> Tensor:
@@ -205,7 +220,8 @@ class DeepSpeedTrainer:
         self._copy_masters_to_parameters()
 
     def finish(self) -> None:
-        """Put the full weights back into rank 0's decoder, on the host, ready to be saved. No step may follow."""
+        """Put the full trained parameters back into rank 0's decoder, on the host, ready to be saved. No step may
+        follow."""
         for name, parameter in self.parameters.items():
             full = safe_get_full_fp32_param(parameter)
             if rank() == 0:
@@ -223,11 +239,12 @@ class DeepSpeedTrainer:
         gc.collect()
 
     def _master_shards(self) -> list[Tensor]:
-        """Return this rank's shards of the fp32 weights, which AdamW updates."""
+        """Return this rank's shards of the fp32 master weights, which AdamW updates, one flat tensor per group."""
         optimizer = self.engine.optimizer
         return optimizer.fp32_partitioned_groups_flat if self._is_stage_3 else optimizer.single_partition_of_fp32_groups
 
     def _step_count(self) -> Tensor:
+        """Return AdamW's step count, a scalar that all parameters share."""
         return self.engine.optimizer.optimizer.state[self._master_shards()[0]]["step"]
 
     def _init_moments(self) -> None:
@@ -240,7 +257,12 @@ class DeepSpeedTrainer:
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_shard(self, parameter: nn.Parameter, key: str, full: Tensor) -> None:
-        """Set this rank's shard of a parameter's fp32 weight or moment from the full tensor."""
+        """Set this rank's shard of a parameter's fp32 weight or moment from the full tensor.
+
+        Args:
+            key: `weight`, `exp_avg` or `exp_avg_sq`.
+            full: the whole tensor, in the parameter's shape.
+        """
         if self._is_stage_3:
             # DeepSpeed's setter reads past the end of a tensor whose size the number of ranks does not divide.
             size = parameter.ds_tensor.numel()
@@ -255,6 +277,7 @@ class DeepSpeedTrainer:
             set_moment(parameter, value, key)
 
     def _copy_masters_to_parameters(self) -> None:
+        """Round the fp32 master weights to the parameters that the forward pass uses."""
         optimizer = self.engine.optimizer
         if self._is_stage_3:
             optimizer._partition_all_parameters()

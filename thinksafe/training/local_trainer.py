@@ -25,8 +25,8 @@ class StepResult:
     Attributes:
         loss: weighted mean of the token losses, in nats.
         grad_norm: norm of the gradient before clipping.
-        dropped_mass: largest share of a pack's gradient mass at the head that was skipped, see
-            linear_cross_entropy.py.
+        dropped_mass: share of a pack's gradient mass at a frozen language-model head that was skipped as too small to
+            matter (kernels/linear_cross_entropy.py), the largest of all packs; 0 if the head is trained.
     """
 
     loss: float
@@ -35,11 +35,15 @@ class StepResult:
 
 
 class NonFiniteStep(ArithmeticError):
-    """Loss, gradient or weights are NaN or infinite."""
+    """Error: loss, gradient or weights are NaN or infinite; the message has their values. An optimizer step that raises
+    it changed nothing, so the training loop leaves the step out."""
 
 
 class LocalTrainer:
-    """AdamW on all parameters of the decoder that require a gradient, with fp32 master copies of bf16 parameters."""
+    """AdamW on all parameters of the decoder that require a gradient, with fp32 master copies of bf16 parameters.
+
+    It trains in one process without DeepSpeed; DeepSpeedTrainer has the same methods for several ranks.
+    """
 
     def __init__(
         self,
@@ -52,10 +56,12 @@ class LocalTrainer:
         """Prepare to train a decoder on its device.
 
         Args:
+            max_grad_norm: a gradient with a larger norm is scaled down to this norm.
+            weight_decay: weight decay of AdamW.
             with_reference: whether some sequences will have a KL loss. The reference is the decoder at this moment,
                 without adapters.
-            max_cuda_graph_tokens: largest pack that runs as CUDA graphs, see `choose_max_cuda_graph_tokens`; 0 disables
-                graphs.
+            max_cuda_graph_tokens: number of tokens of the largest pack that runs as CUDA graphs, see
+                `choose_max_cuda_graph_tokens`; 0 disables graphs.
         """
         self.decoder = decoder
         graphs = (DecoderGraphs(decoder.embedding, max_cuda_graph_tokens),) if max_cuda_graph_tokens else ()
@@ -77,7 +83,10 @@ class LocalTrainer:
             self.optimizer.state[master] = {"step": torch.zeros((), device=master.device), **moments}
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:
-        """Take one optimizer step over all packs.
+        """Take one optimizer step over all packs, and return its result.
+
+        Args:
+            packs: packs of the step, at least one.
 
         Raises:
             NonFiniteStep: loss or gradient is not finite; nothing was updated.
@@ -106,7 +115,9 @@ class LocalTrainer:
         return result
 
     def _accumulate_gradients(self, pack: PackedBatch, total_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Add one pack's gradients; return its part of the loss, its dropped mass and its first bad row.
+        """Add one pack's gradients to those of the parameters. Return its part of the step's loss, its dropped mass
+        (`StepResult.dropped_mass`), and the index of its first row whose loss is not finite or -1: scalars on the
+        device.
 
         On return autograd holds nothing of this pass, which the capture of another pass requires.
         """
@@ -117,6 +128,7 @@ class LocalTrainer:
 
     @torch.no_grad()
     def _copy_masters_to_parameters(self) -> None:
+        """Round the fp32 master copies to the bf16 parameters."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
@@ -132,7 +144,8 @@ class LocalTrainer:
             raise NonFiniteStep(f"the norm of the weights is {norm}")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the state that a resumed run needs: fp32 weights, both moments and AdamW's step counts."""
+        """Return the state that a resumed run needs: fp32 weight, AdamW's two moments and step count of each parameter,
+        as `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME` and `step.NAME`. The tensors are not copies."""
         state = {f"weight.{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.optimizer.state[master].items():
@@ -141,7 +154,7 @@ class LocalTrainer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load what `state_dict` returned, in place."""
+        """Load what `state_dict` returned, of either trainer."""
         for name, master in self.masters.items():
             master.copy_(state[f"weight.{name}"])
             moments = {key: state[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}

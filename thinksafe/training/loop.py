@@ -41,7 +41,9 @@ T = TypeVar("T")
 MAX_SKIPPED_STEPS = 3
 """Number of non-finite steps in a row that stop the run: a single bad example does not explain them."""
 SPIKE_WINDOW = 50
+"""Number of recent losses with which a new loss is compared."""
 MAX_NAMED_EXAMPLES = 16
+"""Number of a step's examples that a message names; it gives the number of further ones."""
 SPIKE_SIGMA = 6.0
 """Standard deviations above the mean of the last SPIKE_WINDOW losses from which a loss is noted as a spike."""
 
@@ -115,19 +117,23 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of metrics.jsonl.
+    """Results of one optimizer step: one line of metrics.jsonl.
 
     Attributes:
+        step: number of the step, counted from 1.
+        total_steps: number of steps of the training.
         loss: weighted mean of the token losses, in nats; None for a step that was left out.
+        learning_rate: learning rate of this step.
         grad_norm: norm of the gradient before clipping; None for a step that was left out.
         tokens: tokens of all ranks, prompts included.
         seconds: wall time of the step.
+        tokens_per_second: `tokens` / `seconds`.
         flop: model FLOPs of all ranks and those of the reference's pass, see training/cost_model.py; no recomputation.
         mfu: the rate of these FLOPs as a share of the peak rate of the ranks' GPUs; None if the peak is unknown.
         peak_bytes: peak memory of this rank's GPU so far; None on a CPU.
-        note: why the step was left out, or that its loss is a spike.
-        dropped_mass: largest share of a pack's gradient mass at a frozen head that was skipped as too small to matter,
-            see kernels/linear_cross_entropy.py; None for a step that was left out.
+        note: why the step was left out, or that its loss is a spike; empty otherwise.
+        dropped_mass: share of a pack's gradient mass at a frozen language-model head that was skipped as too small to
+            matter (kernels/linear_cross_entropy.py), the largest of all packs; None for a step that was left out.
     """
 
     step: int
@@ -146,7 +152,11 @@ class StepMetrics:
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then a half cosine to 0."""
+    """Return the learning rate of a step: linear warm-up to `config.learning_rate`, then half a cosine towards 0.
+
+    Args:
+        step: number of the step, counted from 0.
+    """
     warmup = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -155,9 +165,14 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 
 
 def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> list[np.ndarray]:
-    """Return the indices of each step's sequences: each epoch is a new permutation, cut into batches in its order.
+    """Return the indices of each step's sequences, one int array for each step of all epochs.
 
-    A batch has `batch_size` sequences, the last one of an epoch possibly fewer; or it fills `tokens_per_step`.
+    Each epoch is a new permutation, cut into batches in its order. A batch has `batch_size` sequences, the last one of
+    an epoch possibly fewer. With `tokens_per_step` it has sequences of at most that many tokens, or a single longer
+    one.
+
+    Args:
+        lengths: number of tokens of each sequence.
     """
     steps = []
     for epoch in range(config.epochs):
@@ -170,7 +185,8 @@ def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> lis
 
 
 def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
-    """Return the indices at which a new batch begins because the one before is full."""
+    """Return the indices in `lengths` at which a new batch begins, since its first sequence would give the batch before
+    more than `max_tokens` tokens; without the 0 of the first batch."""
     boundaries, num_tokens = [], 0
     for index, length in enumerate(lengths):
         if num_tokens and num_tokens + length > max_tokens:
@@ -181,8 +197,8 @@ def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
 
 
 def training_fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
-    """Return a hash that identifies a training run; a checkpoint of another run is ignored. MEMORY_ONLY_FIELDS do not
-    count."""
+    """Return a hex hash of sequences, seed and settings other than MEMORY_ONLY_FIELDS. It identifies a training run: a
+    checkpoint with another hash is ignored."""
     settings = {key: value for key, value in asdict(config).items() if key not in config.MEMORY_ONLY_FIELDS}
     digest = hashlib.sha256(json.dumps([settings, seed]).encode())
     for sequence in sequences:
@@ -270,6 +286,7 @@ def train(
 
 
 def _check_weights(trainer: "LocalTrainer | DeepSpeedTrainer", step: int) -> None:
+    """Check that every trained weight is finite; raise a NonFiniteStep that names the step otherwise."""
     try:
         trainer.check_weights_finite()
     except NonFiniteStep as error:
@@ -279,7 +296,13 @@ def _check_weights(trainer: "LocalTrainer | DeepSpeedTrainer", step: int) -> Non
 def _throughput(
     costs: TrainingCosts, batch: Sequence[TrainingSequence], seconds: float, device: torch.device
 ) -> dict[str, float | None]:
-    """Return tokens, time, rates and memory of a step, as fields of StepMetrics."""
+    """Return the fields of StepMetrics for tokens, time, rates and memory.
+
+    Args:
+        batch: sequences of the step on all ranks.
+        seconds: wall time of the step.
+        device: device of this rank.
+    """
     counts, hardware = _token_counts(batch), hardware_of(device)
     reference_counts = _token_counts([sequence for sequence in batch if sequence.use_reference_kl])
     flops = costs.model_flops(counts) + costs.reference_flops(reference_counts)
@@ -294,12 +317,14 @@ def _throughput(
 
 
 def _token_counts(batch: Sequence[TrainingSequence]) -> TokenCounts:
+    """Return the token counts of all sequences together."""
     lengths = [len(sequence) for sequence in batch]
     return TokenCounts(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
 
 
 def _prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]:
-    """Yield each step with `make(step)`; a thread makes the next step's value while the caller uses this one.
+    """Yield each step with `make(step)`; a thread makes the next step's value while the caller uses this one. An error
+    in `make` is raised here at its step.
 
     SimpleQueue is written in C, and we never join the thread. Ctrl-C may leave a Python-level lock locked, and code
     that waits for such a lock (concurrent.futures does) would hang.
@@ -332,7 +357,8 @@ def _prefetch(make: Callable[[int], T], steps: range) -> Iterator[tuple[int, T]]
 
 
 def _spike_note(loss: float, recent_losses: Sequence[float]) -> str:
-    """Return a note on a loss that is far above the recent losses; empty if it is not, or if too few are known."""
+    """Return a note if the loss is more than SPIKE_SIGMA standard deviations above the mean of the recent losses; an
+    empty string if it is not, or if fewer than half of SPIKE_WINDOW losses are known."""
     if len(recent_losses) < SPIKE_WINDOW // 2:
         return ""
     mean, deviation = statistics.mean(recent_losses), statistics.stdev(recent_losses)
@@ -340,13 +366,15 @@ def _spike_note(loss: float, recent_losses: Sequence[float]) -> str:
 
 
 def _example_names(batch: Sequence[TrainingSequence]) -> str:
-    """Return the names of a step's examples: the first MAX_NAMED_EXAMPLES, and the number of the others."""
+    """Return the names (`TrainingSequence.name`) of the first MAX_NAMED_EXAMPLES examples of a step, with commas, and
+    the number of the others if there are any: `a, b and 5 more`."""
     names = ", ".join(sequence.name for sequence in batch[:MAX_NAMED_EXAMPLES])
     return names + (f" and {len(batch) - MAX_NAMED_EXAMPLES} more" if len(batch) > MAX_NAMED_EXAMPLES else "")
 
 
 def _loss_history(file: Path, first_step: int) -> tuple[deque[float], int]:
-    """Return the recent losses of the steps up to `first_step`, and the number of steps left out at their end."""
+    """Return the last SPIKE_WINDOW losses of the first `first_step` steps in a metrics.jsonl, and the number of steps
+    in a row at their end that were left out."""
     past_steps = [metrics for metrics in read_metrics(file) if metrics.step <= first_step]
     losses = [metrics.loss for metrics in past_steps if metrics.loss is not None]
     num_skipped = next(
@@ -356,7 +384,8 @@ def _loss_history(file: Path, first_step: int) -> tuple[deque[float], int]:
 
 
 def read_metrics(file: Path) -> Iterator[StepMetrics]:
-    """Yield the steps of a metrics.jsonl, up to the first line that a kill or a power failure has torn."""
+    """Yield the steps of a metrics.jsonl, up to the first line that a kill or a power failure has torn; nothing if the
+    file is missing."""
     if not file.exists():
         return
     for line in file.read_bytes().splitlines(keepends=True):
@@ -369,7 +398,8 @@ def read_metrics(file: Path) -> Iterator[StepMetrics]:
 
 
 def _open_metrics(file: Path, first_step: int):
-    """Open for appending, and cut off the last lines: steps after `first_step` run again."""
+    """Return a metrics.jsonl opened for appending, cut off after the line of step `first_step`, because later steps run
+    again. A missing file is created."""
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     num_kept = sum(metrics.step <= first_step for metrics in read_metrics(file))
     stream = file.open("a")

@@ -27,17 +27,21 @@ class LossHead(nn.Module):
     """
 
     def __init__(self, weight: nn.Parameter, reference_weight: nn.Parameter | None):
-        """Keep the head.
+        """Keep the weight matrices.
 
         Args:
-            weight: [V, H].
-            reference_weight: [V, H], the reference's head if it is another tensor, else None.
+            weight: [V, H], the language-model head.
+            reference_weight: [V, H], the reference's language-model head; None if it is `weight`, or without reference.
         """
         super().__init__()
         self.weight, self.reference_weight = weight, reference_weight
 
     def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Return the weighted token losses of R rows, [R] fp32 in nats, and the share of skipped gradient mass.
+        """Return the weighted token losses of R rows, [R] fp32 in nats, and the share of the cross-entropy's gradient
+        mass that was skipped (`StepResult.dropped_mass`), an fp32 scalar.
+
+        A row's loss is token_weight * KL(p_ref ‖ p) if it is among the first pack.num_reference_rows, else
+        token_weight * -log p(target).
 
         Args:
             hidden: [R, H], the decoder's output at the target rows.
@@ -59,7 +63,7 @@ class LossHead(nn.Module):
 
 
 class PackLoss(nn.Module):
-    """Decoder and head: computes the weighted token losses of a pack."""
+    """Decoder and language-model head: computes the weighted token losses of a pack. Both trainers use it."""
 
     def __init__(self, decoder: Decoder, with_reference: bool, run_decoder: Callable[..., Tensor] = Decoder.__call__):
         """Keep the decoder; without its adapters, at this moment, it is the reference.
@@ -76,7 +80,8 @@ class PackLoss(nn.Module):
         self.head = LossHead(decoder.head, self.reference_copy.head if needs_copy else None)
 
     def forward(self, pack: PackedBatch, needs_reference: bool) -> tuple[Tensor, Tensor]:
-        """Return the pack's weighted token losses, [R] fp32, and their `Stats.dropped_mass`. Their sum is the loss.
+        """Return the pack's weighted token losses, [R] fp32 in nats, whose sum is the loss, and the share of the
+        cross-entropy's gradient mass that was skipped (`StepResult.dropped_mass`), an fp32 scalar.
 
         Args:
             needs_reference: whether to run the reference over the pack's sequences with a KL loss. If there are none,
@@ -89,7 +94,7 @@ class PackLoss(nn.Module):
 
     @torch.no_grad()
     def _reference_states(self, pack: PackedBatch) -> Tensor:
-        """Return the reference's output at the rows with a KL loss, [pack.num_reference_rows, H]."""
+        """Return the reference's hidden states at the rows with a KL loss, [pack.num_reference_rows, H]."""
         tokens, attention = pack.num_reference_tokens, pack.reference_attention
         if not tokens:
             tokens, attention = 1, PackedAttention.of([1], pack.input_ids.device)
@@ -104,12 +109,14 @@ def non_finite_examples(packs: Sequence[PackedBatch], bad_rows: Sequence[Tensor]
     """Return the names of examples whose loss is not finite, the first one of each pack. This waits for the device.
 
     Args:
-        bad_rows: `first_bad_row` of each pack.
+        bad_rows: for each pack, an int64 scalar on the device: index of its first target row whose loss is not finite,
+            or -1.
     """
     rows = torch.stack(list(bad_rows)).tolist()
     return [pack.sequence_name(row) for pack, row in zip(packs, rows, strict=True) if row >= 0]
 
 
 def non_finite_message(loss: float, grad_norm: float, examples: Sequence[str]) -> str:
-    """Return a message with the loss, the gradient norm and, if known, the examples that caused them."""
+    """Return a message with the loss, the gradient norm and, if any are given, the names of the examples that caused
+    them."""
     return f"loss {loss}, gradient norm {grad_norm}" + (f", from {', '.join(examples)}" if examples else "")

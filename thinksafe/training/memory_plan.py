@@ -23,25 +23,43 @@ MEMORY_RESERVE = 0.05
 
 
 def max_pack_tokens(lengths: Sequence[int], batch_size: int, tokens_per_step: int, max_tokens: int) -> int:
-    """Return the tokens of the largest pack that a step can have; see `TrainingConfig` for the sizes of a step."""
+    """Return an upper bound of the number of tokens of a pack, over all steps.
+
+    Args:
+        lengths: number of tokens of each sequence.
+        batch_size: number of sequences per step; ignored unless tokens_per_step is 0.
+        tokens_per_step: largest number of tokens per step; 0 to use batch_size.
+        max_tokens: largest number of tokens of a pack; a longer sequence is a pack by itself.
+    """
     descending = sorted(lengths, reverse=True)
     step_tokens = min(tokens_per_step, sum(lengths)) if tokens_per_step else sum(descending[:batch_size])
     return max(descending[0], min(max_tokens, step_tokens))
 
 
 def mean_pack_tokens(lengths: Sequence[int], batch_size: int, tokens_per_step: int, max_tokens: int) -> float:
-    """Return the mean number of tokens in a pack."""
+    """Return the mean number of tokens of a step, or max_tokens if that is less: about the mean size of a pack.
+
+    Args:
+        lengths: number of tokens of each sequence.
+        batch_size: number of sequences per step; ignored unless tokens_per_step is 0.
+        tokens_per_step: number of tokens per step; 0 to use batch_size.
+        max_tokens: largest number of tokens of a pack.
+    """
     return min(max_tokens, tokens_per_step or batch_size * sum(lengths) / len(lengths))
 
 
 def choose_zero_stage(
     device: torch.device, zero: ZeroConfig, costs: TrainingCosts, tokens: int, world_size: int
 ) -> ZeroConfig:
-    """Return the sharding with its stage decided: the recipe's stage, or for `auto` the fastest.
+    """Return the recipe's sharding with a stage of 1, 2 or 3: the recipe's stage, or for `auto` the stage that is
+    expected to be fastest on the device, see `zero_stage_within`.
+
+    A CPU counts as unlimited memory, and a GPU with unknown rates as an H200.
 
     Args:
         zero: sharding as the recipe sets it.
         tokens: number of tokens of the largest pack.
+        world_size: number of ranks.
     """
     memory = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
     hardware = hardware_of(device) or hardware_named("H200")
@@ -51,11 +69,17 @@ def choose_zero_stage(
 def zero_stage_within(
     memory_bytes: float, hardware: Hardware, zero: ZeroConfig, costs: TrainingCosts, tokens: int, world_size: int
 ) -> ZeroConfig:
-    """Do the same as `choose_zero_stage` for a GPU with `memory_bytes` of usable memory.
+    """Return the recipe's sharding with a stage of 1, 2 or 3: the recipe's stage, or for `auto` the fastest stage.
 
     A higher stage leaves more memory, so less is recomputed. Stage 3 gathers all weights for the forward and the
     backward pass; this overlaps with matmuls, but costs more host time. Among equally fast stages choose the lowest; if
-    no stage fits, the highest.
+    no stage fits, the highest. Offloaded parameters need stage 3, and fp8 excludes it.
+
+    Args:
+        memory_bytes: usable memory of one GPU, before weights and state are loaded.
+        zero: sharding as the recipe sets it.
+        tokens: number of tokens of the largest pack.
+        world_size: number of ranks.
     """
     if zero.stage != "auto":
         return zero
@@ -86,14 +110,16 @@ def choose_checkpointing(
     zero: ZeroConfig | None = None,
     world_size: int = 1,
 ) -> tuple[CheckpointMode, ...]:
-    """Return the activation checkpointing of each layer: the recipe's, or for `auto` what fits the device's memory.
+    """Return the activation checkpointing of each layer: the recipe's, or for `auto` the fastest that fits the device's
+    free memory, and `none` on a CPU.
 
-    All ranks use the same modes: they gather sharded weights together, also to recompute.
+    All ranks must call this together, and use the same modes: they gather sharded weights together, also to recompute.
 
     Args:
-        setting: the value of training.activation_checkpointing.
+        setting: value of training.activation_checkpointing: `auto`, `none`, `selective` or `full`.
         tokens: number of tokens of the largest pack.
-        zero, world_size: as in `TrainingCosts.state_bytes`.
+        zero: sharding with a stage of 1, 2 or 3; None for one process without DeepSpeed.
+        world_size: number of ranks that share the state.
 
     Raises:
         UserError: for `auto`, a pack does not fit even if all layers are recomputed.
@@ -117,6 +143,7 @@ def choose_checkpointing(
 
 
 def _free_bytes(device: torch.device) -> int:
+    """Return the GPU's free memory in bytes, with what torch's allocator holds unused."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
@@ -124,7 +151,7 @@ def _free_bytes(device: torch.device) -> int:
 def choose_max_cuda_graph_tokens(
     device: torch.device, costs: TrainingCosts, checkpointing: Sequence[CheckpointMode], max_pack: int, mean_pack: float
 ) -> int:
-    """Return the largest pack whose passes are captured as CUDA graphs, in tokens, see cuda_graphs.py; 0 for none.
+    """Return the number of tokens up to which packs run as CUDA graphs, see cuda_graphs.py; 0 if none does.
 
     Passes are captured if the mean pack may be launch-bound and memory is left beside the largest pack. They are not
     captured on a CPU, or in fp32, where attention on a GPU needs the sequences' lengths on the host.
@@ -147,7 +174,14 @@ def max_cuda_graph_tokens_within(
     max_pack: int,
     mean_pack: float,
 ) -> int:
-    """Do the same as `choose_max_cuda_graph_tokens` for a GPU with `free_bytes` for packs."""
+    """Return the number of tokens up to which packs run as CUDA graphs; 0 if the mean pack is too large to be
+    launch-bound, or if the graphs do not fit beside the largest pack.
+
+    Args:
+        free_bytes: GPU memory for packs and graphs, beside weights and state.
+        checkpointing: mode of each layer.
+        max_pack, mean_pack: number of tokens of the largest pack, and of the mean pack.
+    """
     tokens = costs.launch_bound_tokens(hardware)
     if mean_pack > tokens:
         return 0
@@ -160,7 +194,7 @@ def max_cuda_graph_tokens_within(
 
 
 def describe_checkpointing(checkpointing: Sequence[CheckpointMode]) -> str:
-    """Return a description such as `none` or `full in 12 layers, selective in 24 layers`."""
+    """Return a description of the layers' modes, such as `none` or `full in 12 layers, selective in 24 layers`."""
     counts = Counter(checkpointing)
     if len(counts) == 1:
         return checkpointing[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from thinksafe.model.attention import PackedAttention, packed_positions
 
 Reduction = Literal["token", "sequence"]
+"""What has equal weight in the loss of a step: all response tokens, or all sequences."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class TrainingSequence:
         input_ids: [T] int32, prompt and response.
         num_prompt_tokens: index of the first response token, at least 1; all tokens from there on have a loss.
         name: name of the example, for messages.
-        weight: positive weight of the example in the loss.
+        weight: positive loss weight of the example. With the reduction `token` each target has this weight; with
+            `sequence` all targets together have it.
         use_reference_kl: whether the loss is the KL divergence from the reference instead of the cross-entropy.
     """
 
@@ -49,7 +51,7 @@ class PackedBatch:
     """Input of one forward and backward pass, on the device.
 
     Attributes:
-        input_ids, positions: [T] int64.
+        input_ids, positions: [T] int64, token ids, and positions within their sequences.
         attention: bounds of the sequences; a token attends within its sequence only.
         target_rows: [R] int64, rows of the hidden states that have a target.
         targets: [R] int64, the token that each of these rows predicts.
@@ -58,8 +60,8 @@ class PackedBatch:
         num_reference_rows: number of rows with a KL loss; they are the first of target_rows.
         num_reference_tokens: number of tokens in sequences with a KL loss; they are the first of input_ids.
         reference_attention: bounds of the sequences with a KL loss.
-        names: names of the sequences, in order.
-        row_ends: index in target_rows where the rows of each sequence end.
+        names: names of the sequences, in their order in the pack.
+        row_ends: [number of sequences] int64 on the host, index in target_rows after the last row of each sequence.
     """
 
     input_ids: Tensor
@@ -76,12 +78,17 @@ class PackedBatch:
     row_ends: np.ndarray
 
     def sequence_name(self, row: int) -> str:
-        """Return the name of the sequence that a target row belongs to."""
+        """Return the name of the sequence to which a target row belongs.
+
+        Args:
+            row: index in target_rows.
+        """
         return self.names[int(np.searchsorted(self.row_ends, row, side="right"))]
 
 
 def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group indices so that the lengths of a group sum to at most max_tokens; a longer item is a group by itself."""
+    """Return groups of indices into `lengths` so that the lengths of a group sum to at most max_tokens. A longer item
+    is a group by itself. The longest item is placed first, each into the first group with room."""
     groups: list[list[int]] = []
     free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -98,11 +105,12 @@ def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[i
 def collate(
     sequences: Sequence[TrainingSequence], device: torch.device | str, reduction: Reduction = "token"
 ) -> PackedBatch:
-    """Return the packed batch of some sequences.
+    """Return one packed batch of all `sequences`; sequences with a KL loss come first.
 
     Args:
-        reduction: `token` gives every token the weight of its sequence; `sequence` divides that weight among the
-            sequence's tokens.
+        sequences: at least one.
+        reduction: `token` gives every target the loss weight of its sequence; `sequence` divides that weight by the
+            number of the sequence's targets.
     """
     sequences = sorted(sequences, key=lambda sequence: not sequence.use_reference_kl)
     kl_sequences = [sequence for sequence in sequences if sequence.use_reference_kl]
@@ -142,11 +150,17 @@ def pack(
     device: torch.device | str,
     reduction: Reduction = "token",
 ) -> list[PackedBatch]:
-    """Return the packed batches of one optimizer step, each of at most max_tokens tokens or of one sequence."""
+    """Return the packed batches of one rank's sequences of an optimizer step, each of at most max_tokens tokens or of
+    one longer sequence; empty without sequences.
+
+    Args:
+        reduction: `token` gives every target the loss weight of its sequence; `sequence` divides that weight by the
+            number of the sequence's targets.
+    """
     groups = first_fit_decreasing([len(sequence) for sequence in sequences], max_tokens)
     return [collate([sequences[i] for i in group], device, reduction) for group in groups]
 
 
 def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy a tensor to the device, without waiting for it."""
+    """Return a host tensor's copy on the GPU, without waiting for it; on a CPU the tensor itself."""
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor

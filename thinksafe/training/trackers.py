@@ -19,10 +19,11 @@ from thinksafe.errors import UserError
 from thinksafe.training.loop import StepMetrics, read_metrics
 
 TrackerName = Literal["tensorboard", "wandb"]
+"""Name of a tracker in a recipe: a program that shows training curves."""
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Check, before any work, that the trackers can be used.
+    """Check, before any work, that the named trackers can be used. For `wandb` this logs in.
 
     Raises:
         UserError: a package is not installed, or Weights & Biases has no account to log in with.
@@ -39,6 +40,7 @@ def require_trackers(names: Sequence[TrackerName]) -> None:
 
 @contextmanager
 def _short_wandb_errors(wandb: ModuleType) -> Iterator[None]:
+    """Raise an error of Weights & Biases in the body as a UserError of one line."""
     try:
         yield
     except wandb.Error as error:
@@ -47,14 +49,14 @@ def _short_wandb_errors(wandb: ModuleType) -> Iterator[None]:
 
 
 class TensorBoard:
-    """Event files in `folder/tensorboard`."""
+    """A tracker that writes TensorBoard's event files to `folder/tensorboard`."""
 
     def __init__(self, folder: Path):
         self._folder = folder / "tensorboard"
         self._writer = None
 
     def log(self, metrics: StepMetrics) -> None:
-        """Log one step; points of this step and later ones from an earlier process are hidden."""
+        """Log one step. The first call hides the points that an earlier process logged for this and later steps."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -63,14 +65,26 @@ class TensorBoard:
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
+        """Write all logged points to the disk and close the files, if a step was logged."""
         if self._writer is not None:
             self._writer.close()
 
 
 class WandB:
-    """One run of Weights & Biases. Its own environment variables (WANDB_PROJECT, WANDB_MODE, ...) configure it."""
+    """A tracker that logs to one run of Weights & Biases, whose environment variables (WANDB_PROJECT, WANDB_MODE, ...)
+    configure it."""
 
     def __init__(self, folder: Path, name: str, recipe: dict[str, Any]):
+        """Start the run, or continue it if `folder` holds its id from an earlier process.
+
+        Args:
+            folder: folder of metrics.jsonl and of the run's id.
+            name: name of the run, for display.
+            recipe: settings of the run, for display.
+
+        Raises:
+            UserError: Weights & Biases cannot start the run.
+        """
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +108,13 @@ class WandB:
             self._run.log(scalars(metrics), step=metrics.step)
 
     def close(self) -> None:
+        """Finish the run; this waits until all logged points are sent."""
         self._run.finish()
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
-    """Return the curves of a step: every known number except the step counts."""
+    """Return the step's point on each curve, by the curve's name `train/FIELD`: all fields of StepMetrics with a
+    number, except `step` and `total_steps`."""
     excluded = ("step", "total_steps", "note")
     return {
         f"train/{key}": value for key, value in asdict(metrics).items() if key not in excluded and value is not None
@@ -115,6 +131,9 @@ def open_trackers(
         folder: the training folder of the run directory.
         name: name of the run, for display.
         recipe: settings of the run, for display.
+
+    Raises:
+        UserError: a tracker cannot be used, see `require_trackers`.
     """
     require_trackers(names)
     with ExitStack() as closing:

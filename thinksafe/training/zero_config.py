@@ -32,7 +32,8 @@ class ZeroConfig:
             raise ValueError("offload_parameters needs stage 3")
 
     def is_needed(self, world_size: int) -> bool:
-        """Return whether training on `world_size` ranks uses DeepSpeed."""
+        """Return whether training on `world_size` ranks uses DeepSpeed: with more than one rank, or if a setting is not
+        the default."""
         return world_size > 1 or self != ZeroConfig()
 
 

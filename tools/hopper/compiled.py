@@ -31,11 +31,19 @@ scheduler of an SM issues one instruction of one warp per cycle."""
 
 @dataclass(frozen=True)
 class KernelStats:
-    """Registers and stack bytes (spills) per thread, shared memory bytes per program, and counts of instructions.
+    """Figures of one compiled kernel. The columns are:
 
-    loop_instructions counts the longest innermost loop. issue_share is the share of all instructions the GPU can issue
-    that this loop needs while memory delivers the bytes it reads; above 1, instructions are the limit. largest_offset,
-    in elements, belongs to the largest call; index_faults counts the 32-bit integers that overflow in that call."""
+    - registers, stack_bytes: per thread; a stack means that registers spilled.
+    - spill_instructions: loads and stores of the stack.
+    - shared_bytes: shared memory per program.
+    - wgmma, mma: matmul instructions of a warp group and of a warp.
+    - tma_loads, wide_copies, wide_loads: loads of tiles by TMA, copies of 16 bytes to shared memory, loads of 16 bytes.
+    - loop_instructions: instructions of the longest innermost loop; 0 without a loop.
+    - issue_share: share of all instructions the GPU can issue that this loop needs while memory delivers the bytes it
+      reads; above 1, instructions are the limit. Empty if memory need not be the limit.
+    - largest_offset: largest offset that the largest call adds to a pointer, in elements.
+    - index_faults: operations whose 32-bit result overflows in the largest call, or whose range is unknown. Both are
+      empty if indices come from a page table."""
 
     registers: int
     stack_bytes: int
@@ -53,7 +61,7 @@ class KernelStats:
 
 
 def compile_for_hopper(build: Build) -> Any:
-    """Compile a build for sm_90a; needs no GPU. Returns Triton's compiled kernel."""
+    """Return Triton's compiled kernel of a build for sm_90a; needs no GPU."""
     signature = {name: build.arguments.get(name, "constexpr") for name in build.kernel.arg_names}
     # As at a real launch, pointers and sizes are multiples of 16, which allows loads of 16 bytes.
     alignment = {
@@ -70,12 +78,20 @@ def compile_for_hopper(build: Build) -> Any:
 
 
 def integer_ranges(build: Build, ttir: str) -> IndexRanges:
-    """Return the ranges of the kernel's integers in the largest call."""
+    """Return the overflows and the largest pointer offset of the build's largest call; `build.sizes` must not be None.
+
+    Args:
+        ttir: text of the kernel's Triton IR.
+    """
     return index_ranges(ttir, build.sizes, build.grid, build.max_loaded_index)
 
 
 def kernel_stats(build: Build, compiled: Any) -> KernelStats:
-    """Return statistics of a compiled kernel, read with the cuobjdump that ships with Triton."""
+    """Return figures of a compiled kernel, read with the cuobjdump that ships with Triton.
+
+    Args:
+        compiled: the result of `compile_for_hopper(build)`.
+    """
     compiler_tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -129,7 +145,7 @@ def _issue_share(build: Build, loop_instructions: int) -> float | None:
 
 
 def main() -> None:
-    """Compile every build, print the table, and write the JSON and Markdown files."""
+    """Compile every build, print the table, and overwrite the JSON and Markdown files of the installed Triton."""
     rows = []
     for build in builds():
         stats = kernel_stats(build, compile_for_hopper(build))

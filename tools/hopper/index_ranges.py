@@ -15,11 +15,12 @@ _INTEGER_TYPE = re.compile(r"(?:^|x)i(?:32|64)>?$")
 
 @dataclass(frozen=True)
 class IndexRanges:
-    """Result of the check.
+    """Result of `index_ranges`.
 
     Attributes:
-        faults: lines of the IR whose 32-bit result overflows, or whose operation is not supported.
-        largest_offset: the largest offset that is added to a pointer, in elements.
+        faults: lines of the IR whose 32-bit result can overflow, or whose result or index has an unknown range, because
+            an operation is not supported. Empty means that no index of the call overflows.
+        largest_offset: the largest known offset that is added to a pointer, in elements; 0 if there is none.
     """
 
     faults: list[str]
@@ -29,11 +30,11 @@ class IndexRanges:
 def index_ranges(
     ttir: str, sizes: dict[str, int], grid: tuple[int, ...], max_loaded_index: dict[str, int]
 ) -> IndexRanges:
-    """Compute the range of every integer of a kernel.
+    """Return the overflows and the largest pointer offset of one call, from the range of every integer of a kernel.
 
     Args:
         ttir: text of the kernel's Triton IR (TTIR), after Triton's first passes.
-        sizes: integer argument -> its value.
+        sizes: integer argument -> its value in the call.
         grid: programs along each axis of the grid.
         max_loaded_index: pointer argument -> the largest integer that the kernel may read from it; the smallest is 0.
     """
@@ -70,7 +71,14 @@ def index_ranges(
 
 
 def _result_interval(operation, operand_text, operands, grid, max_loaded_index) -> Interval | None:
-    """Return the range of one integer result; None if it is unknown."""
+    """Return (smallest, largest) value of one integer result; None if it is unknown.
+
+    Args:
+        operation: name of the IR operation.
+        operand_text: text of the line after the operation.
+        operands: for each operand its range, the name of a pointer argument, or None if it is unknown.
+        grid, max_loaded_index: as for `index_ranges`.
+    """
     if operation == "arith.constant":
         value = int(re.search(r"-?\d+", operand_text)[0])
         return value, value

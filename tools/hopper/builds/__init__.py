@@ -7,7 +7,8 @@ from tools.hopper.builds.pages import paged_attention_builds
 
 
 def builds() -> list[Build]:
-    """Return all builds, ordered by the part of the model they belong to."""
+    """Return the builds of all kernels: language-model head, norms, RoPE, SwiGLU, matmuls, paged cache and
+    attention."""
     return [
         *head_builds(),
         *divergence_builds(),

@@ -10,18 +10,24 @@ NUM_SMS = 132
 
 @dataclass(frozen=True)
 class Build:
-    """One kernel in one configuration.
+    """One kernel in one configuration in which a model launches it, and what the compiled code must fulfill.
+
+    tools/hopper/compiled.py compiles it, and tests/kernels/test_compiled.py checks the requirements.
 
     Attributes:
         name: key of the build's row in benchmarks/results/sm_90a; it stays the same if the kernel is renamed.
+        kernel: the `triton.jit` function.
         arguments: argument -> Triton type, for every argument that is not a constant.
         constants: constexpr argument -> value. An argument in neither dictionary is a pointer that is None.
+        num_warps: warps per program.
         sizes: integer argument -> its value in the largest call. None if indices come from a page table; such kernels
             are tested on memory of more than 2^31 elements instead.
-        grid: grid of the largest call.
+        grid: programs of the largest call along each axis.
         max_loaded_index: pointer argument -> the largest index that the kernel reads from it.
+        num_stages: stages of the software pipeline.
         programs_per_sm: programs that must fit on an SM at the same time.
-        bytes_per_iteration: bytes that one iteration of the loop reads, if memory must be the loop's limit; else 0.
+        bytes_per_iteration: bytes that one iteration of a program's innermost loop reads, if memory must be the loop's
+            limit; 0 if it need not.
         required_instructions: fields of `KernelStats` that must not be 0: the instructions that the kernel needs.
     """
 
@@ -40,5 +46,9 @@ class Build:
 
 
 def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:
-    """Return Triton's type of a tensor descriptor, whose tiles TMA copies."""
+    """Return Triton's type of a tensor descriptor whose tiles of rows x columns elements TMA copies.
+
+    Args:
+        dtype: Triton's name of the elements' dtype.
+    """
     return f"tensordesc<{dtype}[{rows},{columns}]>"

@@ -7,7 +7,7 @@ from tools.hopper.builds.build import NUM_SMS, Build, H, T, V, descriptor
 
 
 def head_builds() -> list[Build]:
-    """Return the builds of cross-entropy and scoring."""
+    """Return the builds of cross-entropy and of log-probabilities on the language-model head."""
     builds = []
     all_flags = ("SUMS", "STORE", "ENTROPY", "ROW_MAX", "ARGMAX", "GATED")
     for label, tile, flags in (
@@ -113,7 +113,7 @@ def head_builds() -> list[Build]:
 
 
 def divergence_builds() -> list[Build]:
-    """Return the builds of both passes of a divergence, for every direction."""
+    """Return the builds of both passes of `linear_kl`, for every direction, with a shared and with a separate head."""
     builds = []
     tile = linear_kl.TILE
     for shared_head, reverse in ((True, False), (True, True), (False, False), (False, True)):

@@ -5,7 +5,7 @@ from tools.hopper.builds.build import HEADS, INTERMEDIATE, NUM_SMS, Build, H, T,
 
 
 def norm_builds() -> list[Build]:
-    """Return builds of the norms for every tile that a hidden size can have, for inference and training."""
+    """Return builds of RMSNorm, forward and backward, for every tile that a model's hidden size can have."""
     builds = []
     for hidden in (1024, 2048, 4096, 5120):
         tile, num_warps = rms_norm.tile_config(hidden)
@@ -50,7 +50,8 @@ def norm_builds() -> list[Build]:
 
 
 def rotation_builds() -> list[Build]:
-    """Return builds of the rotation, with and without norm, for heads of 64 and 128 elements."""
+    """Return builds of RoPE, forward and backward, with and without norm, for attention heads of 64 and 128
+    elements."""
     builds = []
     angle_types = dict.fromkeys(("cos_ptr", "sin_ptr", "rstd_ptr"), "*fp32")
     head_sizes = {"num_rows": T * HEADS, "num_heads": HEADS}
@@ -97,7 +98,7 @@ def rotation_builds() -> list[Build]:
 
 
 def gate_builds() -> list[Build]:
-    """Return the builds of the gate, which has one configuration for all sizes."""
+    """Return the builds of SwiGLU, forward and backward; each has one configuration for all sizes."""
     num_elements = T * INTERMEDIATE
     backward_tensors = ("grad_y_ptr", "gate_ptr", "up_ptr", "grad_gate_ptr", "grad_up_ptr")
     return [

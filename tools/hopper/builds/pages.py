@@ -9,7 +9,10 @@ from tools.hopper.builds.build import Build, T
 
 
 def paged_attention_builds() -> list[Build]:
-    """Return builds for the group and page sizes of all supported model families, in bf16 and in e4m3."""
+    """Return builds of paged decode and prefill, and of the write of keys and values to the cache.
+
+    They cover the KV groups and page sizes of all supported model families, with caches in bf16 and in e4m3.
+    """
     builds = [
         Build(
             "paged_decode work",
@@ -66,13 +69,24 @@ def _e4m3_suffix(e4m3_kinds: tuple[str, ...]) -> str:
 
 
 def _cache_arguments(e4m3_kinds: tuple[str, ...]) -> dict[str, str]:
-    """Return the types of the cache's pointers; `e4m3_kinds` names which of `key` and `value` is in e4m3."""
+    """Return pointer argument -> Triton type for key cache, value cache, and the scales of those in e4m3.
+
+    Args:
+        e4m3_kinds: which of `key` and `value` are in e4m3; the others are in bf16 and have no scales.
+    """
     pages = {f"{name}_ptr": "*fp8e4nv" if name in e4m3_kinds else "*bf16" for name in ("key", "value")}
     return pages | {f"{name}_scales_ptr": "*u8" for name in e4m3_kinds}
 
 
 def _attention_builds(group: int, D: int, page_size: int, e4m3_kinds: tuple[str, ...] = ()) -> list[Build]:
-    """Return builds of decode and prefill at one shape, and of combine for a bf16 cache with pages of 64."""
+    """Return builds of decode and prefill for one kind of cache, and of combine if it is in bf16 with pages of 64.
+
+    Args:
+        group: query heads per KV head.
+        D: elements of an attention head.
+        page_size: tokens per page.
+        e4m3_kinds: which of `key` and `value` are in e4m3; the others are in bf16.
+    """
     argument_types = {
         **dict.fromkeys(("q_ptr", "out_ptr"), "*bf16"),
         **_cache_arguments(e4m3_kinds),
