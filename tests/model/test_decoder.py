@@ -94,7 +94,7 @@ def paged_logits(decoder: Decoder, sequences, prompt_lengths, *, page_size, num_
         def _sample(self, hidden, slots, positions):
             logits, next_tokens = (hidden @ decoder.head.T).float(), []
             for slot, end, row in zip(slots.tolist(), positions.tolist(), logits, strict=True):
-                index = int(scheduler.running[slot].request.id)
+                index = int(scheduler.table.running[slot].request.id)
                 logits_at[index, end - 1] = row
                 next_tokens.append(int(sequences[index][end]) if end < len(sequences[index]) else 0)
             tokens = torch.tensor(next_tokens, dtype=torch.int64, device=slots.device)

@@ -62,8 +62,8 @@ class FakeRunner:
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
         self.cache = np.full(len(scheduler.pool.ref_count) * scheduler.page_size, STALE, dtype=np.int64)
-        self.page_table = np.full_like(scheduler.page_table, -1)
-        self.last_token = np.full(len(scheduler.epoch), -1)
+        self.page_table = np.full_like(scheduler.table.page_table, -1)
+        self.last_token = np.full(len(scheduler.table.epoch), -1)
         self.states: dict[str, list[int]] = {}  # request -> state of every context computed so far
         self.requests: dict[tuple[int, int], str] = {}  # (slot, epoch) -> request
 
@@ -73,7 +73,7 @@ class FakeRunner:
         assert 0 < len(batch.slots) == len(set(batch.slots.tolist()))
         assert batch.is_decode or batch.num_tokens <= scheduler.max_prefill_tokens
         for slot in batch.new_slots.tolist():
-            self.requests[slot, int(scheduler.epoch[slot])] = scheduler.running[slot].request.id
+            self.requests[slot, int(scheduler.table.epoch[slot])] = scheduler.table.running[slot].request.id
         for slot, index, page in batch.new_pages.tolist():
             self.page_table[slot, index] = page
         counts = batch.ends - batch.starts
@@ -86,10 +86,10 @@ class FakeRunner:
             positions = np.arange(end)
             pages = self.page_table[slot, positions // scheduler.page_size]
             entries[slot] = pages * scheduler.page_size + positions % scheduler.page_size
-            tokens = self.last_token[slot : slot + 1] if batch.is_decode else scheduler.tokens[slot, start:end]
+            tokens = self.last_token[slot : slot + 1] if batch.is_decode else scheduler.table.tokens[slot, start:end]
             states = self.states.setdefault(self.requests[slot, epoch], [])
             del states[start:]
-            shared = scheduler.tokens[slot, len(states) : start]  # computed by another request
+            shared = scheduler.table.tokens[slot, len(states) : start]  # computed by another request
             for token in (*shared.tolist(), *tokens.tolist()):
                 states.append(extend(states[-1] if states else 0, token))
             expected[slot] = np.array(states)
@@ -118,9 +118,11 @@ class FakeRunner:
             for page in self.page_table[slot, start // size : -(-end // size)].tolist():
                 assert page not in writer_of, "two rows write the same page"
                 writer_of[page] = slot
-        for slot in scheduler.running:
-            for index, page in enumerate(scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()):
-                assert writer_of.get(page, slot) == slot or scheduler.num_computed_tokens[slot] >= (index + 1) * size
+        for slot in scheduler.table.running:
+            for index, page in enumerate(scheduler.table.page_table[slot, : scheduler.table.num_pages[slot]].tolist()):
+                assert (
+                    writer_of.get(page, slot) == slot or scheduler.table.num_computed_tokens[slot] >= (index + 1) * size
+                )
 
 
 def logprob_of(states: np.ndarray) -> np.ndarray:
@@ -132,8 +134,8 @@ def check_conservation(scheduler: Scheduler) -> None:
     sequences."""
     pool = scheduler.pool
     owned = Counter()
-    for slot in scheduler.running:
-        pages = scheduler.page_table[slot, : scheduler.num_pages[slot]].tolist()
+    for slot in scheduler.table.running:
+        pages = scheduler.table.page_table[slot, : scheduler.table.num_pages[slot]].tolist()
         assert len(set(pages)) == len(pages)
         owned.update(pages)
     assert {page: count for page, count in enumerate(pool.ref_count.tolist()) if count} == owned
@@ -295,7 +297,7 @@ def test_replay_prefills_only_the_prompt_of_a_preempted_response():
         def recording_schedule():
             scheduled.append(schedule())
             if scheduled[-1] is not None and not scheduled[-1].is_decode:
-                assert (scheduled[-1].ends <= scheduler.num_prompt_tokens[scheduled[-1].slots]).all()
+                assert (scheduled[-1].ends <= scheduler.table.num_prompt_tokens[scheduled[-1].slots]).all()
             return scheduled[-1]
 
         scheduler.schedule = recording_schedule

@@ -47,7 +47,7 @@ def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int) -> None
             batch size.
     """
     for name, compute, num_rows in _computations(runner, max_prefill_tokens):
-        counts = _row_counts(num_rows, num_slots=len(runner.scheduler.epoch))
+        counts = _row_counts(num_rows, num_slots=runner.scheduler.table.num_slots)
         if (count := _first_differing_count(compute, num_rows, counts)) is not None:
             device = runner.device
             device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
@@ -95,7 +95,7 @@ def _computations(runner: ModelRunner, max_prefill_tokens: int) -> Iterator[tupl
     The computations are the groups of projections, the language-model head, sampling, scoring, a decode layer and a
     prefill layer. Each is made only when the caller asks for it. On a CPU a batch has at most `_MAX_CPU_ROWS` rows.
     """
-    decoder, num_slots = runner.decoder, len(runner.scheduler.epoch)
+    decoder, num_slots = runner.decoder, runner.scheduler.table.num_slots
     if runner.device.type == "cpu":
         num_slots, max_prefill_tokens = min(num_slots, _MAX_CPU_ROWS), min(max_prefill_tokens, _MAX_CPU_ROWS)
     layer, config = decoder.layers[0], decoder.config

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from thinksafe.sampler.model_runner import ModelRunner, PendingOutput
 from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
 from thinksafe.sampler.roofline import ByteCounts, roofline_seconds
 from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
+
+T = TypeVar("T")
 
 _MAX_QUEUED = 64
 """Number of queued requests up to which the engine reads more: enough to fill a prefill pass, few enough to leave work
@@ -140,6 +142,7 @@ class Engine:
         self.hardware, self.roofline_seconds = hardware_of(device), 0.0
         self.byte_counts = ByteCounts.of(decoder, cache_format) if self.hardware else None
         self.max_batches_in_flight = 2 if device.type == "cuda" else 1
+        self._in_flight: deque[tuple[ScheduledBatch, PendingOutput]] = deque()
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -164,8 +167,7 @@ class Engine:
                 does a caller that stops early.
             RuntimeError: an earlier call of `generate` or `score` has not ended.
         """
-        for batch, results in self._run(requests, self.runner.forward):
-            yield from self.scheduler.commit(batch, *results)
+        yield from self._answer(requests, self.runner.forward, self.scheduler.commit)
 
     def score(self, prompts: Iterable[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
         """Yield the log-probability of each id in `token_ids` as the next token after each prompt.
@@ -184,40 +186,63 @@ class Engine:
         prompt_only = SamplingConfig(temperature=0, max_tokens=1)
         requests = (Request(id_, prompt, prompt_only, 0, ()) for id_, prompt in prompts)
         token_ids = torch.tensor(token_ids, device=self.runner.device)
-        for batch, (logprobs,) in self._run(requests, lambda batch: self.runner.score(batch, token_ids)):
-            for row, request in self.scheduler.commit_scored(batch, np.isnan(logprobs).any(-1)):
-                yield Scores(request.id, logprobs[row])
 
-    def _run(
-        self, requests: Iterable[Request], launch: Callable[[ScheduledBatch], PendingOutput]
-    ) -> Iterator[tuple[ScheduledBatch, list[np.ndarray]]]:
-        """Yield every batch with its results, in the order of the launches, until no work remains.
+        def forward(batch: ScheduledBatch) -> PendingOutput:
+            return self.runner.score(batch, token_ids)
 
-        The caller commits each batch before it asks for the next one.
+        def commit(batch: ScheduledBatch, logprobs: np.ndarray) -> list[Scores]:
+            finished = self.scheduler.commit_scored(batch, np.isnan(logprobs).any(-1))
+            return [Scores(request.id, logprobs[row]) for row, request in finished]
+
+        yield from self._answer(requests, forward, commit)
+
+    def step(self, forward: Callable[[ScheduledBatch], PendingOutput], commit: Callable[..., list[T]]) -> list[T]:
+        """Schedule a batch, compute it, and commit the oldest batch in flight. Return what its commit returned.
+
+        On a GPU `forward` only launches the pass, and the batch that is committed is the one before it. The first step
+        therefore commits nothing and returns an empty list, and the last one schedules nothing.
 
         Args:
-            launch: starts the pass of a batch on the device; the results are what its `PendingOutput` holds.
+            forward: computes a batch: `ModelRunner.forward`, which samples too, or `ModelRunner.score`.
+            commit: stores the results of a batch and returns the finished ones, such as `Scheduler.commit`.
+        """
+        batch = self.scheduler.schedule()
+        if batch is not None:
+            self._in_flight.append((batch, forward(batch)))
+            self._count_roofline(batch)
+        if batch is not None and len(self._in_flight) < self.max_batches_in_flight:
+            return []
+        oldest, output = self._in_flight.popleft()
+        return commit(oldest, *output.wait())
+
+    def _answer(
+        self,
+        requests: Iterable[Request],
+        forward: Callable[[ScheduledBatch], PendingOutput],
+        commit: Callable[..., list[T]],
+    ) -> Iterator[T]:
+        """Yield the results of all requests, step by step.
+
+        Args:
+            forward, commit: as in `step`.
         """
         if self.scheduler.has_work:
             raise RuntimeError("the engine is still answering another call; read its results to the end or close it")
-        scheduler, incoming = self.scheduler, self._check_requests(requests)
-        in_flight = deque[tuple[ScheduledBatch, PendingOutput]]()
+        source = self._check_requests(requests)
         try:
-            while True:
-                num_waiting, num_running = len(scheduler.waiting), len(scheduler.running)
-                num_free = min(_MAX_QUEUED - num_waiting, self.max_requests - num_waiting - num_running)
-                scheduler.submit(islice(incoming, max(0, num_free)))
-                if not scheduler.has_work and not in_flight:
-                    return
-                batch = scheduler.schedule()
-                if batch is not None:
-                    in_flight.append((batch, launch(batch)))
-                    self._count_roofline(batch)
-                if batch is None or len(in_flight) == self.max_batches_in_flight:
-                    batch, results = in_flight.popleft()
-                    yield batch, results.wait()
+            self._submit(source)
+            while self.scheduler.has_work or self._in_flight:
+                yield from self.step(forward, commit)
+                self._submit(source)
         finally:  # a caller that stops early, or an error, leaves nothing behind for the next call
-            scheduler.abort_all()
+            self.scheduler.abort_all()
+            self._in_flight.clear()
+
+    def _submit(self, source: Iterator[Request]) -> None:
+        """Queue requests of the source, up to the number that the engine has room for."""
+        num_waiting, num_running = len(self.scheduler.waiting), len(self.scheduler.table.running)
+        num_free = min(_MAX_QUEUED - num_waiting, self.max_requests - num_waiting - num_running)
+        self.scheduler.submit(islice(source, max(0, num_free)))
 
     def _check_requests(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the requests of a call after a check: ids are unique, and token ids are in the vocabulary. On a GPU, an

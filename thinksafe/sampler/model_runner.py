@@ -141,14 +141,14 @@ class ModelRunner:
         # Logits are in fp32: rounding them to bf16 is an error of 0.03 and more, which changes 2% of sampled tokens.
         self.logits = partial(batch_invariant_linear, dtype=torch.float32) if batch_invariant else _logits
         self.logprobs_of = _logprobs_from_logits if batch_invariant else linear_logprob_of
-        num_slots, num_pages = len(scheduler.epoch), len(scheduler.pool.ref_count)
+        num_slots, num_pages = scheduler.table.num_slots, len(scheduler.pool.ref_count)
         self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
         self.padding_slot, self.padding_page = num_slots, num_pages
 
         def per_slot(dtype: torch.dtype) -> Tensor:
             return torch.zeros(num_slots + 1, dtype=dtype, device=self.device)
 
-        width = scheduler.page_table.shape[1]
+        width = scheduler.table.page_table.shape[1]
         self.page_table = torch.full((num_slots + 1, width), num_pages, device=self.device)
         self.last_token, self.seed, self.top_k = (per_slot(torch.int64) for _ in range(3))
         self.temperature, self.top_p = (per_slot(torch.float32) for _ in range(2))
@@ -237,8 +237,8 @@ class ModelRunner:
         """Return the hidden state of the last token of every completing row, [batch.needs_logits.sum(), H]."""
         config, itemsize = self.decoder.config, self.decoder.embedding.element_size()
         group = config.num_heads // config.num_kv_heads
-        attention = PrefillAttention(self.cache, batch, self.scheduler.page_table, group, itemsize)
-        tokens = self.scheduler.tokens[attention.slots, attention.host_positions].astype(np.int64)
+        attention = PrefillAttention(self.cache, batch, self.scheduler.table.page_table, group, itemsize)
+        tokens = self.scheduler.table.tokens[attention.slots, attention.host_positions].astype(np.int64)
         hidden = self.decoder(upload(tokens, self.device), attention.positions, attention, self.linear)
         return hidden[attention.last_rows]
 
@@ -261,7 +261,7 @@ class ModelRunner:
         """Upload the sampling settings of newly admitted sequences, and new page-table entries."""
         slots = upload(batch.new_slots, self.device)
         for name in ("temperature", "top_k", "top_p", "seed"):
-            getattr(self, name)[slots] = upload(getattr(self.scheduler, name)[batch.new_slots], self.device)
+            getattr(self, name)[slots] = upload(getattr(self.scheduler.table, name)[batch.new_slots], self.device)
         slots, indices, pages = upload(batch.new_pages.T, self.device)
         self.page_table[slots, indices] = pages
 

@@ -6,18 +6,19 @@ Sequence lengths are known in advance; only the sampled ids are not, and schedul
 receives the ids in order, some batches later. Until then a response that has ended may be computed one token too far.
 When that token is committed, the slot has another epoch, so the token is dropped.
 
-State is stored in arrays indexed by slot, so that scheduling 500 sequences takes a handful of numpy calls.
+The scheduler holds the policy; sequence_table.py holds the state of the running sequences, page_pool.py the pages.
 """
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from thinksafe.sampler.page_pool import PagePool, prefix_digests
 from thinksafe.sampler.repetition import CHECK_INTERVAL, ends_in_repetition
 from thinksafe.sampler.request import Completion, FinishReason, Request
+from thinksafe.sampler.sequence_table import SequenceState, SequenceTable
 
 _GROWTH_TOKENS = 256
 """Number of tokens kept free for each running sequence when another one is admitted. Keeping none free recomputes 40%
@@ -25,8 +26,6 @@ of all tokens after preemptions; keeping max_tokens free makes smaller batches."
 _ADMISSION_BATCH = 16
 """Number of requests that are admitted together while responses run, or fewer if fewer wait or there are fewer than 64
 slots. A pass for a single prompt would read all weights and delay every running response."""
-_NO_STOP_ID = -2
-"""Padding of the table of stop ids. A token id is at least 0, and -1 is the sampled token if a logit is not finite."""
 
 
 @dataclass(frozen=True)
@@ -59,32 +58,15 @@ class ScheduledBatch:
         return int((self.ends - self.starts).sum())
 
 
-@dataclass
-class _Sequence:
-    """A request with its committed response tokens: a preempted sequence keeps them while it waits.
-
-    Attributes:
-        tokens: prompt and response tokens at the time of admission; the scheduler's arrays hold later ones.
-        logprobs: log-probabilities of the response tokens among `tokens`.
-        digests: digests of the prompt's full pages; empty if the sequence must not share pages.
-    """
-
-    request: Request
-    tokens: list[int]
-    logprobs: list[float] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-
-
 class Scheduler:
-    """Slots, pages and the queue of waiting requests. The engine calls `submit`, `schedule` and `commit` in turn.
+    """The policy: which requests run, and which tokens each pass computes. The engine calls `submit`, `schedule` and
+    `commit` in turn.
 
     Attributes:
+        table: the running sequences.
+        pool: the pages of the cache.
+        waiting: sequences that wait for a slot, the next one first.
         max_seq_len: largest number of tokens of a sequence: the model's, or fewer if all pages hold fewer.
-        tokens: [num_slots, max_seq_len] int32, prompt and committed response of each running sequence.
-        num_computed_tokens: [num_slots] int64, number of tokens in the cache once all scheduled batches are done.
-        page_table: [num_slots, max pages per sequence] int64, the pages of each slot's sequence, in order; the first
-            num_pages[slot] entries are valid.
-        epoch: [num_slots] int64, number of sequences that have left each slot.
         num_in_flight: number of batches that are scheduled and not yet committed.
         computed_tokens, shared_tokens: total number of tokens that batches computed, and that admitted sequences found
             in the cache.
@@ -117,32 +99,13 @@ class Scheduler:
         self.max_prefill_tokens = max_prefill_tokens
         self.pool = PagePool(num_pages)
         self.max_seq_len = min(max_seq_len, num_pages * page_size)
-        # Parts of the large arrays that are never written occupy no memory.
-        self.tokens = np.zeros((num_slots, self.max_seq_len), dtype=np.int32)
-        self.logprobs = np.zeros((num_slots, self.max_seq_len), dtype=np.float32)
-        self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
-        self.num_prefill_tokens = np.zeros(num_slots, dtype=np.int64)  # tokens to prefill after admission
-        self.num_computed_tokens = np.zeros(num_slots, dtype=np.int64)
-        self.max_len = np.zeros(num_slots, dtype=np.int64)  # largest sequence length; 0 in a free slot
-        self.num_pages = np.zeros(num_slots, dtype=np.int64)
-        self.page_table = np.zeros((num_slots, -(-self.max_seq_len // page_size)), dtype=np.int64)
-        self.epoch = np.zeros(num_slots, dtype=np.int64)
-        self.stop_ids = np.full((num_slots, 1), _NO_STOP_ID, dtype=np.int64)
-        self.stop_on_repetition = np.zeros(num_slots, dtype=bool)
-        self.seed = np.zeros(num_slots, dtype=np.int64)
-        self.temperature = np.zeros(num_slots, dtype=np.float32)
-        self.top_k = np.zeros(num_slots, dtype=np.int64)
-        self.top_p = np.ones(num_slots, dtype=np.float32)
-        self.running: dict[int, _Sequence] = {}  # slot -> sequence, in order of admission
-        self.waiting: deque[_Sequence] = deque()
+        self.table = SequenceTable(num_slots, self.max_seq_len, page_size)
+        self.waiting: deque[SequenceState] = deque()
         self.num_in_flight = 0
         self.computed_tokens = 0
         self.shared_tokens = 0
         self.preemptions = 0
         self._prefilling: list[int] = []  # slots whose prefill is not fully scheduled
-        self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._new_slots: list[int] = []
-        self._new_pages: list[tuple[int, int, int]] = []
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Append these requests to the queue of waiting requests: all of them or, if one is invalid, none.
@@ -156,18 +119,19 @@ class Scheduler:
     def abort_all(self) -> None:
         """Drop every request and every batch in flight, without completions. The prompt pages of running requests are
         no longer shared, because the pass that fills a page may never have been launched."""
-        for slot in list(self.running):
-            for page in self.page_table[slot, : self.num_pages[slot]].tolist():
+        for slot in list(self.table.running):
+            for page in self.table.pages(slot):
                 self.pool.unregister(page)
-            self._release_slot(slot)
-        for queue in (self.waiting, self._prefilling, self._new_slots, self._new_pages):
-            queue.clear()
+            self._release(slot)
+        self.waiting.clear()
+        self._prefilling.clear()
+        self.table.take_updates()
         self.num_in_flight = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a request is running or waiting."""
-        return bool(self.running or self.waiting)
+        return bool(self.table.running or self.waiting)
 
     def schedule(self) -> ScheduledBatch | None:
         """Return the next batch, with its pages allocated; None if the oldest batch in flight must be committed first,
@@ -188,14 +152,15 @@ class Scheduler:
             sampled: [batch.needs_logits.sum()] int64, a token for every completing row; -1 if a logit is not finite.
             logprobs: [batch.needs_logits.sum()] fp32, log-probabilities of these tokens.
         """
+        table = self.table
         rows, slots, ends = self._live_rows(batch)
         sampled = sampled[rows]
-        self.tokens[slots, ends] = sampled
-        self.logprobs[slots, ends] = logprobs[rows]
-        stopped = (self.stop_ids[slots] == sampled[:, None]).any(-1)
-        is_done = stopped | (sampled < 0) | (ends + 1 >= self.max_len[slots])
-        response_lengths = ends + 1 - self.num_prompt_tokens[slots]
-        check_repetition = self.stop_on_repetition[slots] & (response_lengths % CHECK_INTERVAL == 0)
+        table.tokens[slots, ends] = sampled
+        table.logprobs[slots, ends] = logprobs[rows]
+        stopped = (table.stop_ids[slots] == sampled[:, None]).any(-1)
+        is_done = stopped | (sampled < 0) | (ends + 1 >= table.max_len[slots])
+        response_lengths = ends + 1 - table.num_prompt_tokens[slots]
+        check_repetition = table.stop_on_repetition[slots] & (response_lengths % CHECK_INTERVAL == 0)
         completions = []
         for row in np.flatnonzero(is_done | check_repetition).tolist():
             slot, end = int(slots[row]), int(ends[row])
@@ -205,7 +170,7 @@ class Scheduler:
             elif stopped[row]:
                 completions.append(self._finish(slot, end, "stop"))
             elif check_repetition[row] and ends_in_repetition(
-                self.tokens[slot, self.num_prompt_tokens[slot] : end + 1]
+                table.tokens[slot, table.num_prompt_tokens[slot] : end + 1]
             ):
                 completions.append(self._finish(slot, end + 1, "repetition"))
             elif is_done[row]:
@@ -228,11 +193,10 @@ class Scheduler:
         finished = []
         for row, slot, end in zip(*(array.tolist() for array in self._live_rows(batch)), strict=True):
             if not (has_nan[row] and self._recompute_unshared(slot, end)):
-                finished.append((row, self.running[slot].request))
-                self._release_slot(slot)
+                finished.append((row, self._release(slot).request))
         return finished
 
-    def _make_sequence(self, request: Request) -> _Sequence:
+    def _make_sequence(self, request: Request) -> SequenceState:
         """Return the sequence of a new request; raise a ValueError if it can never run, see `submit`."""
         length = len(request.prompt)
         if length == 0:
@@ -245,22 +209,22 @@ class Scheduler:
         if not 0 <= request.seed < 1 << 63:
             raise ValueError(f"request {request.id}: the seed must be in [0, 2^63), found {request.seed}")
         digests = prefix_digests(request.prompt[:-1], self.page_size)  # the last one is always computed, for its logits
-        return _Sequence(request, list(request.prompt), digests=digests)
+        return SequenceState(request, list(request.prompt), digests=digests)
 
     def _should_admit(self) -> bool:
         """Return whether to admit requests now: none is running, or slots and pages suffice for `_ADMISSION_BATCH` of
         them (or for all that wait)."""
-        if not self.waiting or not self._free_slots:
+        if not self.waiting or not self.table.num_free_slots:
             return False
-        if not self.running:
+        if not self.table.running:
             return True  # `submit` made sure that a request fits if no other runs
-        num_candidates = min(_ADMISSION_BATCH, len(self.waiting), -(-len(self.epoch) // 4))
-        if len(self._free_slots) < num_candidates:
+        num_candidates = min(_ADMISSION_BATCH, len(self.waiting), -(-self.table.num_slots // 4))
+        if self.table.num_free_slots < num_candidates:
             return False
         candidates = [self.waiting[index] for index in range(num_candidates)]
         return self.pool.num_available >= self._reserved_pages() + sum(map(self._pages_needed, candidates))
 
-    def _pages_needed(self, candidate: _Sequence) -> int:
+    def _pages_needed(self, candidate: SequenceState) -> int:
         """Return the number of pages that a waiting sequence needs for its tokens and for up to `_GROWTH_TOKENS` more,
         without pages that it would share with a running sequence."""
         shared_pages = self.pool.match_prefix(candidate.digests)
@@ -271,35 +235,35 @@ class Scheduler:
     def _reserved_pages(self) -> int:
         """Return the number of pages that all running sequences need, in addition to the pages that they have, to grow
         by up to `_GROWTH_TOKENS` tokens each."""
-        occupied = self.max_len > 0
-        length = np.maximum(self.num_prefill_tokens, self.num_computed_tokens + 1)[occupied]
-        future_length = np.minimum(self.max_len[occupied], length + _GROWTH_TOKENS)
-        return int((-(-future_length // self.page_size) - self.num_pages[occupied]).clip(min=0).sum())
+        table, occupied = self.table, self.table.max_len > 0
+        length = np.maximum(table.num_prefill_tokens, table.num_computed_tokens + 1)[occupied]
+        future_length = np.minimum(table.max_len[occupied], length + _GROWTH_TOKENS)
+        return int((-(-future_length // self.page_size) - table.num_pages[occupied]).clip(min=0).sum())
 
     def _schedule_prefill(self) -> ScheduledBatch:
         """Return a batch of prompt tokens up to the budget: first of prompts begun earlier, then of newly admitted
         requests."""
-        budget, rows = self.max_prefill_tokens, []
+        table, budget, rows = self.table, self.max_prefill_tokens, []
         slots = deque(self._prefilling)
         while budget:
             if not slots:
-                if not (self.waiting and self._free_slots):
+                if not (self.waiting and table.num_free_slots):
                     break
                 num_needed = self._reserved_pages() + self._pages_needed(self.waiting[0])
-                if self.running and self.pool.num_available < num_needed:
+                if table.running and self.pool.num_available < num_needed:
                     break
                 slots.append(self._admit(self.waiting.popleft()))
             slot = slots.popleft()
-            start = int(self.num_computed_tokens[slot])
-            end = min(int(self.num_prefill_tokens[slot]), start + budget)
+            start = int(table.num_computed_tokens[slot])
+            end = min(int(table.num_prefill_tokens[slot]), start + budget)
             self._register_prefix_pages(slot, start, end)
-            self.num_computed_tokens[slot] = end
-            if end == self.num_prefill_tokens[slot]:
+            table.num_computed_tokens[slot] = end
+            if end == table.num_prefill_tokens[slot]:
                 self._prefilling.remove(slot)
             rows.append((slot, start, end))
             budget -= end - start
         slots, starts, ends = np.array(rows, dtype=np.int64).T
-        return self._make_batch(False, slots, starts, ends, ends == self.num_prefill_tokens[slots])
+        return self._make_batch(False, slots, starts, ends, ends == table.num_prefill_tokens[slots])
 
     def _schedule_decode(self) -> ScheduledBatch | None:
         """Return a batch of one token for every response that has not reached its largest length.
@@ -307,99 +271,69 @@ class Scheduler:
         If the pages run out, the youngest sequences are preempted. Return None if that must wait for a commit, or if no
         response can be extended.
         """
+        table = self.table
         while True:
-            is_prefilled = self.num_computed_tokens >= self.num_prefill_tokens
-            slots = np.flatnonzero(is_prefilled & (self.num_computed_tokens + 1 < self.max_len))
-            starts = self.num_computed_tokens[slots]
-            slots_to_grow = slots[starts == self.num_pages[slots] * self.page_size]
+            is_prefilled = table.num_computed_tokens >= table.num_prefill_tokens
+            slots = np.flatnonzero(is_prefilled & (table.num_computed_tokens + 1 < table.max_len))
+            starts = table.num_computed_tokens[slots]
+            slots_to_grow = slots[starts == table.num_pages[slots] * self.page_size]
             if len(slots_to_grow) <= self.pool.num_available:
                 break
             if self.num_in_flight:
                 return None  # only a sequence whose tokens are all committed can be preempted
-            youngest = next(reversed(self.running))
-            self._preempt(youngest, int(self.num_computed_tokens[youngest]) + 1)
+            youngest = next(reversed(table.running))
+            self._preempt(youngest, int(table.num_computed_tokens[youngest]) + 1)
             self.preemptions += 1
         if not len(slots):
             return None
         for slot in slots_to_grow.tolist():
-            self._add_page(slot, self.pool.allocate())
-        self.num_computed_tokens[slots] += 1
+            table.add_page(slot, self.pool.allocate())
+        table.num_computed_tokens[slots] += 1
         return self._make_batch(True, slots, starts, starts + 1, np.ones(len(slots), dtype=bool))
 
     def _make_batch(self, is_decode: bool, slots, starts, ends, needs_logits) -> ScheduledBatch:
         """Return a batch with all slots and page-table entries that are new since the last one, and count it."""
         self.num_in_flight += 1
         self.computed_tokens += int((ends - starts).sum())
-        new_slots = np.array(self._new_slots, dtype=np.int64)
-        new_pages = np.array(self._new_pages, dtype=np.int64).reshape(-1, 3)
-        self._new_slots.clear()
-        self._new_pages.clear()
-        return ScheduledBatch(is_decode, slots, starts, ends, needs_logits, self.epoch[slots], new_slots, new_pages)
+        epochs, updates = self.table.epoch[slots], self.table.take_updates()
+        return ScheduledBatch(is_decode, slots, starts, ends, needs_logits, epochs, *updates)
 
     def _live_rows(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Count the batch as committed. Return index among the completing rows, slot and end (position of the sampled
         token) of each completing row whose sequence still runs, [N] int64 each."""
         self.num_in_flight -= 1
         slots = batch.slots[batch.needs_logits]
-        rows = np.flatnonzero(self.epoch[slots] == batch.epochs[batch.needs_logits])
+        rows = np.flatnonzero(self.table.epoch[slots] == batch.epochs[batch.needs_logits])
         return rows, slots[rows], batch.ends[batch.needs_logits][rows]
 
     def _finish(self, slot: int, end: int, reason: FinishReason) -> Completion:
         """Free the slot and return the completion with the response tokens before position `end`."""
-        request = self.running[slot].request
-        response = slice(len(request.prompt), end)
-        tokens, logprobs = self.tokens[slot, response].tolist(), self.logprobs[slot, response].tolist()
-        self._release_slot(slot)
+        tokens, logprobs = self.table.response(slot, end)
+        request = self._release(slot).request
         return Completion(request.id, tuple(tokens), reason, tuple(logprobs))
 
-    def _admit(self, sequence: _Sequence) -> int:
+    def _admit(self, sequence: SequenceState) -> int:
         """Put a sequence into a free slot, with shared pages for its prefix and new pages for its other tokens, and
         return the slot."""
-        slot = self._free_slots.pop()
-        request, sampling = sequence.request, sequence.request.sampling
-        length, num_prompt_tokens = len(sequence.tokens), len(request.prompt)
-        self.running[slot] = sequence
-        self.tokens[slot, :length] = sequence.tokens
-        self.logprobs[slot, num_prompt_tokens:length] = sequence.logprobs
-        self.num_prompt_tokens[slot] = num_prompt_tokens
-        self.num_prefill_tokens[slot] = length
-        self.max_len[slot] = min(num_prompt_tokens + sampling.max_tokens, self.max_seq_len)
-        extra_columns = len(request.stop_ids) - self.stop_ids.shape[1]
-        if extra_columns > 0:
-            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, extra_columns)), constant_values=_NO_STOP_ID)
-        self.stop_ids[slot] = _NO_STOP_ID
-        self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        self.stop_on_repetition[slot] = sampling.stop_on_repetition
-        self.seed[slot] = request.seed
-        self.temperature[slot] = sampling.temperature
-        self.top_k[slot] = sampling.top_k
-        self.top_p[slot] = sampling.top_p
+        slot = self.table.occupy(sequence)
         shared_pages = self.pool.match_prefix(sequence.digests)
         for page in shared_pages:
             self.pool.acquire(page)
-            self._add_page(slot, page)
-        for _ in range(len(shared_pages), -(-length // self.page_size)):
-            self._add_page(slot, self.pool.allocate())
-        self.num_computed_tokens[slot] = len(shared_pages) * self.page_size
+            self.table.add_page(slot, page)
+        for _ in range(len(shared_pages), -(-len(sequence.tokens) // self.page_size)):
+            self.table.add_page(slot, self.pool.allocate())
+        self.table.num_computed_tokens[slot] = len(shared_pages) * self.page_size
         self.shared_tokens += len(shared_pages) * self.page_size
-        self._new_slots.append(slot)
         self._prefilling.append(slot)
         return slot
-
-    def _add_page(self, slot: int, page: int) -> None:
-        """Append a page to the slot's page table."""
-        index = int(self.num_pages[slot])
-        self.page_table[slot, index] = page
-        self.num_pages[slot] = index + 1
-        self._new_pages.append((slot, index, page))
 
     def _register_prefix_pages(self, slot: int, start: int, end: int) -> None:
         """Register the prompt pages that this batch fills with tokens `start` to `end` - 1, so that other prompts share
         them. A row admitted into the same batch may already read them: in every layer, all rows write before any row
         attends."""
-        digests = self.running[slot].digests
+        digests = self.table.running[slot].digests
         for index in range(start // self.page_size, min(end // self.page_size, len(digests))):
-            self.pool.register(int(self.page_table[slot, index]), digests[index])
+            self.pool.register(int(self.table.page_table[slot, index]), digests[index])
 
     def _recompute_unshared(self, slot: int, end: int) -> bool:
         """Requeue a sequence whose logits are not finite, to recompute it once on pages that it does not share.
@@ -410,32 +344,27 @@ class Scheduler:
         Args:
             end: number of committed tokens, prompt included.
         """
-        sequence = self.running[slot]
+        sequence = self.table.running[slot]
         if not sequence.digests:
             return False
-        for page in self.page_table[slot, : self.num_pages[slot]].tolist():
+        for page in self.table.pages(slot):
             self.pool.unregister(page)
         sequence.digests = []
         self._preempt(slot, end)
         return True
 
     def _preempt(self, slot: int, length: int) -> None:
-        """Free the slot and move its sequence to the front of the queue with its first `length` tokens, prompt included
-        and all of them committed. In `replay` mode it keeps only its prompt."""
-        sequence = self.running[slot]
-        if self.replay:
-            length = len(sequence.request.prompt)
-        sequence.tokens = self.tokens[slot, :length].tolist()
-        sequence.logprobs = self.logprobs[slot, len(sequence.request.prompt) : length].tolist()
-        self._release_slot(slot)
+        """Free the slot, release its pages, and move its sequence to the front of the queue. The sequence keeps its
+        first `length` tokens, prompt included; `commit` must have received the response's ids among them. In `replay`
+        mode it keeps only its prompt."""
+        prompt = self.table.running[slot].request.prompt
+        tokens, logprobs = self.table.response(slot, len(prompt) if self.replay else length)
+        sequence = self._release(slot)
+        sequence.tokens, sequence.logprobs = [*prompt, *tokens], logprobs
         self.waiting.appendleft(sequence)
 
-    def _release_slot(self, slot: int) -> None:
-        """Free the slot and remove its sequence as an owner of its pages."""
-        del self.running[slot]
-        for page in self.page_table[slot, : self.num_pages[slot]].tolist():
+    def _release(self, slot: int) -> SequenceState:
+        """Free the slot, remove its sequence as an owner of its pages, and return the sequence."""
+        for page in self.table.pages(slot):
             self.pool.release(page)
-        self.num_pages[slot] = 0
-        self.max_len[slot] = 0
-        self.epoch[slot] += 1
-        self._free_slots.append(slot)
+        return self.table.vacate(slot)
