@@ -40,18 +40,18 @@ def exit_on_interrupt() -> Iterator[None]:
 def run(options: argparse.Namespace) -> None:
     """Run all stages, from prompts to the report; print the headline metrics and the path of the report."""
     with _open_run(options) as (run, checkpoints, pipeline):
-        run.workers.on_leader(lambda: pipeline.check_run(run, checkpoints))
+        pipeline.check_run(run, checkpoints)
         pipeline.generate_responses(run, checkpoints)
         pipeline.sample_unsteered_baseline(run, checkpoints)
         pipeline.filter_responses(run, checkpoints)
         pipeline.retry_rejected(run, checkpoints)
-        run.workers.on_leader(lambda: pipeline.accept_responses(run))
-        run.workers.on_leader(lambda: _print_coverage(run))
+        pipeline.accept_responses(run)
+        _print_coverage(run)
         pipeline.require_accepted_examples(run)  # reports an empty training set before hours of evaluation
         pipeline.evaluate_student(run, checkpoints, "before")
         pipeline.train_student(run, checkpoints)
         pipeline.evaluate_student(run, checkpoints, "after")
-        run.workers.on_leader(lambda: _print_report(pipeline.make_report(run)))
+        _write_report(run)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -70,14 +70,14 @@ def filter_responses(options: argparse.Namespace) -> None:
         from thinksafe.pipeline.imports import import_marks, import_responses
 
         if options.responses is not None:
-            run.workers.on_leader(lambda: import_responses(run, options.responses))
+            import_responses(run, options.responses)
         pipeline.filter_responses(run, checkpoints)
         pipeline.retry_rejected(run, checkpoints)
         if options.marks is not None:
-            run.workers.on_leader(lambda: import_marks(run, options.marks))
+            import_marks(run, options.marks)
             pipeline.retry_rejected(run, checkpoints)  # prompts whose accepted response a person rejected
-        run.workers.on_leader(lambda: pipeline.accept_responses(run))
-        run.workers.on_leader(lambda: _print_coverage(run))
+        pipeline.accept_responses(run)
+        _print_coverage(run)
         run.workers.on_leader(lambda: print(run.path / "accepted.jsonl"))
 
 
@@ -87,7 +87,7 @@ def train(options: argparse.Namespace) -> None:
         from thinksafe.pipeline.imports import import_examples
 
         if options.data is not None:
-            run.workers.on_leader(lambda: import_examples(run, options.data))
+            import_examples(run, options.data)
         pipeline.train_student(run, checkpoints)
         student = run.path / ("adapter" if run.recipe.training.method == "lora" else "model")
         run.workers.on_leader(lambda: print(student))
@@ -109,13 +109,13 @@ def evaluate(options: argparse.Namespace) -> None:
         pipeline.evaluate_student(run, checkpoints, "before")
         if options.adapter is not None or run.is_done("train"):
             pipeline.evaluate_student(run, checkpoints, "after", options.adapter)
-        run.workers.on_leader(lambda: _print_report(pipeline.make_report(run)))
+        _write_report(run)
 
 
 def report(options: argparse.Namespace) -> None:
     """Write the report from the records so far; print the headline metrics and the path of the page."""
-    with _open_run(options) as (run, _, pipeline):
-        run.workers.on_leader(lambda: _print_report(pipeline.make_report(run)))
+    with _open_run(options) as (run, _, _):
+        _write_report(run)
 
 
 def review(options: argparse.Namespace) -> None:
@@ -133,7 +133,11 @@ def export_data(options: argparse.Namespace) -> None:
 
 
 def export_model(options: argparse.Namespace) -> None:
-    """Write the trained student as one checkpoint, with its adapter merged; print the path of the folder."""
+    """Write the student as one checkpoint, with the adapter from LoRA training merged; print the path of the folder.
+
+    Raises:
+        UserError: see `thinksafe.export.model.export_model`; one case is full fine-tuning, which writes a checkpoint.
+    """
     with _open_run(options) as (run, checkpoints, _):
         from thinksafe.export.model import export_model
 
@@ -210,7 +214,7 @@ def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "Checkpoi
         recipe = load_recipe(_recipe_source(options), [*options.set, *seed_override])
         with RunDir.open(options.out or Path("runs") / recipe.name, recipe, workers) as run:
             checkpoints = CheckpointStore(recipe, workers)
-            workers.on_leader(lambda: pipeline.write_estimate(run, checkpoints))
+            pipeline.write_estimate(run, checkpoints)
             yield run, checkpoints, pipeline
 
 
@@ -243,15 +247,23 @@ def _print_page(page: str) -> None:
 
 
 def _print_coverage(run: "RunDir") -> None:
-    """Print the coverage to stderr, like the progress of the stages; see `coverage_lines`."""
+    """Print the coverage to stderr on the leader, like the progress of the stages; see `coverage_lines`."""
     from thinksafe.reporting.coverage import coverage_lines
     from thinksafe.reporting.summary import read_coverage
 
-    for name, text in coverage_lines(read_coverage(run)):
-        print(f"{name:>30}: {text}", file=sys.stderr)
+    if run.workers.is_leader:
+        for name, text in coverage_lines(read_coverage(run)):
+            print(f"{name:>30}: {text}", file=sys.stderr)
 
 
-def _print_report(page: Path) -> None:
+def _write_report(run: "RunDir") -> None:
+    """Write the report on the leader, and print its headline metrics and its path."""
+    from thinksafe.pipeline import make_report
+
+    run.workers.on_leader(lambda: _print_headline(make_report(run)))
+
+
+def _print_headline(page: Path) -> None:
     """Print the headline metrics that the report has, with their intervals, and the path of the report.
 
     Args:

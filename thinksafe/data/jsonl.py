@@ -208,7 +208,7 @@ class RecordFile(Sequence[Record]):
         """Read and return a record; a slice is not supported.
 
         Raises:
-            UserError: the line is not a record of this kind.
+            UserError: the line is not a record of the file's kind.
         """
         self._lines.seek(self.starts[index])
         where = f"{self._file}: record {index + 1}"

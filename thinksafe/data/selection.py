@@ -80,7 +80,7 @@ def choose(attempts: Iterable[Attempt]) -> Attempt | None:
 def audit_record(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Return the record of audit.jsonl for one prompt: all attempts and their outcomes, without the responses' texts.
 
-    `accepted_by` is empty, and `rung` and `sample` are None, if no attempt is accepted.
+    `accepted_by`, `rung` and `sample` are those of the kept attempt; without one, '', None and None.
 
     Args:
         attempts: all attempts at the prompt, at least one, in order of rung and sample.

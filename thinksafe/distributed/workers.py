@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -110,7 +110,7 @@ class Workers:
 
     def claim_items(self, items: Sequence[T], group_size: int = 1) -> Iterator[T]:
         """Return an iterator over the items that this process's group claims, one at a time. Each item goes to exactly
-        one group: the first group that asks. All workers must call this together.
+        one group: the first group that asks. All workers must call this together, but iterate at their own pace.
 
         Args:
             items: the same in every process.
@@ -175,7 +175,8 @@ class Workers:
 
     @property
     def _is_single(self) -> bool:
-        """Whether a collective operation involves this process alone."""
+        """Whether a collective operation involves this process alone: the run has no other worker, or this is the
+        leader inside the `work` of `on_leader`."""
         return self.store is None or self._in_leader_call
 
     def _next_key(self) -> str:
@@ -209,3 +210,18 @@ class Workers:
 
 SINGLE_PROCESS = Workers()
 """The single process of a run without a launcher."""
+
+
+def leader_only(work: Callable[..., T]) -> Callable[..., T]:
+    """Decorate a function of a run so that every worker calls it and the leader alone executes it.
+
+    Args:
+        work: a function whose first argument has an attribute `workers`, such as a `RunDir`. It returns a value that
+            JSON can hold.
+    """
+
+    @wraps(work)
+    def call_on_leader(run: Any, *arguments: Any, **keywords: Any) -> T:
+        return run.workers.on_leader(lambda: work(run, *arguments, **keywords))
+
+    return call_on_leader

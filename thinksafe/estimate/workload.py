@@ -73,7 +73,10 @@ class TextLengths:
 
     @classmethod
     def from_responses(cls, responses: Iterable[Response]) -> "TextLengths":
-        """Return the actual counts and mean lengths of responses; all are 0 without responses."""
+        """Return the actual counts and mean lengths of responses and their prompts; all are 0 without responses.
+
+        Only prompts with a response count. In the mean prompt length, a prompt counts once for each of its responses.
+        """
         prompt_ids, num_responses, prompt_tokens, response_tokens, squared_tokens = set(), 0, 0, 0, 0
         for response in responses:
             prompt_ids.add(response.prompt_id)

@@ -6,6 +6,7 @@ from pathlib import Path
 from thinksafe.data.atomic import atomic_writer
 from thinksafe.data.jsonl import to_json
 from thinksafe.data.selection import audit_record, choose
+from thinksafe.distributed.workers import leader_only
 from thinksafe.errors import UserError
 from thinksafe.pipeline.checks import require_stage_output
 from thinksafe.run.attempts import Attempts
@@ -14,6 +15,7 @@ from thinksafe.run.journal import write_on_leader
 from thinksafe.run.marks import read_marks
 
 
+@leader_only
 def accept_responses(run: RunDir) -> None:
     """Write accepted.jsonl, one example for each prompt that has an accepted response, and audit.jsonl.
 

@@ -65,7 +65,8 @@ def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None
 
     The prompts are the `generation.num_unsteered_prompts` with the smallest ids, or all if there are fewer. Ids are
     hashes, so the choice is random but reproducible. Nothing is done if that number is 0, `generation.steering` is
-    null, or there is no harmful prompt. All workers call this together, after `generate_responses`.
+    null, there is no harmful prompt, or the stage `probe` is done. All workers call this together, after
+    `generate_responses`.
 
     Raises:
         UserError: as in `sample_to_file`.

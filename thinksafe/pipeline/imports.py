@@ -9,11 +9,13 @@ from pathlib import Path
 from thinksafe.data.atomic import sha256, write_records
 from thinksafe.data.jsonl import import_records, read_records
 from thinksafe.data.records import Example, Mark, Response, content_id
+from thinksafe.distributed.workers import leader_only
 from thinksafe.errors import UserError
 from thinksafe.run.directory import RunDir, check_format
 from thinksafe.run.marks import refilter_command
 
 
+@leader_only
 def import_responses(run: RunDir, file: Path) -> None:
     """Write responses.jsonl from responses that exist already, to be judged as first attempts (rung 0).
 
@@ -37,6 +39,7 @@ def import_responses(run: RunDir, file: Path) -> None:
         write_records(marks_file, read_records(imported_marks, Mark))
 
 
+@leader_only
 def import_examples(run: RunDir, file: Path) -> None:
     """Write accepted.jsonl from a file of examples, to train on them.
 
@@ -46,6 +49,7 @@ def import_examples(run: RunDir, file: Path) -> None:
     _install_records(run.path / "accepted.jsonl", import_records(file, Example))
 
 
+@leader_only
 def import_marks(run: RunDir, file: Path) -> None:
     """Add the human marks of a JSONL file to the run's marks.jsonl, in order of their time.
 

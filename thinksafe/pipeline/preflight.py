@@ -4,6 +4,7 @@ import json
 import sys
 
 from thinksafe.data.atomic import write_atomically
+from thinksafe.distributed.workers import leader_only
 from thinksafe.errors import UserError
 from thinksafe.estimate.stages import estimate
 from thinksafe.evaluation.sets import evaluation_prompts
@@ -16,6 +17,7 @@ from thinksafe.training.trackers import require_trackers
 from thinksafe.training.zero_config import require_deepspeed
 
 
+@leader_only
 def write_estimate(run: RunDir, checkpoints: CheckpointStore) -> None:
     """Write estimate.json, the expected cost on this GPU, with which the report compares the measured cost.
 
@@ -33,6 +35,7 @@ def write_estimate(run: RunDir, checkpoints: CheckpointStore) -> None:
     write_atomically(run.path / "estimate.json", json.dumps(run_estimate.to_json(), indent=2) + "\n")
 
 
+@leader_only
 def check_run(run: RunDir, checkpoints: CheckpointStore) -> None:
     """Check before the first stage what late stages need. After the first finished stage nothing is checked.
 

@@ -37,8 +37,8 @@ class SamplingTask:
 def request_seed(seed: int, task: SamplingTask) -> int:
     """Return the seed of a task's request, in [0, 2^63).
 
-    It depends only on the run's seed, the prompt id, the sample and the steering, so a response does not change with
-    the order of the tasks or with a restart.
+    It depends only on the run's seed, the prompt id, the index of the sample and the steering (as the task names it),
+    so a response does not change with the order of the tasks or with a restart.
 
     Args:
         seed: seed of the run.

@@ -115,7 +115,7 @@ def _choose_sharding(
 ) -> ZeroConfig | None:
     """Return how ZeRO shards the training, with its stage decided; None if one process trains without DeepSpeed.
 
-    With ZeRO, this also connects the training ranks, and the leader prints the choice to stderr.
+    With ZeRO, this also creates the process group of all workers, and the leader prints the choice to stderr.
 
     Args:
         largest_pack: number of tokens of the largest pack.

@@ -28,7 +28,7 @@ def annotated_yaml(recipe: Recipe) -> str:
 
 
 def key_descriptions(section: type) -> dict[str, str]:
-    """Return {key: description on one line} from the `Attributes:` of a section's docstring; without it, {}.
+    """Return {key: description on one line} from the `Attributes:` of a section's docstring, {} if it has none.
 
     An entry `a, b: text` describes both keys.
 

@@ -23,7 +23,7 @@ import torch
 
 import thinksafe
 from thinksafe.data.atomic import sha256, write_atomically
-from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers, leader_only
 from thinksafe.errors import UserError
 from thinksafe.recipe.schema import Recipe
 from thinksafe.run.journal import write_on_leader
@@ -152,6 +152,7 @@ class RunDir:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         return {"format": FORMAT, "created": created, "environment": environment(), "stages": {}}
 
+    @leader_only
     def is_done(self, stage: str) -> bool:
         """Return whether the stage is in the manifest; if it is, first check that its files are unchanged.
 
@@ -160,9 +161,6 @@ class RunDir:
         Raises:
             UserError: a file of the stage is missing or was changed.
         """
-        return self.workers.on_leader(lambda: self._is_done(stage))
-
-    def _is_done(self, stage: str) -> bool:
         entry = self.manifest["stages"].get(stage)
         if entry is None:
             return False
@@ -210,7 +208,7 @@ class RunDir:
         return [*ladder, *beyond_ladder]
 
     def pin_input(self, name: str, digest: str) -> None:
-        """Record the hash of an input in the manifest; if it has one, check that the input is still the same.
+        """Record the hash of an input in the manifest; if it is there already, check that the input is still the same.
 
         All workers call this together.
 
@@ -232,6 +230,7 @@ class RunDir:
         if self.workers.on_leader(pin) != digest:
             raise UserError(f"{name}: differs between this machine and the leader's; use the same on all machines")
 
+    @leader_only
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
         """Enter a stage in the manifest as done. All workers call this together.
 
@@ -242,9 +241,6 @@ class RunDir:
             clock: clock of the stage; its file is deleted.
             figures: `tokens` and other figures for the report; JSON values.
         """
-        self.workers.on_leader(lambda: self._finish_stage(stage, files, clock, figures))
-
-    def _finish_stage(self, stage: str, files: list[Path], clock: StageClock, figures: dict[str, Any]) -> None:
         manifest = self.manifest
         hashes = {str(file.relative_to(self.path)): sha256(file) for file in files}
         if torch.cuda.is_available():

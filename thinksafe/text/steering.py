@@ -35,7 +35,7 @@ def template(name_or_text: str) -> str:
 
 
 def steer(instruction: str, prompt: str) -> str:
-    """Return the user's message to sample from: the instruction with {prompt} replaced by the prompt, unchanged.
+    """Return the user's message to sample from: the instruction with {prompt} replaced by the unchanged prompt.
 
     Args:
         instruction: text of an instruction, as `template` returns it.

@@ -101,8 +101,8 @@ class TrainingCosts:
         the reference.
 
         Full fine-tuning: 6 FLOP per layer weight and token and per head weight and target, and three times the
-        attention of the forward pass. LoRA: 4 FLOP instead of 6 for frozen weights, 6 for adapters, and no gradient
-        below the first adapter.
+        attention of the forward pass. LoRA: 4 FLOP instead of 6 for frozen weights, 6 for adapters. In the first layer,
+        the gradients of the inputs of its first adapters, and of all that comes before them, are not counted.
         """
         model, head = self.model, self.model.head_weights * counts.targets
         forward = 2 * model.num_layers * model.layer_weights * counts.tokens

@@ -168,11 +168,12 @@ def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> lis
     """Return the indices of each step's sequences, one int array for each step of all epochs.
 
     Each epoch is a new permutation, cut into batches in its order. A batch has `batch_size` sequences, the last one of
-    an epoch possibly fewer. With `tokens_per_step` it has sequences of at most that many tokens, or a single longer
-    one.
+    an epoch possibly fewer. If `tokens_per_step` is set, it replaces `batch_size`: a batch then has the sequences that
+    fit into that many tokens together, or a single longer one.
 
     Args:
         lengths: number of tokens of each sequence.
+        seed: seed of the run; with the number of the epoch, it determines the permutation.
     """
     steps = []
     for epoch in range(config.epochs):
