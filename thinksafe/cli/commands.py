@@ -89,8 +89,7 @@ def train(options: argparse.Namespace) -> None:
         if options.data is not None:
             import_examples(run, options.data)
         pipeline.train_student(run, checkpoints)
-        student = run.path / ("adapter" if run.recipe.training.method == "lora" else "model")
-        run.workers.on_leader(lambda: print(student))
+        run.workers.on_leader(lambda: print(run.student_folder))
 
 
 def evaluate(options: argparse.Namespace) -> None:

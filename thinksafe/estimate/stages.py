@@ -20,7 +20,6 @@ from thinksafe.estimate.workload import (
     response_lengths,
     unsteered_response_lengths,
 )
-from thinksafe.guards.config import GuardConfig
 from thinksafe.hardware import Hardware
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.lora import check_targets
@@ -262,11 +261,6 @@ def _kv_cache_bytes(config: EngineConfig, model: ModelConfig, hardware: Hardware
     return int(min(cache_bytes, max_bytes))
 
 
-def _member_guards(config: GuardConfig) -> list[GuardConfig]:
-    """Return the guards of an ensemble, without nesting; for another guard, a list of the guard alone."""
-    return [guard for member in config.members for guard in _member_guards(member)] or [config]
-
-
 def _judging_stage(
     name: str, texts: Sequence[TextLengths], recipe: Recipe, model: ModelConfig, hardware: Hardware, num_gpus: int
 ) -> StageEstimate:
@@ -278,7 +272,7 @@ def _judging_stage(
         texts: groups of responses to judge.
         model: configuration of the student, which stays in memory.
     """
-    members = [member for member in _member_guards(recipe.guard) if member.kind != "oracle"]
+    members = [member for member in recipe.guard.single_guards if member.kind != "oracle"]
     models = [shape_of(member.model, "guard.model") for member in members]
     memory = {"student": _weight_bytes(model, recipe.sampler)}
     memory["guard"] = sum(_weight_bytes(shape, member.sampler) for shape, member in zip(models, members, strict=True))
@@ -292,7 +286,7 @@ def _judging_stage(
             flops += shape.attention_flop(lengths.causal_pairs + template_pairs)
         cache_bytes = max(cache_bytes, _kv_cache_bytes(member.sampler, shape, hardware, sum(memory.values())))
     roofline_seconds = flops / hardware.flop_per_second / num_gpus
-    kinds = ", ".join(member.kind for member in _member_guards(recipe.guard))
+    kinds = ", ".join(member.kind for member in recipe.guard.single_guards)
     tokens = round(sum(lengths.response_tokens for lengths in texts))
     memory["key-value cache"] = cache_bytes
     return StageEstimate(name, tokens, roofline_seconds / SCORING_SHARE, roofline_seconds, memory, kinds)

@@ -19,7 +19,6 @@ from jinja2 import Environment, StrictUndefined
 from thinksafe.data.atomic import sha256, staging_folder
 from thinksafe.data.selection import Attempt, choose
 from thinksafe.errors import UserError
-from thinksafe.guards.config import GuardConfig
 from thinksafe.reporting.summary import read_coverage
 from thinksafe.run.attempts import Attempts
 from thinksafe.run.directory import RunDir
@@ -114,7 +113,7 @@ def _render_card(run: RunDir, file: Path, lengths: dict[str, list[int]], num_ste
     return environment.from_string(card).render(
         name=run.recipe.name,
         recipe=run.recipe,
-        guards=_single_guards(run.recipe.guard),
+        guards=run.recipe.guard.single_guards,
         figures=figures,
         rejected_shares={label: 1 - counts["rungs"][0]["accepted"] / counts["prompts"] for label, counts in labels},
         lost_shares={label: 1 - counts["accepted"] / counts["prompts"] for label, counts in labels},
@@ -125,11 +124,6 @@ def _render_card(run: RunDir, file: Path, lengths: dict[str, list[int]], num_ste
         manifest=manifest,
         hashes=digests | manifest.get("inputs", {}),
     )
-
-
-def _single_guards(guard: GuardConfig) -> list[GuardConfig]:
-    """Return the configurations of the single guards: the members of an ensemble and of its ensembles, or [guard]."""
-    return [single for member in guard.members for single in _single_guards(member)] or [guard]
 
 
 def _escape_cell(text: Any) -> str:

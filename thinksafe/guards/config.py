@@ -82,11 +82,14 @@ class GuardConfig:
         return self.members[0].tensor_parallel_size if self.members else self.sampler.tensor_parallel_size
 
     @property
+    def single_guards(self) -> tuple["GuardConfig", ...]:
+        """The guards that judge: the members of an ensemble and of its ensembles, in order, or this guard alone."""
+        return tuple(guard for member in self.members for guard in member.single_guards) or (self,)
+
+    @property
     def checkpoints(self) -> tuple[str, ...]:
         """Folders or hub names of the guard's models, for an ensemble in order of members; empty for `oracle`."""
-        if self.kind == "ensemble":
-            return tuple(name for member in self.members for name in member.checkpoints)
-        return () if self.kind == "oracle" else (self.model,)
+        return tuple(guard.model for guard in self.single_guards if guard.kind != "oracle")
 
     @property
     def guard_format(self) -> GuardFormat:

@@ -258,11 +258,10 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
 
     The folder is written under a temporary name and then replaces an earlier one. The leader calls this alone.
     """
-    is_lora = run.recipe.training.method == "lora"
-    folder = run.path / ("adapter" if is_lora else "model")
+    folder = run.student_folder
     staging = folder.with_name(folder.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    if is_lora:
+    if run.recipe.training.method == "lora":
         local_folder = expand_path(run.recipe.model)
         base_model = str(local_folder) if local_folder.is_dir() else run.recipe.model
         save_adapter(decoder, run.recipe.lora, staging, base_model)

@@ -182,6 +182,11 @@ class RunDir:
             write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     @property
+    def student_folder(self) -> Path:
+        """Folder of the trained student: an adapter, or a whole checkpoint after full fine-tuning."""
+        return self.path / ("adapter" if self.recipe.training.method == "lora" else "model")
+
+    @property
     def training_has_begun(self) -> bool:
         """Whether training has started, after which the accepted examples can no longer change."""
         return (self.path / "training").exists()
