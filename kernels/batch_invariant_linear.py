@@ -98,7 +98,7 @@ def _batch_invariant_linear_kernel(
 
 
 def choose_tile(T: int, N: int, itemsize: int, num_sms: int) -> LinearTileConfig:
-    """Return the first of TILE_CONFIGS[itemsize] that gives every SM at least one tile, or the smallest if none does.
+    """Return the largest tile of TILE_CONFIGS[itemsize] that leaves no SM without a tile, or the smallest if none does.
 
     Args:
         T, N: rows and columns of the result.

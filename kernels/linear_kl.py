@@ -347,7 +347,8 @@ def _linear_kl(
     x_student: Tensor, x_reference: Tensor, weight: Tensor, weight_reference: Tensor | None, row_weight: Tensor,
     direction: str, needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (weighted divergence [T] fp32, dX [T, H] of the student, dW [V, H] fp32).
+    """Return (weighted divergence [T] fp32, dX [T, H] in the dtype of x_student, dW [V, H] fp32): the value of
+    `linear_kl` without reduction, and its gradients by x_student and weight.
 
     The gradients are for an upstream gradient of 1 in every row, and have no elements without needs_x or needs_weight.
     """

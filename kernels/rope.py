@@ -233,7 +233,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Return q and k with Qwen3's RMSNorm applied to every head, then rotated as by `rope`; differentiable.
 
-    It takes one pass over each tensor. q, k and the gains get gradients.
+    On a GPU, norm and rotation together read q and k once and write the results once. q, k and the gains get gradients.
 
     Args:
         q: [T, num_heads, D], floating point; D even, and a power of two on a GPU.

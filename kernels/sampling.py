@@ -103,7 +103,8 @@ def sample_with_library(
         library: the result of `load_library`.
         logits: [B, V] fp32, rows contiguous.
         row_settings: (temperature, top_k, top_p, seed, position), as `sample` takes them.
-        stream: handle of the CUDA stream on which the kernel runs; None for the default stream.
+        stream: handle of the CUDA stream on which the kernel runs; None for CUDA's default stream, which may not be
+            torch's current stream.
 
     Raises:
         RuntimeError: the launch of the kernel failed.

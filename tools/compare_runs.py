@@ -178,7 +178,10 @@ def compare_json(old: Path, new: Path) -> str | None:
 
 
 def compare_recipes(old: Path, new: Path) -> str | None:
-    """Return the first difference between two recipes in YAML, `old` renamed to format 2, or None if they are equal."""
+    """Return the first difference between two YAML files of recipes, or None if they are equal.
+
+    The keys of `old` are renamed to format 2 first, and its automatic values of 0 become null.
+    """
     old_value, new_value = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (old, new))
     return first_difference(renamed_recipe(old_value), new_value)
 

@@ -287,6 +287,7 @@ def test_interrupt_during_imports_is_quiet(tmp_path, module):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["recipe", pytest.param("estimate", marks=pytest.mark.exhaustive)])
 def test_closed_output_pipe_is_no_error(command):
     (reader, writer), environment = os.pipe(), {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -386,6 +387,7 @@ def test_organism_is_not_built_into_a_full_folder(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_program_prints_one_line_and_exits_with_2(tmp_path):
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}

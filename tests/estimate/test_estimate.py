@@ -241,7 +241,8 @@ def test_command_prints_every_stage_and_the_cost(capsys):
     result, _ = estimate_of("qwen3-8b", gpu="H100", gpus=2)
     assert printed.startswith("qwen3-8b on 2 x H100, whose rates are expected from its data sheet")
     for stage in result.stages:
-        line = next(line for line in printed.splitlines() if line.strip().startswith(stage.name.replace("_", " ")))
+        title = "unsteered" if stage.name == "probe" else stage.name.replace("_", " ")
+        line = next(line for line in printed.splitlines() if line.strip().startswith(title))
         assert duration(stage.seconds) in line and "█" in line
         assert f"{short_number(stage.tokens)} tokens" in line and f"{stage.peak_bytes / 2**30:.1f} GiB" in line
     hours = 2 * result.seconds / 3600
@@ -284,6 +285,7 @@ def test_recipe_comment_is_the_estimate_counted_not_measured(name):
 # Comparison with the actual run
 
 
+@pytest.mark.slow
 def test_report_compares_the_estimate_with_the_actual_run(tmp_path, monkeypatch):
     monkeypatch.setattr("thinksafe.pipeline.preflight.hardware_of", lambda device: H200)
     out = tmp_path / "run"

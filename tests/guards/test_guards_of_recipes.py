@@ -72,6 +72,7 @@ def verdicts(world, tmp_path_factory):
     return verdicts_of_guard
 
 
+@pytest.mark.slow
 def test_custom_guard_needs_no_code(verdicts, world):
     decisions = {verdict.decision for verdict in verdicts["custom"].values()}
     assert "dropped" in decisions and decisions & {"safe", "unsafe"} and "unknown" not in decisions

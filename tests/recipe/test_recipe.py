@@ -137,6 +137,7 @@ MISTAKES = {
     "training.epoch=1": "did you mean training.epochs?",
     "trianing.epochs=1": "did you mean training?",
     "sede=1": "did you mean seed?",
+    "foo=1": "unknown key foo; `thinksafe recipe` lists all keys",
     "generation.sampling.temprature=1": "did you mean generation.sampling.temperature?",
     "guard.sampler.page_sise=1": "did you mean guard.sampler.page_size?",
     "evaluation.sets=[{name: a, source: b, kind: harmful, sample: 2}]": "did you mean evaluation.sets.0.samples?",

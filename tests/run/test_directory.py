@@ -69,12 +69,14 @@ def test_run_directory_of_another_version_gives_one_clear_error(tmp_path, capsys
             del manifest["format"]
         (run.path / "manifest.json").write_text(json.dumps(manifest))
         (run.path / "recipe.yaml").write_text("name: n\nmodel: m\nkey_of_another_version: 1\n")
-    error = f"run: made by {age} version of ThinkSafe; finish it with that version or use a new --out folder"
+    made_by = f"run: made by {age} version of ThinkSafe; finish it with that version or "
+    error = made_by + "use a new --out folder"
     with pytest.raises(UserError, match=error), RunDir.open(tmp_path / "run", RECIPE):
         pass
     with pytest.raises(UserError, match=error):
         RunDir(tmp_path / "run", RECIPE).manifest  # noqa: B018
-    with pytest.raises(UserError, match=error), RunDir.open(tmp_path / "new", RECIPE) as run:
+    import_error = made_by + "train on its accepted.jsonl with --data"
+    with pytest.raises(UserError, match=import_error), RunDir.open(tmp_path / "new", RECIPE) as run:
         import_responses(run, tmp_path / "run")
     assert main(["report", "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.endswith(f"{error}\n")
@@ -152,12 +154,12 @@ def test_batch_invariant_mode_fixes_tensor_parallel_size(tmp_path, section):
     "settings, difference",
     [
         ({"training": {"epochs": 4}}, "training.epochs: 4 instead of 3"),
-        ({"lora": {"target_modules": ["q_proj"]}}, "lora.target_modules.2: nothing instead of v_proj"),
+        ({"lora": {"target_modules": ["q_proj"]}}, "lora.target_modules.1: nothing instead of v_proj"),
         (
             {"evaluation": {"sets": [{"name": "a", "source": "f", "kind": "harmful"}]}},
-            "evaluation.sets.1.name: a instead of nothing",
+            "evaluation.sets.0.name: a instead of nothing",
         ),
-        ({"generation": {"steering": None}}, "generation.steering: None instead of prefix"),
+        ({"generation": {"steering": None}}, "generation.steering: null instead of prefix"),
     ],
 )
 def test_first_differing_key_is_named_with_both_values(tmp_path, settings, difference):
@@ -251,6 +253,7 @@ def test_second_process_must_wait_until_the_first_ends(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_killed_process_leaves_no_lock(tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\n"

@@ -211,7 +211,8 @@ COMMANDS = (
         "recipe",
         commands.print_recipe,
         "print a recipe with every key, its meaning and its default",
-        "The output is itself a recipe: save it, change it, and pass it to --recipe.",
+        "The output is itself a recipe: save it, change it, and pass it to --recipe. Without --recipe it holds the "
+        "defaults, with --set alone the recipe qwen3-0.6b with the change.",
         _RECIPE_OPTIONS,
     ),
 )
@@ -243,7 +244,9 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         _add_command(subparsers, command)
-    organism = subparsers.add_parser("organism", help="the bundled model organism", formatter_class=_HelpFormatter)
+    organism = subparsers.add_parser(
+        "organism", help="build a model organism from a seed", formatter_class=_HelpFormatter
+    )
     organism_subparsers = organism.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in ORGANISM_COMMANDS:
         _add_command(organism_subparsers, command)

@@ -51,8 +51,9 @@ def estimate_table(estimate: Estimate, name: str, memory_bytes: int, price: Pric
     lines = [f"{name} on {gpus}, whose rates are {rates}", ""]
     for stage in estimate.stages:
         gib = stage.peak_bytes / 2**30
+        title = "unsteered" if stage.name == "probe" else stage.name.replace("_", " ")  # as the progress bar shows it
         lines.append(
-            f"{stage.name.replace('_', ' '):>16}  {duration(stage.seconds):>12}  "
+            f"{title:>16}  {duration(stage.seconds):>12}  "
             f"{bar(stage.seconds / longest, _TIME_BAR_WIDTH)}  {short_number(stage.tokens):>7} tokens  {gib:6.1f} GiB  "
             f"{bar(stage.peak_bytes / memory_bytes, _MEMORY_BAR_WIDTH, '░')}  "
             + " + ".join(f"{part} {size / 2**30:.1f}" for part, size in stage.memory.items())

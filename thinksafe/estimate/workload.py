@@ -144,7 +144,10 @@ def response_lengths(
         counts = {label: (count, recipe.generation.samples) for label, count in _prompt_counts(recipe).items()}
     max_tokens = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
     small = model.num_parameters < _MAX_SMALL_PARAMETERS
-    assumptions.append(f"prompts have {_PROMPT_TOKENS} tokens, responses are as long as in the paper, all are accepted")
+    assumptions.append(
+        f"prompts have {_PROMPT_TOKENS} tokens, responses are as long as in the paper (at most {max_tokens:,}), "
+        "all are accepted"
+    )
     return {
         label: TextLengths.from_mean(prompts, samples, _PAPER_RESPONSE_TOKENS[small][label], max_tokens)
         for label, (prompts, samples) in counts.items()

@@ -28,7 +28,7 @@ def import_responses(run: RunDir, file: Path) -> None:
             that is not a response, or has a format of another version of ThinkSafe.
     """
     if file.is_dir():
-        check_format(file)
+        check_format(file, "train on its accepted.jsonl with --data")
     if (run.path / "prompts.jsonl").exists() and not run.is_done("generate"):
         raise UserError(f"--responses {file}: {run.path} already samples responses; use a new --out folder")
     files = [file / "responses.jsonl", *sorted(file.glob("rungs/*.responses.jsonl"))] if file.is_dir() else [file]

@@ -139,7 +139,8 @@ def _describe(problem: Any) -> str:
 def _describe_unknown_key(path: list[str]) -> str:
     """Return the message about a key that its section does not have.
 
-    It names the present key if the key was renamed, else the most similar key of the section if one is close.
+    It names the present key if the key was renamed, else the most similar key of the section if one is close, else the
+    command that lists all keys.
 
     Args:
         path: keys and list indices that lead to the key; the key is last.
@@ -149,8 +150,8 @@ def _describe_unknown_key(path: list[str]) -> str:
     if new_key := RENAMED_KEYS.get(section, {}).get(key):
         return f"key {'.'.join(path)} was renamed; use {'.'.join([*parents, new_key])}"
     close_keys = difflib.get_close_matches(key, _keys_of(section), n=1)
-    hint = f"; did you mean {'.'.join([*parents, *close_keys])}?" if close_keys else ""
-    return f"unknown key {'.'.join(path)}{hint}"
+    suggestion = f"did you mean {'.'.join([*parents, *close_keys])}?" if close_keys else ""
+    return f"unknown key {'.'.join(path)}; {suggestion or '`thinksafe recipe` lists all keys'}"
 
 
 def _section_at(path: list[str]) -> type | None:

@@ -34,10 +34,13 @@ FORMAT = 2
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "datasets", "pyarrow")
 
 
-def check_format(path: Path) -> None:
+def check_format(path: Path, remedy: str = "use a new --out folder") -> None:
     """Check that a run directory has the format of this version of ThinkSafe; return nothing.
 
     A missing or damaged manifest passes; `RunDir.manifest` reports a damaged one.
+
+    Args:
+        remedy: what to do other than finishing the run with its version, for the error message.
 
     Raises:
         UserError: a version with another format made it.
@@ -48,9 +51,7 @@ def check_format(path: Path) -> None:
         return
     if isinstance(manifest, dict) and "stages" in manifest and manifest.get("format") != FORMAT:
         age = "an earlier" if manifest.get("format", 1) in range(FORMAT) else "a later"
-        raise UserError(
-            f"{path}: made by {age} version of ThinkSafe; finish it with that version or use a new --out folder"
-        )
+        raise UserError(f"{path}: made by {age} version of ThinkSafe; finish it with that version or {remedy}")
 
 
 class StageClock:

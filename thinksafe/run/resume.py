@@ -1,5 +1,6 @@
 """Decisions on which recipe may resume which run."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,7 +79,9 @@ def check_same_recipe(recipe_file: Path, recipe: Recipe) -> None:
         new_values, old_values = _flatten(asdict(recipe)), _flatten(asdict(recorded))
         keys = new_values | old_values
         values = ((key, new_values.get(key, "nothing"), old_values.get(key, "nothing")) for key in keys)
-        difference = next(f"{key}: {new} instead of {old}" for key, new, old in values if new != old)
+        difference = next(
+            f"{key}: {_yaml_text(new)} instead of {_yaml_text(old)}" for key, new, old in values if new != old
+        )
     free_settings = ", ".join(f"{section}.{{{', '.join(names)}}}" for section, names in memory_only.items())
     raise UserError(
         f"--out {recipe_file.parent}: belongs to a run with another recipe ({difference}); use the same recipe, or a "
@@ -90,14 +93,14 @@ def check_same_recipe(recipe_file: Path, recipe: Recipe) -> None:
 def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     """Return a recipe's plain values by dotted key, such as `training.epochs`.
 
-    Elements of a tuple are numbered from 1; an empty tuple or dict has no key.
+    Elements of a tuple are numbered from 0, as in the errors of a recipe; an empty tuple or dict has no key.
 
     Args:
         value: nested dicts and tuples of plain values.
         key: dotted key of `value` itself.
     """
     if isinstance(value, tuple):
-        value = dict(enumerate(value, start=1))
+        value = dict(enumerate(value))
     if not isinstance(value, dict):
         return {key: value}
     return {
@@ -105,6 +108,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
         for name, entry in value.items()
         for plain_key, plain_value in _flatten(entry, f"{key}.{name}" if key else str(name)).items()
     }
+
+
+def _yaml_text(value: Any) -> str:
+    """Return a plain value as a recipe spells it: null, true and false; a text without quotation marks."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def memory_only_fields(sampler: EngineConfig) -> list[str]:
