@@ -245,12 +245,12 @@ def _run_continuous_batching(
     """Send all requests at once to transformers' continuous batching, and wait for all results.
 
     Args:
-        start_manager: returns the manager, which all calls share; the first call starts it.
+        start_manager: returns the manager, the same at every call; the first call starts it.
         prompts: token ids of each prompt.
         lengths: number of response tokens of each prompt.
 
     Raises:
-        RuntimeError: a response failed, did not arrive for 30 seconds, or has another length.
+        RuntimeError: a response failed or has another length, or no response arrived for 30 seconds.
     """
     manager, call_id = start_manager(), time.monotonic_ns()
     for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):

@@ -59,12 +59,14 @@ def hugging_face_kernels(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_transformers_finds_the_hugging_face_kernels(hugging_face_kernels):
     available, file = run_python(FIND_KERNELS, hugging_face_kernels).split()
     assert available == "True"
     assert Path(file) == hugging_face_kernels / "kernels" / "__init__.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("kernels") is not None and importlib.util.find_spec("kernels").origin is not None,
     reason="the Hugging Face package kernels is installed here",
@@ -89,6 +91,7 @@ def test_kernels_are_imported_under_one_name():
             assert f"import {folder}" not in text and f"from {folder}" not in text, file
 
 
+@pytest.mark.slow
 def test_wheel_holds_code_recipes_templates_and_bundle(tmp_path):
     """The build runs without isolation, so that the test needs no network."""
     source = tmp_path / "source"
@@ -138,6 +141,7 @@ def test_error_of_nvcc_stops_the_installation(tmp_path):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_gpu_tests_and_benchmarks_need_few_packages():
     """`make gpu` installs nothing, and a GPU machine may lack these packages."""
     missing_packages = ["pydantic", "datasets", "deepspeed", "flash_attn", "trl", "math_verify"]

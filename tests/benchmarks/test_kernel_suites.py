@@ -106,6 +106,7 @@ def test_sampler_suite_prefills_prompts_in_every_run(monkeypatch):
     assert row["tokens/s"] > 0 and engine.scheduler.computed_tokens > 4 * 4 * 64 and not engine.scheduler.shared_tokens
 
 
+@pytest.mark.slow
 def test_failing_variants_are_noted_and_others_measured():
     calls, notes = [], []
 
@@ -140,6 +141,7 @@ def results_folder(monkeypatch, tmp_path):
     return tmp_path / "results" / harness.device_name()
 
 
+@pytest.mark.slow
 def test_results_are_written_after_each_section_despite_failures(monkeypatch, results_folder, capsys):
     records = []
 
@@ -205,6 +207,7 @@ def test_result_is_written_as_json_and_page(results_folder):
         assert line in page.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run whole suites on a GPU")
 def test_kernel_suites_are_skipped_without_a_gpu():
     command = [sys.executable, "-m", "benchmarks.run", "--suite", *run.KERNEL_SUITES]

@@ -63,6 +63,7 @@ def test_elementwise_suite_measures_every_case(monkeypatch, notes):
     assert len(elementwise.sections(notes)["H 1,024"]()) == 5 * 2 * 3
 
 
+@pytest.mark.slow
 def test_linear_suite_measures_every_variant(monkeypatch, notes):
     monkeypatch.setattr(linear, "_SHAPES", {"qwen3-8b": (32, 48), "qwen3-0.6b": (32, 48)})
     monkeypatch.setattr(linear, "_WEIGHT_BYTES", 2 * 32 * 96)
@@ -75,6 +76,7 @@ def test_decode_pass_is_measured_with_its_attention(notes):
     assert row["tokens/s"] > 0 and row["attention ms"] > 0
 
 
+@pytest.mark.slow
 def test_end_to_end_suite_measures_all_modes(monkeypatch, notes):
     """Transformers' engine is replaced: its thread does not see the stand-in. Another test covers it."""
     monkeypatch.setattr(sampler, "_run_continuous_batching", lambda start, prompts, lengths: None)
@@ -118,6 +120,7 @@ def test_guard_suite_measures_every_variant(monkeypatch, notes):
     assert len(rows) == 4 and any("verdicts change" in note for note in notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_suite_measures_every_variant(monkeypatch, notes, method):
     use_taped_graphs(monkeypatch)
@@ -136,6 +139,7 @@ def test_precision_suite_measures_every_variant(monkeypatch, notes):
     assert len(precision.sections(notes)["qwen3-0.6b"]()) == 7
 
 
+@pytest.mark.slow
 def test_failed_mode_does_not_stop_the_others(monkeypatch):
     def fail(decoder):
         raise RuntimeError("no e4m3")

@@ -44,6 +44,7 @@ def sign_agreement(decoder, transformers_model, sequences, epoch) -> dict[str, f
     return shares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_trl_takes_the_same_step(ours_and_transformers, settings):
     """AdamW's first step is the sign of the gradient, so another loss would move many weights the other way."""
@@ -61,6 +62,7 @@ def test_padded_loop_takes_the_same_step(ours_and_transformers):
     )
 
 
+@pytest.mark.slow
 def test_missing_peers_are_named_and_left_out(monkeypatch):
     monkeypatch.setattr(train, "import_peer", lambda module, notes: notes.append(f"absent: {module}"))
     monkeypatch.setattr(train, "response_lengths", lambda count, mean, longest, seed: [9] * count)
@@ -79,6 +81,7 @@ def test_missing_peers_are_named_and_left_out(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_passes_with_and_without_graphs_are_measured(monkeypatch):
     use_taped_graphs(monkeypatch)
     monkeypatch.setattr(train, "import_peer", lambda module, notes: None)

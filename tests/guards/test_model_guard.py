@@ -292,6 +292,7 @@ def test_policy_is_computed_once_and_only_verdicts_reach_the_head(guard, kind, m
     assert first_question_tokens <= sum(passes) <= first_question_tokens + 3 * 16 * len(pairs) * (len(questions) - 1)
 
 
+@pytest.mark.slow
 def test_passes_are_full(decoders, tokenizers):
     """Responses have all lengths, the longest last; only the last pass of a question may have room for more tokens."""
     small = EngineConfig(max_prefill_tokens=256, kv_cache_gib=0.05)

@@ -22,6 +22,7 @@ from thinksafe.kernels.sampling import sample, sample_with_library
 
 ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 1024
+pytestmark = pytest.mark.slow  # the tests compile the kernel
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 

@@ -44,6 +44,7 @@ def finished(tmp_path_factory):
     return folder / "run", arguments
 
 
+@pytest.mark.slow
 def test_training_with_cuda_graphs_gives_the_same_losses(finished, tmp_path, monkeypatch, capsys):
     path, arguments = finished
     data = ["--data", str(path / "accepted.jsonl"), "--set", "lora.dropout=0"]
@@ -59,6 +60,7 @@ def test_training_with_cuda_graphs_gives_the_same_losses(finished, tmp_path, mon
     assert losses["auto"] == pytest.approx(losses["none"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_student_sampled_in_fp8_is_trained_in_full_precision(tmp_path):
     """Weights and cache are in e4m3 and sampling is batch-invariant, in a whole run."""
     arguments = run_arguments(tmp_path / "sets", num_prompts=12, num_evaluated=4)
@@ -182,6 +184,7 @@ def test_repeating_a_finished_run_computes_nothing(finished, monkeypatch):
     assert changed <= {"report.html", "report.json", ".lock"}
 
 
+@pytest.mark.slow
 def test_single_stages_give_the_results_of_a_run(finished, tmp_path):
     out, arguments = finished
     for command in ("generate", "filter", "train", "evaluate", "report"):

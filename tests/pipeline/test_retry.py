@@ -176,6 +176,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_kill_at_any_event_does_not_change_the_results(tmp_path, fresh_seed, monkeypatch):
     """The kill is before or after an appended record or a rename, also while marks are imported."""
     monkeypatch.setattr(StageClock, "tick", lambda clock: None)
@@ -251,6 +252,7 @@ def test_training_without_accepted_responses_is_an_error(tmp_path):
     assert (tmp_path / "run" / "accepted.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_second_process_in_a_run_directory_is_an_error(tmp_path):
     """The records of the first process stay intact."""
     whole_recipe = recipe(tmp_path)

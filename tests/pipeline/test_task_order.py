@@ -1,6 +1,7 @@
 """The order of the sampling tasks saves time. A scheduler runs without a model; sampler/roofline.py times each pass."""
 
 import numpy as np
+import pytest
 
 from benchmarks.shapes import MODELS, response_lengths
 from thinksafe.data.records import Prompt
@@ -29,6 +30,7 @@ def seconds_of(lengths: list[int]) -> float:
     return seconds
 
 
+@pytest.mark.slow
 def test_starting_steered_responses_last_saves_time():
     """The mean lengths are the paper's: 442 tokens with a refusal instruction, 866 without."""
     prompts = [Prompt(f"p{i}", f"prompt {i}", "harmful" if i % 2 else "benign") for i in range(300)]

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -367,9 +368,9 @@ def sections() -> set[type]:
     return visited
 
 
-@pytest.mark.parametrize("section", sorted(sections(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
-def test_every_key_is_read_by_the_package(section):
-    """Code reads it as `section.key`, outside the checks in `__post_init__`."""
+@cache
+def attributes_read() -> set[str]:
+    """Return the attributes that the package reads outside the checks in `__post_init__`."""
     read: set[str] = set()
     files = [file for folder in (PACKAGE, PACKAGE / "kernels", PACKAGE / "launch") for file in folder.rglob("*.py")]
     for file in files:
@@ -385,7 +386,13 @@ def test_every_key_is_read_by_the_package(section):
             for node in ast.walk(tree)
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks
         }
-    unread = {field.name for field in dataclasses.fields(section)} - read
+    return read
+
+
+@pytest.mark.parametrize("section", sorted(sections(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
+def test_every_key_is_read_by_the_package(section):
+    """Code reads it as `section.key`, outside the checks in `__post_init__`."""
+    unread = {field.name for field in dataclasses.fields(section)} - attributes_read()
     assert not unread, f"no code reads {unread} of {section.__name__}"
 
 

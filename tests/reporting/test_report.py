@@ -328,6 +328,7 @@ def test_change_without_an_interval_is_not_claimed(report, tmp_path, missing):
     assert "better" not in "".join(re.findall(r'class="([^"]*)"', card)) and "overlapping" not in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "before, after, lower_is_better, higher_is_better",
     [

@@ -75,7 +75,9 @@ SWEEP = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=() if family == "qwen3" else pytest.mark.slow) for family in FAMILIES]
+)
 def test_greedy_responses_equal_those_of_transformers(overcommit, family):
     decoder, model = models(family)
     requests = make_requests(PROMPTS)
@@ -212,6 +214,7 @@ def with_logprobs(completions: dict[str, Completion]) -> dict:
     return {id_: (c.tokens, c.finish_reason, c.logprobs) for id_, c in completions.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -258,6 +261,7 @@ def test_default_mode_log_probabilities_depend_on_the_batch():
     assert any(with_logprobs(answers(engine_of(decoder), [r]))[r.id] != batched[r.id] for r in requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_batches_in_flight", [2, pytest.param(3, marks=pytest.mark.exhaustive), 4])
 def test_running_ahead_of_results_changes_nothing(overcommit, max_batches_in_flight):
     """As on a GPU: the next passes are scheduled before the host knows whether a response has ended."""
@@ -321,6 +325,7 @@ def test_log_probabilities_equal_those_of_transformers(family):
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected[:, 0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_repeating_response_ends_as_repetition_if_enabled():
     """The model has zero attention and MLP outputs, so its greedy response repeats itself at once."""
     decoder, _ = models("qwen3")

@@ -129,6 +129,7 @@ def nan_decoder(tmp_path_factory):
     return decoder
 
 
+@pytest.mark.slow
 def test_only_requests_with_nan_logits_end_as_nan(nan_decoder, overcommit):
     """Healthy sequences also reuse pages that contain NaN, and are in one batch with such pages."""
     healthy = make_requests(random_prompts([3, 9, 20, 33, 6, 14], seed=13), stop_ids=(NAN_TOKEN,))

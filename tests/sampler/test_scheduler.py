@@ -207,6 +207,7 @@ def check_workload(workload) -> None:
     assert all(actual[id_].logprobs == completion.logprobs for id_, completion in expected.items())
 
 
+@pytest.mark.slow
 @settings(max_examples=250, deadline=None)
 @given(workloads(st.integers(0, 2)))
 def test_response_does_not_depend_on_other_requests(workload):
@@ -240,6 +241,7 @@ def test_many_requests_of_mixed_length_are_answered(fresh_seed, monkeypatch, num
     assert scheduler.preemptions > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_prefill_tokens", [11, pytest.param(23, marks=pytest.mark.exhaustive)])
 def test_small_pool_mixes_up_no_sequences(fresh_seed, monkeypatch, max_prefill_tokens):
     """Prompts are preempted during their prefill, and a slot may get a new sequence within one step."""

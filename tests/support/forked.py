@@ -4,6 +4,7 @@ They are real processes: each has its own memory, can be killed, and reaches the
 the server's hash seed, which separate interpreters do not; tests/support/launches.py starts those.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,8 @@ class ForkedProcess:
         streams = (self._output, self._errors)
         self._process = _CONTEXT.Process(target=_run, args=(streams, environment or {}, function, arguments))
         self._process.start()
+        # A test that fails may leave it hanging, and multiprocessing would wait for it when the interpreter exits.
+        atexit.register(self._process.kill)
 
     @property
     def returncode(self) -> int | None:
@@ -93,7 +96,11 @@ def _run(streams: tuple[Path, Path], environment: dict[str, str], function: Call
 def start_forked_workers(
     num_workers: int, function: Callable, *arguments, environment: dict[str, str] | None = None
 ) -> list[ForkedProcess]:
-    """Start workers that no launcher watches, as on several machines; each runs `function(*arguments)`."""
+    """Start workers that no launcher watches, as on several machines; each runs `function(*arguments)`.
+
+    Returns:
+        The processes, in order of rank.
+    """
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": str(num_workers)}
     shared |= {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})
     return [

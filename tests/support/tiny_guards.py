@@ -166,7 +166,11 @@ def guards(decoders, tokenizers):
     return {kind: ModelGuard(decoders[kind], tokenizers[kind], config(kind)) for kind in KINDS}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[
+        pytest.param(kind, marks=() if kind in ("llama_guard", "wildguard") else pytest.mark.slow) for kind in KINDS
+    ]
+)
 def kind(request):
     return request.param
 

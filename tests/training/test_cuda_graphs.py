@@ -84,6 +84,7 @@ def assert_close(actual: dict, expected: dict):
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, checkpointing, with_reference",
     combinations(["tied lora", "tied full", "untied full"], ["none", "selective", "full"], [False, True], together=2),
@@ -154,6 +155,7 @@ def train_until(folder, out, method, dtype, until=None, checkpointing="none"):
     return {name: parameter.detach().clone() for name, parameter in trainer.parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [2, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "method, dtype, checkpointing", [("lora", torch.float32, "full"), ("full", torch.bfloat16, "none")], ids=str

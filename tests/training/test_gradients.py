@@ -274,6 +274,7 @@ for trial in range(300):
 """
 
 
+@pytest.mark.slow
 def test_interrupt_at_any_moment_ends_the_loop():
     """A lock that the interrupt leaves locked would block the thread that makes packs, and the loop would hang."""
     process = subprocess.run([sys.executable, "-c", _INTERRUPT_SCRIPT], capture_output=True, text=True, timeout=60)

@@ -147,6 +147,7 @@ def test_nonfinite_example_is_identified_in_its_pack(untied_student, tmp_path):
         trainer.step(pack(sequences[:4], 10**6, CPU), 1e-3)
 
 
+@pytest.mark.slow
 def test_run_with_left_out_steps_resumes_bit_for_bit(untied_student, tmp_path):
     """It does so too if the steps before the checkpoint, or all steps so far, were left out."""
     for names in ("aBcDEfg", "ABcdefg", "abCDeFg"):

@@ -26,6 +26,7 @@ from thinksafe.training.packing import TrainingSequence
 pytest_plugins = ["tests.support.training_runs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_kills", [2, pytest.param(NUM_STEPS - 1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     "method, dtype", [("lora", torch.float32), ("full", torch.float32), ("full", torch.bfloat16)], ids=str

@@ -158,6 +158,7 @@ def test_missing_wandb_login_stops_before_any_work(tmp_path, monkeypatch, wandb,
     assert capsys.readouterr().err.endswith(expected)
 
 
+@pytest.mark.slow
 def test_trackers_are_not_imported_by_default():
     code = "import sys, thinksafe.pipeline; print([n for n in ('tensorboard', 'wandb') if n in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
