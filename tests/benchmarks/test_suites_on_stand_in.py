@@ -17,6 +17,8 @@ from benchmarks.shapes import MODELS, head_case
 from tests.emulation.gpu_stand_in import fake_h200
 from tests.emulation.taped_graphs import use_taped_graphs
 
+pytestmark = pytest.mark.slow  # every test runs a suite
+
 TINY_MODEL = MODELS["cpu-0.3m"] | {"num_hidden_layers": 2}
 
 

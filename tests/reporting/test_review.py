@@ -28,6 +28,7 @@ from thinksafe.pipeline.imports import import_marks
 from thinksafe.run.directory import RunDir
 
 pytest_plugins = ["tests.support.judged_run"]
+pytestmark = pytest.mark.slow  # every test drives a browser
 
 
 @pytest.fixture(scope="module")
