@@ -125,9 +125,9 @@ def attempt(name: str, call: Callable[[], Any], notes: list[str]) -> bool:
     """Run `call`; return True if it finished, or False if it raised an exception, which becomes a note.
 
     Args:
-        name: name of what is run, for the note. If it starts with `ThinkSafe`, the note starts with FAILURE_PREFIX and
-            the traceback is printed; otherwise the note starts with `left out: `.
-        notes: gets the note.
+        name: name of what is run. If it starts with `ThinkSafe`, the note starts with FAILURE_PREFIX, and the traceback
+            goes to stderr, not into the note; otherwise the note starts with `left out: `.
+        notes: gets the note: prefix, name, type of the exception, and the first line of its message.
     """
     try:
         call()

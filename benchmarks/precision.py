@@ -173,9 +173,11 @@ def _measure_training(bf16_decoder: Decoder, fp8_decoder: Decoder) -> dict[str, 
 
 
 def _measure_fp8_head(bf16_decoder: Decoder) -> dict[str, float]:
-    """Return the columns of `measure_errors` for a decoder in which only the language-model head is in e4m3.
+    """Return the columns of `measure_errors` if only the weights of the language-model head are rounded to e4m3.
 
-    The head's weights are rounded, its inputs are not. The tokens are random; no engine runs.
+    Both heads multiply, in fp32, the hidden states that the plain decoder has for one random text; no engine runs.
+    Log-probabilities are those of tokens drawn from the plain distribution. Tokens 0 and 1 stand for the verdicts at
+    every position.
     """
     head = dequantize(*quantize(bf16_decoder.head.detach()), torch.float32)
     text = torch.randint(

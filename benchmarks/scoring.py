@@ -47,7 +47,8 @@ def sections(notes: list[str]) -> Sections:
 
 
 def peer_scores(notes: list[str]) -> Scores:
-    """Return the variants of torch and of the installed peers.
+    """Return functions that compute the log-probabilities of target tokens: those of torch, of torch.compile, and of the
+    installed peers.
 
     Args:
         notes: gets the peers that are not installed or cannot be imported.

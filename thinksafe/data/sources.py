@@ -102,7 +102,8 @@ def _dataset_rows(key: str, source: str, config: str | None, split: str) -> Iter
 
 @contextmanager
 def _without_logging() -> Iterator[None]:
-    """Silence the hub's client, which logs every retry, and `datasets`, which logs every file, during the body."""
+    """Silence the hub's client, which logs every retry, and `datasets`, which logs every file, during the body. The
+    progress bars of `datasets` are off during the body and on after it."""
     import datasets
 
     loggers = [logging.getLogger("huggingface_hub"), logging.getLogger("datasets")]

@@ -28,7 +28,14 @@ def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
 
 
 def _rows(evaluation_set: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) of the selected rows, with columns renamed to `text`, `answer` and `label`."""
+    """Yield (where, row) of the selected rows, with columns renamed to `text`, `answer` and `label`.
+
+    Without `columns` a row keeps all its columns. A row without a label gets the label of the set's kind. With
+    `answer_marker` the answer is the text after its last marker.
+
+    Raises:
+        UserError: a row has no such column, or no marker in its answer.
+    """
     columns, wanted_values = evaluation_set.columns or {}, evaluation_set.filter or {}
     for location, row in load_rows(evaluation_set.source, evaluation_set.config, evaluation_set.split):
         if missing := sorted({*columns.values(), *wanted_values} - row.keys()):

@@ -208,7 +208,8 @@ class World:
         return _shuffled(rng, samples)
 
     def eval_harmful(self, count: int = 240, split: Split = "heldout") -> list[Sample]:
-        """Return `count` how-to requests about different hazardous nouns, shuffled; half of them are adversarial.
+        """Return `count` how-to requests about different hazardous nouns, shuffled; half of them are adversarial. The
+        samples have no response.
 
         Args:
             split: split of the nouns and of the phrasings.
