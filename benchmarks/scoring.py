@@ -47,7 +47,7 @@ def sections(notes: list[str]) -> Sections:
 
 
 def peer_scores(notes: list[str]) -> Scores:
-    """Return functions that compute the log-probabilities of target tokens: those of torch, of torch.compile, and of the
+    """Return functions that compute the log-probabilities of target tokens: torch's, torch.compile's and those of the
     installed peers.
 
     Args:
