@@ -1,10 +1,10 @@
 """The start-up check of batch-invariant mode: on this device, the bits of a row must not depend on the other rows.
 
 The kernels are written for this (batch_invariant_linear.py, paged_decode.py). On another machine a compiler, a BLAS or
-a communication library could break it, and nobody would notice. So this file computes every matmul, a prompt chunk, a
-decode step, sampling and scoring for the same random rows in batches of many sizes, with the weights of the run. All
-layers have the same shapes, so one layer represents all of them. The whole check costs as much as reading about a
-thousand tokens with Qwen3-0.6B at 8,192 tokens a pass.
+a communication library could break it without an error. The check uses the weights of the run. It computes the same
+random rows in batches of many sizes: every matmul, a prompt chunk, a decode step, sampling and scoring. All layers have
+the same shapes, so one layer represents all of them. The check costs as much as reading about a thousand tokens with
+Qwen3-0.6B at 8,192 tokens a pass.
 """
 
 from collections.abc import Callable, Iterator
