@@ -123,7 +123,7 @@ def test_single_process_claims_everything_and_never_waits(monkeypatch):
 
 
 _RESTARTED = """
-import os, sys
+import os
 from thinksafe.distributed import liveness
 from thinksafe.distributed.workers import Workers
 liveness.HEARTBEAT_SECONDS, liveness.SHUTDOWN_TIMEOUT = 0.25, 3.0
@@ -132,7 +132,8 @@ with Workers.start() as workers:
     add = workers.shared_counter()
     add(len(claimed))
     workers.barrier()
-    print("started", restarts, workers.on_leader(lambda: [restarts, add(0)]), flush=True)
+    line = f"started {restarts} {workers.on_leader(lambda: [restarts, add(0)])}\\n"
+    os.write(1, line.encode())  # a single write: the lines of two workers cannot mix
     if restarts == "0" and workers.rank == 1:
         os._exit(3)
     workers.barrier()
