@@ -8,7 +8,8 @@ from thinksafe.data.records import Prompt
 from thinksafe.hardware import hardware_named
 from thinksafe.model.config import ModelConfig
 from thinksafe.pipeline.responses import SamplingTask, longest_first
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import SamplingConfig
+from thinksafe.sampler.request import Request
 from thinksafe.sampler.roofline import ByteCounts, roofline_seconds
 from thinksafe.sampler.scheduler import Scheduler
 
@@ -35,7 +36,7 @@ def test_starting_steered_responses_last_saves_time():
     """The mean lengths are the paper's: 442 tokens with a refusal instruction, 866 without."""
     prompts = [Prompt(f"p{i}", f"prompt {i}", "harmful" if i % 2 else "benign") for i in range(300)]
     tasks = [SamplingTask(prompt, "prefix" if prompt.label == "harmful" else None) for prompt in prompts]
-    order = longest_first(enumerate(tasks))
+    order = longest_first(range(300), tasks)
     assert sorted(order) == list(range(300))
     savings = []
     for seed in range(4):
@@ -52,5 +53,5 @@ def test_samples_of_a_prompt_stay_together():
     tasks = [
         SamplingTask(p, "prefix" if p.label == "harmful" else None, sample) for p in prompts for sample in range(3)
     ]
-    assert longest_first(enumerate(tasks)) == [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]
-    assert longest_first([]) == []
+    assert longest_first(range(12), tasks) == [0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11]
+    assert longest_first([], tasks) == []

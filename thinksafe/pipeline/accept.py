@@ -13,6 +13,7 @@ from thinksafe.run.attempts import Attempts
 from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
 from thinksafe.run.marks import read_marks
+from thinksafe.run.stage import run_stage
 
 
 @leader_only
@@ -27,15 +28,16 @@ def accept_responses(run: RunDir) -> None:
     """
     if run.is_done("accept"):
         return
-    clock, marks = run.clock("accept"), read_marks(run)
-    attempts = Attempts(run, marks)
-    files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"]
-    with atomic_writer(files[0]) as accepted_file, atomic_writer(files[1]) as audit_file:
-        for prompt_attempts in attempts:
-            if kept := choose(prompt_attempts):
-                accepted_file.write(to_json(kept.example) + "\n")
-            audit_file.write(json.dumps(audit_record(prompt_attempts), ensure_ascii=False) + "\n")
-    run.finish_stage("accept", files + [run.path / "marks.jsonl"] * bool(marks), clock, tokens=0, records=len(attempts))
+    with run_stage(run, "accept") as stage:
+        marks = read_marks(run)
+        attempts = Attempts(run, marks)
+        stage.files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"] + [run.path / "marks.jsonl"] * bool(marks)
+        stage.records = len(attempts)
+        with atomic_writer(stage.files[0]) as accepted_file, atomic_writer(stage.files[1]) as audit_file:
+            for prompt_attempts in attempts:
+                if kept := choose(prompt_attempts):
+                    accepted_file.write(to_json(kept.example) + "\n")
+                audit_file.write(json.dumps(audit_record(prompt_attempts), ensure_ascii=False) + "\n")
 
 
 def require_accepted_examples(run: RunDir) -> Path:

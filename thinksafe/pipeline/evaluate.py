@@ -1,14 +1,18 @@
 """Stages evaluate_before and evaluate_after: measure harm, over-refusal and reasoning of the student."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from thinksafe.data.atomic import write_atomically
 from thinksafe.data.jsonl import RecordFile, to_json
 from thinksafe.data.records import Response, Verdict, content_hash
+from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.metrics import measure
 from thinksafe.evaluation.sets import evaluation_prompts
+from thinksafe.model.decoder import Decoder
 from thinksafe.pipeline.checks import check_same_student
 from thinksafe.pipeline.generate import sample_to_file
 from thinksafe.pipeline.judge import judge_to_file
@@ -16,6 +20,7 @@ from thinksafe.pipeline.responses import SamplingTask
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
+from thinksafe.run.stage import Stage, run_stage
 
 Phase = Literal["before", "after"]
 """Whether the student is measured before or after training."""
@@ -29,59 +34,59 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
 
     Args:
         phase: `before` measures the recipe's checkpoint, `after` the trained student.
-        adapter: folder of the adapter to measure as `after`. None: the trained student of the run directory, which is
-            the folder `model` if it exists, else `adapter`. Must be None for `before`.
+        adapter: folder of the adapter to measure as `after`; None for the trained student of the run directory. Must be
+            None for `before`.
 
     Raises:
         UserError: for `after`, there is no trained student, or this run directory holds an evaluation of another one;
             an evaluation set cannot be read, or it or the recipe's checkpoint has changed since the run began.
     """
-    stage = f"evaluate_{phase}"
-    sets = run.recipe.evaluation.sets
-    if not sets:
+    if not run.recipe.evaluation.sets:
         return
-    checkpoint = None
-    if phase == "after" and adapter is None:
-        trained_model = run.path / "model"
-        checkpoint, adapter = (
-            (trained_model, None) if run.workers.on_leader(trained_model.exists) else (None, run.path / "adapter")
-        )
+    load_student = checkpoints.sampled_student
     if phase == "after":
-        student = checkpoint or adapter
-        run.workers.on_leader(lambda: check_same_student(run.path / "evaluation" / phase, student))
-        for name in run.workers.on_leader(lambda: sorted(file.name for file in student.glob("*.safetensors"))):
-            write_on_leader(student / name, run.workers)
-    if run.is_done(stage):
+        is_adapter = adapter is not None or run.recipe.training.method == "lora"
+        student = adapter or run.student_folder
+        load_student = partial(load_student, **{"adapter" if is_adapter else "folder": student})
+        _require_same_student(run, student)
+    if run.is_done(f"evaluate_{phase}"):
         return
-    clock, tokens, results, files = run.clock(stage), 0, [], []
-    prompts = {evaluation_set.name: evaluation_prompts(evaluation_set) for evaluation_set in sets}
-    for evaluation_set in sets:
-        run.pin_input(f"evaluation set {evaluation_set.name}", content_hash(map(to_json, prompts[evaluation_set.name])))
-        responses_file = run.path / "evaluation" / phase / f"{evaluation_set.name}.responses.jsonl"
-        verdicts_file = run.path / "evaluation" / phase / f"{evaluation_set.name}.verdicts.jsonl"
-        tasks = [
-            SamplingTask(prompt, evaluation_set.instruction, sample)
-            for prompt in prompts[evaluation_set.name]
-            for sample in range(evaluation_set.samples)
+    with run_stage(run, f"evaluate_{phase}") as stage:
+        results = [
+            _evaluate_set(stage, checkpoints, phase, evaluation_set, load_student)
+            for evaluation_set in run.recipe.evaluation.sets
         ]
-        title = f"{phase} {evaluation_set.name}"
-        sampling = run.recipe.evaluation.sampling
-        tokens += sample_to_file(run, checkpoints, responses_file, tasks, sampling, clock, title, checkpoint, adapter)
-        responses, verdicts = RecordFile(responses_file, Response), ()
-        files.append(responses_file)
-        if evaluation_set.kind != "reasoning":
-            judge_to_file(
-                run,
-                checkpoints,
-                responses,
-                verdicts_file,
-                clock,
-                f"judge {evaluation_set.name}",
-                include_malformed=True,
-            )
-            verdicts = RecordFile(verdicts_file, Verdict)
-            files.append(verdicts_file)
-        results.append(measure(evaluation_set, prompts[evaluation_set.name], list(responses), list(verdicts)))
-    files.append(run.path / "evaluation" / f"{phase}.json")
-    run.workers.on_leader(lambda: write_atomically(files[-1], json.dumps(results, indent=1) + "\n"))
-    run.finish_stage(stage, files, clock, tokens=tokens, records=sum(result["responses"] for result in results))
+        file = run.path / "evaluation" / f"{phase}.json"
+        run.workers.on_leader(lambda: write_atomically(file, json.dumps(results, indent=1) + "\n"))
+        stage.files.append(file)
+
+
+def _evaluate_set(
+    stage: Stage,
+    checkpoints: CheckpointStore,
+    phase: Phase,
+    evaluation_set: EvaluationSet,
+    load_student: Callable[[], Decoder],
+) -> dict[str, Any]:
+    """Sample responses to an evaluation set, judge them unless it is a `reasoning` set, and return its figures."""
+    run, name = stage.run, evaluation_set.name
+    prompts = evaluation_prompts(evaluation_set)
+    run.pin_input(f"evaluation set {name}", content_hash(map(to_json, prompts)))
+    responses_file = run.path / "evaluation" / phase / f"{name}.responses.jsonl"
+    verdicts_file = responses_file.with_name(f"{name}.verdicts.jsonl")
+    samples, sampling = range(evaluation_set.samples), run.recipe.evaluation.sampling
+    tasks = [SamplingTask(prompt, evaluation_set.instruction, sample) for prompt in prompts for sample in samples]
+    sample_to_file(stage, checkpoints, responses_file, tasks, sampling, f"{phase} {name}", load_student)
+    responses, verdicts = RecordFile(responses_file, Response), ()
+    if evaluation_set.kind != "reasoning":
+        judge_to_file(stage, checkpoints, responses, verdicts_file, f"judge {name}", include_malformed=True)
+        verdicts = RecordFile(verdicts_file, Verdict)
+    return measure(evaluation_set, prompts, list(responses), list(verdicts))
+
+
+def _require_same_student(run: RunDir, student: Path) -> None:
+    """Check that this run directory holds no evaluation of another trained student, and that this worker sees the same
+    weights as the leader."""
+    run.workers.on_leader(lambda: check_same_student(run.path / "evaluation" / "after", student))
+    for name in run.workers.on_leader(lambda: sorted(file.name for file in student.glob("*.safetensors"))):
+        write_on_leader(student / name, run.workers)

@@ -1,8 +1,7 @@
 """Stages generate and probe: sample the student's responses, with and without steering."""
 
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
@@ -12,14 +11,16 @@ from thinksafe.data.jsonl import LazyMap, RecordFile
 from thinksafe.data.records import Prompt, Response
 from thinksafe.data.sources import load_prompts
 from thinksafe.errors import UserError
+from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import checkpoint_fingerprint
 from thinksafe.pipeline.responses import SamplingTask, check_prompt_lengths, longest_first, sample_responses
 from thinksafe.run.checkpoints import CheckpointStore
-from thinksafe.run.directory import RunDir, StageClock
-from thinksafe.run.journal import Journal, write_on_leader
-from thinksafe.run.progress import TokenBar
+from thinksafe.run.directory import RunDir
+from thinksafe.run.journal import write_on_leader
+from thinksafe.run.progress import print_note
+from thinksafe.run.stage import Stage, run_stage
+from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.engine import Engine
-from thinksafe.sampler.request import SamplingConfig
 
 
 def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
@@ -34,30 +35,39 @@ def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
     """
     if run.is_done("generate"):
         return
-    clock, config = run.clock("generate"), run.recipe.generation
+    with run_stage(run, "generate") as stage:
+        prompts, (responses_file, _) = _write_prompts(stage), run.attempt_paths(0)
+        rung = run.recipe.generation.rungs[0]
+
+        def task(index: int) -> SamplingTask:
+            prompt = prompts[index // rung.samples]
+            return SamplingTask(prompt, rung.steering_of(prompt.label), index % rung.samples)
+
+        tasks = LazyMap(task, range(len(prompts) * rung.samples))
+        sampling = run.recipe.generation.sampling
+        sample_to_file(stage, checkpoints, responses_file, tasks, sampling, "generate", checkpoints.sampled_student)
+
+
+def _write_prompts(stage: Stage) -> RecordFile[Prompt]:
+    """Write the recipe's prompts to prompts.jsonl unless it exists, and return them."""
+    run = stage.run
     if run.recipe.prompts is None:
         raise UserError("prompts: missing; name a file in the recipe or with --prompts FILE")
     prompts_file, (responses_file, _) = run.path / "prompts.jsonl", run.attempt_paths(0)
     if run.workers.on_leader(lambda: responses_file.exists() and not prompts_file.exists()):
         raise UserError(f"{responses_file}: was imported; continue with `thinksafe filter`, or use a new --out folder")
 
-    def write_prompts() -> None:
+    def write() -> None:
         repeats: list[str] = []
         write_records(prompts_file, islice(load_prompts(run.recipe.prompts, repeats.append), run.recipe.max_prompts))
         if repeats:
-            message = f"dropped {len(repeats)} with the same text and label as an earlier prompt, first {repeats[0]}"
-            print(f"{'prompts':>30}: {message}", file=sys.stderr)
+            print_note(
+                "prompts", f"dropped {len(repeats)} with the same text and label as an earlier prompt, first {repeats[0]}"
+            )
 
-    write_on_leader(prompts_file, run.workers, write_prompts)
-    prompts, rung = RecordFile(prompts_file, Prompt), config.rungs[0]
-
-    def task(index: int) -> SamplingTask:
-        prompt = prompts[index // rung.samples]
-        return SamplingTask(prompt, rung.steering_of(prompt.label), index % rung.samples)
-
-    tasks = LazyMap(task, range(len(prompts) * rung.samples))
-    tokens = sample_to_file(run, checkpoints, responses_file, tasks, config.sampling, clock, "generate")
-    run.finish_stage("generate", [prompts_file, responses_file], clock, tokens=tokens, records=len(tasks))
+    write_on_leader(prompts_file, run.workers, write)
+    stage.files.append(prompts_file)
+    return RecordFile(prompts_file, Prompt)
 
 
 def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None:
@@ -71,81 +81,65 @@ def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None
     Raises:
         UserError: as in `sample_to_file`.
     """
-    num_prompts = run.recipe.generation.num_unsteered_prompts
-    if num_prompts == 0 or run.recipe.generation.steering is None or run.is_done("probe"):
+    config = run.recipe.generation
+    if config.num_unsteered_prompts == 0 or config.steering is None or run.is_done("probe"):
         return
     harmful = (prompt for prompt in RecordFile(run.path / "prompts.jsonl", Prompt) if prompt.label == "harmful")
-    tasks = [SamplingTask(prompt) for prompt in nsmallest(num_prompts, harmful, key=lambda prompt: prompt.id)]
-    if not tasks:
-        return
-    clock, file = run.clock("probe"), run.path / "unsteered.jsonl"
-    tokens = sample_to_file(run, checkpoints, file, tasks, run.recipe.generation.sampling, clock, "unsteered")
-    run.finish_stage("probe", [file], clock, tokens=tokens, records=len(tasks))
+    tasks = list(map(SamplingTask, nsmallest(config.num_unsteered_prompts, harmful, key=lambda prompt: prompt.id)))
+    if tasks:
+        with run_stage(run, "probe") as stage:
+            file, load_student = run.path / "unsteered.jsonl", checkpoints.sampled_student
+            sample_to_file(stage, checkpoints, file, tasks, config.sampling, "unsteered", load_student)
 
 
 def sample_to_file(
-    run: RunDir,
+    stage: Stage,
     checkpoints: CheckpointStore,
     file: Path,
     tasks: Sequence[SamplingTask],
     sampling: SamplingConfig,
-    clock: StageClock,
     title: str,
-    checkpoint: Path | None = None,
-    adapter: Path | None = None,
-) -> int:
+    load_student: Callable[[], Decoder],
+) -> None:
     """Sample a response for each task that has none in the file's journal, and give the file its final name.
 
-    All workers call this together and share the tasks.
+    All workers call this together and share the tasks. The tokens and records of the whole file count for the stage.
 
     Args:
         file: the final record file.
         tasks: tasks of all responses, in the order of the final file.
-        sampling: how tokens are sampled.
-        clock: clock of the stage; its time is saved while responses arrive.
         title: title of the progress bar.
-        checkpoint: folder of a student after full fine-tuning; None for the recipe's checkpoint.
-        adapter: folder of the adapter to sample with; None for no adapter.
-
-    Returns:
-        The number of response tokens in the whole file, including responses of earlier, killed calls.
+        load_student: returns the model to sample from; called only if a response is missing.
 
     Raises:
         UserError: the journal holds a response to another task, a prompt is too long, or the recipe's checkpoint has
             changed since the run began.
     """
-    journal = Journal(file, Response, run.workers)
-    finished = {response.key for response in journal.records()}
-    remaining = longest_first((index, task) for index, task in enumerate(tasks) if task.key not in finished)
-    if len(remaining) + len(finished) > len(tasks):
-        raise UserError(f"{file}: holds responses to other prompts; restore the prompts or use a new --out folder")
-    if remaining:
+    run, workers, chat = stage.run, stage.run.workers, checkpoints.chat
+    config = run.recipe.sampler
+    work = stage.open_records(file, Response, tasks, config.tensor_parallel_size)
+    if work.pending:
         run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
-        group_size = run.recipe.sampler.tensor_parallel_size
-        fair_share = -(-len(remaining) * group_size // run.workers.world_size)
-        engine = Engine(checkpoints.sampled_student(checkpoint, adapter), run.recipe.sampler, fair_share)
-        check_prompt_lengths(checkpoints.chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
-        claimed_tasks = run.workers.claim_items(LazyMap(tasks.__getitem__, remaining), group_size)
-        shared_tokens, preemptions = run.workers.shared_counter(), run.workers.shared_counter()
-        with TokenBar(title, len(tasks), "responses", len(finished), run.workers) as bar:
-            for response in sample_responses(engine, checkpoints.chat, claimed_tasks, sampling, run.recipe.seed):
-                if run.workers.is_group_leader(group_size):
-                    journal.append(response)
-                    bar.update(response.num_tokens, **bar.roofline_share(engine.roofline_seconds))
-                    clock.tick()
-            if run.workers.is_group_leader(group_size):
+        engine = Engine(load_student(), config, work.fair_share)
+        check_prompt_lengths(chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
+        claimed = work.claim(longest_first(work.pending, tasks))
+        shared_tokens, preemptions = workers.shared_counter(), workers.shared_counter()
+        with work.progress(title, "responses"):
+            for response in sample_responses(engine, chat, claimed, sampling, run.recipe.seed):
+                work.write(response, response.num_tokens, engine.roofline_seconds)
+            if work.is_writer:
                 shared_tokens(engine.scheduler.shared_tokens)
                 preemptions(engine.scheduler.preemptions)
-    journal.finish(task.key for task in tasks)
-    tokens, finish_reasons = 0, Counter()
+    work.finish()
+    finish_reasons: Counter[str] = Counter()
     for response in RecordFile(file, Response):
-        tokens += response.num_tokens
+        stage.tokens += response.num_tokens
         finish_reasons[response.finish_reason] += 1
-    if remaining and run.workers.is_leader:
-        message = f"prefix caching shared {shared_tokens(0):,} prompt tokens, {preemptions(0):,} preemptions"
-        print(f"{title:>30}: {message}", file=sys.stderr)
+    stage.records += len(tasks)
+    if work.pending and workers.is_leader:
+        counts = f"{shared_tokens(0):,} prompt tokens, {preemptions(0):,} preemptions"
+        print_note(title, f"prefix caching shared {counts}")
         _print_unfinished(title, finish_reasons)
-    return tokens
 
 
 _UNFINISHED = {
@@ -157,16 +151,8 @@ _UNFINISHED = {
 
 
 def _print_unfinished(title: str, counts: Counter[str]) -> None:
-    """Print to stderr how many responses training cannot use, before the user waits for the next stage.
-
-    If there are none, nothing is printed.
-
-    Args:
-        title: name of the step, in front of the message.
-        counts: number of responses by finish reason.
-    """
+    """Print how many responses training cannot use, if any, before the user waits for the next stage."""
     unfinished = [f"{counts[reason]} {text}" for reason, text in _UNFINISHED.items() if counts[reason]]
     if unfinished:
         num_unfinished = counts.total() - counts["stop"]
-        message = f"{num_unfinished} of {counts.total()} responses are unfinished: {', '.join(unfinished)}"
-        print(f"{title:>30}: {message}", file=sys.stderr)
+        print_note(title, f"{num_unfinished} of {counts.total()} responses are unfinished: {', '.join(unfinished)}")

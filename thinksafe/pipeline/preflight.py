@@ -13,8 +13,8 @@ from thinksafe.model.lora import check_targets
 from thinksafe.model.weights import load_config
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
+from thinksafe.training.config import require_deepspeed
 from thinksafe.training.trackers import require_trackers
-from thinksafe.training.zero_config import require_deepspeed
 
 
 @leader_only

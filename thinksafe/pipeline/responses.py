@@ -1,13 +1,14 @@
 """From prompts to responses: steer, tokenize, sample, decode. It yields records and knows nothing of files."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from thinksafe.data.records import Prompt, Response
 from thinksafe.errors import UserError
+from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.engine import Engine
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.request import Request
 from thinksafe.text.chat import Chat
 from thinksafe.text.steering import steer, template
 
@@ -47,8 +48,8 @@ def request_seed(seed: int, task: SamplingTask) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def longest_first(tasks: Iterable[tuple[int, SamplingTask]]) -> list[int]:
-    """Return the indices of the tasks in the order in which to start them: unsteered tasks first, steered tasks last.
+def longest_first(indices: Iterable[int], tasks: Sequence[SamplingTask]) -> list[int]:
+    """Return the indices of tasks in the order in which to start them: unsteered tasks first, steered tasks last.
 
     Within each of the two groups the given order stays.
 
@@ -56,14 +57,8 @@ def longest_first(tasks: Iterable[tuple[int, SamplingTask]]) -> list[int]:
     For 2,500 prompts at the paper's lengths and 256 sequences at once, this order saves 1% of the time with Qwen3-0.6B
     and 5% with Qwen3-8B against a mixed order; the reverse order costs the same amounts. If all lengths were known, an
     order by length would save 4% and 15%.
-
-    Args:
-        tasks: pairs (index, task).
     """
-    unsteered, steered = [], []
-    for index, task in tasks:
-        (steered if task.steering else unsteered).append(index)
-    return unsteered + steered
+    return sorted(indices, key=lambda index: bool(tasks[index].steering))
 
 
 def check_prompt_lengths(

@@ -7,12 +7,13 @@ from thinksafe.data.jsonl import LazyMap, RecordFile, read_records
 from thinksafe.data.records import Prompt, Response, Verdict
 from thinksafe.data.selection import choose
 from thinksafe.pipeline.generate import sample_to_file
-from thinksafe.pipeline.judge import judge_to_file, pin_guard
+from thinksafe.pipeline.judge import judge_to_file
 from thinksafe.pipeline.responses import SamplingTask
 from thinksafe.run.attempts import Attempts
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
 from thinksafe.run.marks import read_marks
+from thinksafe.run.stage import run_stage
 from thinksafe.text.steering import Rung
 
 
@@ -53,17 +54,16 @@ def _run_round(
     title = round_name.replace("_", " ")
     responses_file, verdicts_file = run.attempt_paths(round_number)
     if not run.is_done(sampling_stage):
-        clock, tasks = run.clock(sampling_stage), make_tasks()
-        if not tasks:
+        if not (tasks := make_tasks()):
             return False
-        sampling = run.recipe.generation.sampling
-        num_tokens = sample_to_file(run, checkpoints, responses_file, tasks, sampling, clock, title)
-        run.finish_stage(sampling_stage, [responses_file], clock, tokens=num_tokens, records=len(tasks))
+        with run_stage(run, sampling_stage) as stage:
+            sampling, load_student = run.recipe.generation.sampling, checkpoints.sampled_student
+            sample_to_file(stage, checkpoints, responses_file, tasks, sampling, title, load_student)
     if not run.is_done(judging_stage):
-        pin_guard(run)
-        clock, responses = run.clock(judging_stage), RecordFile(responses_file, Response)
-        num_tokens = judge_to_file(run, checkpoints, responses, verdicts_file, clock, f"filter {title}")
-        run.finish_stage(judging_stage, [verdicts_file], clock, tokens=num_tokens, records=len(responses))
+        with run_stage(run, judging_stage) as stage:
+            responses = RecordFile(responses_file, Response)
+            stage.tokens = judge_to_file(stage, checkpoints, responses, verdicts_file, f"filter {title}")
+            stage.records = len(responses)
     return True
 
 

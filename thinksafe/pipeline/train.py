@@ -1,6 +1,5 @@
 """Stage train: fine-tune the student on the accepted examples."""
 
-import os
 import shutil
 import sys
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from thinksafe.data.atomic import atomic_path
 from thinksafe.distributed.ranks import init_training_ranks
 from thinksafe.errors import UserError, is_out_of_memory
 from thinksafe.kernels.packed_attention import supports_grouped_heads
@@ -24,9 +24,10 @@ from thinksafe.pipeline.examples import tokenize_examples
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir, StageClock
 from thinksafe.run.progress import TokenBar
+from thinksafe.training.config import TrainingConfig, ZeroConfig, require_deepspeed
 from thinksafe.training.cost_model import TrainingCosts
 from thinksafe.training.local_trainer import LocalTrainer, NonFiniteStep
-from thinksafe.training.loop import StepMetrics, TrainingConfig, plan_steps
+from thinksafe.training.loop import StepMetrics, plan_steps
 from thinksafe.training.loop import train as run_training
 from thinksafe.training.memory_plan import (
     choose_checkpointing,
@@ -38,7 +39,6 @@ from thinksafe.training.memory_plan import (
 )
 from thinksafe.training.packing import TrainingSequence
 from thinksafe.training.trackers import open_trackers
-from thinksafe.training.zero_config import ZeroConfig, require_deepspeed
 
 if TYPE_CHECKING:
     from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
@@ -259,18 +259,16 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
     The folder is written under a temporary name and then replaces an earlier one. The leader calls this alone.
     """
     folder = run.student_folder
-    staging = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    if run.recipe.training.method == "lora":
-        local_folder = expand_path(run.recipe.model)
-        base_model = str(local_folder) if local_folder.is_dir() else run.recipe.model
-        save_adapter(decoder, run.recipe.lora, staging, base_model)
-        write_base_record(staging, base_model, checkpoints.base)
-    else:
-        save_decoder(decoder, load_config(checkpoints.base)[1], staging)
-        checkpoints.chat.tokenizer.save(staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
+    with atomic_path(folder) as staging:
+        if run.recipe.training.method == "lora":
+            local_folder = expand_path(run.recipe.model)
+            base_model = str(local_folder) if local_folder.is_dir() else run.recipe.model
+            save_adapter(decoder, run.recipe.lora, staging, base_model)
+            write_base_record(staging, base_model, checkpoints.base)
+        else:
+            save_decoder(decoder, load_config(checkpoints.base)[1], staging)
+            checkpoints.chat.tokenizer.save(staging)
+        shutil.rmtree(folder, ignore_errors=True)
     return sorted(folder.iterdir())
 
 

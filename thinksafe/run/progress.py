@@ -16,6 +16,11 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{rem
 """tqdm's format without items per second: on a narrow terminal the tokens per second would be cut off."""
 
 
+def print_note(title: str, text: str) -> None:
+    """Print a line of a stage to stderr, aligned with the lines of the bars."""
+    print(f"{title:>30}: {text}", file=sys.stderr)
+
+
 class TokenBar(AbstractContextManager):
     """A progress bar over responses, verdicts or steps that also counts tokens, used as a context manager.
 
@@ -41,15 +46,22 @@ class TokenBar(AbstractContextManager):
         self._items, self._tokens = 0, 0
         self._unshared, self._counters = [0, 0], (workers.shared_counter(), workers.shared_counter())
 
-    def update(self, tokens: int, item_number: int | None = None, **figures: str) -> None:
+    def update(
+        self, tokens: int, item_number: int | None = None, roofline_seconds: float = 0.0, **figures: str
+    ) -> None:
         """Count one more item of this worker.
 
         Args:
             tokens: number of tokens in the item.
             item_number: number of the item among all items, from 1; it corrects `initial` if that was not known when
                 the bar was made. None keeps `initial`.
+            roofline_seconds: least time in which the hardware could have done this worker's work since the bar began,
+                shown as a share of the time since then; 0 if it is unknown.
             figures: name -> text of further figures to show beside the tokens per second.
         """
+        if roofline_seconds:
+            share = roofline_seconds / (time.perf_counter() - self._started)
+            figures["share of the limit"] = f"{share:.0%}"
         self._unshared[0] += 1
         self._unshared[1] += tokens
         if item_number is not None:
@@ -60,17 +72,6 @@ class TokenBar(AbstractContextManager):
     def print_line(self, text: str) -> None:
         """Print a line above the bar, on this worker, whether or not the bar is shown."""
         tqdm.write(f"{self._title:>16}: {text}", file=sys.stderr)
-
-    def roofline_share(self, roofline_seconds: float) -> dict[str, str]:
-        """Return {"share of the limit": roofline_seconds / seconds since the bar began, in percent}, for `update`.
-
-        Args:
-            roofline_seconds: least time in which the hardware could have done this worker's work since the bar began; 0
-                if it is unknown, for which the result is empty.
-        """
-        if not roofline_seconds:
-            return {}
-        return {"share of the limit": f"{roofline_seconds / (time.perf_counter() - self._started):.0%}"}
 
     def _exchange(self, figures: Mapping[str, str] = MappingProxyType({})) -> None:
         """Add this worker's new counts to the shared sums, and show the sums."""
@@ -95,4 +96,4 @@ class TokenBar(AbstractContextManager):
             rate = self._tokens / max(seconds, 1e-9)
             total = self._bar.total
             done = f"{total:6}" if self._items == total else f"{self._items} of {total}"
-            print(f"{self._title:>30}: {done} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s", file=sys.stderr)
+            print_note(self._title, f"{done} {self._unit} in {seconds:6.1f} s, {rate:9,.0f} tok/s")
