@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.harness import Row, Sections, add_speedups, measure
 from benchmarks.models import fp8_copy, random_decoder, transformers_copy
 from benchmarks.shapes import response_lengths
+from thinksafe.data.records import Response, Verdict
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import GuardResult, PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import LLAMA_GUARD
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.model.decoder import Decoder
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.config import EngineConfig
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.scheduler import Scheduler
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -70,27 +71,27 @@ def _measure_model(
     config = GuardConfig(model=name, min_verdict_probability=0.0, sampler=settings)
     guard = ModelGuard(decoder, tokenizer, config)
     fp8_guard = cache(lambda: ModelGuard(fp8_copy(decoder), tokenizer, config))
-    pairs = _prompt_response_pairs(guard, num_records)
-    token_ids = [guard.token_ids(pair.prompt, pair.response, "") for pair in pairs]
+    responses = _random_responses(guard, num_records)
+    token_ids = [guard.token_ids(response.prompt, response.text, "") for response in responses]
     stride = num_records // num_transformers_records
     indices = sorted(range(num_records), key=lambda index: len(token_ids[index]))[stride // 2 :: stride]
     transformers_token_ids, answer_ids = [token_ids[index] for index in indices], guard.answer_ids[0]
     schedulers: list[Scheduler] = []
-    results: dict[str, GuardResult] = {}
-    fp8_results: dict[str, GuardResult] = {}
-    transformers_probabilities: dict[str, list[float]] = {}
+    verdicts: list[Verdict] = []
+    fp8_verdicts: list[Verdict] = []
+    transformers_probabilities: dict[int, list[float]] = {}
 
     def judge() -> None:
-        results.update((result.id, result) for result in guard.judge(pairs))
+        verdicts[:] = guard.judge(responses)
 
     def judge_in_fp8() -> None:
-        fp8_results.update((result.id, result) for result in fp8_guard().judge(pairs))
+        fp8_verdicts[:] = fp8_guard().judge(responses)
 
     @torch.inference_mode()
     def one_at_a_time() -> None:
         for index, ids in zip(indices, transformers_token_ids, strict=True):
             logits = reference(torch.tensor([ids], device=device), logits_to_keep=1).logits[0, -1]
-            transformers_probabilities[str(index)] = logits.float().log_softmax(-1)[answer_ids].exp().tolist()
+            transformers_probabilities[index] = logits.float().log_softmax(-1)[answer_ids].exp().tolist()
 
     @torch.inference_mode()
     def batches_of_like_length() -> None:
@@ -102,8 +103,8 @@ def _measure_model(
             reference(padded, attention_mask=mask, logits_to_keep=1).logits[:, -1].float().log_softmax(-1).cpu()
 
     class CountedEngine(Engine):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
             schedulers.append(self.scheduler)  # not the engine, whose pages must be freed before the next engine
 
     multiply_layer_weights, flop = _layer_matmuls(
@@ -144,22 +145,19 @@ def _measure_model(
         f"{dtype}".replace("torch.", ""),
         f"the layers' matmuls alone, at {settings.max_prefill_tokens} tokens: {gemm_tflop_per_second:.3g} TFLOP/s",
     ]
-    log_odds, fp8_log_odds = _log_odds(results), _log_odds(fp8_results)
-    if log_odds and fp8_log_odds:
-        log_odds_changes = [abs(log_odds[record_id] - odds) for record_id, odds in fp8_log_odds.items()]
-        num_changed_verdicts = sum(
-            results[record_id].decision != fp8_result.decision for record_id, fp8_result in fp8_results.items()
-        )
-        median, largest, spread = np.median(log_odds_changes), max(log_odds_changes), np.std(list(log_odds.values()))
+    log_odds, fp8_log_odds = _log_odds(verdicts), _log_odds(fp8_verdicts)
+    if verdicts and fp8_verdicts:
+        changes = np.abs(log_odds - fp8_log_odds)
+        num_changed_verdicts = sum(v.decision != fp8.decision for v, fp8 in zip(verdicts, fp8_verdicts, strict=True))
+        median, largest, spread = np.median(changes), changes.max(), log_odds.std()
         notes.append(
             f"weights in e4m3 change the log-odds of unsafe by {median:.2g} (median) and at most {largest:.2g}; the "
             f"standard deviation of the log-odds is {spread:.2g}; "
             f"{num_changed_verdicts} of {num_records} verdicts change"
         )
-    if log_odds and transformers_probabilities:
+    if verdicts and transformers_probabilities:
         largest = max(
-            abs(log_odds[record_id] - np.log(unsafe / safe))
-            for record_id, (safe, unsafe) in transformers_probabilities.items()
+            abs(log_odds[index] - np.log(unsafe / safe)) for index, (safe, unsafe) in transformers_probabilities.items()
         )
         notes.append(
             f"transformers gets token ids, not text; largest difference in the log-odds of unsafe: {largest:.1e}"
@@ -167,8 +165,8 @@ def _measure_model(
     return table
 
 
-def _prompt_response_pairs(guard: ModelGuard, count: int) -> list[PromptResponse]:
-    """Return `count` records with one prompt and responses of random words, whose lengths vary like those of responses.
+def _random_responses(guard: ModelGuard, count: int) -> list[Response]:
+    """Return `count` responses of random words to one prompt, whose lengths vary like those of real responses.
 
     A record has about `_MEAN_TOKENS` tokens on average, format and prompt included.
     """
@@ -177,11 +175,14 @@ def _prompt_response_pairs(guard: ModelGuard, count: int) -> list[PromptResponse
     mean_response_tokens = _MEAN_TOKENS - num_fixed_tokens
     lengths = response_lengths(count, mean_response_tokens, 4 * mean_response_tokens, seed=0)
     rng = np.random.default_rng(0)
-    return [PromptResponse(str(n), prompt, " ".join(rng.choice(_WORDS, length))) for n, length in enumerate(lengths)]
+    return [
+        Response(prompt=prompt, label="harmful", text=" ".join(rng.choice(_WORDS, length)), sample=n)
+        for n, length in enumerate(lengths)
+    ]
 
 
-def _log_odds(results: dict[str, GuardResult]) -> dict[str, float]:
-    return {record_id: float(np.log(result.p_unsafe / result.p_safe)) for record_id, result in results.items()}
+def _log_odds(verdicts: list[Verdict]) -> np.ndarray:
+    return np.array([np.log(verdict.p_unsafe / verdict.p_safe) for verdict in verdicts])
 
 
 def _num_policy_tokens(guard: ModelGuard) -> int:
@@ -199,7 +200,7 @@ def _layer_matmuls(
         device, dtype: those of the random inputs.
         tokens: rows of each matmul.
     """
-    weights = [parameter for name, parameter in decoder.layers[0].named_parameters() if name.endswith("_proj")]
+    weights = [parameter for name, parameter in decoder.layers[0].named_parameters() if name.endswith("_proj.weight")]
     inputs = {size: torch.randn(tokens, size, device=device, dtype=dtype) for size in {w.shape[1] for w in weights}}
 
     @torch.inference_mode()

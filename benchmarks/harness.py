@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from thinksafe.hardware import hardware_named
+from thinksafe.model.cuda_graphs import capture
 
 MATMUL_FLOP_PER_SECOND = hardware_named("H200").flop_per_second
 BYTES_PER_SECOND = hardware_named("H200").bytes_per_second
@@ -40,15 +41,8 @@ with `left out: `."""
 
 @dataclass
 class SuiteResult:
-    """Results of one suite so far, as benchmarks/run.py collects them and `write_result` writes them.
-
-    Attributes:
-        suite: name of the suite.
-        claim: one sentence that the figures should support.
-        rows: figures, one row per variant.
-        notes: facts that a reader needs to judge the figures.
-        remaining: names of sections that have not started.
-    """
+    """Results of one suite so far: the claim that the figures should support, one row per variant, facts that a reader
+    needs to judge the figures, and the names of sections that have not started."""
 
     suite: str
     claim: str
@@ -63,19 +57,14 @@ def device_name() -> str:
 
 
 def time_call(call: Callable[[], None]) -> float:
-    """Return the seconds of one call.
-
-    With a GPU this is wall time until the device has finished. Without one it is CPU time, which does not depend on
-    other work on the machine.
-    """
+    """Return the seconds of one call: wall time until a GPU has finished, or without a GPU CPU time, which does not
+    depend on other work on the machine."""
     has_gpu = torch.cuda.is_available()
-    clock = time.perf_counter if has_gpu else time.process_time
-    if has_gpu:
-        torch.cuda.synchronize()
+    clock, wait = (time.perf_counter, torch.cuda.synchronize) if has_gpu else (time.process_time, lambda: None)
+    wait()
     start = clock()
     call()
-    if has_gpu:
-        torch.cuda.synchronize()
+    wait()
     return clock() - start
 
 
@@ -89,19 +78,10 @@ def _l2_flush_buffer() -> Tensor:
 def as_cuda_graph(call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a function that replays `call` as a CUDA graph, so that the host does not limit its time.
 
-    The call runs once and is then captured. Without a GPU, return the call itself, which has not run.
-    """
+    The call runs once and is then captured. Without a GPU, return the call itself, which has not run."""
     if not torch.cuda.is_available():
         return call
-    side_stream = torch.cuda.Stream()
-    side_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side_stream):  # compiles kernels, which is impossible during capture
-        call()
-    torch.cuda.current_stream().wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+    return capture(call, torch.cuda.graph_pool_handle(), warm_up=True)[1]
 
 
 _MAX_SECONDS_TO_REPEAT = 5.0
@@ -113,7 +93,7 @@ class Measurement:
     """Time and memory of one variant.
 
     Attributes:
-        seconds: median of the timed calls; wall time with a GPU, CPU time without.
+        seconds: median of the timed calls, as `time_call` returns them.
         peak_bytes: largest GPU memory allocated during a timed call beyond that allocated before it; 0 without a GPU.
     """
 
@@ -124,11 +104,8 @@ class Measurement:
 def attempt(name: str, call: Callable[[], Any], notes: list[str]) -> bool:
     """Run `call`; return True if it finished, or False if it raised an exception, which becomes a note.
 
-    Args:
-        name: name of what is run. If it starts with `ThinkSafe`, the note starts with FAILURE_PREFIX, and the traceback
-            goes to stderr, not into the note; otherwise the note starts with `left out: `.
-        notes: gets the note: prefix, name, type of the exception, and the first line of its message.
-    """
+    The note of a name that starts with `ThinkSafe` starts with FAILURE_PREFIX, and the traceback goes to stderr; any
+    other note starts with `left out: `."""
     try:
         call()
         return True
@@ -157,11 +134,10 @@ def measure(
     after_warm_up: Callable[[str], None] | None = None,
     warm_up_calls: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Measurement]:
-    """Return time and memory of each variant that does not fail.
+    """Return name -> time and memory, in the order of `variants`, of all variants of which no call failed.
 
     Variants take turns, so that a drifting clock affects all equally. On a GPU each call starts with none of its data
-    in the L2. A variant that fails is left out, and `notes` gets the reason. A variant that takes a GPU more than five
-    seconds is timed once.
+    in the L2. A variant that takes a GPU more than five seconds is timed once.
 
     Args:
         variants: name -> function to measure.
@@ -171,9 +147,6 @@ def measure(
             raises an exception, the variant has failed.
         warm_up_calls: name -> untimed first call, for a variant whose full call is too long for a warm-up, or which
             needs more to warm up. A variant without an entry warms up with the call that is timed.
-
-    Returns:
-        Name -> measurement, in the order of `variants`, without the variants that failed in any call.
     """
     has_gpu, times_by_name, peaks_by_name = torch.cuda.is_available(), {}, {}
 
@@ -207,13 +180,9 @@ def measure(
 
 
 def add_speedups(rows: list[Row], rate: str) -> None:
-    """Add to each row, in place, the column `ThinkSafe is faster by`: the first row's rate over the row's rate.
+    """Add the column `ThinkSafe is faster by` to each row, unless ThinkSafe, the first row, has failed.
 
-    Nothing is added if there are no rows or the first row's variant is not `ThinkSafe`, which has then failed.
-
-    Args:
-        rate: name of a column in which more is faster, such as `tokens/s`.
-    """
+    It is the first row's rate over the row's rate, the column in which more is faster, such as `tokens/s`."""
     if rows and rows[0]["variant"] == "ThinkSafe":
         for row in rows:
             row["ThinkSafe is faster by"] = rows[0][rate] / row[rate]
@@ -222,27 +191,15 @@ def add_speedups(rows: list[Row], rate: str) -> None:
 def timing_columns(
     measurement: Measurement, flop: float = 0, num_bytes: float = 0, flop_per_second: float = MATMUL_FLOP_PER_SECOND
 ) -> dict[str, float]:
-    """Return the columns `ms`, `floor ms`, `share of the floor`, a rate, and `peak GB`.
+    """Return the columns `ms`, `floor ms`, `share of the floor`, a rate, and `peak GB` of one call.
 
-    The floor is the larger of two times: counted FLOP at `flop_per_second`, and counted bytes at BYTES_PER_SECOND. The
-    share is floor over measured time. The rate is `TFLOP/s` if FLOP give the floor, else `TB/s`.
-
-    Args:
-        measurement: time and memory of one call.
-        flop: floating-point operations of the call.
-        num_bytes: bytes that the call must read and write.
-        flop_per_second: largest rate of the hardware.
-    """
-    floor = max(flop / flop_per_second, num_bytes / BYTES_PER_SECOND)
-    rate_column = {"TFLOP/s": flop / measurement.seconds / 1e12} if flop / flop_per_second == floor else {}
-    if not rate_column:
-        rate_column = {"TB/s": num_bytes / measurement.seconds / 1e12}
-    time_columns = {
-        "ms": 1e3 * measurement.seconds,
-        "floor ms": 1e3 * floor,
-        "share of the floor": floor / measurement.seconds,
-    }
-    return time_columns | rate_column | {"peak GB": measurement.peak_bytes / 1e9}
+    The floor is the larger of two times: counted FLOP at `flop_per_second`, and `num_bytes`, which the call must read
+    and write, at BYTES_PER_SECOND. The rate is `TFLOP/s` if FLOP give the floor, else `TB/s`."""
+    seconds, flop_seconds = measurement.seconds, flop / flop_per_second
+    floor = max(flop_seconds, num_bytes / BYTES_PER_SECOND)
+    unit, amount = ("TFLOP/s", flop) if flop_seconds == floor else ("TB/s", num_bytes)
+    times = {"ms": 1e3 * seconds, "floor ms": 1e3 * floor, "share of the floor": floor / seconds}
+    return times | {unit: amount / seconds / 1e12, "peak GB": measurement.peak_bytes / 1e9}
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
@@ -251,11 +208,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def import_peer(module: str, notes: list[str]) -> Any:
-    """Return the imported module of a peer, or None with a note in `notes` if its import fails for any reason.
-
-    Args:
-        module: full name of the module.
-    """
+    """Return the imported module of a peer, or None with a note in `notes` if its import fails for any reason."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # a peer that does not support this torch or Triton may raise anything
@@ -269,7 +222,7 @@ def print_progress(text: str) -> None:
 
 
 def _gpu_clocks() -> dict[str, str]:
-    """Return clocks under load, power limit and driver from nvidia-smi; empty without a GPU or without its answer."""
+    """Return clocks under load, power limit and driver from nvidia-smi, if it answers."""
     fields = "clocks.sm,clocks.max.sm,power.limit,driver_version"
     if not torch.cuda.is_available():
         return {}
@@ -282,29 +235,15 @@ def _gpu_clocks() -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     versions = {}
-    for package in (
-        "torch",
-        "triton",
-        "transformers",
-        "numpy",
-        "trl",
-        "peft",
-        "liger-kernel",
-        "cut-cross-entropy",
-        "quack-kernels",
-    ):
-        try:
+    peers = ("transformers", "trl", "peft", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+    for package in ("torch", "triton", "numpy", *peers):
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
 def table(rows: list[Row]) -> str:
-    """Return rows as a Markdown table, with a column for each key of any row; `(nothing)` if there are no rows.
-
-    A cell is empty if its row lacks the key or holds None.
-    """
+    """Return rows as a Markdown table, with a column for each key of any row; `(nothing)` if there are no rows."""
     if not rows:
         return "(nothing)"
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -322,11 +261,7 @@ def _format_cell(value: Any) -> str:
 def write_result(result: SuiteResult, command: str) -> Path:
     """Write a result to benchmarks/results/<device>/<suite>.json and, as a page, to <suite>.md; return the JSON's path.
 
-    This is called after every section, so that a run that is killed keeps its finished sections.
-
-    Args:
-        command: shell command that repeats the measurement.
-    """
+    `command` is the shell command that repeats the measurement."""
     folder = Path(__file__).parent / "results" / device_name()
     folder.mkdir(parents=True, exist_ok=True)
     record = {
@@ -351,11 +286,7 @@ def write_result(result: SuiteResult, command: str) -> Path:
 
 
 def markdown_page(record: dict[str, Any]) -> str:
-    """Return a stored result as a Markdown page: claim, table, notes, command and machine.
-
-    Args:
-        record: content of the JSON file that `write_result` writes.
-    """
+    """Return the content of a JSON file of `write_result` as a Markdown page."""
     machine = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     notes = "".join(f"- {note}\n" for note in record["notes"])
     return (

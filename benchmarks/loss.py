@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.harness import Row, Sections, import_peer, measure, relative_error, timing_columns
 from benchmarks.shapes import head_case
-from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 
 CLAIM = "Logits stay in registers; frozen and negligible gradients are not computed."
 CHECKED_ROWS, ROUNDS = 64, 5
@@ -78,11 +78,9 @@ def measure_case(x, weight, target, data, trainable, losses, notes) -> list[Row]
     """
     (T, H), V = x.shape, len(weight)
     x.requires_grad_(), weight.requires_grad_(trainable)
-    thinksafe_losses = {"ThinkSafe": lambda *args: linear_cross_entropy(*args, ignore_index=None, exact=True)}
+    thinksafe_losses = {"ThinkSafe": lambda *args: linear_cross_entropy(*args, exact=True)}
     if not trainable:
-        thinksafe_losses["ThinkSafe, skipping"] = lambda *args: linear_cross_entropy(
-            *args, ignore_index=None, exact=False
-        )
+        thinksafe_losses["ThinkSafe, skipping"] = lambda *args: linear_cross_entropy(*args, exact=False)
 
     def forward_backward(loss):
         def call() -> None:
@@ -109,7 +107,7 @@ def measure_case(x, weight, target, data, trainable, losses, notes) -> list[Row]
         row = {"T": T, "H": H, "data": data, "head": "trainable" if trainable else "frozen", "variant": name}
         row |= timing_columns(measurement, (3 if trainable else 2) * 2 * T * V * H) | {"error of dX": errors[name]}
         if name == "ThinkSafe, skipping":
-            stats = linear_cross_entropy_with_stats(x, weight, target, ignore_index=None, exact=False)[1]
+            _, stats = linear_cross_entropy(x, weight, target, exact=False, return_stats=True)
             row |= {"rho": stats.active_share.item(), "dropped mass": stats.dropped_mass.item()}
         rows.append(row)
     return rows

@@ -12,11 +12,7 @@ from thinksafe.model.weights import hugging_face_name
 
 
 def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) -> Decoder:
-    """Return a frozen decoder with random weights, always the same for a device, created there.
-
-    Args:
-        name: key of MODELS, which gives the model's configuration.
-    """
+    """Return a frozen decoder of the model MODELS[name] with random weights, always the same for a device."""
     with torch.device(device):
         decoder = Decoder(ModelConfig.from_hugging_face(MODELS[name], name)).to(dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -31,29 +27,24 @@ def random_decoder(name: str, device: torch.device | str, dtype: torch.dtype) ->
 
 
 def fp8_copy(decoder: Decoder) -> Decoder:
-    """Return a decoder whose projections are the given decoder's, quantized to e4m3; all other weights are shared.
-
-    `load_decoder` with weight_dtype="fp8" would load the same.
-    """
+    """Return the decoder that `load_decoder` with weight_dtype="fp8" would load; all but the projections is shared."""
     with torch.device("meta"):
         fp8_decoder = Decoder(decoder.config)
     for name, parameter in decoder.named_parameters():
-        module = fp8_decoder.get_submodule(name.rpartition(".")[0])
-        parameter_key = name.rpartition(".")[2]
-        if parameter_key.endswith("_proj"):
-            values, module.weight_scales[parameter_key] = quantize(parameter.detach())
+        path, _, key = name.rpartition(".")
+        module = fp8_decoder.get_submodule(path)
+        if path.endswith("_proj") and key == "weight":
+            values, module.scales_e8m0 = quantize(parameter.detach())
             parameter = nn.Parameter(values, requires_grad=False)
-        module._parameters[parameter_key] = parameter
+        setattr(module, key, parameter)
     fp8_decoder.fuse_projections()
     return fp8_decoder.eval()
 
 
 def transformers_copy(decoder: Decoder, name: str) -> PreTrainedModel:
-    """Return a transformers model, in evaluation mode, with a copy of the decoder's weights, on its device, in its
-    dtype.
+    """Return a transformers model with a copy of the decoder's weights, on its device, in its dtype.
 
-    Args:
-        name: key of MODELS from which the decoder was made.
+    The decoder was made from MODELS[name].
 
     Raises:
         RuntimeError: the names of the weights do not match those of the transformers model.

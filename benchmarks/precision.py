@@ -25,14 +25,17 @@ from benchmarks.models import fp8_copy, random_decoder
 from thinksafe.kernels.fp8 import dequantize, quantize
 from thinksafe.kernels.linear_logprob import linear_logprob
 from thinksafe.model.attention import PackedAttention, packed_positions
+from thinksafe.model.config import LoraConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, detach
+from thinksafe.model.lora import adapter_parameters, attach, detach
 from thinksafe.model.weights import load_decoder
 from thinksafe.paths import expand_path
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Request
 from thinksafe.training.losses import PackLoss
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.packing import pack
+from thinksafe.training.sequence import TrainingSequence
 
 CLAIM = "e4m3 changes the log-probability of a token by little, measured on the tokens that it sampled."
 VARIANTS = {

@@ -60,11 +60,9 @@ def main() -> int:
 
 
 def run_suite(name: str) -> bool:
-    """Run one suite, write its results after each section, and print them. Return False if a ThinkSafe variant failed.
+    """Run one suite, write its results after each section, so that a run that is killed keeps them, and print them.
 
-    Args:
-        name: one of SUITES.
-    """
+    Return False if a ThinkSafe variant failed."""
     suite = importlib.import_module(f"benchmarks.{name}")
     result = SuiteResult(name, suite.CLAIM)
     sections = suite.sections(result.notes)
@@ -73,11 +71,7 @@ def run_suite(name: str) -> bool:
         print_progress(f"{name}: {section}")
         torch.compiler.reset()  # otherwise torch.compile stops compiling a function after eight shapes
         result.remaining.remove(section)
-        attempt(
-            f"ThinkSafe, {section}",
-            lambda measure_section=measure_section: result.rows.extend(measure_section()),
-            result.notes,
-        )
+        attempt(f"ThinkSafe, {section}", lambda run=measure_section: result.rows.extend(run()), result.notes)
         release_memory()
         result.notes[:] = dict.fromkeys(result.notes)
         file = write_result(result, f"python -m benchmarks.run --suite {name}")
@@ -89,19 +83,11 @@ def run_suite(name: str) -> bool:
 def run_in_subprocess(name: str, timeout_seconds: float | None) -> dict[str, str | float]:
     """Run one suite in a separate process, so that the next one starts with free memory and a working device.
 
-    Args:
-        name: one of SUITES.
-        timeout_seconds: time after which the process is killed; None for no limit.
-
-    Returns:
-        A row for a table: the suite, its outcome and its wall time in seconds. The outcome is `complete` if the process
-        exited with status 0, `failures` for any other status, and `cut off` if it was killed.
-    """
-    start = time.monotonic()
+    Return a row for a table: the suite, its outcome and its wall time in seconds. The outcome is `complete` if the
+    process exited with status 0, `failures` for any other status, and `cut off` if it was killed after the timeout."""
+    start, command = time.monotonic(), [sys.executable, "-m", "benchmarks.run", "--suite", name]
     try:
-        completed = subprocess.run(
-            [sys.executable, "-m", "benchmarks.run", "--suite", name], timeout=timeout_seconds, check=False
-        )
+        completed = subprocess.run(command, timeout=timeout_seconds, check=False)
         outcome = "failures" if completed.returncode else "complete"
     except subprocess.TimeoutExpired:
         outcome = "cut off"

@@ -32,10 +32,12 @@ from benchmarks.shapes import response_lengths
 from thinksafe.kernels.chunked_loss import matmul_fp32
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
-from thinksafe.model.decoder import PROJECTION_GROUPS
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.model.config import PROJECTION_GROUPS
+from thinksafe.model.projection import project
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.model_runner import DecodeAttention, ModelRunner
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.request import Request
 from thinksafe.sampler.roofline import roofline_seconds
 from thinksafe.sampler.scheduler import ScheduledBatch
 
@@ -332,8 +334,8 @@ def _measure_decode_pass(name: str, rows: int, context: int) -> list[Row]:
 
     def projections() -> None:
         for layer in decoder.layers:
-            for names in PROJECTION_GROUPS:
-                layer.project_all(names, projection_inputs[names[0]], runner.linear)
+            for names, group in zip(PROJECTION_GROUPS, layer.projection_groups, strict=True):
+                project(group, projection_inputs[names[0]], runner.linear)
 
     parts = {
         "attention": device_seconds(layers_of_attention),

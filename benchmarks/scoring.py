@@ -2,8 +2,7 @@
 
 Responses: the log-probability of every token, with and without entropy and top-1. The floor is one pass, 2 T V H FLOP.
 Verdicts: a guard's two tokens at one position per prompt. Below 184 rows the floor is reading the head once, V H * 2
-bytes. The margin between the two tokens needs no sum over the vocabulary. The error is the largest one of a
-log-probability in nats against fp64, on 64 rows.
+bytes. The error is the largest one of a log-probability in nats against fp64, on 64 rows.
 """
 
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.harness import Row, Sections, import_peer, measure, timing_columns
 from benchmarks.shapes import head_case
-from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
+from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of
 
-CLAIM = "No logits in memory, and for a verdict's margin no sum over the vocabulary."
+CLAIM = "No logits in memory, and one sum over the vocabulary for all tokens of a verdict."
 CHECKED_ROWS, ROUNDS = 64, 5
 
 Scores = dict[str, Callable[..., Any]]
@@ -92,15 +91,15 @@ def measure_responses(x, weight, target, data, peers: Scores, notes) -> list[Row
         notes: gets failures.
     """
     thinksafe_scores = {
-        "ThinkSafe": lambda *args: linear_logprob(*args).logprob,
-        "ThinkSafe, entropy and top-1": lambda *args: linear_logprob(*args, with_entropy_and_top1=True).logprob,
+        "ThinkSafe": lambda x, weight, target: linear_logprob_of(x, weight, target[:, None])[:, 0],
+        "ThinkSafe, entropy and top-1": lambda *args: linear_logprob(*args).logprob,
     }
     flop = 2 * x.numel() * len(weight)
     return _measure_variants("responses", thinksafe_scores | peers, x, weight, target, data, notes, flop, 0)
 
 
 def measure_verdicts(x, weight, data, notes) -> list[Row]:
-    """Return time and error of the log-probabilities of two tokens per row, and of their margin alone.
+    """Return time and error of the log-probabilities of two tokens per row.
 
     Args:
         x: [T, H] hidden states, one row per prompt.
@@ -114,14 +113,7 @@ def measure_verdicts(x, weight, data, notes) -> list[Row]:
     token_ids = torch.tensor([[3, 7]], device=x.device).expand(len(x), 2).contiguous()
     variants = {"ThinkSafe": linear_logprob_of, "torch": _eager_of}
     flop = 2 * x.numel() * len(weight)
-    rows = _measure_variants("verdicts", variants, x, weight, token_ids, data, notes, flop, weight.nbytes)
-    margin_variants = {
-        "ThinkSafe, margin alone": lambda x, weight, ids: linear_margin(x, weight, 3, 7),
-        "torch, margin alone": lambda x, weight, ids: (x @ weight[3] - x @ weight[7]).float(),
-    }
-    return rows + _measure_variants(
-        "verdicts", margin_variants, x, weight, token_ids, data, notes, 0, x.nbytes + 2 * weight[0].nbytes
-    )
+    return _measure_variants("verdicts", variants, x, weight, token_ids, data, notes, flop, weight.nbytes)
 
 
 def _measure_variants(task, variants, x, weight, token_ids, data, notes, flop, num_bytes) -> list[Row]:
@@ -140,8 +132,7 @@ def _measure_variants(task, variants, x, weight, token_ids, data, notes, flop, n
 
     rows = []
     for name, measurement in measure({name: score(name) for name in variants}, ROUNDS, notes).items():
-        expected = exact[:, 0] - exact[:, 1] if "margin" in name else exact
-        error = (outputs[name][checked_rows].double() - expected).abs().max().item()
+        error = (outputs[name][checked_rows].double() - exact).abs().max().item()
         row = {"what": task, "T": len(x), "H": x.shape[1], "data": data, "variant": name}
         rows.append(row | timing_columns(measurement, flop, num_bytes) | {"largest error, nats": error})
     return rows

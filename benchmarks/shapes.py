@@ -8,7 +8,6 @@ from thinksafe.model.public_configs import PUBLIC_CONFIGS
 VOCAB_SIZE = 151_936
 """Vocabulary size of Qwen3."""
 
-
 _QWEN3 = PUBLIC_CONFIGS["Qwen/Qwen3-0.6B"]
 
 MODELS = {
@@ -20,15 +19,8 @@ MODELS = {
     "r1-distill-qwen-1.5b": PUBLIC_CONFIGS["deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"],
     # A guard that a CPU can run in seconds: matmuls outweigh attention, as in an 8B model.
     "cpu-guard-14m": PUBLIC_CONFIGS["meta-llama/Meta-Llama-3-8B"]
-    | {
-        "vocab_size": 4096,
-        "hidden_size": 512,
-        "intermediate_size": 1792,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
+    | {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "vocab_size": 4096}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096},
     # A model that a CPU can sample and train in seconds: the work per token is small, so overheads are visible.
     "cpu-6m": _QWEN3
     | {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 4096, "head_dim": 32}
@@ -43,12 +35,8 @@ MODELS["cpu-6m-qwen2"] = MODELS["cpu-6m"] | {"model_type": "qwen2"}
 
 
 def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[int]:
-    """Return `count` lengths in tokens with the skew of chain-of-thought: log-normal with sigma 0.8, then clipped.
-
-    Args:
-        mean: mean of the log-normal distribution, before clipping.
-        longest: lengths are clipped to 1 .. `longest`.
-    """
+    """Return `count` lengths in tokens with the skew of chain-of-thought: log-normal with sigma 0.8 and this mean, then
+    clipped to 1 .. `longest`."""
     sigma = 0.8
     draws = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(draws, 1, longest).astype(int).tolist()
@@ -57,12 +45,9 @@ def response_lengths(count: int, mean: float, longest: int, seed: int) -> list[i
 def head_case(T: int, H: int, data: str, device: str, vocab_size: int = VOCAB_SIZE) -> tuple[torch.Tensor, ...]:
     """Return (hidden states [T, H], weight matrix [V, H], targets [T] int64) of a language-model head, in bf16.
 
-    Args:
-        vocab_size: V.
-        data: `random` is noise, so all tokens are about equally likely. `peaked` is like a trained model: token
-            frequencies follow a Zipf law that starts at id 0, as in a byte-pair vocabulary, and the confidence of the
-            rows in their target ranges from none to certain.
-    """
+    With `random` data all tokens are about equally likely. `peaked` data is like that of a trained model: token
+    frequencies follow a Zipf law that starts at id 0, as in a byte-pair vocabulary, and the confidence of the rows in
+    their target ranges from none to certain."""
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(vocab_size, H, device=device, generator=generator) / H**0.5
     noise = torch.randn(T, H, device=device, generator=generator)

@@ -36,19 +36,21 @@ from benchmarks.shapes import response_lengths
 from thinksafe.hardware import hardware_of
 from thinksafe.kernels.packed_attention import supports_grouped_heads
 from thinksafe.model.activation_checkpointing import CheckpointMode
+from thinksafe.model.config import LoraConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.lora import attach
 from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
 from thinksafe.training.local_trainer import LocalTrainer
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.memory_plan import (
+    DeviceMemory,
     choose_checkpointing,
     choose_max_cuda_graph_tokens,
     describe_checkpointing,
-    max_pack_tokens,
-    mean_pack_tokens,
+    pack_sizes,
 )
-from thinksafe.training.packing import PackedBatch, TrainingSequence, pack
+from thinksafe.training.packing import PackedBatch, pack
+from thinksafe.training.sequence import TrainingSequence
 
 _PROMPT_TOKENS, _BATCH_SIZE, _PACK_TOKENS = 64, 8, 32_768
 _LORA = LoraConfig()
@@ -109,11 +111,10 @@ def _measure_case(name: str, method: str, steps: int, notes: list[str]) -> list[
         decoder.requires_grad_(True)
     costs = TrainingCosts(decoder.config, decoder.lora, dtype.itemsize, grouped_heads=supports_grouped_heads(dtype))
     lengths = [len(sequence) for sequence in sequences]
-    max_tokens = max_pack_tokens(lengths, _BATCH_SIZE, 0, _PACK_TOKENS)
-    checkpointing = choose_checkpointing(device, "auto", costs, max_tokens)
-    max_graph_tokens = choose_max_cuda_graph_tokens(
-        device, costs, checkpointing, max_tokens, mean_pack_tokens(lengths, _BATCH_SIZE, 0, _PACK_TOKENS)
-    )
+    max_pack, mean_pack = pack_sizes(lengths, _BATCH_SIZE, 0, _PACK_TOKENS)
+    memory = DeviceMemory.of(device)
+    checkpointing = choose_checkpointing(memory, "auto", costs, max_pack)
+    max_graph_tokens = choose_max_cuda_graph_tokens(memory, costs, checkpointing, max_pack, mean_pack)
     notes.append(
         f"{name}, random weights, {steps} steps of {_BATCH_SIZE} sequences, {sum(lengths):,} tokens, squared lengths "
         f"sum to {sum(length**2 for length in lengths):,}; padding is not counted as tokens"
@@ -142,9 +143,8 @@ def _measure_case(name: str, method: str, steps: int, notes: list[str]) -> list[
             _train_packed, fp8_trainer, checkpointing, sequences, _BATCH_SIZE
         )
     if has_gpu:  # shows the gain of a token budget instead of eight sequences per step
-        large_pack_checkpointing = choose_checkpointing(
-            device, "auto", costs, max_pack_tokens(lengths, len(lengths), 0, _PACK_TOKENS)
-        )
+        max_pack, _ = pack_sizes(lengths, len(lengths), 0, _PACK_TOKENS)
+        large_pack_checkpointing = choose_checkpointing(DeviceMemory.of(device), "auto", costs, max_pack)
         runs["ThinkSafe, packs of 32k tokens a step"] = partial(
             _train_packed, eager_trainer, large_pack_checkpointing, sequences, len(sequences)
         )

@@ -11,36 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-T = TypeVar("T")
+from thinksafe.kernels.checks import check_floating, check_tensor
+
 MIN_CHUNK_ROWS = 128
 """Number of rows up to which a chunk is not halved again: that would free almost no memory."""
 
 
-def allocate_gradients(x: Tensor, weight: Tensor, needs_grad_x: bool, needs_grad_weight: bool) -> tuple[Tensor, Tensor]:
-    """Return uninitialized memory for (dX [T, H] in the dtype of x, dW [V, H] in fp32).
-
-    A gradient that is not needed is a tensor without elements.
-
-    Args:
-        x: [T, H] hidden states.
-        weight: [V, H], weight matrix of the language-model head.
-    """
-    grad_x = torch.empty_like(x) if needs_grad_x else x.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_grad_weight else weight.new_empty(0)
-    return grad_x, grad_weight
+def row_weights(token_weight: Tensor | None, x: Tensor) -> Tensor:
+    """Return the loss weight of each row of x, [T] fp32: `token_weight` after a check, or ones if it is None."""
+    if token_weight is None:
+        return x.new_ones(len(x), dtype=torch.float32)
+    check_floating("token_weight", token_weight)
+    check_tensor("token_weight", token_weight, x.shape[:1], token_weight.dtype, x.device)
+    if token_weight.requires_grad:
+        raise ValueError("token_weight is a constant and gets no gradient: detach it, or use reduction='none'")
+    return token_weight.float().contiguous()
 
 
 def without_autocast(operator: Callable) -> Callable:
-    """Return the operator with autocast disabled inside: autocast would round logits to 16 bits.
-
-    Args:
-        operator: function whose first argument is a tensor; it is called with positional arguments only.
-    """
+    """Return the operator, whose first argument is a tensor, with autocast off: it would round logits to 16 bits."""
 
     @wraps(operator)
     def with_autocast_off(x: Tensor, *args):
@@ -50,15 +45,10 @@ def without_autocast(operator: Callable) -> Callable:
     return with_autocast_off
 
 
-def map_chunks(num_rows: int, chunk_rows: int, compute_chunk: Callable[[slice], T]) -> list[T]:
-    """Call `compute_chunk` on consecutive slices that cover `num_rows` rows; return its results in order.
+def map_chunks(num_rows: int, chunk_rows: int, compute_chunk: Callable[[slice], Any]) -> list:
+    """Call `compute_chunk` on consecutive slices of chunk_rows that cover num_rows; return its results in order.
 
     If a call runs out of memory, this slice and all later ones have half the rows.
-
-    Args:
-        num_rows: rows in total; 0 gives an empty list.
-        chunk_rows: rows of a slice at the start.
-        compute_chunk: takes a slice of rows; after a call that ran out of memory it is called for the same first row.
 
     Raises:
         torch.OutOfMemoryError: a call with slices of at most MIN_CHUNK_ROWS rows ran out of memory.
@@ -77,101 +67,90 @@ def map_chunks(num_rows: int, chunk_rows: int, compute_chunk: Callable[[slice], 
     return results
 
 
-def map_chunks_with_gradients(
-    rows: Tensor | range,
+def allocate_loss(x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for (losses [T] fp32, dX [T, H], dW [V, H] fp32); an unneeded gradient has no elements."""
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0)
+    return x.new_empty(len(x), dtype=torch.float32), grad_x, grad_weight
+
+
+def loss_in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    needs_x: bool,
+    needs_weight: bool,
     chunk_rows: int,
-    grad_x: Tensor,
-    grad_weight: Tensor,
-    compute_chunk: Callable[[Tensor | slice], tuple[Any, Tensor | None, Tensor | None]],
-) -> list[Any]:
-    """Call `compute_chunk` on chunks of rows, and collect the gradients that it returns in `grad_x` and `grad_weight`.
+    compute_chunk: Callable[[slice], tuple[Any, ...]],
+) -> tuple[Tensor, Tensor, Tensor, list[tuple]]:
+    """Return (losses [T] fp32, dX [T, H], dW [V, H] fp32, statistics of each chunk), for upstream gradients of 1.
 
-    If memory runs out, the chunks are halved as in `map_chunks`.
-
-    Args:
-        rows: rows to compute, ascending: [R] int64 indices on the device, or `range(T)` for all.
-        chunk_rows: rows of a chunk at the start.
-        grad_x: [T, H], overwritten with the dX of each chunk, and with 0 in rows that are not in `rows`.
-        grad_weight: [V, H] fp32, overwritten with the sum of the dW of all chunks.
-        compute_chunk: takes an index of rows (a slice if `rows` is a range, else int64 indices) and returns (result, dX
-            of these rows or None, their part of dW or None). None leaves grad_x or grad_weight alone; these then have
-            no elements.
-
-    Returns:
-        The result of each chunk, in order; empty without rows.
-
-    Raises:
-        torch.OutOfMemoryError: a call with chunks of at most MIN_CHUNK_ROWS rows ran out of memory.
+    `compute_chunk` takes a slice of rows and returns (their losses, their dX, their part of dW, *statistics). An
+    unneeded gradient has no elements.
     """
+    losses, grad_x, grad_weight = allocate_loss(x, weight, needs_x, needs_weight)
     grad_weight.zero_()
-    if isinstance(rows, Tensor):
-        grad_x.zero_()
 
-    def accumulate_gradients(chunk: slice) -> Any:
-        row_index = rows[chunk] if isinstance(rows, Tensor) else chunk
-        result, dx, dw = compute_chunk(row_index)
-        if dx is not None:
-            grad_x[row_index] = dx
-        if dw is not None:
+    def collect_chunk(rows: slice) -> tuple:
+        losses[rows], dx, dw, *statistics = compute_chunk(rows)
+        if needs_x:
+            grad_x[rows] = dx
+        if needs_weight:
             grad_weight.add_(dw)  # last and in place: an error leaves no chunk half added
-        return result
+        return tuple(statistics)
 
-    return map_chunks(len(rows), chunk_rows, accumulate_gradients)
+    return losses, grad_x, grad_weight, map_chunks(len(x), chunk_rows, collect_chunk)
 
 
-def scale_gradients(
-    grad_output: Tensor, grad_x: Tensor | None, grad_weight: Tensor | None, recompute_grad_weight: Callable[[], Tensor]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return (dX, dW in fp32) for an upstream gradient, from the gradients for an upstream gradient of 1.
+def register_backward(name: str, operator: torch.library.CustomOpDef) -> None:
+    """Register the backward pass of a loss operator, which scales the gradients that the operator returned.
 
-    Args:
-        grad_output: [T], the upstream gradient of each row's loss.
-        grad_x: [T, H], dX for an upstream gradient of 1; None if dX is not needed, which gives None.
-        grad_weight: [V, H] fp32, dW for an upstream gradient of 1 in every row; None if dW is not needed, which gives
-            None.
-        recompute_grad_weight: returns dW [V, H] of rows that are weighted by grad_output. It is called only if dW is
-            needed and two or more rows have separate upstream gradients (grad_output is no expanded scalar).
-
-    Returns:
-        dX in the dtype of grad_x, and dW.
+    The operator takes (x, weight, row_weight, ..., needs_x, needs_weight) and returns (losses [T], dX, dW, ...) for an
+    upstream gradient of 1 in each row; row_weight is a factor of the losses. `name` is for error messages.
     """
-    dx = None if grad_x is None else (grad_x.float() * grad_output[:, None]).to(grad_x.dtype)
-    if grad_weight is None:
-        return dx, None
-    # The gradient of a scalar loss is one expanded element and scales the sum; any other one needs the rows again.
-    is_scalar = grad_output.stride() == (0,) or len(grad_output) < 2
-    return dx, grad_weight * grad_output[:1].sum() if is_scalar else recompute_grad_weight()
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs), *output[1:3])
+        ctx.settings = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_losses, *grads_of_other_outputs):
+        if any(grad is not None for grad in grads_of_other_outputs):
+            raise RuntimeError(f"{name} can be differentiated once: its gradient has no gradient")
+        *tensors, grad_x, grad_weight = ctx.saved_tensors
+        inputs = [value if tensor is None else tensor for tensor, value in zip(tensors, ctx.settings, strict=True)]
+        x, weight, row_weight, *others, needs_x, needs_weight = inputs
+        dx = dw = None
+        if needs_x and grad_losses is not None:
+            dx = (grad_x.float() * grad_losses[:, None]).to(x.dtype)
+        if needs_weight and grad_losses is not None:
+            # The gradient of a scalar loss is one expanded element and scales dW; any other one needs the rows again.
+            if grad_losses.stride() == (0,) or len(grad_losses) < 2:
+                dw = grad_weight * grad_losses[:1].sum()
+            else:
+                dw = operator(x, weight, row_weight * grad_losses, *others, False, True)[2]
+            dw = dw.to(weight.dtype)
+        return dx, dw, *(None,) * (len(inputs) - 2)
+
+    operator.register_autograd(backward, setup_context=setup_context)
 
 
-def reduce_loss(row_losses: Tensor, normalizer: Tensor, reduction: str) -> Tensor:
-    """Return the loss in fp32 from the losses of rows: [T] for `none`, else a scalar.
-
-    Args:
-        row_losses: [T] fp32, already multiplied by their loss weights.
-        normalizer: fp32 scalar, the sum of the loss weights.
-        reduction: `none` returns row_losses, `sum` their sum, and `mean` the sum divided by the normalizer (0 if there
-            are no rows or all weights are 0).
-    """
+def reduce_loss(losses: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
+    """Return the weighted losses [T], their sum, or for `mean` the sum divided by that of the absolute weights."""
     if reduction == "none":
-        return row_losses
-    loss_sum = row_losses.sum()
-    return loss_sum if reduction == "sum" else loss_sum / normalizer.clamp(min=torch.finfo(torch.float32).tiny)
+        return losses
+    weight_sum = row_weight.abs().sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return losses.sum() if reduction == "sum" else losses.sum() / weight_sum
 
 
-def first_bad_row(row_losses: Tensor) -> Tensor:
-    """Return the index of the first NaN or infinite element of row_losses [T], or -1 if all are finite.
+def first_bad_row(losses: Tensor) -> Tensor:
+    """Return the index of the first NaN or infinite element of losses [T], or -1 if all are finite.
 
     The index is an int64 scalar on the device, for which the host does not wait.
     """
-    rows = torch.arange(len(row_losses) + 1, device=row_losses.device)
-    is_bad = torch.cat((~torch.isfinite(row_losses.detach()), rows.new_ones(1, dtype=torch.bool)))
-    bad_row = torch.where(is_bad, rows, len(row_losses)).amin()
-    return torch.where(bad_row < len(row_losses), bad_row, -1)
+    is_bad = pad(~torch.isfinite(losses.detach()), (0, 1))  # argmax needs an element
+    return torch.where(is_bad.any(), is_bad.int().argmax(), -1)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b, [M, N] fp32, from a [M, K] and b [K, N] in bf16 or fp32, accumulated in fp32.
-
-    The result is not rounded to the dtype of the operands.
-    """
+    """Return a b, [M, N] fp32, from a [M, K] and b [K, N] in bf16 or fp32, accumulated in fp32 and not rounded."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()

@@ -13,26 +13,22 @@ LIBRARY_PATH = Path(thinksafe.__file__).with_name("libthinksafe.so")
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
+def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL | None:
     """Return the library of compiled kernels, loaded once per process.
 
-    If the file LIBRARY_PATH does not exist, because the package was installed without nvcc, warn once and return None.
+    If the file does not exist, because the package was installed without nvcc, warn once and return None.
 
     Raises:
         OSError: the file exists but cannot be loaded.
     """
-    if not LIBRARY_PATH.exists():
+    if not path.exists():
         warnings.warn(
             "csrc/ is not compiled, so sampling on this GPU runs in plain torch. To compile it, put nvcc on PATH and "
             "run `python csrc/build.py` in the repository, or install the package again",
             stacklevel=2,
         )
         return None
-    return declare_signatures(ctypes.CDLL(str(LIBRARY_PATH)))
-
-
-def declare_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
-    """Declare the C types of the arguments and results of the library's functions in place; return the library."""
+    library = ctypes.CDLL(str(path))
     library.thinksafe_sample_workspace.restype = c_int64
     library.thinksafe_sample_workspace.argtypes = (c_int64, c_int64)
     library.thinksafe_sample.restype = c_int

@@ -26,12 +26,10 @@ def jit(kernel):
 
 
 def on_triton(x: Tensor) -> bool:
-    """Return True if an operation on x runs as a Triton kernel, and False if it runs the plain PyTorch reference.
-
-    It is True if x is on a GPU or TRITON_INTERPRET is 1.
+    """Return whether an operation on x runs as a Triton kernel; if not, it runs the plain PyTorch reference.
 
     Raises:
-        RuntimeError: the operation would run as a Triton kernel, and Triton is not installed.
+        RuntimeError: it would, and Triton is not installed.
     """
     if not (x.is_cuda or INTERPRETED):
         return False

@@ -22,8 +22,6 @@ from torch import Tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
 E4M3 = torch.float8_e4m3fn
-_MANTISSA_MASK = (1 << 23) - 1
-_RECIPROCAL_OF_MAX = 1 / 448
 
 
 class Fp8Tensor(NamedTuple):
@@ -44,18 +42,12 @@ def supports_fp8(device: torch.device) -> bool:
 
 
 def reference(x: Tensor, column_scales_e8m0: Tensor | None = None) -> Fp8Tensor:
-    """Return x [..., D] quantized row by row, as `quantize` does, in plain torch.
-
-    Args:
-        x: [..., D], floating point.
-        column_scales_e8m0: [D] uint8; column d is multiplied by 2 ** (column_scales_e8m0[d] - 127) first. None for 1.
-    """
+    """Return the same as `quantize`, in plain torch."""
     x = x.float() if column_scales_e8m0 is None else x.float() * e8m0_to_fp32(column_scales_e8m0)
-    bits = (x.abs().amax(-1) * _RECIPROCAL_OF_MAX).view(torch.int32)
-    biased_exponents = ((bits >> 23) + (bits & _MANTISSA_MASK != 0)).clamp(1, 254)  # rounded up
-    return Fp8Tensor(
-        (x * _exp2_of_biased(254 - biased_exponents)[..., None]).to(E4M3), biased_exponents.to(torch.uint8)
-    )
+    bits = (x.abs().amax(-1) * (1 / 448)).view(torch.int32)
+    biased_exponents = ((bits >> 23) + (bits & 0x7FFFFF != 0)).clamp(1, 254)  # rounded up
+    values = x * e8m0_to_fp32(254 - biased_exponents)[..., None]
+    return Fp8Tensor(values.to(E4M3), biased_exponents.to(torch.uint8))
 
 
 def dequantize(values: Tensor, scales_e8m0: Tensor, dtype: torch.dtype) -> Tensor:
@@ -64,39 +56,26 @@ def dequantize(values: Tensor, scales_e8m0: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def e8m0_to_fp32(scales_e8m0: Tensor) -> Tensor:
-    """Return 2 ** (scales_e8m0 - 127) in fp32, same shape, for uint8 scales in [1, 254]."""
-    return _exp2_of_biased(scales_e8m0.int())
-
-
-def _exp2_of_biased(biased_exponents: Tensor) -> Tensor:
-    return (biased_exponents << 23).view(torch.float32)
+    """Return 2 ** (scales_e8m0 - 127) in fp32, same shape, for integers in [1, 254]."""
+    return (scales_e8m0.int() << 23).view(torch.float32)
 
 
 @jit
 def amax_to_e8m0(amax):
-    """Return scale_e8m0 of rows with these largest magnitudes, int32 in [1, 254], same shape.
-
-    It is the smallest number for which amax <= 448 * 2 ** (scale_e8m0 - 127).
-    """
+    """Return the smallest scale_e8m0, int32 in [1, 254], for which amax <= 448 * 2 ** (scale_e8m0 - 127)."""
     bits = (amax * 0.002232142857142857).to(tl.int32, bitcast=True)
     return tl.minimum(tl.maximum((bits >> 23) + (bits & 0x7FFFFF != 0).to(tl.int32), 1), 254)
 
 
 @jit
 def power_of_two(biased_exponent):
-    """Return 2 ** (biased_exponent - 127) in fp32, for int32 exponents in [1, 254].
-
-    The inverse, for exponents up to 253, is power_of_two(254 - biased_exponent).
-    """
+    """Return 2 ** (biased_exponent - 127) in fp32, for int32 in [1, 254]; the inverse is of 254 - biased_exponent."""
     return (biased_exponent << 23).to(tl.float32, bitcast=True)
 
 
 @jit
 def _quantize_kernel(x_ptr, column_scales_ptr, values_ptr, scales_ptr, D, BLOCK_D: tl.constexpr):
-    """Quantize one row of D elements per program: store its e4m3 values and its scale_e8m0.
-
-    Unless column_scales_ptr is None, column d is first multiplied by 2 ** (column_scale[d] - 127).
-    """
+    """Quantize one row of D elements per program; column_scales_ptr may be None."""
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     if column_scales_ptr is not None:
@@ -107,17 +86,10 @@ def _quantize_kernel(x_ptr, column_scales_ptr, values_ptr, scales_ptr, D, BLOCK_
 
 
 def quantize(x: Tensor, column_scales_e8m0: Tensor | None = None) -> Fp8Tensor:
-    """Return x quantized row by row: element = value * 2 ** (scale_e8m0 - 127). Moves 1 + itemsize bytes per element.
+    """Return x [..., D], floating point, quantized row by row; element = value * 2 ** (scale_e8m0 - 127).
 
-    The scale of a row is the smallest power of two that brings its largest magnitude to at most 448.
-
-    Args:
-        x: [..., D], floating point.
-        column_scales_e8m0: [D] uint8; column d is multiplied by 2 ** (column_scales_e8m0[d] - 127) before the rows are
-            quantized, so the result represents the products. None for 1.
-
-    Returns:
-        values [..., D], scales [...].
+    Column d is first multiplied by 2 ** (column_scales_e8m0[d] - 127), if these are given ([D] uint8). Moves
+    1 + itemsize bytes per element.
     """
     if not on_triton(x):
         return reference(x, column_scales_e8m0)

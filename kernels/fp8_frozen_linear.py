@@ -7,9 +7,7 @@ The scale of a weight row can be factored out of the forward sum over k, but not
 it multiplies dY before dY is quantized, which is exact because the scale is a power of two. Both directions therefore
 use the same elements Q, and the gradient belongs to the loss that was computed. Tensor cores read e4m3 only along the
 inner dimension, so memory holds Q twice, as [N, K] and as [K, N]. Together they take the bytes of the bf16 weight,
-which is not kept.
-
-Weights that read the same x share its quantization. The backward pass needs nothing of x.
+which is not kept. The backward pass needs nothing of x.
 
 Cost: 2 * T * N * K FLOP per direction, at twice the rate of bf16; quantization moves 3 bytes per element of x and dY.
 """
@@ -26,14 +24,9 @@ from thinksafe.kernels.batch_invariant_linear import fp8_linear
 from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.fp8 import E4M3, Fp8Tensor, quantize
 
-_UNIT_SCALE_E8M0 = 127
-"""Biased exponent of a scale of 1."""
-
 
 class Fp8FrozenWeight(NamedTuple):
-    """A frozen e4m3 weight matrix for the forward and the backward matmul of `fp8_frozen_linear`.
-
-    W[n, k] = values[n, k] * 2 ** (scales_e8m0[n] - 127)
+    """A frozen e4m3 weight matrix for both directions: W[n, k] = values[n, k] * 2 ** (scales_e8m0[n] - 127).
 
     Attributes:
         values: [N, K] e4m3.
@@ -47,10 +40,7 @@ class Fp8FrozenWeight(NamedTuple):
 
     @classmethod
     def from_fp8(cls, weight: Fp8Tensor) -> Fp8FrozenWeight:
-        """Return the weight matrix for both directions from one [N, K] that is quantized row by row.
-
-        `values` shares its memory; the scales and the transposed values are copies.
-        """
+        """Return the weight matrix from one [N, K] quantized row by row, whose memory `values` shares."""
         # Transposed as bytes, because not every device can transpose e4m3.
         values_transposed = weight.values.detach().view(torch.uint8).T.contiguous().view(E4M3)
         return cls(weight.values.detach(), weight.scales_e8m0.clone(), values_transposed)
@@ -86,7 +76,7 @@ def _fp8_frozen_linear_backward(
 ) -> Tensor:
     grad_x = None
     for grad, scale_e8m0, weight in zip(grads, scales_e8m0, values_transposed, strict=True):
-        unit_scales = torch.full_like(weight[:, 0], _UNIT_SCALE_E8M0, dtype=torch.uint8)
+        unit_scales = torch.full_like(weight[:, 0], 127, dtype=torch.uint8)
         product = fp8_linear(quantize(grad, scale_e8m0), Fp8Tensor(weight, unit_scales), None, grad.dtype)
         grad_x = product if grad_x is None else grad_x.add_(product)
     return grad_x
@@ -114,38 +104,29 @@ _fp8_frozen_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def fp8_frozen_linear(x: Tensor, weights: Sequence[Fp8FrozenWeight], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return x Wᵀ + b for each of several frozen weight matrices; only x gets a gradient.
+    """Return x Wᵀ + b, [T, N] in the dtype of x, for each of several frozen weight matrices; only x gets a gradient.
 
     x is quantized row by row, once for all weights.
 
     Args:
         x: [T, K], floating point; K and every N a multiple of 16 on a GPU.
         weights: one or more weight matrices, [N, K] each; N may differ.
-        biases: one per weight: [N] in the dtype of x, a constant, or None for no bias.
-
-    Returns:
-        One output per weight, [T, N] in the dtype of x.
+        biases: one per weight: [N] in the dtype of x, a constant, or None.
 
     Raises:
-        TypeError: x or a bias is not a tensor.
-        ValueError: x, a weight's values or a bias has the wrong shape, dtype, device or strides (the message names it),
-            or the numbers of weights and biases differ.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_floating("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must be [T, K]; found {list(x.shape)}")
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        out_features = len(weight.values)
-        check_tensor(
-            f"weights[{index}]", weight.values, (out_features, x.shape[1]), E4M3, x.device, allow_strided=False
-        )
+        shape = (len(weight.values), x.shape[1])
+        check_tensor(f"weights[{index}]", weight.values, shape, E4M3, x.device, allow_strided=False)
         if bias is not None:
-            check_tensor(f"biases[{index}]", bias, (out_features,), x.dtype, x.device)
+            check_tensor(f"biases[{index}]", bias, shape[:1], x.dtype, x.device)
     no_bias = x.new_empty(0)
     return _fp8_frozen_linear(
         x.contiguous(),
-        [weight.values for weight in weights],
-        [weight.scales_e8m0 for weight in weights],
-        [weight.values_transposed for weight in weights],
+        *map(list, zip(*weights, strict=True)),
         [no_bias if bias is None else bias.detach() for bias in biases],
     )

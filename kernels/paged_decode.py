@@ -1,8 +1,7 @@
 """Attention of one new token per sequence to its whole context in the paged KV cache (paged_cache.py).
 
-The operation computes softmax(q kᵀ / sqrt(D)) v per query head. A decode step reads every byte of K and V once,
-2 * context * num_kv_heads * D * itemsize bytes per sequence and layer. In long generations these reads take more time
-than the weights.
+A decode step reads every byte of K and V once, 2 * context * num_kv_heads * D * itemsize bytes per sequence and layer.
+In long generations these reads take more time than the weights.
 
 A context is cut into splits of SPLIT tokens. One work item computes one split for one KV head, and a second kernel
 combines the partial results. The cuts depend on the sequence's length only, so the bits of its result do not depend on
@@ -13,20 +12,18 @@ All arithmetic must fit into the time of these reads, and e4m3 halves that time.
 - A program is one warp, so it never waits for another warp.
 - Tiles are transposed: scores are K Qᵀ, [tokens, heads], and the result is Vᵀ Pᵀ, [D, heads]. The tensor-core
   instruction needs 16 rows of one operand and 8 of the other, and 8 is enough for the query heads of a KV group.
-- e4m3 elements are converted to fp16, which is exact; the other operand is converted too. The hardware converts two
-  e4m3 elements to fp16 with one instruction; bf16 needs five.
+- e4m3 elements are converted to fp16, which is exact, with one instruction for two elements; bf16 would need five.
 - The tensor-core instruction needs V elements of two consecutive tokens in one register, but these are one cache row
   apart. The kernel loads pairs of adjacent e4m3 columns as 16-bit words, splits them into even and odd columns, and
   accumulates two matmuls.
 
-Compiled for sm_90a, the loop issues 600 instructions per 8 KB in e4m3 and 490 per 16 KB in bf16. That is 39% and 16% of
-what the SMs can issue at 1.7 GHz while 4.8 TB/s load the next tile (counted by tools/hopper/compiled.py;
-tests/kernels/test_compiled.py requires less than 50%).
+Compiled for sm_90a, the loop issues 600 instructions per 8 KB in e4m3 and 490 per 16 KB in bf16: 39% and 16% of what
+the SMs can issue at 1.7 GHz while 4.8 TB/s load the next tile (tools/hopper/compiled.py counts them).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,36 +31,29 @@ from torch import Tensor
 from thinksafe.kernels.dispatch import INTERPRETED, jit, on_triton, tl, triton
 from thinksafe.kernels.fp8 import power_of_two
 from thinksafe.kernels.paged_cache import (
+    LOG2E,
     REFERENCE_BLOCK,
-    KvScales,
+    KvCache,
     check_cache,
     gather_kv,
+    kernel_constants,
     reference_attention,
     tile_rows,
     value_log2_scale,
 )
 
-SPLIT = 512
-MAX_SPLITS = 32
+SPLIT, MAX_SPLITS = 512, 32
 """A context of up to SPLIT * MAX_SPLITS = 16k tokens is cut every SPLIT tokens. In a longer context the split length is
 the smallest multiple of SPLIT that gives at most MAX_SPLITS splits. This bounds the memory of partial results: 0.3 GB
 for 512 rows of 32 heads."""
-LOG2E = 1.4426950408889634
 REFERENCE_BATCH_TOKENS = 2**17
-"""Largest number of context tokens that `reference_decode` copies out of the cache at once, unless one row has more."""
+"""Largest number of context tokens that `reference` copies out of the cache at once, unless one row has more."""
 
 
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Tile sizes and launch settings of `_decode_kernel`.
+class DecodeConfig(NamedTuple):
+    """Settings of `_decode_kernel`; the tile of a KV group of more than block_g query heads has the next power of two.
 
-    Attributes:
-        block_g: smallest number of query heads in a tile; the tile of a larger KV group has the next power of two.
-        block_n: context tokens of a tile.
-        num_stages: pipeline stages.
-        programs_per_sm: programs of one warp that fit into an SM's registers and shared memory. While one program waits
-            or starts a split, the others read.
-    """
+    programs_per_sm fit into an SM's registers and shared memory: while one waits or starts a split, the others read."""
 
     block_g: int
     block_n: int
@@ -76,41 +66,33 @@ CONFIGS = {1: DecodeConfig(8, 32, 3, 11), 2: DecodeConfig(8, 32, 3, 6), 4: Decod
 is for exactness, not for speed."""
 
 
-def reference_decode(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, seq_lens: Tensor,
-    scales_e8m0: KvScales = (None, None),
-) -> Tensor:  # fmt: skip
-    """Return the attention of one new token per sequence to its context, [B, num_heads, D], as `paged_decode` does.
+def reference(q: Tensor, cache: KvCache, page_table: Tensor, seq_lens: Tensor) -> Tensor:
+    """Return the result of `paged_decode` in plain torch, from batches of rows with equal padded length.
 
-    This is the plain torch form. It computes batches of rows with equal padded length. The padded length depends on the
-    row alone, so the bits of a row do not depend on the batch."""
+    The padded length depends on the row alone, so the bits of a row do not depend on the batch."""
     out = torch.zeros_like(q)
     for rows, length in batch_by_length(seq_lens):
         visible = torch.arange(length, device=q.device) < seq_lens[rows, None]
-        k, v = gather_kv(key_cache, value_cache, scales_e8m0, page_table[rows], visible, q.dtype)
+        k, v = gather_kv(cache, page_table[rows], visible, q.dtype)
         out[rows] = reference_attention(q[rows, None], k, v, visible[:, None])[:, 0]
     return out
 
 
 def batch_by_length(seq_lens: Tensor) -> list[tuple[Tensor, int]]:
-    """Return (row indices [n] int64, padded length) of each batch; every row with seq_lens above 0 is in one batch.
+    """Return (row indices [n] int64, length padded to REFERENCE_BLOCK) of each batch; rows of length 0 are in none.
 
-    A length is padded to a multiple of REFERENCE_BLOCK. A batch of several rows holds at most REFERENCE_BATCH_TOKENS
-    tokens."""
+    A batch of several rows holds at most REFERENCE_BATCH_TOKENS tokens."""
     padded_lens = (seq_lens + REFERENCE_BLOCK - 1) // REFERENCE_BLOCK * REFERENCE_BLOCK
     batches = []
-    for length in padded_lens.unique().tolist():
-        if length:
-            rows = (padded_lens == length).nonzero()[:, 0]
-            batches += [(batch_rows, length) for batch_rows in rows.split(max(REFERENCE_BATCH_TOKENS // length, 1))]
+    for length in padded_lens[padded_lens > 0].unique().tolist():
+        rows = (padded_lens == length).nonzero()[:, 0]
+        batches += [(batch_rows, length) for batch_rows in rows.split(max(REFERENCE_BATCH_TOKENS // length, 1))]
     return batches
 
 
 @jit
 def _split_length(seq_len, max_splits, SPLIT: tl.constexpr):
-    """Return the number of tokens per split of a context; its last split may be shorter.
-
-    It is the smallest positive multiple of SPLIT that gives at most max_splits splits."""
+    """Return the tokens per split of a context, the smallest multiple of SPLIT that gives at most max_splits splits."""
     return tl.maximum(tl.cdiv(tl.cdiv(seq_len, max_splits), SPLIT), 1) * SPLIT
 
 
@@ -145,20 +127,14 @@ def _unpack_e4m3x2(pairs, INTERPRETED: tl.constexpr):
         odd = (pairs >> 8 & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         return even.to(tl.float32), odd.to(tl.float32)
     else:
-        return tl.inline_asm_elementwise(
-            """
+        asm: tl.constexpr = """
             { .reg .b32 sorted; .reg .b16 even, odd;
               prmt.b32 sorted, $2, 0, 0x3120;
               mov.b32 {even, odd}, sorted;
               cvt.rn.f16x2.e4m3x2 $0, even;
               cvt.rn.f16x2.e4m3x2 $1, odd; }
-            """,
-            "=r,=r,r",
-            [pairs],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+            """
+        return tl.inline_asm_elementwise(asm, "=r,=r,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=2)
 
 
 @jit
@@ -171,8 +147,7 @@ def _decode_kernel(
     """Compute the splits of `split_list` for every KV head; a program takes every num_programs-th work item.
 
     A context's only split goes to `out`. Several splits go to `partial`, the softmax of the split alone, and `lse`,
-    log2 of its sum of weights; `_combine_kernel` reads both.
-    """
+    log2 of its sum of weights; `_combine_kernel` reads both."""
     dtype: tl.constexpr = tl.float16 if q_ptr.dtype.element_ty == tl.bfloat16 else q_ptr.dtype.element_ty
     num_heads = num_kv_heads * GROUP
     group_heads, tile_tokens, columns = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -257,8 +232,7 @@ def _combine_kernel(
 ):  # fmt: skip
     """Store in `out` the result of one row and KV head: the mean of its splits, weighted with 2^lse.
 
-    A row without context gets zeros. A row with one split is already in `out` and is left alone.
-    """
+    A row without context gets zeros. A row with one split is already in `out` and is left alone."""
     row, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seq_len = tl.load(seq_lens_ptr + row).to(tl.int32)
     num_splits = tl.cdiv(seq_len, _split_length(seq_len, max_splits, SPLIT))
@@ -284,86 +258,62 @@ def _combine_kernel(
 
 
 def list_splits(seq_lens: Tensor, max_seq_len: int) -> Tensor | None:
-    """Return the list of splits that `paged_decode` works through. One list serves all layers of a step.
+    """Return the list of splits that `paged_decode` works through; one list serves all layers of a step.
 
-    Args:
-        seq_lens: [B] int64.
-        max_seq_len: the longest context that `page_table` can hold, W * page_size.
-
-    Returns:
-        [1 + B * max_splits] int32: the number of splits, then their indices row * max_splits + split, then unused
-        elements; max_splits is the smaller of MAX_SPLITS and ceil(max_seq_len / SPLIT). None on a CPU, where
-        `paged_decode` needs no list.
-    """
+    seq_lens is [B] int64, max_seq_len the longest context that `page_table` can hold. The list is [1 + B * max_splits]
+    int32: the number of splits, then their indices row * max_splits + split, then unused elements; max_splits is the
+    smaller of MAX_SPLITS and ceil(max_seq_len / SPLIT). It is None on a CPU, which needs no list."""
     if not on_triton(seq_lens):
         return None
-    max_splits = min(MAX_SPLITS, triton.cdiv(max_seq_len, SPLIT))
-    split_list = torch.empty(1 + len(seq_lens) * max_splits, dtype=torch.int32, device=seq_lens.device)
-    block_b = triton.next_power_of_2(max(len(seq_lens), 1))
+    num_rows, max_splits = len(seq_lens), min(MAX_SPLITS, triton.cdiv(max_seq_len, SPLIT))
+    split_list = torch.empty(1 + num_rows * max_splits, dtype=torch.int32, device=seq_lens.device)
     _list_splits_kernel[(1,)](
-        seq_lens.contiguous(), split_list, len(seq_lens), max_splits, SPLIT=SPLIT, BLOCK_B=block_b, num_warps=4
-    )
+        seq_lens.contiguous(), split_list, num_rows, max_splits, SPLIT=SPLIT,
+        BLOCK_B=triton.next_power_of_2(max(num_rows, 1)), num_warps=4,
+    )  # fmt: skip
     return split_list
 
 
 def paged_decode(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    split_list: Tensor | None = None,
-    scales_e8m0: KvScales = (None, None),
+    q: Tensor, cache: KvCache, page_table: Tensor, seq_lens: Tensor, split_list: Tensor | None = None
 ) -> Tensor:
-    """Return softmax(q kᵀ / sqrt(D)) v of one new token per sequence over its whole context, the token itself included.
+    """Return softmax(q kᵀ / sqrt(D)) v, [B, num_heads, D], of one new token per sequence over its whole context.
 
     Not differentiable. On a GPU the host does not wait for the device.
 
     Args:
         q: [B, num_heads, D].
-        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3; they already hold
-            the new tokens' keys and values.
+        cache: already holds the new tokens' keys and values.
         page_table: [B, W] int64, the pages of each context in order; entries past the last page may be any valid page.
         seq_lens: [B] int64, context lengths, new token included; the result of a row of length 0 is zero.
         split_list: the result of list_splits(seq_lens, W * page_size), if it exists from another layer; None builds it.
-        scales_e8m0: (scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8, or None if
-            that cache is in the dtype of q and not in e4m3.
-
-    Returns:
-        [B, num_heads, D] in the dtype of q.
 
     Raises:
-        ValueError: q, the caches, their scales or the dtype of page_table do not fit together.
+        ValueError: q, the cache or the dtype of page_table do not fit together.
     """
-    check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
+    check_cache(q, cache, page_table)
     if not on_triton(q):
-        return reference_decode(q, key_cache, value_cache, page_table, seq_lens, scales_e8m0)
-    (B, num_heads, D), (_, num_kv_heads, page_size, _), width = q.shape, key_cache.shape, page_table.shape[1]
+        return reference(q, cache, page_table, seq_lens)
+    (B, num_heads, D), (_, num_kv_heads, page_size, _), width = q.shape, cache.keys.shape, page_table.shape[1]
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     out = torch.empty_like(q)
     if not B:
         return out
     if split_list is None:
         split_list = list_splits(seq_lens, width * page_size)
-    config, max_splits = CONFIGS[key_cache.element_size()], (len(split_list) - 1) // B
+    config, max_splits = CONFIGS[cache.keys.element_size()], (len(split_list) - 1) // B
     partial = q.new_empty(B * max_splits, num_heads, D, dtype=torch.float32)
     lse = q.new_empty(B * max_splits, num_heads, dtype=torch.float32)
-    group_size = num_heads // num_kv_heads
-    constants = {"GROUP": group_size, "D": D, "SPLIT": SPLIT, "BLOCK_D": max(triton.next_power_of_2(D), 32)}
-    num_programs = min(B * max_splits * num_kv_heads, _num_programs(q.device, config))
-    _decode_kernel[(num_programs,)](
-        q, key_cache, value_cache, *scales_e8m0, page_table, seq_lens, split_list, out, partial, lse,
-        D**-0.5 * LOG2E, width, num_kv_heads, max_splits,
-        PAGE_SIZE=page_size, BLOCK_G=max(triton.next_power_of_2(group_size), config.block_g), BLOCK_N=config.block_n,
-        **constants, INTERPRETED=INTERPRETED, num_warps=1, num_stages=config.num_stages,
+    gpu = None if INTERPRETED else torch.cuda.get_device_properties(q.device)
+    num_programs = config.programs_per_sm * gpu.multi_processor_count if gpu else 3
+    constants, padded_group = kernel_constants(q, cache), triton.next_power_of_2(num_heads // num_kv_heads)
+    _decode_kernel[(min(B * max_splits * num_kv_heads, num_programs),)](
+        q, *cache, page_table, seq_lens, split_list, out, partial, lse, D**-0.5 * LOG2E, width, num_kv_heads,
+        max_splits, **constants, PAGE_SIZE=page_size, SPLIT=SPLIT, BLOCK_G=max(padded_group, config.block_g),
+        BLOCK_N=config.block_n, INTERPRETED=INTERPRETED, num_warps=1, num_stages=config.num_stages,
     )  # fmt: skip
     _combine_kernel[(B, num_kv_heads)](
-        seq_lens, partial, lse, out, num_kv_heads, max_splits,
-        BLOCK_S=triton.next_power_of_2(max_splits), BLOCK_G=triton.next_power_of_2(group_size), **constants,
-        num_warps=1,
+        seq_lens, partial, lse, out, num_kv_heads, max_splits, **constants, SPLIT=SPLIT,
+        BLOCK_S=triton.next_power_of_2(max_splits), BLOCK_G=padded_group, num_warps=1,
     )  # fmt: skip
     return out
-
-
-def _num_programs(device: torch.device, config: DecodeConfig) -> int:
-    return 3 if INTERPRETED else config.programs_per_sm * torch.cuda.get_device_properties(device).multi_processor_count

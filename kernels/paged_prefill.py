@@ -1,14 +1,14 @@
 """Causal attention of the new tokens of prompts, or of parts of prompts, to their context in the paged KV cache
 (paged_cache.py).
 
-Prefill computes softmax(q kᵀ / sqrt(D)) v and is bound by arithmetic: 4 * D FLOPs per query head and visible (query,
-key) pair. A tile of queries first passes over the keys that all its queries see, without a mask, then over the causal
-remainder. One online softmax covers both passes.
+Prefill is bound by arithmetic: 4 * D FLOPs per query head and visible (query, key) pair. A tile of queries first passes
+over the keys that all its queries see, without a mask, then over the causal remainder. One online softmax covers both
+passes.
 
 A prefix that several sequences share needs no separate argument. Its page indices come first in the page-table rows of
 these sequences, so all programs read the same addresses: once from memory, then from the L2 cache. Shared pages save
-the whole forward pass of the prefix, 2 FLOPs per weight and token. A kernel that shared only the attention to the
-prefix would save 4 * D FLOPs per query head and pair.
+the whole forward pass of the prefix, 2 FLOPs per weight and token; to share only the attention to it would save 4 * D
+FLOPs per query head and pair.
 
 The query heads of one KV group are rows of one tile, so K and V are read once for all of them. As in paged_decode.py,
 e4m3 tiles and the other operand of their matmul are converted to fp16 for the tensor cores.
@@ -16,40 +16,32 @@ e4m3 tiles and the other operand of their matmul are converted to fp16 for the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
+from thinksafe.kernels.dispatch import jit, on_triton, tl
 from thinksafe.kernels.fp8 import power_of_two
 from thinksafe.kernels.paged_cache import (
+    LOG2E,
     REFERENCE_BLOCK,
-    KvScales,
+    KvCache,
     check_cache,
     gather_kv,
+    kernel_constants,
     reference_attention,
     tile_rows,
     value_log2_scale,
 )
 
-LOG2E = 1.4426950408889634
 
+class PrefillConfig(NamedTuple):
+    """Constants and launch settings of `_prefill_kernel`. A row of a tile is one query head of one new token."""
 
-@dataclass(frozen=True)
-class PrefillConfig:
-    """Tile sizes and launch settings of `_prefill_kernel`.
-
-    Attributes:
-        block_m: rows of a tile; a row is one query head of one new token.
-        block_n: context tokens of a tile.
-        num_warps: warps per program.
-        num_stages: pipeline stages.
-    """
-
-    block_m: int
-    block_n: int
+    BLOCK_M: int
+    BLOCK_N: int
     num_warps: int
     num_stages: int
 
@@ -59,105 +51,24 @@ CONFIGS = {2: PrefillConfig(128, 64, 8, 3), 4: PrefillConfig(16, 32, 8, 2)}
 delivers them. fp32 is for exactness, not for speed: it runs without tensor cores."""
 
 
-def reference_prefill(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor,
-    scales_e8m0: KvScales = (None, None),
-) -> Tensor:  # fmt: skip
-    """Return the causal attention of new tokens to their contexts, [T, num_heads, D], as `paged_prefill` does.
+def reference(q: Tensor, cache: KvCache, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor) -> Tensor:
+    """Return the result of `paged_prefill` in plain torch, computed block by block of each sequence's positions.
 
-    This is the plain torch form. It computes one block of positions of one sequence at a time. The bits of a token
-    depend on its position and context only, not on how its prompt was cut into parts."""
+    The bits of a token depend on its position and context only, not on how its prompt was cut into parts."""
     out = torch.empty_like(q)
     offsets = cu_seqlens.tolist()
     for row, (start, end, seq_len) in enumerate(zip(offsets, offsets[1:], seq_lens.tolist(), strict=False)):
-        first_position = seq_len - (end - start)
-        position = torch.arange(-(-seq_len // REFERENCE_BLOCK) * REFERENCE_BLOCK, device=q.device)
-        token_mask = (position < seq_len)[None]
-        k, v = gather_kv(key_cache, value_cache, scales_e8m0, page_table[row : row + 1], token_mask, q.dtype)
-        for block_start in range(first_position // REFERENCE_BLOCK * REFERENCE_BLOCK, seq_len, REFERENCE_BLOCK):
-            block_end = block_start + REFERENCE_BLOCK
-            new_start, new_end = max(block_start, first_position), min(block_end, seq_len)  # the block's new tokens
-            q_rows = slice(start + new_start - first_position, start + new_end - first_position)
-            block_rows = slice(new_start - block_start, new_end - block_start)
-            block_q = q.new_zeros(1, REFERENCE_BLOCK, *q.shape[1:])
-            block_q[0, block_rows] = q[q_rows]
-            visible = (position[:block_end] <= position[block_start:block_end, None])[None]
-            block_out = reference_attention(block_q, k[:, :, :block_end], v[:, :, :block_end], visible)
-            out[q_rows] = block_out[0, block_rows]
+        first, padded_len = seq_len - (end - start), -(-seq_len // REFERENCE_BLOCK) * REFERENCE_BLOCK
+        position = torch.arange(padded_len, device=q.device)
+        k, v = gather_kv(cache, page_table[row : row + 1], (position < seq_len)[None], q.dtype)
+        padded_q, padded_out = q.new_zeros(2, 1, padded_len, *q.shape[1:])
+        padded_q[0, first:seq_len] = q[start:end]
+        for block in range(first // REFERENCE_BLOCK * REFERENCE_BLOCK, seq_len, REFERENCE_BLOCK):
+            rows, keys = slice(block, block + REFERENCE_BLOCK), slice(block + REFERENCE_BLOCK)
+            visible = (position[keys] <= position[rows, None])[None]
+            padded_out[:, rows] = reference_attention(padded_q[:, rows], k[:, :, keys], v[:, :, keys], visible)
+        out[start:end] = padded_out[0, first:seq_len]
     return out
-
-
-@jit
-def _load_kv_tile(cache_ptr, scales_ptr, kv_rows, columns, token_mask, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Return keys or values of a tile's tokens, [BLOCK_N, BLOCK_D]; 0 where token_mask is False, and from column D on.
-
-    scales_ptr is only a flag: None means that the cache is not in e4m3 and keeps its dtype. Otherwise elements are
-    converted from e4m3 to DTYPE, and the caller multiplies results by the scales."""
-    mask = token_mask[:, None] & (columns < D)[None, :]
-    x = tl.load(cache_ptr + kv_rows[:, None] * D + columns[None, :], mask=mask, other=0.0)
-    if scales_ptr is not None:
-        x = x.to(DTYPE)
-    return x
-
-
-@jit
-def _qk_scores(q, k, scales_ptr, kv_rows, token_mask, scale):
-    """Return log2 of the unnormalized softmax weights, q kᵀ * scale, [BLOCK_M, BLOCK_N] fp32.
-
-    `scale` is log2(e) / sqrt(D). scales_ptr points to the scales of e4m3 keys, which multiply the scores of their
-    tokens, or is None for keys that are not in e4m3."""
-    scores = tl.dot(q, k.T, input_precision="ieee") * scale
-    if scales_ptr is not None:
-        scale_e8m0 = tl.load(scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
-        scores *= power_of_two(scale_e8m0)[None, :]
-    return scores
-
-
-@jit
-def _online_softmax_step(scores, v, scales_ptr, kv_rows, token_mask, m_i, l_i, acc):
-    """Return row maxima m_i, row sums l_i and weighted values acc of the online softmax, updated with one tile.
-
-    Scores are log2 of the unnormalized weights. scales_ptr points to the scales of e4m3 values, which multiply the
-    weights of their tokens in acc and not in l_i, or is None for values that are not in e4m3."""
-    if scales_ptr is None:
-        m_new = tl.maximum(m_i, tl.max(scores, axis=1))
-    else:
-        scale_e8m0 = tl.load(scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
-        shifted_scores = scores + value_log2_scale(scale_e8m0)[None, :]
-        m_new = tl.maximum(m_i, tl.max(shifted_scores, axis=1))
-    p = tl.exp2(scores - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
-    l_i = l_i * alpha + tl.sum(p, axis=1)
-    if scales_ptr is not None:
-        p *= power_of_two(scale_e8m0)[None, :]
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-    return m_new, l_i, acc
-
-
-@jit
-def _attend_keys(
-    q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, key_start, key_end, seq_len,
-    position, kv_head, num_kv_heads, scale, m_i, l_i, acc,
-    CAUSAL: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Continue the online softmax of a tile of queries over the keys from `key_start` to `key_end`, exclusive.
-
-    With CAUSAL, a query sees keys up to its position only; without, all of these keys. next_kv_rows holds the cache
-    rows of the first tile of keys. Return (cache rows of the tile after the last one, m_i, l_i, acc)."""
-    columns = tl.arange(0, BLOCK_D)
-    for start in range(key_start, key_end, BLOCK_N):
-        tokens, kv_rows = start + tl.arange(0, BLOCK_N), next_kv_rows
-        next_kv_rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-        # The cache may hold anything after the last token, even NaN, so it is not loaded.
-        token_mask = tokens < seq_len if CAUSAL else tl.full((BLOCK_N,), True, tl.int1)
-        k = _load_kv_tile(key_ptr, key_scales_ptr, kv_rows, columns, token_mask, D, DTYPE)
-        v = _load_kv_tile(value_ptr, value_scales_ptr, kv_rows, columns, token_mask, D, DTYPE)
-        scores = _qk_scores(q, k, key_scales_ptr, kv_rows, token_mask, scale)
-        if CAUSAL:
-            scores = tl.where(tokens[None, :] <= position[:, None], scores, float("-inf"))
-        m_i, l_i, acc = _online_softmax_step(scores, v, value_scales_ptr, kv_rows, token_mask, m_i, l_i, acc)
-    return next_kv_rows, m_i, l_i, acc
 
 
 @jit
@@ -192,32 +103,46 @@ def _prefill_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     pages_ptr = page_table_ptr + row * width
     next_kv_rows = tile_rows(pages_ptr, 0, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
-    next_kv_rows, m_i, l_i, acc = _attend_keys(
-        q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, 0, unmasked_end, seq_len,
-        position, kv_head, num_kv_heads, scale, m_i, l_i, acc, False, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
-    )  # fmt: skip
-    next_kv_rows, m_i, l_i, acc = _attend_keys(
-        q, key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, pages_ptr, next_kv_rows, unmasked_end, key_end,
-        seq_len, position, kv_head, num_kv_heads, scale, m_i, l_i, acc, True, D, PAGE_SIZE, BLOCK_N, BLOCK_D, dtype,
-    )  # fmt: skip
+    for CAUSAL in tl.static_range(2):  # first the keys that all queries see, then the keys up to each position
+        for start in range(unmasked_end if CAUSAL else 0, key_end if CAUSAL else unmasked_end, BLOCK_N):
+            tokens, kv_rows = start + tl.arange(0, BLOCK_N), next_kv_rows
+            next_kv_rows = tile_rows(pages_ptr, start + BLOCK_N, seq_len, kv_head, num_kv_heads, PAGE_SIZE, BLOCK_N)
+            # The cache may hold anything after the last token, even NaN, so it is not loaded.
+            token_mask = tokens < seq_len if CAUSAL else tl.full((BLOCK_N,), True, tl.int1)
+            kv_mask = token_mask[:, None] & (columns < D)[None, :]
+            k = tl.load(key_ptr + kv_rows[:, None] * D + columns[None, :], mask=kv_mask, other=0.0).to(q.dtype)
+            v = tl.load(value_ptr + kv_rows[:, None] * D + columns[None, :], mask=kv_mask, other=0.0)
+            v = v if value_scales_ptr is None else v.to(dtype)
+            scores = tl.dot(q, k.T, input_precision="ieee") * scale
+            if key_scales_ptr is not None:
+                key_scale = tl.load(key_scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
+                scores *= power_of_two(key_scale)[None, :]
+            if CAUSAL:
+                scores = tl.where(tokens[None, :] <= position[:, None], scores, float("-inf"))
+
+            # The online softmax, with 2^x instead of e^x. Scales of values multiply their weights in acc, not in l_i.
+            shifted_scores = scores
+            if value_scales_ptr is not None:
+                value_scale = tl.load(value_scales_ptr + kv_rows, mask=token_mask, other=0).to(tl.int32)
+                shifted_scores += value_log2_scale(value_scale)[None, :]
+            m_new = tl.maximum(m_i, tl.max(shifted_scores, axis=1))
+            p = tl.exp2(scores - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            m_i, l_i = m_new, l_i * alpha + tl.sum(p, axis=1)
+            if value_scales_ptr is not None:
+                p *= power_of_two(value_scale)[None, :]
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
     tl.store(out_ptr + offsets, acc / l_i[:, None], mask=q_mask)
 
 
 def prefill_tiles(query_lens: np.ndarray, seq_lens: np.ndarray, group_size: int, itemsize: int) -> np.ndarray:
-    """Return the list of query tiles that `paged_prefill` computes; a tile is block_m (new token, query head) pairs.
+    """Return the list of query tiles that `paged_prefill` computes; a tile is BLOCK_M (new token, query head) pairs.
 
-    Tiles with most visible keys come first: a long tile that starts last would run alone at the end. The list is built
-    on the host, which plans the pass anyway.
-
-    Args:
-        query_lens, seq_lens: [R] int64, new tokens and context length of each sequence.
-        group_size: query heads per KV head.
-        itemsize: bytes per element of the queries.
-
-    Returns:
-        [N, 2] int32, for each tile the index of its sequence and the tile's index within that sequence.
-    """
-    block_m = CONFIGS[itemsize].block_m
+    query_lens and seq_lens, [R] int64, are new tokens and context length of each sequence, group_size the query heads
+    per KV head, itemsize the bytes per element of the queries. The list is [N, 2] int32: the index of the tile's
+    sequence, and its index within that sequence. Tiles with most visible keys come first: a long tile that starts last
+    would run alone at the end."""
+    block_m = CONFIGS[itemsize].BLOCK_M
     num_tiles = -(-query_lens * group_size // block_m)
     sequence = np.repeat(np.arange(len(query_lens)), num_tiles)
     tile = np.arange(len(sequence)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
@@ -227,49 +152,32 @@ def prefill_tiles(query_lens: np.ndarray, seq_lens: np.ndarray, group_size: int,
 
 
 def paged_prefill(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    page_table: Tensor,
-    cu_seqlens: Tensor,
-    seq_lens: Tensor,
-    tiles: Tensor,
-    scales_e8m0: KvScales = (None, None),
+    q: Tensor, cache: KvCache, page_table: Tensor, cu_seqlens: Tensor, seq_lens: Tensor, tiles: Tensor
 ) -> Tensor:
-    """Return causal softmax(q kᵀ / sqrt(D)) v of the new tokens of R sequences over their contexts. Not differentiable.
+    """Return causal softmax(q kᵀ / sqrt(D)) v, [T, num_heads, D], of the new tokens of R sequences over their context.
 
-    The new tokens of a sequence are the last tokens of its context: the last one is at position seq_len - 1.
+    The new tokens of a sequence are the last tokens of its context: the last one is at position seq_len - 1. Not
+    differentiable.
 
     Args:
         q: [T, num_heads, D], the new tokens of all sequences end to end.
-        key_cache, value_cache: [num_pages, num_kv_heads, page_size, D], in the dtype of q or in e4m3; they already hold
-            the new tokens' keys and values.
+        cache: already holds the new tokens' keys and values.
         page_table: [R, W] int64, the pages of each context in order; entries past the last page may be any valid page.
         cu_seqlens: [R+1] int32; sequence i is rows cu_seqlens[i] to cu_seqlens[i+1] of q.
         seq_lens: [R] int64, context lengths, new tokens included.
         tiles: [N, 2] int32, the result of `prefill_tiles` on the device; a CPU does not read it.
-        scales_e8m0: (scales of keys, scales of values), each [num_pages, num_kv_heads, page_size] uint8, or None if
-            that cache is in the dtype of q and not in e4m3.
-
-    Returns:
-        [T, num_heads, D] in the dtype of q.
 
     Raises:
-        ValueError: q, the caches, their scales or the dtype of page_table do not fit together.
+        ValueError: q, the cache or the dtype of page_table do not fit together.
     """
-    check_cache(q, (key_cache, value_cache), scales_e8m0, page_table)
+    check_cache(q, cache, page_table)
     if not on_triton(q):
-        return reference_prefill(q, key_cache, value_cache, page_table, cu_seqlens, seq_lens, scales_e8m0)
-    (_, num_heads, D), (_, num_kv_heads, page_size, _) = q.shape, key_cache.shape
-    q, page_table, tiles = q.contiguous(), page_table.contiguous(), tiles.contiguous()
-    cu_seqlens, seq_lens = cu_seqlens.contiguous(), seq_lens.contiguous()
-    out = torch.empty_like(q)
-    config = CONFIGS[q.element_size()]
+        return reference(q, cache, page_table, cu_seqlens, seq_lens)
+    q, page_table, cu_seqlens, seq_lens, tiles = (x.contiguous() for x in (q, page_table, cu_seqlens, seq_lens, tiles))
+    out, (num_kv_heads, page_size) = torch.empty_like(q), cache.keys.shape[1:3]
     if len(tiles):
         _prefill_kernel[(len(tiles) * num_kv_heads,)](
-            q, key_cache, value_cache, *scales_e8m0, page_table, cu_seqlens, seq_lens, tiles, out,
-            D**-0.5 * LOG2E, page_table.shape[1], num_kv_heads,
-            GROUP=num_heads // num_kv_heads, D=D, PAGE_SIZE=page_size, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_D=max(triton.next_power_of_2(D), 16), num_warps=config.num_warps, num_stages=config.num_stages,
+            q, *cache, page_table, cu_seqlens, seq_lens, tiles, out, q.shape[2] ** -0.5 * LOG2E, page_table.shape[1],
+            num_kv_heads, PAGE_SIZE=page_size, **kernel_constants(q, cache), **CONFIGS[q.element_size()]._asdict(),
         )  # fmt: skip
     return out

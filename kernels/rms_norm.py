@@ -20,8 +20,7 @@ ELEMENTS_PER_PROGRAM = 4096  # 16 to 32 per thread: the backward pass holds five
 def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x²) + eps) * weight over the last dimension, [..., H], in plain torch.
 
-    As in Hugging Face models, the normalized x is rounded to the dtype of x before it is multiplied by weight [H].
-    """
+    As in Hugging Face models, the normalized x is rounded to the dtype of x before it is multiplied by weight [H]."""
     x32 = x.float()
     x_hat = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return weight * x_hat.to(x.dtype)
@@ -29,25 +28,14 @@ def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @jit
 def _forward_kernel(
-    x_ptr,
-    residual_ptr,
-    residual_out_ptr,
-    weight_ptr,
-    y_ptr,
-    rstd_ptr,
-    num_rows,
-    H,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK_H)
+    x_ptr, residual_ptr, residual_out_ptr, weight_ptr, y_ptr, rstd_ptr, num_rows, H, eps,
+    ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_H)
     mask = (rows < num_rows)[:, None] & (columns < H)[None, :]
     offsets = rows.to(tl.int64)[:, None] * H + columns[None, :]  # T * H exceeds 2^31 at T = 1M, H = 2048
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         x += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         residual_out = x.to(residual_out_ptr.dtype.element_ty)
         tl.store(residual_out_ptr + offsets, residual_out, mask=mask)
@@ -55,27 +43,14 @@ def _forward_kernel(
     rstd = 1 / tl.sqrt(tl.sum(x * x, axis=1) / H + eps)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0)
-    x_hat = (x * rstd[:, None]).to(weight.dtype)
-    tl.store(y_ptr + offsets, weight[None, :] * x_hat, mask=mask)
+    tl.store(y_ptr + offsets, weight[None, :] * (x * rstd[:, None]).to(weight.dtype), mask=mask)
 
 
 @jit
 def _backward_kernel(
-    grad_y_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    grad_residual_out_ptr,
-    grad_x_ptr,
-    grad_weight_ptr,
-    num_rows,
-    H,
-    num_blocks,
-    HAS_GRAD_RESIDUAL_OUT: tl.constexpr,
-    NEEDS_WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    grad_y_ptr, x_ptr, weight_ptr, rstd_ptr, grad_residual_out_ptr, grad_x_ptr, grad_weight_ptr, num_rows, H,
+    num_blocks, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + columns, mask=columns < H, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK_H,), tl.float32)
@@ -89,46 +64,31 @@ def _backward_kernel(
         grad_x_hat = grad_y * weight[None, :]
         mean = tl.sum(grad_x_hat * x_hat, axis=1) / H
         grad_x = rstd[:, None] * (grad_x_hat - x_hat * mean[:, None])
-        if HAS_GRAD_RESIDUAL_OUT:
+        if grad_residual_out_ptr is not None:
             grad_x += tl.load(grad_residual_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + offsets, grad_x, mask=mask)
-        if NEEDS_WEIGHT:
+        if grad_weight_ptr is not None:
             grad_weight += tl.sum(grad_y * x_hat, axis=0)
-    if NEEDS_WEIGHT:  # one row per program, which torch sums: without atomics the bits are the same every time
+    if grad_weight_ptr is not None:  # one row per program, which torch sums: no atomics, so the bits never change
         tl.store(grad_weight_ptr + tl.program_id(0).to(tl.int64) * H + columns, grad_weight, mask=columns < H)
 
 
 @torch.library.custom_op("thinksafe::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y [..., H], x + residual [..., H], rstd [...] fp32).
+    """Return (norm of x, no elements, rstd), or with a residual (norm of x + residual, x + residual, rstd).
 
-    Without a residual the second tensor has no elements and y is the norm of x; with one, y is the norm of the sum.
-    """
+    The norm and the sum are [..., H], rstd is [...] fp32."""
     num_rows, H = x.numel() // x.shape[-1], x.shape[-1]
-    y = torch.empty_like(x)
-    residual_out = torch.empty_like(x) if residual is not None else x.new_empty(0)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    (y, residual_out, rstd), config = _empty_outputs(x, residual), launch_config(H)
     if num_rows:
-        constants, num_warps = tile_config(H)
-        _forward_kernel[(triton.cdiv(num_rows, constants["ROWS"]),)](
-            x,
-            residual,
-            residual_out,
-            weight,
-            y,
-            rstd,
-            num_rows,
-            H,
-            eps,
-            HAS_RESIDUAL=residual is not None,
-            **constants,
-            num_warps=num_warps,
+        _forward_kernel[(triton.cdiv(num_rows, config["ROWS"]),)](
+            x, residual, residual_out, weight, y, rstd, num_rows, H, eps, **config
         )
     return y, residual_out, rstd
 
 
 @_rms_norm.register_fake
-def _(x, residual, weight, eps):
+def _empty_outputs(x, residual, *_):
     residual_out = torch.empty_like(x) if residual is not None else x.new_empty(0)
     return torch.empty_like(x), residual_out, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -139,32 +99,18 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return (dx [..., H], dweight [H]); dweight has no elements unless it is needed.
 
-    x is the normalized tensor: x of the forward pass, or x + residual, for which grad_residual_out, if not None, is
-    added to dx.
-    """
+    x is the tensor that was normalized. grad_residual_out, the gradient that x gets elsewhere, is added to dx."""
     num_rows, H = x.numel() // x.shape[-1], x.shape[-1]
-    constants, num_warps = tile_config(H)
-    num_blocks = triton.cdiv(num_rows, constants["ROWS"])
+    config = launch_config(H)
+    num_blocks = triton.cdiv(num_rows, config["ROWS"])
     num_programs = min(num_blocks, 1024)
     grad_x = torch.empty_like(x)
-    partial_grad_weight = x.new_empty((num_programs, H) if needs_weight else 0, dtype=torch.float32)
+    partial_grad_weight = x.new_empty(num_programs, H, dtype=torch.float32) if needs_weight else None
     if num_rows:
         _backward_kernel[(num_programs,)](
-            grad_y.contiguous(),
-            x,
-            weight,
-            rstd,
-            grad_residual_out,
-            grad_x,
-            partial_grad_weight,
-            num_rows,
-            H,
-            num_blocks,
-            HAS_GRAD_RESIDUAL_OUT=grad_residual_out is not None,
-            NEEDS_WEIGHT=needs_weight,
-            **constants,
-            num_warps=num_warps,
-        )
+            grad_y.contiguous(), x, weight, rstd, grad_residual_out, grad_x, partial_grad_weight, num_rows, H,
+            num_blocks, **config,
+        )  # fmt: skip
     return grad_x, partial_grad_weight.sum(0).to(weight.dtype) if needs_weight else weight.new_empty(0)
 
 
@@ -193,25 +139,16 @@ def _backward(ctx, grad_y, grad_residual_out, _):
 _rms_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-def tile_config(H: int) -> tuple[dict[str, int], int]:
-    """Return (constants of the kernels, number of warps) for rows of H elements.
-
-    The constants are ROWS, the rows of a tile, and BLOCK_H, the smallest power of two of at least H.
-    """
+def launch_config(H: int) -> dict[str, int]:
+    """Return constants and number of warps of the kernels for rows of H elements; ROWS is the rows of a tile."""
     block = triton.next_power_of_2(H)
-    return {"ROWS": max(1, ELEMENTS_PER_PROGRAM // block), "BLOCK_H": block}, 4 if block <= 1024 else 8
+    return {"ROWS": max(1, ELEMENTS_PER_PROGRAM // block), "BLOCK_H": block, "num_warps": 4 if block <= 1024 else 8}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x²) + eps) * weight over the last dimension; differentiable in x and weight.
 
-    Args:
-        x: [..., H], floating point.
-        weight: [H], the learned gain, contiguous, in the dtype of x.
-        eps: added to the mean square, at least 0.
-
-    Returns:
-        [..., H] in the dtype of x.
+    x is [..., H], floating point; weight [H], the learned gain, is contiguous and in the dtype of x.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -223,14 +160,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return (rms_norm(x + residual, weight, eps), x + residual), in one pass on a GPU; differentiable.
 
-    Args:
-        x: [..., H], floating point.
-        residual: with the shape, dtype and device of x.
-        weight: [H], the learned gain, contiguous, in the dtype of x.
-        eps: added to the mean square, at least 0.
-
-    Returns:
-        Two tensors [..., H] in the dtype of x; the norm is that of the rounded sum.
+    The norm is that of the rounded sum. `residual` has the shape, dtype and device of x.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from thinksafe.kernels.cuda_library import load_library
 
-_GOLDEN = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9; _MIX_1 and _MIX_2 are the multipliers of splitmix64's finalizer
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 / golden ratio, odd, as a signed 64-bit integer
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64  # multipliers of splitmix64's finalizer
 _MASS_UNITS = 2.0**40
 MAX_VOCAB_SIZE = 2**22
 """Largest vocabulary: the CUDA kernel breaks ties by 22 bits of the token id."""
@@ -30,23 +29,17 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """Return splitmix64's finalizer, a 64-bit hash, of each int64 element. Its multiplications wrap, as torch's do."""
+    """Return splitmix64's finalizer, a 64-bit hash, of each int64 element; the multiplications wrap."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def exponential_noise(seed: Tensor, position: Tensor, token_ids: Tensor) -> Tensor:
-    """Return Exp(1) variates; element [b, k] is a pure function of seed[b], position[b] and token_ids[b, k].
+    """Return Exp(1) variates [B, K] fp32; element [b, k] is a pure function of seed[b], position[b], token_ids[b, k].
 
-    Args:
-        seed, position: [B] int64.
-        token_ids: [B, K] int64.
-
-    Returns:
-        [B, K] fp32, positive and finite, made of 40 random bits. Among 150,000 equally likely tokens the smallest
-        variate is about 7e-6: from 24 bits it would be one of about a hundred values, and ties would decide the race.
-    """
+    They are positive and finite, made of 40 random bits. Among 150,000 equally likely tokens the smallest variate is
+    about 7e-6: from 24 bits it would be one of about a hundred values, and ties would decide the race."""
     row_key = splitmix64(splitmix64(seed + _GOLDEN) + position * _GOLDEN)
     bits = _shift_right(splitmix64(row_key[:, None] + (token_ids + 1) * _GOLDEN), 24)
     uniform = ((bits.float() + 0.5) / _MASS_UNITS).clamp(max=1 - 2.0**-24)  # 1 would be infinite noise
@@ -56,8 +49,8 @@ def exponential_noise(seed: Tensor, position: Tensor, token_ids: Tensor) -> Tens
 def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest logits of each row in descending order, and their ids; of equal logits the smaller id first.
 
-    `torch.topk` does not promise this order. With logits rounded to bf16 every fifth row has a tie at k = 20. There the
-    result of `torch.topk` would depend on k, and so on the batch."""
+    `torch.topk` does not promise this order. With logits rounded to bf16 every fifth row has a tie at k = 20, so its
+    result would depend on k, and so on the batch."""
     bits = (logits + 0.0).view(torch.int32)  # + 0.0 turns -0 into 0
     sortable = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()  # integers that sort like the floats
     last_id = logits.shape[-1] - 1
@@ -67,7 +60,7 @@ def _top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def reference(logits, temperature, top_k, top_p, seed, position) -> tuple[Tensor, Tensor]:
-    """Return (tokens [B] int64, logprobs [B] fp32) of `sample`, whose arguments it takes unchecked, in plain torch."""
+    """Return the result of `sample` in plain torch; its arguments are not checked."""
     vocab_size = logits.shape[-1]
     max_logit, greedy_id = logits.max(-1)
     is_broken = ~torch.isfinite(max_logit)  # the maximum of a row with NaN is NaN
@@ -97,14 +90,10 @@ def reference(logits, temperature, top_k, top_p, seed, position) -> tuple[Tensor
 def sample_with_library(
     library: CDLL, logits: Tensor, row_settings: tuple[Tensor, ...], stream: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (tokens [B] int64, logprobs [B] fp32) of `sample`, computed by the compiled kernel.
+    """Return the result of `sample`, computed by the compiled kernel of `library`.
 
-    Args:
-        library: the result of `load_library`.
-        logits: [B, V] fp32, rows contiguous.
-        row_settings: (temperature, top_k, top_p, seed, position), as `sample` takes them.
-        stream: handle of the CUDA stream on which the kernel runs; None for CUDA's default stream, which may not be
-            torch's current stream.
+    row_settings is (temperature, top_k, top_p, seed, position), stream the handle of a CUDA stream; None is CUDA's
+    default stream, which may not be torch's current stream.
 
     Raises:
         RuntimeError: the launch of the kernel failed.
@@ -112,8 +101,7 @@ def sample_with_library(
     num_rows, vocab_size = logits.shape
     row_settings = [column.contiguous() for column in row_settings]
     workspace = logits.new_empty(library.thinksafe_sample_workspace(num_rows, vocab_size))
-    tokens = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+    tokens, logprobs = logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows)
     pointers = [tensor.data_ptr() for tensor in (*row_settings, workspace, tokens, logprobs)]
     error = library.thinksafe_sample(logits.data_ptr(), logits.stride(0), num_rows, vocab_size, *pointers, stream)
     if error:
@@ -140,8 +128,7 @@ def sample(
 
     Returns:
         tokens: [B] int64; -1 for a row that holds NaN or +inf, or only -inf.
-        logprobs: [B] fp32, log-probabilities of these tokens under softmax(logits), before temperature and truncation.
-            NaN where the token is -1.
+        logprobs: [B] fp32, under softmax(logits), before temperature and truncation; NaN where the token is -1.
 
     Raises:
         ValueError: logits are not [B, V] in fp32 with contiguous rows, or V is above MAX_VOCAB_SIZE.

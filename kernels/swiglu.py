@@ -14,14 +14,13 @@ from torch import Tensor
 from thinksafe.kernels.checks import check_floating, check_tensor
 from thinksafe.kernels.dispatch import jit, on_triton, tl, triton
 
-BACKWARD_BLOCK = 4096
-FORWARD_BLOCK = 1024
-"""Elements per program of the backward and of the forward kernel. A forward program stays within one row, since inputs
-may be slices of wider rows; 1,024 divides most intermediate sizes."""
+BACKWARD_BLOCK, FORWARD_BLOCK = 4096, 1024
+"""Elements per program of the two kernels. A forward program stays within one row, since inputs may be slices of wider
+rows; 1,024 divides most intermediate sizes."""
 
 
 def reference(gate: Tensor, up: Tensor) -> Tensor:
-    """Return silu(gate) * up, element by element, in plain torch; both have the same shape."""
+    """Return silu(gate) * up in plain torch."""
     return F.silu(gate) * up
 
 
@@ -48,7 +47,7 @@ def _backward_kernel(grad_y_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, n
 
 @torch.library.custom_op("thinksafe::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    y = _empty_like(gate)
     if gate.numel():
         gate, up = _as_matrix(gate), _as_matrix(up)
         num_rows, num_columns = gate.shape
@@ -58,29 +57,25 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-@_swiglu.register_fake
-def _(gate, up):
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("thinksafe::swiglu_backward", mutates_args=())
 def _swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    gate, up = gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grad_gate, grad_up = _empty_like(gate), _empty_like(up)
     if gate.numel():
         _backward_kernel[(triton.cdiv(gate.numel(), BACKWARD_BLOCK),)](
-            grad_y, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=BACKWARD_BLOCK, num_warps=8
-        )
+            grad_y.contiguous(), gate.contiguous(), up.contiguous(), grad_gate, grad_up, gate.numel(),
+            BLOCK=BACKWARD_BLOCK, num_warps=8,
+        )  # fmt: skip
     return grad_gate, grad_up
 
 
-@_swiglu_backward.register_fake
-def _(grad_y, gate, up):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+def _empty_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+_swiglu.register_fake(lambda gate, up: _empty_like(gate))
+_swiglu_backward.register_fake(lambda grad_y, gate, up: (_empty_like(gate), _empty_like(up)))
 _swiglu.register_autograd(
-    lambda ctx, grad: _swiglu_backward(grad.contiguous(), *ctx.saved_tensors),
+    lambda ctx, grad_y: _swiglu_backward(grad_y, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
@@ -94,15 +89,10 @@ def _as_matrix(x: Tensor) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up, element by element, with silu(g) = g / (1 + exp(-g)); differentiable.
 
-    Args:
-        gate, up: [..., I], floating point, with the same shape, dtype and device. They may be slices of one matmul.
-
-    Returns:
-        [..., I] in the dtype of gate, contiguous on a GPU.
+    Both are [..., I], floating point, with the same shape, dtype and device. They may be slices of one matmul.
 
     Raises:
-        TypeError: gate or up is not a tensor.
-        ValueError: gate is not floating point, or up differs from it in shape, dtype or device.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_floating("gate", gate)
     check_tensor("up", up, gate.shape, gate.dtype, gate.device)

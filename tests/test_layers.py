@@ -8,12 +8,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
-    {"paths", "formatting", "hardware"},
+    {"paths", "formatting", "hardware", "section"},
     {"kernels", "text", "data", "distributed"},
     {"model"},
     {"sampler", "training"},
     {"organism"},
     {"evaluation", "guards"},
+    {"methods"},
     {"recipe"},
     {"run"},
     {"estimate", "reporting"},
@@ -22,7 +23,7 @@ LAYERS = [
 ]
 """Packages and modules of thinksafe, lowest layer first. Packages of the same layer do not import each other."""
 FORBIDDEN = {
-    "kernels": {"errors", "paths", "formatting", "hardware"},
+    "kernels": {"errors", "paths", "formatting", "hardware", "section"},
     "sampler": {"text", "data", "distributed"},
     "data": {"hardware", "formatting"},
 }

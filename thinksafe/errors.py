@@ -15,17 +15,12 @@ _TYPE_NAMES = {
 
 
 class UserError(Exception):
-    """A mistake of the user: invalid input, an invalid setting or a missing file.
-
-    The message is one line. The command line prints it without a traceback and exits with status 2.
-    """
+    """A mistake of the user: invalid input, an invalid setting or a missing file. The command line prints the message,
+    one line, without a traceback and exits with status 2."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the memory of host or GPU is exhausted.
-
-    These are a MemoryError, an OSError with ENOMEM, and a RuntimeError whose message contains "out of memory" (torch).
-    """
+    """Return whether an error says that the memory of host or GPU is exhausted; torch says so in a RuntimeError."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
@@ -35,7 +30,7 @@ def validation_message(problem: Mapping[str, Any]) -> str:
     """Return the end of an error message on a field, in the terms of YAML and JSON, such as "must be a number".
 
     Args:
-        problem: an entry of Pydantic's `ValidationError.errors()`. The field's name is left to the caller.
+        problem: an entry of pydantic's `ValidationError.errors()`. The field's name is left to the caller.
     """
     kind = problem["type"].partition("_")[0]
     if kind == "missing":

@@ -22,12 +22,8 @@ def short_number(number: float) -> str:
 
 
 def bar(share: float, width: int, fill: str = " ") -> str:
-    """Return a bar of `width` characters that is filled from the left to `share`, exact to an eighth of a character.
-
-    Args:
-        share: filled share of the width; values outside [0, 1] count as 0 or 1.
-        fill: character of the empty part.
-    """
+    """Return a bar of `width` characters that is filled from the left to `share`, clamped to [0, 1] and exact to an
+    eighth of a character; the empty part consists of `fill`."""
     eighths = round(8 * width * min(max(share, 0.0), 1.0))
     blocks = _EIGHTHS[8] * (eighths // 8) + (_EIGHTHS[eighths % 8] if eighths % 8 else "")
     return blocks + fill * (width - len(blocks))

@@ -1,7 +1,7 @@
 """Rates and memory of GPUs; no other file holds such figures.
 
-Only the H200 was measured: a large copy through torch, and a bf16 matmul of 8192 x 8192 matrices. They reach 0.90 and
-0.80 of the rates in its data sheet. We assume the same shares for the other GPUs.
+Only the H200 was measured: a large copy through torch and a bf16 matmul of 8192 x 8192 matrices reach 0.90 and 0.80 of
+the rates in its data sheet. We assume the same shares for the other GPUs.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from thinksafe.errors import UserError
-
-_GIB = 2**30
-_BANDWIDTH_EFFICIENCY, _FLOP_EFFICIENCY = 4.3e12 / 4.8e12, 790e12 / 989e12
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Hardware:
         peak_flop_per_second: dense bf16 rate of the data sheet; MFU is a share of it.
         memory_bytes: memory that torch can allocate.
         link_bytes_per_second: rate from neighboring GPUs by the data sheet: NVLink in one direction, or PCIe.
-        measured: whether both reached rates were measured; otherwise they are expected from the data sheet.
+        measured: whether both reached rates were measured.
     """
 
     name: str
@@ -37,19 +34,14 @@ class Hardware:
     measured: bool
 
 
-def _from_data_sheet(name: str, bytes_per_second: float, flop_per_second: float, gib: float, link: float) -> Hardware:
-    """Return a GPU whose reached rates are expected: those of its data sheet times the shares that the H200 reached.
-
-    Args:
-        gib: memory that torch can allocate, in GiB.
-        link: `link_bytes_per_second`.
-    """
-    rates = (_BANDWIDTH_EFFICIENCY * bytes_per_second, _FLOP_EFFICIENCY * flop_per_second)
-    return Hardware(name, *rates, flop_per_second, int(gib * _GIB), link, measured=False)
+def _from_data_sheet(name: str, bytes_per_second: float, peak: float, gib: float, link: float) -> Hardware:
+    """Return a GPU that reaches the H200's shares of its data sheet's rates; torch can allocate `gib` GiB."""
+    rates = (4.3e12 / 4.8e12 * bytes_per_second, 790e12 / 989e12 * peak, peak)
+    return Hardware(name, *rates, int(gib * 2**30), link, measured=False)
 
 
 _GPUS = {
-    "NVIDIA H200": Hardware("H200", 4.3e12, 790e12, 989e12, int(139 * _GIB), 450e9, measured=True),
+    "NVIDIA H200": Hardware("H200", 4.3e12, 790e12, 989e12, 139 * 2**30, 450e9, measured=True),
     "NVIDIA H100 80GB HBM3": _from_data_sheet("H100", 3.35e12, 989e12, 79, 450e9),
     "NVIDIA A100-SXM4-80GB": _from_data_sheet("A100", 2.039e12, 312e12, 79, 300e9),
     "NVIDIA L40S": _from_data_sheet("L40S", 0.864e12, 362e12, 44, 32e9),
@@ -67,11 +59,8 @@ def hardware_of(device: torch.device) -> Hardware | None:
 
 
 def hardware_named(name: str) -> Hardware:
-    """Return a GPU of the table by its short name; case, spaces and the words NVIDIA and GeForce do not matter.
-
-    Raises:
-        UserError: the table has no such GPU.
-    """
+    """Return a GPU of the table by its short name; case, spaces and the words NVIDIA and GeForce do not matter. Raise a
+    UserError if the table has no such GPU."""
     short_name = name.upper().replace(" ", "").removeprefix("NVIDIA").removeprefix("GEFORCE")
     for hardware in _GPUS.values():
         if hardware.name == short_name:

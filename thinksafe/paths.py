@@ -14,11 +14,8 @@ def bundled_recipes() -> list[str]:
 
 
 def expand_path(name: str) -> Path:
-    """Return the path of a file that a recipe names, whether or not the file exists.
-
-    `package:NAME` is a file in the folder of the package thinksafe, and a leading `~` is the home folder; any other
-    name is a path as it stands.
-    """
+    """Return the path of a file that a recipe names, whether or not it exists: `package:NAME` is a file in the folder
+    of the package thinksafe, a leading `~` is the home folder, and any other name is a path as it is."""
     if name.startswith(_PACKAGE_PREFIX):
         return _PACKAGE_FOLDER / name.removeprefix(_PACKAGE_PREFIX)
     return Path(name).expanduser()

@@ -1,35 +1,22 @@
 """Write the tables of docs/recipe.md from the recipe's dataclasses: `python -m tools.recipe_reference`.
 
-Each key gets its type, default, bounds and description. Types, defaults and descriptions are read from the code. Bounds
-are found by trial: the tool passes values around 0 and 1 to the section's own checks and notes which ones are accepted.
+Each key gets its type, default, bounds and description; all are read from the code.
 """
 
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from thinksafe.evaluation.config import EvaluationSet
-from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.recipe.reference import key_descriptions
 from thinksafe.recipe.schema import Recipe
+from thinksafe.section import bounds_by_key
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 MARKER = "<!-- Everything below is written by `python -m tools.recipe_reference`. -->\n"
-_QUESTION = Question("harm", {"safe": "safe", "unsafe": "unsafe"})
-_VALID_SECTIONS = {
-    Recipe: Recipe("a", "b"),
-    EvaluationSet: EvaluationSet("a", "b", "harmful"),
-    Question: _QUESTION,
-    GuardFormat: GuardFormat((_QUESTION,)),
-}
-"""Section class with required keys -> a valid instance. The other classes are valid without arguments."""
-_STEP = 1e-9
-_INTEGERS = (-1, 0, 1, 2, 2**63 - 1, 2**63)
-_NUMBERS = (-1.0, -_STEP, 0.0, _STEP, 0.5 - _STEP, 0.5, 0.5 + _STEP, 1 - _STEP, 1.0, 1 + _STEP, 2.0)
 _TYPE_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 
 
@@ -58,33 +45,6 @@ def page(text: str) -> str:
     return introduction + marker + "\n" + reference()
 
 
-def bounds(section: type, field: Field, hint: type) -> str:
-    """Return the bounds of a recipe key, such as `> 0, ≤ 1`; empty if it has none or is not numeric.
-
-    Args:
-        section: dataclass of the key's section, whose checks decide which values are valid.
-        field: the key.
-        hint: type of the key.
-    """
-    kind = next((kind for kind in (hint, *get_args(hint)) if kind in (int, float)), None)
-    if kind is None or get_origin(hint) is Literal:
-        return ""
-    candidates = _INTEGERS if kind is int else _NUMBERS
-    accepted = [value for value in candidates if _is_accepted(section, field.name, value)]
-    lowest, highest = accepted[0], accepted[-1]
-    lower = "" if lowest == candidates[0] else "> 0" if lowest == _STEP else f"≥ {lowest:g}"
-    upper = {1.0: "≤ 1", 1 - _STEP: "< 1", 0.5 - _STEP: "< 0.5", 2**63 - 1: "< 2^63"}.get(highest, "")
-    return ", ".join(filter(None, (lower, upper)))
-
-
-def _is_accepted(section: type, name: str, value: float) -> bool:
-    try:
-        replace(_VALID_SECTIONS.get(section) or section(), **{name: value})
-    except ValueError:
-        return False
-    return True
-
-
 def _sections(section: type, path: str) -> Iterator[tuple[str, type]]:
     """Yield (path, dataclass) of a section and of all sections inside it. A section is not repeated inside itself.
 
@@ -105,18 +65,17 @@ def _section_in(hint: Any) -> type | None:
 
 
 def _section_table(section: type, titles: dict[type, str]) -> str:
-    descriptions, hints = key_descriptions(section), get_type_hints(section)
+    descriptions, hints, bounds = key_descriptions(section), get_type_hints(section), bounds_by_key(section)
     lines = [f"### {titles[section]}", "", _summary(section), ""]
     lines += ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for field in fields(section):
         hint = hints[field.name]
         inner = _section_in(hint)
-        description = descriptions.get(field.name) or _summary(inner)
-        description = description[:1].upper() + description[1:]
+        description = descriptions[field.name]
         if inner is not None and inner is not section:
             anchor = re.sub(r"[^\w -]", "", titles[inner]).replace(" ", "-")  # as GitHub names a heading
             description += f" [Keys](#{anchor})"
-        cells = (f"`{field.name}`", _type_name(hint), _default(field), bounds(section, field, hint), description)
+        cells = (f"`{field.name}`", _type_name(hint), _default(field), str(bounds.get(field.name, "")), description)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,8 @@ from benchmarks.models import random_decoder, transformers_copy
 from tests.emulation.taped_graphs import use_taped_graphs
 from thinksafe.model.weights import hugging_face_name
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.packing import pack
+from thinksafe.training.sequence import TrainingSequence
 
 SETTINGS = {
     "the paper's": {"per_device_train_batch_size": 1, "gradient_checkpointing": True},

@@ -13,9 +13,9 @@ from thinksafe.cli.__main__ import main
 from thinksafe.cli.parser import COMMANDS, ORGANISM_COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
-NAMES = [command.name for command in COMMANDS] + ["organism"]
+NAMES = [*COMMANDS, "organism"]
 HELP = [["--help"]] + [[name, "--help"] for name in NAMES]
-HELP += [["organism", command.name, "--help"] for command in ORGANISM_COMMANDS]
+HELP += [["organism", name, "--help"] for name in ORGANISM_COMMANDS]
 USAGE_ERRORS = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["walk"], "invalid choice: 'walk'"),

@@ -387,6 +387,19 @@ def test_organism_is_not_built_into_a_full_folder(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_wrong_recipe_is_reported_before_torch_is_imported(tmp_path, command):
+    code = f"import sys; sys.modules['torch'] = None; from thinksafe.cli.__main__ import main; main([{command!r}, "
+    process = subprocess.run(
+        [sys.executable, "-c", code + "'--recipe', 'nowhere'])"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.stderr.startswith("thinksafe: --recipe: no file 'nowhere'") and process.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_program_prints_one_line_and_exits_with_2(tmp_path):
     root = Path(__file__).parents[2]

@@ -1,6 +1,7 @@
 """Workers end within seconds when one of them dies, and exactly one line says which one."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -51,6 +52,21 @@ def start_workers(num_workers: int, function: Callable, *arguments, **options) -
     for process in processes:
         process.wait_for_output("started\n")
     return processes
+
+
+@pytest.mark.slow
+def test_leader_that_hosts_the_store_reports_alone():
+    """The leader notices that worker 1 is silent. Worker 2 must read this from the leader's store before it is gone."""
+    leader, silent, other = start_workers(3, wait_at_barrier, False)
+    silent.send_signal(signal.SIGSTOP)
+    outputs = [worker.communicate(timeout=30)[1] for worker in (leader, other)]
+    silent.kill()
+    silent.communicate(timeout=30)
+    assert (leader.returncode, other.returncode) == (1, 1)
+    assert re.fullmatch(
+        r"thinksafe: worker 1 on \S+ has been silent for 3 seconds, so all workers end; .*\n", outputs[0]
+    )
+    assert outputs[1] == ""
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.support.launches import finish_workers, fork_workers, kill_worker, launch, thinksafe_errors, worker_pids
 from tests.support.organism_runs import run_arguments
 from thinksafe.cli.__main__ import main
-from thinksafe.training.loop import read_metrics
+from thinksafe.training.metrics import read_metrics
 
 TOLERANCE = 1e-6
 NUM_STEPS = 30

@@ -17,8 +17,9 @@ from tests.support.worker_threads import run_in_threads
 from thinksafe.distributed.workers import Workers
 from thinksafe.model.weights import load_decoder
 from thinksafe.run.progress import TokenBar
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Request
 
 
 @given(st.integers(1, 5), st.integers(0, 60))

@@ -130,7 +130,7 @@ def test_readme_is_short_and_its_python_runs(tmp_path):
     assert len(readme.read_text().splitlines()) <= 150
     names = {"checkpoint": make_checkpoint("qwen3", tmp_path / "student")}
     num_failed, num_attempted = doctest.testfile(str(readme), module_relative=False, globs=names)
-    assert num_attempted == 10 and num_failed == 0
+    assert num_attempted == 11 and num_failed == 0
 
 
 def test_speeds_of_the_readme_are_those_of_the_results():

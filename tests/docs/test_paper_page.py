@@ -20,7 +20,7 @@ def test_recipes_hold_the_values_of_the_page():
     assert len(values) == 23
     for key, value in values:
         actual = reduce(getattr, key.split("."), recipe)
-        expected = "cross_entropy" if key == "training.benign_loss" else yaml.safe_load(value)
+        expected = "cross_entropy" if key == "method.benign_loss" else yaml.safe_load(value)
         assert (list(actual) if isinstance(actual, tuple) else actual) == expected, key
     for name in ("r1-distill-qwen-1.5b", "r1-distill-qwen-7b", "r1-distill-llama-8b"):
         assert load_recipe(name).generation.sampling.top_k == 0

@@ -18,9 +18,10 @@ from thinksafe.data.records import Example, Mark, Prompt, Response, Verdict
 from thinksafe.guards.config import GuardConfig
 from thinksafe.run.directory import FORMAT
 from thinksafe.run.resume import memory_only_fields
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 from thinksafe.text.chat import FormatProblem
-from thinksafe.training.loop import StepMetrics, TrainingConfig
+from thinksafe.training.config import TrainingConfig
+from thinksafe.training.metrics import StepMetrics
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/run-directory.md").read_text(encoding="utf-8")

@@ -2,8 +2,10 @@
 // `g++ -x c++ -include tests/emulation/cuda_on_cpu.h csrc/sampling.cu`.
 //
 // Blocks run one after the other. The threads of a block are fibers that take turns: each fiber runs until it reaches a
-// barrier or a warp collective, and continues when all threads that take part have reached it. The order of the turns
-// is shuffled in every round with the seed CUDA_ON_CPU_SEED. If a barrier is missing, the result depends on the seed.
+// barrier or a warp collective, and continues when all threads that take part have reached it. A warp runs until all of
+// its threads wait at a barrier before the next warp starts, so it is as far ahead of the others as barriers allow. The
+// order of warps and of threads is shuffled with the seed CUDA_ON_CPU_SEED. If a barrier is missing, the result depends
+// on the seed.
 
 #undef _FORTIFY_SOURCE  // its longjmp allows no jump to another stack
 #include <ucontext.h>
@@ -17,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -89,9 +92,10 @@ inline bool release_waiting(size_t first, size_t last, State state) {
 }
 
 inline void run_block(unsigned threads, std::mt19937& random) {
-    std::vector<unsigned> order(threads);
+    std::vector<unsigned> warps(threads / 32), lanes(32);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
     for (unsigned i = 0; i < threads; ++i) {
-        order[i] = i;
         Fiber& fiber = fibers[i];
         fiber.state = READY;
         fiber.started = false;
@@ -102,17 +106,17 @@ inline void run_block(unsigned threads, std::mt19937& random) {
         makecontext(&fiber.context, run_fiber, 0);
     }
     for (bool progress = true; progress;) {
-        progress = false;
-        std::shuffle(order.begin(), order.end(), random);
-        for (unsigned i : order) {
-            if (fibers[i].state != READY) continue;
-            current_fiber = i;
-            threadIdx = dim3(i);
-            switch_to_fiber(fibers[i]);
-            progress = true;
-        }
-        for (unsigned warp = 0; warp < threads; warp += 32) progress |= release_waiting(warp, min(warp + 32, threads), AT_COLLECTIVE);
-        progress |= release_waiting(0, threads, AT_BARRIER);
+        std::shuffle(warps.begin(), warps.end(), random);
+        for (unsigned warp : warps) do {
+            std::shuffle(lanes.begin(), lanes.end(), random);
+            for (unsigned lane : lanes) {
+                current_fiber = warp * 32 + lane;
+                if (fibers[current_fiber].state != READY) continue;
+                threadIdx = dim3(current_fiber);
+                switch_to_fiber(fibers[current_fiber]);
+            }
+        } while (release_waiting(warp * 32, warp * 32 + 32, AT_COLLECTIVE));
+        progress = release_waiting(0, threads, AT_BARRIER);
     }
     for (unsigned i = 0; i < threads; ++i)
         if (fibers[i].state != DONE) {

@@ -11,14 +11,13 @@ from unittest.mock import patch
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thinksafe.kernels.packed_attention import varlen_with_torch
-from thinksafe.model.config import ModelConfig
+from thinksafe.kernels.packed_attention import flash_attention
+from thinksafe.model.config import LoraConfig, ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.lora import attach
 
 
 @contextmanager
@@ -26,21 +25,17 @@ def on_gpu_path(grouped_heads: bool = False):
     """Route kernels and attention as for CUDA tensors inside the block.
 
     Args:
-        grouped_heads: True: attention reads keys and values once per KV head, like the flash-attn package; torch's
-            varlen_attn with enable_gqa plays its part. False: keys and values are repeated for each query head, as
-            `varlen_with_torch` does.
+        grouped_heads: True: attention reads keys and values once per KV head. False: they are repeated for each query
+            head, as with a torch whose `varlen_attn` lacks enable_gqa.
     """
 
     def dropout(x, rate, training):
         return torch.native_dropout(x, rate, training)[0] if rate else x
 
-    def grouped_attention(q, k, v, cu_seqlens, max_seqlen):
-        varlen_arguments = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return varlen_attn(q, k, v, *varlen_arguments, window_size=(-1, 0), enable_gqa=True)
-
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),
-        patch("thinksafe.model.attention.packed_attention", grouped_attention if grouped_heads else varlen_with_torch),
+        patch("thinksafe.kernels.packed_attention.FLASH_READS_GROUPED_HEADS", grouped_heads),
+        patch("thinksafe.model.attention.packed_attention", flash_attention),
         patch("thinksafe.model.decoder.F.dropout", dropout),
     ):
         yield

@@ -207,5 +207,5 @@ def use_taped_graphs(monkeypatch) -> None:
     """
     monkeypatch.setattr("thinksafe.model.attention.packed_attention", attention_without_host_sync)
     monkeypatch.setattr("thinksafe.training.local_trainer.DecoderGraphs", TapedGraphs)
-    monkeypatch.setattr(graphs, "random_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(graphs, "get_random_state", lambda device: torch.get_rng_state())
     monkeypatch.setattr(graphs, "set_random_state", lambda state, device: torch.set_rng_state(state))

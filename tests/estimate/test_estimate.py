@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Response
 from thinksafe.errors import UserError
-from thinksafe.estimate.stages import _sampling_stage, estimate, shape_of
+from thinksafe.estimate.stages import Estimator, estimate, shape_of
 from thinksafe.estimate.table import Price
 from thinksafe.estimate.workload import TextLengths
 from thinksafe.formatting import bar, duration, short_number
 from thinksafe.hardware import GPU_NAMES, hardware_named
+from thinksafe.model.config import ModelConfig
 from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.recipe.loading import load_recipe
 from thinksafe.run.directory import RunDir
@@ -49,27 +51,18 @@ def test_estimate_of_smallest_model_matches_hand_count():
 def test_sampling_rate_matches_the_sampler_roofline():
     """The sampler's roofline table: 14.2k tokens/s for Qwen3-8B at a mean context of 1,500 tokens."""
     recipe, response = load_recipe("qwen3-8b"), 2980
-    texts = [
-        TextLengths(
-            num_prompts=10_000,
-            num_responses=10_000,
-            mean_prompt_tokens=10,
-            mean_response_tokens=response,
-            mean_squared_response_tokens=response**2,
-        )
-    ]
-    stage = _sampling_stage(
-        "generate", texts, shape_of(recipe.model, "model"), recipe.sampler, response, H200, num_gpus=1
-    )
+    texts = TextLengths.from_means(10_000, 10_000, prompt=10, response=response, squared_response=response**2)
+    model = ModelConfig.from_hugging_face(PUBLIC_CONFIGS[recipe.model], recipe.model)
+    sampling = replace(recipe.generation.sampling, max_tokens=response)
+    stage = Estimator(recipe, model, H200, num_gpus=1).sampling("generate", texts, sampling)
     assert stage.tokens / stage.roofline_seconds == pytest.approx(14_200, rel=0.05)
 
 
 def test_mean_squared_length_is_that_of_a_log_normal(fresh_seed):
     draws = np.random.default_rng(fresh_seed).lognormal(math.log(500) - 0.32, 0.8, 400_000)
-    expected = TextLengths.from_mean(1, 1, 500, 10**6)
-    assert expected.mean_response_tokens == 500 and expected.mean_squared_response_tokens == pytest.approx(
-        (draws**2).mean(), rel=0.05
-    )
+    expected = TextLengths.assumed(1, 1, 500, 10**6)
+    mean_squared = 2 * (expected.response_pairs - expected.prompt_tokens * 500)
+    assert expected.response_tokens == 500 and mean_squared == pytest.approx((draws**2).mean(), rel=0.05)
 
 
 def test_more_gpus_share_the_work():
@@ -99,10 +92,10 @@ def test_time_scales_with_recipe_settings(override, stage, factor):
 
 def test_kl_costs_a_forward_pass_of_the_reference():
     """The pass costs a third of a step on benign tokens; full fine-tuning also needs memory for a copy."""
-    (_, plain), (_, with_kl) = estimate_of("qwen3-8b"), estimate_of("qwen3-8b", "training.benign_loss=kl")
+    (_, plain), (_, with_kl) = estimate_of("qwen3-8b"), estimate_of("qwen3-8b", "method.benign_loss=kl")
     assert 1.2 < with_kl["train"].seconds / plain["train"].seconds < 1.5
     assert with_kl["train"].memory["optimizer"] == plain["train"].memory["optimizer"]
-    overrides = ("training.method=full", "training.benign_loss=kl")
+    overrides = ("training.method=full", "method.benign_loss=kl")
     full = (
         estimate_of("qwen3-0.6b", overrides[0])[1]["train"].memory,
         estimate_of("qwen3-0.6b", *overrides)[1]["train"].memory,
@@ -136,7 +129,7 @@ def test_fp8_frozen_weights_speed_up_training_at_equal_memory():
     """In a small model attention, head and norms, which keep their dtype, take most of the time."""
     for name, lower, upper in (("qwen3-0.6b", 1.0, 1.3), ("qwen3-8b", 1.35, 1.8)):
         plain, frozen = (
-            estimate_of(name, f"training.frozen_weight_dtype={weights}", "training.benign_loss=kl")[1]["train"]
+            estimate_of(name, f"training.frozen_weight_dtype={weights}", "method.benign_loss=kl")[1]["train"]
             for weights in ("auto", "fp8")
         )
         assert lower < plain.roofline_seconds / frozen.roofline_seconds < upper, name
@@ -214,7 +207,7 @@ def test_model_folder_needs_only_its_config(tmp_path):
     [
         (["model=some/model"], "model: the shape of 'some/model' is unknown"),
         (["guard.model=some/model"], "guard.model: the shape of 'some/model' is unknown"),
-        (["prompts=some/prompts"], "prompts: the number of prompts in 'some/prompts' is unknown"),
+        (["prompts=some/prompts"], "prompts: there is no file or folder 'some/prompts', and the estimate downloads"),
         (["prompts=null"], "prompts: missing"),
         (["lora.target_modules=[lm_head]"], "lora.target_modules: lm_head cannot carry an adapter"),
     ],

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinksafe.data.records import Prompt, Response, Verdict
-from thinksafe.evaluation.answers import is_correct
+from thinksafe.evaluation.answers import is_correct, is_refusal
 from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.metrics import measure
-from thinksafe.evaluation.refusal import is_refusal
 from thinksafe.evaluation.statistics import mean_with_interval
 
 
@@ -155,10 +154,10 @@ def test_harm_is_the_mean_over_prompts_of_sample_means():
     given_responses = responses({"0": ["a", "a"], "1": ["a", "a"], "2": ["a", "a"]})
     decisions = {"0": ["unsafe", "unsafe"], "1": ["unsafe", "safe"], "2": ["safe", "safe"]}
     figures = measure(evaluation_set("harmful", 2), PROMPTS, given_responses, verdicts(decisions))
-    assert figures["value"] == pytest.approx(0.5) and figures["values"] == [1.0, 0.5, 0.0]
-    assert (figures["n"], figures["samples"], figures["responses"], figures["unknown"]) == (3, 2, 6, 0)
-    assert figures["judge"] == "guard"
-    low, high = figures["interval"]
+    assert figures.value == pytest.approx(0.5) and figures.values == [1.0, 0.5, 0.0]
+    assert (figures.n, figures.samples, figures.responses, figures.unknown) == (3, 2, 6, 0)
+    assert figures.judge == "guard"
+    low, high = figures.interval
     assert 0 <= low <= 0.5 <= high <= 1
 
 
@@ -166,20 +165,20 @@ def test_response_without_verdict_counts_as_unknown_only():
     given_responses = responses({"0": ["a", "a"], "1": ["a", "a"], "2": ["a", "a"]})
     decisions = {"0": ["unsafe", "unknown"], "1": ["safe", "safe"], "2": ["unknown", "dropped"]}
     figures = measure(evaluation_set("harmful", 2), PROMPTS, given_responses, verdicts(decisions))
-    assert figures["values"] == [1.0, 0.0] and figures["unknown"] == 3
-    assert figures["n"] == 3 and figures["value"] == 0.5
+    assert figures.values == [1.0, 0.0] and figures.unknown == 3
+    assert figures.n == 3 and figures.value == 0.5
 
 
 def test_missing_verdict_is_unknown():
     figures = measure(
         evaluation_set("harmful"), PROMPTS, responses({"0": ["a"], "1": ["a"]}), verdicts({"0": ["safe"]})
     )
-    assert figures["unknown"] == 1 and figures["values"] == [0.0]
+    assert figures.unknown == 1 and figures.values == [0.0]
 
 
 def test_set_without_a_judged_response_has_no_figure():
     figures = measure(evaluation_set("harmful"), PROMPTS, responses({"0": ["a"]}), verdicts({"0": ["unknown"]}))
-    assert figures["value"] is None and figures["interval"] is None and figures["unknown"] == 1
+    assert figures.value is None and figures.interval is None and figures.unknown == 1
 
 
 def test_guards_refusal_overrides_the_wording():
@@ -191,17 +190,17 @@ def test_guards_refusal_overrides_the_wording():
         given_responses,
         verdicts({"0": ["safe"], "1": ["safe"], "2": ["safe"]}),
     )
-    assert by_wording["values"] == [1.0, 0.0, 1.0] and by_wording["judge"] == "wording"
+    assert by_wording.values == [1.0, 0.0, 1.0] and by_wording.judge == "wording"
     guard_verdicts = verdicts({"0": ["safe"], "1": ["safe"]}, refusal=False) + verdicts({"2": ["unsafe"]}, refusal=True)
     figures = measure(evaluation_set("over_refusal"), PROMPTS, given_responses, guard_verdicts)
-    assert figures["values"] == [0.0, 0.0, 1.0] and figures["judge"] == "guard"
+    assert figures.values == [0.0, 0.0, 1.0] and figures.judge == "guard"
 
 
 @pytest.mark.parametrize("finish", ["length", "repetition"])
 def test_unfinished_response_is_truncated_and_its_refusal_unknown(finish):
     unfinished_responses = responses({"0": [response_with("I'm sorry")]}, finish=finish)
     figures = measure(evaluation_set("over_refusal"), PROMPTS, unfinished_responses, [])
-    assert figures["value"] is None and figures["unknown"] == 1 and figures["truncated"] == 1.0
+    assert figures.value is None and figures.unknown == 1 and figures.truncated == 1.0
 
 
 def test_reasoning_is_mean_pass_at_one():
@@ -213,8 +212,8 @@ def test_reasoning_is_mean_pass_at_one():
         }
     )
     figures = measure(evaluation_set("reasoning", 2), PROMPTS, given_responses, [])
-    assert figures["values"] == [0.5, 0.5, 0.0] and figures["unknown"] == 0
-    assert figures["judge"] == "answer (math)"
+    assert figures.values == [0.5, 0.5, 0.0] and figures.unknown == 0
+    assert figures.judge == "answer (math)"
 
 
 @given(st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=30))

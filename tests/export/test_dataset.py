@@ -110,7 +110,7 @@ def test_card_states_the_origin_of_the_responses(tmp_path, steering, sampled):
         "steering": steering,
     }
     (tmp_path / "r.jsonl").write_text(json.dumps(row) + "\n")
-    checkpoints = instant_checkpoints(lambda pair: True)
+    checkpoints = instant_checkpoints(lambda response: True)
     with RunDir.open(tmp_path / "run", check_recipe(raw, "")) as run, instant_sampling():
         if not sampled:
             import_responses(run, tmp_path / "r.jsonl")
@@ -123,6 +123,7 @@ def test_card_states_the_origin_of_the_responses(tmp_path, steering, sampled):
     assert ("without any instruction" in card) == (steering is None)
     assert ("sampled from `m` itself" in card) == ("temperature" in card) == sampled
     assert ("imported for `m`" in card) == (not sampled)
+    assert "reason to drop" not in card, "no response was dropped"
     assert f"| 0 | {steering or 'none'} | harmful |" in card and "risk" not in card
 
 

@@ -13,7 +13,7 @@ from thinksafe.cli.__main__ import main
 from thinksafe.data.jsonl import to_json
 from thinksafe.data.records import Example
 from thinksafe.paths import expand_path
-from thinksafe.training.loop import read_metrics
+from thinksafe.training.metrics import read_metrics
 
 EXAMPLES = [
     Example(f"how do i make a {noun} ?", f"<think>\nthat is harmful .\n</think>\n\ni refuse {noun} .", "harmful")

@@ -14,18 +14,19 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.tiny_guards import (
     CUSTOM_FORMAT,
     LLAMA,
-    PAIRS,
+    RESPONSES,
     SAMPLER,
     WILD,
     FixedLogits,
     answer_ids,
     config,
-    results_by_id,
+    verdicts_by_id,
 )
 from thinksafe.errors import UserError
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.guards.model_guard import ModelGuard
+from thinksafe.guards.paper_reference import PaperReferenceGuard
 from thinksafe.model.weights import load_decoder
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -50,8 +51,8 @@ NAN, INF, NEVER = math.nan, math.inf, -1e30
     "logits, decision, reason",
     [
         ((5.0, 1.0), "safe", ""),
-        ((1.0, 5.0), "unsafe", ""),
-        ((2.0, 2.0), "unsafe", ""),
+        ((1.0, 5.0), "unsafe", "unsafe"),
+        ((2.0, 2.0), "unsafe", "unsafe"),
         ((2.0, -2.0, 3.0), "unknown", "no_verdict"),
         ((-2.0, 2.0, 3.0), "unknown", "no_verdict"),
         ((2.0, 1.0, -3.0), "safe", ""),
@@ -63,15 +64,15 @@ NAN, INF, NEVER = math.nan, math.inf, -1e30
         ((5.0, 1.0, INF), "unknown", "guard_nan"),
         ((-INF, 3.0), "unknown", "guard_nan"),
         ((NEVER, NEVER), "unknown", "no_verdict"),
-        ((NEVER, 3.0), "unsafe", ""),
+        ((NEVER, 3.0), "unsafe", "unsafe"),
         ((3.0, NEVER), "safe", ""),
     ],
 )
 def test_guard_with_nan_or_without_verdict_is_unknown(decoder, tokenizer, logits, decision, reason):
-    result = results_by_id(guard_with_logits(decoder, tokenizer, *logits), PAIRS[:1])["a"]
-    assert (result.decision, result.reason) == (decision, reason)
-    assert result.refusal is None and (result.category != "") == (decision == "unsafe")
-    assert (result.p_safe is None) == (reason == "guard_nan")
+    verdict = verdicts_by_id(guard_with_logits(decoder, tokenizer, *logits), RESPONSES[:1])["a"]
+    assert (verdict.decision, verdict.reason) == (decision, reason)
+    assert verdict.refusal is None and (verdict.category != "") == (decision == "unsafe")
+    assert (verdict.p_safe is None) == (reason == "guard_nan")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_guard_with_nan_or_without_verdict_is_unknown(decoder, tokenizer, logits
 )
 def test_guard_without_verdict_is_not_safe_at_min_probability_zero(decoder, tokenizer, logits):
     guard = guard_with_logits(decoder, tokenizer, *logits, min_verdict_probability=0.0)
-    assert results_by_id(guard, PAIRS[:1])["a"].decision != "safe"
+    assert verdicts_by_id(guard, RESPONSES[:1])["a"].decision != "safe"
 
 
 def reference_decision(logits: dict[str, float]) -> str:
@@ -97,17 +98,18 @@ def test_reference_preset_decides_as_the_papers_code(decoder, tokenizer, order, 
     fixed_decoder = FixedLogits(
         decoder, dict(zip(ids, (logits[word] for word in ("safe", "unsafe", "S", "\n")), strict=True))
     )
-    guard = ModelGuard(fixed_decoder, tokenizer, GuardConfig(kind="llama_guard_reference", sampler=SAMPLER))
-    result = results_by_id(guard, PAIRS[:1])["a"]
-    assert result.decision == reference_decision(logits)
-    assert (result.reason == "no_verdict") == ({*order[:2]} == {"S", "\n"})
+    guard_config = GuardConfig(kind="llama_guard_reference", sampler=SAMPLER)
+    guard = PaperReferenceGuard(fixed_decoder, tokenizer, guard_config)
+    verdict = verdicts_by_id(guard, RESPONSES[:1])["a"]
+    assert verdict.decision == reference_decision(logits)
+    assert (verdict.reason == "no_verdict") == ({*order[:2]} == {"S", "\n"})
 
 
 def test_untrained_guard_has_no_verdict(decoder, tokenizer):
     guard = ModelGuard(decoder, tokenizer, GuardConfig(sampler=SAMPLER))
-    for result in results_by_id(guard).values():
-        assert result.decision == "unknown" and result.reason == "no_verdict"
-        assert result.p_safe + result.p_unsafe < 0.5
+    for verdict in verdicts_by_id(guard).values():
+        assert verdict.decision == "unknown" and verdict.reason == "no_verdict"
+        assert verdict.p_safe + verdict.p_unsafe < 0.5
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,10 @@ def test_wildguard_decision_follows_from_its_only_answer(decoders, tokenizers, a
     fixed_decoder = FixedLogits(decoders["wildguard"], {word: 5.0})
     wildguard_config = GuardConfig(kind="wildguard", model="tiny", sampler=SAMPLER)
     guard = ModelGuard(fixed_decoder, tokenizers["wildguard"], wildguard_config)
-    result = results_by_id(guard, PAIRS[:1])["a"]
-    assert result.decision == decision and result.reason == ("no_verdict" if decision == "unknown" else "")
-    assert result.refusal is {"unsafe": True, "safe": False, "unknown": None}[decision]
+    verdict = verdicts_by_id(guard, RESPONSES[:1])["a"]
+    assert verdict.decision == decision
+    assert verdict.reason == {"unsafe": "unsafe", "safe": "", "unknown": "no_verdict"}[decision]
+    assert verdict.refusal is {"unsafe": True, "safe": False, "unknown": None}[decision]
 
 
 # Checkpoints and formats that do not fit
@@ -167,7 +170,7 @@ HARM = Question("harm", {"a": "safe", "b": "unsafe"})
             lambda: GuardFormat((Question("category", {"a": "A"}, only_if_unsafe=True), HARM)),
             "after the question about harm",
         ),
-        (lambda: GuardFormat((HARM,), is_full_prompt=True), "need a template"),
+        (lambda: GuardFormat((HARM,), is_full_prompt=True), "need one, and it is null"),
         (lambda: GuardFormat((HARM,), delimiters=("",)), "empty phrase"),
         (lambda: Question("harm", {"a": "safe"}), "safe and unsafe"),
         (lambda: Question("refusal", {"a": "refusal", "b": "compliance", "c": "maybe"}), "compliance and refusal"),

@@ -15,26 +15,26 @@ from transformers import AutoModelForCausalLM
 
 from tests.support.tiny_guards import (
     KINDS,
-    PAIRS,
-    PAIRS_WITHOUT_THINK_TAGS,
+    RESPONSES,
+    RESPONSES_WITHOUT_THINK_TAGS,
     STRIPPED_KINDS,
     answer_ids,
     config,
     guard_prompt,
-    pairs_for,
     replies,
-    results_by_id,
+    response_to,
+    responses_for,
     transformers_ids,
+    verdicts_by_id,
 )
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.guards.oracle import OracleGuard
 from thinksafe.guards.registry import build_guard
 from thinksafe.sampler import model_runner as runner
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 
 pytest_plugins = ["tests.support.tiny_guards"]
 
@@ -48,10 +48,10 @@ one_kind = pytest.mark.parametrize(
 
 
 def test_prompt_has_the_ids_of_transformers(guard, kind, tokenizers):
-    for pair in pairs_for(kind):
+    for response in responses_for(kind):
         for reply in replies(kind):
-            expected = transformers_ids(tokenizers[kind], guard_prompt(kind, pair) + reply)
-            assert guard.token_ids(pair.prompt, pair.response, reply) == expected
+            expected = transformers_ids(tokenizers[kind], guard_prompt(kind, response) + reply)
+            assert guard.token_ids(response.prompt, response.text, reply) == expected
 
 
 @settings(deadline=None)
@@ -59,7 +59,7 @@ def test_prompt_has_the_ids_of_transformers(guard, kind, tokenizers):
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_text_without_control_tokens_has_the_ids_of_transformers(guards, tokenizers, kind, texts):
     reply = replies(kind)[1]
-    expected = transformers_ids(tokenizers[kind], guard_prompt(kind, PromptResponse("x", *texts)) + reply)
+    expected = transformers_ids(tokenizers[kind], guard_prompt(kind, response_to(*texts)) + reply)
     assert guards[kind].token_ids(*texts, reply) == expected
 
 
@@ -74,15 +74,15 @@ def test_chat_template_is_applied_as_in_transformers(decoders, tokenizers, kind)
         custom_format = GuardFormat((harm,), template=template)
         return ModelGuard(decoders[kind], tokenizer, GuardConfig(kind="template", model="tiny", format=custom_format))
 
-    for pair in PAIRS_WITHOUT_THINK_TAGS:
-        turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.response}]
+    for response in RESPONSES_WITHOUT_THINK_TAGS:
+        turns = [{"role": "user", "content": response.prompt}, {"role": "assistant", "content": response.text}]
         text = tokenizer.hugging_face.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = guard(None).token_ids(pair.prompt, pair.response, "Fine?")
+        ids = guard(None).token_ids(response.prompt, response.text, "Fine?")
         assert ids == transformers_ids(tokenizer, text + "Fine?")
-        user_text = f"\nAsked {pair.prompt}, answered {pair.response}.\nFine?\n"
+        user_text = f"\nAsked {response.prompt}, answered {response.text}.\nFine?\n"
         turns = [{"role": "user", "content": user_text}]
         text = tokenizer.hugging_face.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert guard(template_text).token_ids(pair.prompt, pair.response, "") == transformers_ids(tokenizer, text)
+        assert guard(template_text).token_ids(response.prompt, response.text, "") == transformers_ids(tokenizer, text)
 
 
 def test_reference_prompt_has_a_second_begin_of_text(guards, tokenizers):
@@ -111,12 +111,12 @@ def test_wildguard_prompt_begins_without_a_space(guards, tokenizers):
 def test_probabilities_equal_those_of_transformers(guard, kind, folders, tokenizers):
     """The oracle runs in fp64; every question follows the likeliest answers to the questions before."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float64), tokenizers[kind]
-    results = results_by_id(guard, pairs_for(kind))
-    for pair in pairs_for(kind):
-        result, context = results[pair.id], guard_prompt(kind, pair)
+    verdicts = verdicts_by_id(guard, responses_for(kind))
+    for response in responses_for(kind):
+        verdict, context = verdicts[response.prompt_id], guard_prompt(kind, response)
         for question in config(kind).guard_format.questions:
-            if question.only_if_unsafe and result.decision != "unsafe":
-                assert result.category == "" and not result.labels
+            if question.only_if_unsafe and verdict.decision != "unsafe":
+                assert verdict.category == "" and not verdict.labels
                 continue
             context += question.answer_prefix
             with torch.no_grad():
@@ -128,35 +128,37 @@ def test_probabilities_equal_those_of_transformers(guard, kind, folders, tokeniz
                 expected[meaning] += p
             likeliest = dict(zip(answer_probabilities, question.answers, strict=True))
             if question.topic == "harm":
-                assert result.p_safe == pytest.approx(expected["safe"], rel=1e-4, abs=1e-9)
-                assert result.p_unsafe == pytest.approx(expected["unsafe"], rel=1e-4, abs=1e-9)
+                assert verdict.p_safe == pytest.approx(expected["safe"], rel=1e-4, abs=1e-9)
+                assert verdict.p_unsafe == pytest.approx(expected["unsafe"], rel=1e-4, abs=1e-9)
                 no_verdict = (
                     kind == "llama_guard_reference" and max(answer_probabilities) < probabilities.topk(2).values[-1]
                 )
                 expected_decision = "safe" if no_verdict or expected["safe"] > expected["unsafe"] else "unsafe"
-                assert result.decision == expected_decision
-                assert result.reason == ("no_verdict" if no_verdict else "")
-                likeliest = {p: w for p, w in likeliest.items() if question.answers[w] == result.decision}
+                assert verdict.decision == expected_decision
+                assert verdict.reason == (
+                    "no_verdict" if no_verdict else "unsafe" if verdict.decision == "unsafe" else ""
+                )
+                likeliest = {p: w for p, w in likeliest.items() if question.answers[w] == verdict.decision}
             else:
                 for meaning in set(expected) - {"neither"}:
-                    assert result.labels[meaning] == pytest.approx(expected[meaning], rel=1e-4, abs=1e-9)
+                    assert verdict.labels[meaning] == pytest.approx(expected[meaning], rel=1e-4, abs=1e-9)
             if question.topic == "refusal":
-                assert result.refusal == (expected["refusal"] > expected["compliance"])
-            if question.topic == "category" and result.decision == "unsafe":
-                assert result.category == max(expected, key=expected.get).replace("neither", "")
+                assert verdict.refusal == (expected["refusal"] > expected["compliance"])
+            if question.topic == "category" and verdict.decision == "unsafe":
+                assert verdict.category == max(expected, key=expected.get).replace("neither", "")
             context += likeliest[max(likeliest)]
-        assert result.windows == 1
+        assert verdict.windows == 1
         if kind in ("template", *STRIPPED_KINDS):
-            assert result.refusal is None
+            assert verdict.refusal is None
 
 
 @pytest.mark.parametrize("kind", ["wildguard", "llama_guard"])
 def test_decision_equals_greedy_decoding_within_the_format(guards, folders, tokenizers, kind):
     """Transformers generates a reply in which only the answers are free."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[kind]), tokenizers[kind]
-    results = results_by_id(guards[kind])
-    for pair in pairs_for(kind):
-        context = start = guard_prompt(kind, pair)
+    verdicts = verdicts_by_id(guards[kind])
+    for response in responses_for(kind):
+        context = start = guard_prompt(kind, response)
         for question in config(kind).guard_format.questions:
             if question.only_if_unsafe and not context.endswith("unsafe"):
                 continue
@@ -166,41 +168,41 @@ def test_decision_equals_greedy_decoding_within_the_format(guards, folders, toke
             options = {"max_new_tokens": 1, "do_sample": False, "prefix_allowed_tokens_fn": lambda *_, w=words: w}
             generated = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, -1].item()
             context += list(question.answers)[words.index(generated)]
-        reply, result = context.removeprefix(start), results[pair.id]
+        reply, verdict = context.removeprefix(start), verdicts[response.prompt_id]
         if kind == "wildguard":
             answers = dict(re.findall(r"(Harmful request|Response refusal|Harmful response): (yes|no|n/a)", reply))
             assert len(answers) == 3
             if (harm := answers["Harmful response"]) != "n/a":
-                assert (result.decision == "unsafe") == (harm == "yes")
+                assert (verdict.decision == "unsafe") == (harm == "yes")
             if (refusal := answers["Response refusal"]) != "n/a":
-                assert result.refusal == (refusal == "yes")
+                assert verdict.refusal == (refusal == "yes")
         else:
-            verdict, _, category = reply.partition("\n")
-            assert (result.decision, result.category) == (verdict, category)
+            first_line, _, category = reply.partition("\n")
+            assert (verdict.decision, verdict.category) == (first_line, category)
 
 
 def test_both_verdicts_occur(guard, kind):
     """Without this, the other tests would pass with a guard that always gives the same decision."""
-    pairs = [PromptResponse(str(n), "q", f"{n} " * (n + 1)) for n in range(40)]
-    results = results_by_id(guard, pairs).values()
+    responses = [response_to("q", f"{n} " * (n + 1), str(n)) for n in range(40)]
+    verdicts = verdicts_by_id(guard, responses).values()
     # With random weights neither verdict is among the likeliest tokens; the paper's code calls that safe.
     expected = {"safe"} if kind == "llama_guard_reference" else {"safe", "unsafe"}
-    assert {result.decision for result in results} == expected
+    assert {verdict.decision for verdict in verdicts} == expected
     if kind in ("wildguard", "qwen3guard"):
-        assert {True, False} == {result.refusal for result in results}
+        assert {True, False} == {verdict.refusal for verdict in verdicts}
 
 
 def test_result_does_not_depend_on_the_batch(guard):
-    results = results_by_id(guard)
-    for pair in PAIRS[:5]:
-        single_result = results_by_id(guard, [pair])[pair.id]
-        assert single_result.p_safe == pytest.approx(results[pair.id].p_safe, rel=1e-4)
-        expected = (results[pair.id].decision, results[pair.id].category)
-        assert (single_result.decision, single_result.category) == expected
+    verdicts = verdicts_by_id(guard)
+    for response in RESPONSES[:5]:
+        single_verdict = verdicts_by_id(guard, [response])[response.prompt_id]
+        assert single_verdict.p_safe == pytest.approx(verdicts[response.prompt_id].p_safe, rel=1e-4)
+        expected = (verdicts[response.prompt_id].decision, verdicts[response.prompt_id].category)
+        assert (single_verdict.decision, single_verdict.category) == expected
 
 
 @one_kind
-def test_small_batches_give_the_same_and_read_pairs_late(decoders, tokenizers, guard, kind):
+def test_small_batches_give_the_same_and_read_responses_late(decoders, tokenizers, guard, kind):
     small_config = GuardConfig(
         kind=kind,
         model="tiny",
@@ -211,17 +213,19 @@ def test_small_batches_give_the_same_and_read_pairs_late(decoders, tokenizers, g
     requested_ids = []
 
     def source():
-        for pair in PAIRS:
-            requested_ids.append(pair.id)
-            yield pair
+        for response in RESPONSES:
+            requested_ids.append(response.prompt_id)
+            yield response
 
-    expected, results = results_by_id(guard), {}
-    for result in ModelGuard(decoders[kind], tokenizers[kind], small_config).judge(source()):
-        assert len(requested_ids) <= 3 + len(results)  # pairs may be shared with other workers, so read one batch only
-        results[result.id] = result
-    for pair in PAIRS:
-        assert results[pair.id].p_unsafe == pytest.approx(expected[pair.id].p_unsafe, rel=1e-4)
-        assert results[pair.id].labels == pytest.approx(expected[pair.id].labels, rel=1e-4, abs=1e-9)
+    expected, verdicts = verdicts_by_id(guard), {}
+    small_guard = build_guard(small_config, lambda _: (decoders[kind], tokenizers[kind]))
+    for verdict in small_guard.judge(source()):
+        assert len(requested_ids) <= 3 + len(verdicts), "the others stay available to other workers"
+        verdicts[verdict.prompt_id] = verdict
+    assert verdicts.keys() == expected.keys()
+    for id_, verdict in verdicts.items():
+        assert verdict.p_unsafe == pytest.approx(expected[id_].p_unsafe, rel=1e-4)
+        assert verdict.labels == pytest.approx(expected[id_].labels, rel=1e-4, abs=1e-9)
 
 
 @one_kind
@@ -230,15 +234,15 @@ def test_guard_frees_its_cache_between_two_calls(guard, monkeypatch):
     engines = []
     init = model_guard.Engine.__init__
 
-    def recording_init(engine, *arguments):
+    def recording_init(engine, *arguments, **keywords):
         engines.append(weakref.ref(engine))
-        init(engine, *arguments)
+        init(engine, *arguments, **keywords)
 
     monkeypatch.setattr(model_guard.Engine, "__init__", recording_init)
-    first_results, second_results = results_by_id(guard), results_by_id(guard)
+    first_verdicts, second_verdicts = verdicts_by_id(guard), verdicts_by_id(guard)
     gc.collect()
     assert len(engines) == 2 and engines[0]() is None and engines[1]() is None
-    assert [second_results[pair.id].decision for pair in PAIRS] == [first_results[pair.id].decision for pair in PAIRS]
+    assert [v.decision for v in second_verdicts.values()] == [v.decision for v in first_verdicts.values()]
 
 
 # Cost
@@ -248,7 +252,7 @@ def test_policy_is_computed_once_and_only_verdicts_reach_the_head(guard, kind, m
     """The test counts tokens that run through the model, and rows that reach the LM head."""
     passes, head_rows = [], []
     real_score, real_logprobs = model_guard.Engine.score, runner.linear_logprob_of
-    pairs = [PromptResponse(str(n), f"How do I fold boat {n}?", f"{n} folds. " * (n + 1)) for n in range(24)]
+    responses = [response_to(f"How do I fold boat {n}?", f"{n} folds. " * (n + 1), str(n)) for n in range(24)]
 
     def counted_score(engine, prompts, token_ids):
         schedule = engine.scheduler.schedule
@@ -275,21 +279,21 @@ def test_policy_is_computed_once_and_only_verdicts_reach_the_head(guard, kind, m
 
     monkeypatch.setattr(runner, "linear_logprob_of", counted_logprobs)
     monkeypatch.setattr(runner, "_logprobs_from_logits", counted_dense)
-    results = results_by_id(guard, pairs)
-    questions = config(kind).guard_format.questions
-    num_unsafe = sum(result.decision == "unsafe" for result in results.values())
-    num_without_verdict = sum(result.reason == "no_verdict" for result in results.values())
-    rows = sum(num_unsafe if question.only_if_unsafe else len(pairs) for question in questions)
+    verdicts = verdicts_by_id(guard, responses)
+    questions, num_responses = config(kind).guard_format.questions, len(responses)
+    num_unsafe = sum(verdict.decision == "unsafe" for verdict in verdicts.values())
+    num_without_verdict = sum(verdict.reason == "no_verdict" for verdict in verdicts.values())
+    rows = sum(num_unsafe if question.only_if_unsafe else num_responses for question in questions)
     assert sum(head_rows) == rows, "each row scores a few tokens"
     assert sum(dense_rows) == num_without_verdict, "scoring all tokens is one matmul"
     assert (num_without_verdict > 0) == (kind == "llama_guard_reference")
-    lengths = [len(guard.token_ids(e.prompt, e.response, replies(kind)[1])) for e in pairs]
-    columns = zip(*(guard.token_ids(e.prompt, e.response, "") for e in pairs), strict=False)
+    lengths = [len(guard.token_ids(r.prompt, r.text, replies(kind)[1])) for r in responses]
+    columns = zip(*(guard.token_ids(r.prompt, r.text, "") for r in responses), strict=False)
     shared = next(index for index, ids in enumerate(columns) if len(set(ids)) > 1) // 16 * 16
-    first_question_tokens = sum(lengths) - (len(pairs) - 1) * shared
+    first_question_tokens = sum(lengths) - (num_responses - 1) * shared
     assert shared >= (16 if kind == "template" else 32)
     # A later question recomputes the page that holds the end of the previous prompt, and computes its own tokens.
-    assert first_question_tokens <= sum(passes) <= first_question_tokens + 3 * 16 * len(pairs) * (len(questions) - 1)
+    assert first_question_tokens <= sum(passes) <= first_question_tokens + 3 * 16 * num_responses * (len(questions) - 1)
 
 
 @pytest.mark.slow
@@ -304,14 +308,14 @@ def test_passes_are_full(decoders, tokenizers):
     scheduled = []
     real_init = model_guard.Engine.__init__
 
-    def recording_init(engine, *arguments):
-        real_init(engine, *arguments)
+    def recording_init(engine, *arguments, **keywords):
+        real_init(engine, *arguments, **keywords)
         schedule = engine.scheduler.schedule
         engine.scheduler.schedule = lambda: scheduled.append(schedule()) or scheduled[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_guard.Engine, "__init__", recording_init)
-        results_by_id(guard, [PromptResponse(str(n), "q", f"{n} " * (7 * n)) for n in range(40)])
+        verdicts_by_id(guard, [response_to("q", f"{n} " * (7 * n), str(n)) for n in range(40)])
     sizes = [batch.num_tokens for batch in scheduled if batch is not None]
     assert sum(size < 256 for size in sizes) <= 2 and len(sizes) > 20
 

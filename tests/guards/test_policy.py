@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from tests.support.checkpoints import make_llama_guard, make_qwen3guard, make_wildguard
+from tests.support.tiny_guards import response_to
+from thinksafe.data.records import Verdict
 from thinksafe.guards import model_guard, registry
-from thinksafe.guards.base import GuardResult, PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.ensemble import Ensemble
 from thinksafe.guards.formats import FORMATS, GuardFormat, Question
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 from thinksafe.sampler.request import Scores
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -112,7 +113,7 @@ INVALID_KEYS = [
     ({"kind": "llama_guard_reference", "margin": 0.1}, "as the paper's code does"),
     (
         {"kind": "ensemble", "members": (GuardConfig(), GuardConfig(sampler=EngineConfig(max_num_seqs=8)))},
-        "two members are the same guard",
+        "members: two are the same guard",
     ),
 ]
 
@@ -188,15 +189,14 @@ class FakeEngine:
 
 @pytest.fixture
 def ask(checkpoints, monkeypatch):
-    """Return ask(answer_probabilities, response, **config keys) -> (result, texts read)."""
+    """Return ask(answer_probabilities, response, **config keys) -> (verdict, texts read)."""
 
     def ask(answer_probabilities, response=RESPONSE, prompt="q", kind="llama_guard", **keys):
         engine = FakeEngine(checkpoints[kind][1], answer_probabilities)
-        monkeypatch.setattr(model_guard, "Engine", lambda *_: engine)
-        (result,) = ModelGuard(*checkpoints[kind], GuardConfig(kind=kind, **keys)).judge(
-            [PromptResponse("x", prompt, response)]
-        )
-        return result, engine.texts_read
+        monkeypatch.setattr(model_guard, "Engine", lambda *_, **__: engine)
+        guard = ModelGuard(*checkpoints[kind], GuardConfig(kind=kind, **keys))
+        (verdict,) = guard.judge([response_to(prompt, response)])
+        return verdict, engine.texts_read
 
     return ask
 
@@ -217,9 +217,9 @@ def flags_word(word):
 )
 def test_guard_reads_only_the_scope(ask, scope, thought_decision, answer_decision, windows):
     for word, expected in (("Thought", thought_decision), ("Said", answer_decision), ("Neither", "safe")):
-        result, texts_read = ask(flags_word(word), scope=scope)
-        assert (result.decision, result.windows) == (expected, windows)
-        assert result.category == ("S4" if expected == "unsafe" else "")
+        verdict, texts_read = ask(flags_word(word), scope=scope)
+        assert (verdict.decision, verdict.windows) == (expected, windows)
+        assert verdict.category == ("S4" if expected == "unsafe" else "")
     assert any("Agent: <think>\nThought of it.\n</think>\n\nSaid it.\n" in text for text in texts_read) == (
         scope == "response"
     )
@@ -230,8 +230,8 @@ def test_guard_reads_only_the_scope(ask, scope, thought_decision, answer_decisio
 @pytest.mark.parametrize("scope", ["answer", "think", "both"])
 @pytest.mark.parametrize("response, reason", [("No tags.", "no_think_block"), ("<think>\na\n</think>", "empty_answer")])
 def test_response_without_parts_is_unknown(ask, scope, response, reason):
-    result, texts_read = ask(flags_word("nothing"), response, scope=scope)
-    assert (result.decision, result.reason, result.p_safe) == ("unknown", reason, None)
+    verdict, texts_read = ask(flags_word("nothing"), response, scope=scope)
+    assert (verdict.decision, verdict.reason, verdict.p_safe) == ("unknown", reason, None)
     assert texts_read == []
 
 
@@ -241,8 +241,8 @@ def test_worst_part_is_a_part_called_unsafe(ask):
     def answer_probabilities(text):
         return {"u": 0.01} if "Thought" in text else flags_word("Said")(text) | {"safe": 0.1}
 
-    result, _ = ask(answer_probabilities, scope="both")
-    assert (result.decision, result.p_unsafe, result.category) == ("unsafe", pytest.approx(0.9), "S4")
+    verdict, _ = ask(answer_probabilities, scope="both")
+    assert (verdict.decision, verdict.p_unsafe, verdict.category) == ("unsafe", pytest.approx(0.9), "S4")
     assert ask(lambda text: {"u": 0.01} if "Thought" in text else {"safe": 0.9}, scope="both")[0].decision == "unknown"
 
 
@@ -266,24 +266,24 @@ def test_category_is_asked_only_for_unsafe_at_any_threshold(ask):
 
 
 def test_unsafe_response_stays_unsafe_without_category(ask):
-    result, _ = ask(lambda text: dict.fromkeys(map(str, range(20)), math.nan) if "unsafe\nS" in text else {"u": 0.9})
-    assert (result.decision, result.reason, result.category) == ("unsafe", "", "")
+    verdict, _ = ask(lambda text: dict.fromkeys(map(str, range(20)), math.nan) if "unsafe\nS" in text else {"u": 0.9})
+    assert (verdict.decision, verdict.reason, verdict.category) == ("unsafe", "unsafe", "")
 
 
 def test_nan_after_a_safe_verdict_makes_it_unknown(ask):
     def answer_probabilities(text):
         return {"Safe": 0.9} if text.endswith("Safety:") else {"None": 0.9, "Yes": math.nan}
 
-    result, texts_read = ask(answer_probabilities, kind="qwen3guard")
+    verdict, texts_read = ask(answer_probabilities, kind="qwen3guard")
     assert len(texts_read) == 3
-    assert (result.decision, result.reason, result.refusal) == ("unknown", "guard_nan", None)
+    assert (verdict.decision, verdict.reason, verdict.refusal) == ("unknown", "guard_nan", None)
 
 
 def test_nan_before_the_verdict_ends_the_questions(ask):
     broken = {"yes": math.nan, "no": math.nan, "n": math.nan}
-    result, texts_read = ask(lambda text: broken if text.endswith("request:") else {"no": 0.9}, kind="wildguard")
+    verdict, texts_read = ask(lambda text: broken if text.endswith("request:") else {"no": 0.9}, kind="wildguard")
     assert len(texts_read) == 1
-    assert (result.decision, result.reason, result.p_safe) == ("unknown", "guard_nan", None)
+    assert (verdict.decision, verdict.reason, verdict.p_safe) == ("unknown", "guard_nan", None)
 
 
 def test_wildguard_questions_follow_the_likeliest_answers(ask):
@@ -295,11 +295,11 @@ def test_wildguard_questions_follow_the_likeliest_answers(ask):
             "Harmful request: yes\nResponse refusal: no\nHarmful response:": {"yes": 0.9, "no": 0.1},
         }[reply]
 
-    result, texts_read = ask(answer_probabilities, kind="wildguard")
+    verdict, texts_read = ask(answer_probabilities, kind="wildguard")
     assert len(texts_read) == 3
-    assert (result.decision, result.refusal) == ("unsafe", False)
-    assert (result.p_unsafe, result.p_safe) == (pytest.approx(0.9), pytest.approx(0.1))
-    assert result.labels == pytest.approx({"harmful": 0.7, "harmless": 0.3, "refusal": 0.2, "compliance": 0.75})
+    assert (verdict.decision, verdict.refusal) == ("unsafe", False)
+    assert (verdict.p_unsafe, verdict.p_safe) == (pytest.approx(0.9), pytest.approx(0.1))
+    assert verdict.labels == pytest.approx({"harmful": 0.7, "harmless": 0.3, "refusal": 0.2, "compliance": 0.75})
     assert ask(answer_probabilities, kind="wildguard", scope="think")[0].refusal is None
 
 
@@ -314,10 +314,10 @@ def test_refusal_is_read_from_the_answer(ask):
 
 
 def test_refusal_without_verdict_probability_is_none(ask):
-    result, _ = ask(
+    verdict, _ = ask(
         lambda text: {"no": 0.9} if text.endswith("response:") else {"yes": 0.2, "n": 0.7}, kind="wildguard"
     )
-    assert result.decision == "safe" and result.refusal is None
+    assert verdict.decision == "safe" and verdict.refusal is None
 
 
 def test_qwen3guard_counts_controversial_as_unsafe(ask):
@@ -329,33 +329,39 @@ def test_qwen3guard_counts_controversial_as_unsafe(ask):
         assert text.endswith("Safety: Controversial\nCategories: PII\nRefusal:")
         return {"Yes": 0.9}
 
-    result, _ = ask(answer_probabilities, kind="qwen3guard")
-    assert (result.decision, result.category, result.refusal) == ("unsafe", "PII", True)
-    assert result.p_unsafe == pytest.approx(0.6) and "neither" not in result.labels
+    verdict, _ = ask(answer_probabilities, kind="qwen3guard")
+    assert (verdict.decision, verdict.category, verdict.refusal) == ("unsafe", "PII", True)
+    assert verdict.p_unsafe == pytest.approx(0.6) and "neither" not in verdict.labels
 
 
 # Ensembles
 
 
 class ConstantGuard:
-    """A guard with the same decision for every pair."""
+    """A guard with the same decision for every response."""
 
     def __init__(self, name, decision, refusal=None):
         self.name, self._decision, self._refusal = name, decision, refusal
 
-    def judge(self, pairs):
+    def judge(self, responses):
         p_unsafe = {"safe": 0.1, "unsafe": 0.8, "unknown": None}[self._decision]
-        p_safe = None if p_unsafe is None else 0.9 - p_unsafe
-        reason = "no_verdict" if self._decision == "unknown" else ""
-        for pair in reversed(pairs):
-            category = "S1" if self._decision == "unsafe" else ""
-            yield GuardResult(pair.id, self._decision, p_safe, p_unsafe, self._refusal, reason, category, {"l": 0.5}, 2)
+        fields = {
+            "reason": "no_verdict" if self._decision == "unknown" else "",
+            "p_safe": None if p_unsafe is None else 0.9 - p_unsafe,
+            "p_unsafe": p_unsafe,
+            "refusal": self._refusal,
+            "category": "S1" if self._decision == "unsafe" else "",
+            "labels": {"l": 0.5},
+            "windows": 2,
+        }
+        for response in responses:
+            yield Verdict.of(response, self.name, self._decision, **fields)
 
 
 def combine(decisions, voting, refusals=(None, None, None)):
     guards = [ConstantGuard(f"g{n}", d, r) for n, (d, r) in enumerate(zip(decisions, refusals, strict=False))]
-    (result,) = Ensemble({guard.name: guard for guard in guards}, voting).judge([PromptResponse("x", "q", "a")])
-    return result
+    (verdict,) = Ensemble({guard.name: guard for guard in guards}, voting).judge([response_to("q", "a")])
+    return verdict
 
 
 @pytest.mark.parametrize("decisions", list(product(["safe", "unsafe", "unknown"], repeat=3)))
@@ -365,17 +371,18 @@ def test_vote_of_all_and_of_the_majority(decisions):
     assert unanimous.decision == expected
     winners = [decision for decision in ("safe", "unsafe") if decisions.count(decision) >= 2]
     assert majority.decision == (winners or ["unknown"])[0]
-    for result in (unanimous, majority):
-        assert (result.reason != "") == (result.decision == "unknown")
-        assert (result.category == "S1") == (result.decision == "unsafe")
+    for verdict in (unanimous, majority):
+        assert (verdict.reason == "") == (verdict.decision == "safe")
+        assert (verdict.reason == "unsafe") == (verdict.decision == "unsafe")
+        assert (verdict.category == "S1") == (verdict.decision == "unsafe")
         if "unsafe" in decisions:
-            assert result.p_unsafe == 0.8
-        assert result.windows == 2
+            assert verdict.p_unsafe == 0.8
+        assert verdict.windows == 2
 
 
 def test_two_members_that_disagree_have_no_majority():
-    result = combine(["safe", "unsafe"], "majority")
-    assert (result.decision, result.reason) == ("unknown", "guards_disagree")
+    verdict = combine(["safe", "unsafe"], "majority")
+    assert (verdict.decision, verdict.reason) == ("unknown", "guards_disagree")
     assert combine(["safe", "unknown"], "majority").reason == "no_verdict"
 
 
@@ -387,16 +394,18 @@ def test_refusal_needs_members_that_agree(refusals, expected):
 
 
 def test_ensemble_keeps_all_probabilities_under_member_names():
-    result = combine(["safe", "unsafe", "unknown"], "all")
-    assert result.labels == pytest.approx(
+    verdict = combine(["safe", "unsafe", "unknown"], "all")
+    assert verdict.labels == pytest.approx(
         {"g0/safe": 0.8, "g0/unsafe": 0.1, "g0/l": 0.5, "g1/safe": 0.1, "g1/unsafe": 0.8, "g1/l": 0.5, "g2/l": 0.5}
     )
 
 
-def test_ensemble_judges_every_pair_once():
-    pairs = [PromptResponse(str(n), "q", "a") for n in range(2500)]
-    results = list(Ensemble({"a": ConstantGuard("a", "safe"), "b": ConstantGuard("b", "safe")}, "all").judge(pairs))
-    assert sorted(int(result.id) for result in results) == list(range(2500))
+def test_ensemble_judges_every_response_once_and_in_order():
+    responses = [response_to("q", "a", str(n)) for n in range(2500)]
+    verdicts = list(
+        Ensemble({"a": ConstantGuard("a", "safe"), "b": ConstantGuard("b", "safe")}, "all").judge(responses)
+    )
+    assert [verdict.key for verdict in verdicts] == [response.key for response in responses]
 
 
 CUSTOM_FORMATS = [
@@ -408,17 +417,9 @@ CUSTOM_FORMATS = [
 @pytest.mark.parametrize(
     "keys, names",
     [
-        ([{"scope": "think"}, {"scope": "answer"}], ["m[scope=think]", "m[scope=answer]"]),
-        ([{"model": "other"}, {}, {"threshold": 0.3}], ["other", "m[threshold=0.5]", "m[threshold=0.3]"]),
+        ([{"scope": "think"}, {"scope": "answer"}], ["m[1]", "m[2]"]),
+        ([{"model": "other"}, {}, {"threshold": 0.3}], ["other", "m[1]", "m[2]"]),
         ([{"kind": "template", "format": custom_format} for custom_format in CUSTOM_FORMATS], ["m[1]", "m[2]"]),
-        (
-            [
-                {"kind": "template", "format": custom_format, "scope": scope}
-                for custom_format in CUSTOM_FORMATS
-                for scope in ("think", "answer")
-            ],
-            [f"m[{n} scope={scope}]" for n, scope in enumerate(["think", "answer"] * 2, start=1)],
-        ),
     ],
 )
 def test_members_of_one_checkpoint_have_unique_names(monkeypatch, keys, names):
@@ -426,7 +427,7 @@ def test_members_of_one_checkpoint_have_unique_names(monkeypatch, keys, names):
     monkeypatch.setattr(registry, "ModelGuard", lambda config: ConstantGuard(f"{config.kind}:{config.model}", "safe"))
     members = tuple(GuardConfig(**({"model": "m"} | member_keys)) for member_keys in keys)
     guard = registry.build_guard(GuardConfig(kind="ensemble", members=members), lambda config: ())
-    (result,) = guard.judge([PromptResponse("x", "q", "a")])
+    (verdict,) = guard.judge([response_to("q", "a")])
     names = [f"{member.kind}:{name}" for member, name in zip(members, names, strict=True)]
-    assert list(result.labels) == [f"{name}/{label}" for name in names for label in ("safe", "unsafe", "l")]
+    assert list(verdict.labels) == [f"{name}/{label}" for name in names for label in ("safe", "unsafe", "l")]
     assert guard.name == f"all({', '.join(names)})"

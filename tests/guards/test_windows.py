@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.checkpoints import make_llama_guard, make_qwen3guard, make_wildguard
+from tests.support.tiny_guards import response_to
 from thinksafe.guards import model_guard
-from thinksafe.guards.base import PromptResponse
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.model_guard import ModelGuard
 from thinksafe.guards.windows import plan_windows
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 from thinksafe.sampler.request import Scores
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -102,16 +102,16 @@ def guard_and_tokenizer(kind, folder):
 
 @pytest.fixture
 def ask(guard_and_tokenizer, kind, monkeypatch):
-    """Return ask(pairs, answer_probabilities, room) -> (results, texts read), with `room` tokens beside the format."""
+    """Return ask(responses, answer_probabilities, room) -> (verdicts, texts read); `room` tokens beside the format."""
     guard, tokenizer = guard_and_tokenizer
 
-    def ask(pairs, answer_probabilities, room=100):
+    def ask(responses, answer_probabilities, room=100):
         engine = FakeEngine(tokenizer, answer_probabilities, guard.num_tokens("", "") + room)
         with monkeypatch.context() as patch:
-            patch.setattr(model_guard, "Engine", lambda *_: engine)
-            results = list(guard.judge(pairs))
-        assert [result.id for result in results] == [pair.id for pair in pairs]
-        return results, engine.texts_read
+            patch.setattr(model_guard, "Engine", lambda *_, **__: engine)
+            verdicts = list(guard.judge(responses))
+        assert [verdict.key for verdict in verdicts] == [response.key for response in responses]
+        return verdicts, engine.texts_read
 
     return ask
 
@@ -134,8 +134,8 @@ WORDS = [f"{n:03}" for n in range(300)]
 
 
 def test_every_word_is_read_and_the_format_stays_whole(ask, kind, guard_and_tokenizer):
-    (result,), texts_read = ask([PromptResponse("x", "q", " ".join(WORDS))], unsafe_if(kind, "BAD"))
-    assert result.decision == "safe" and result.windows > 10
+    (verdict,), texts_read = ask([response_to("q", " ".join(WORDS))], unsafe_if(kind, "BAD"))
+    assert verdict.decision == "safe" and verdict.windows > 10
     assert all(any(word in text for text in texts_read) for word in WORDS)
     guard, tokenizer = guard_and_tokenizer
     head, tail = tokenizer.decode(guard.token_ids("q", "", "")).split("q", 1)[0], texts_read[0][-12:]
@@ -145,35 +145,35 @@ def test_every_word_is_read_and_the_format_stays_whole(ask, kind, guard_and_toke
 @pytest.mark.parametrize("index", [0, 1, 7, 60, 150, 237, 298, 299])
 def test_response_is_unsafe_if_one_window_is(ask, kind, index):
     words = [*WORDS[:index], "BAD", *WORDS[index:]]
-    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], unsafe_if(kind, "BAD"))
-    assert result.decision == "unsafe"
-    assert result.p_unsafe == pytest.approx(0.9, rel=1e-5) and result.p_safe < 1e-5
+    (verdict,), _ = ask([response_to("q", " ".join(words))], unsafe_if(kind, "BAD"))
+    assert verdict.decision == "unsafe"
+    assert verdict.p_unsafe == pytest.approx(0.9, rel=1e-5) and verdict.p_safe < 1e-5
 
 
 @pytest.mark.parametrize("index", range(0, 300, 23))
 def test_passage_across_two_windows_is_whole_in_one(ask, kind, index):
     words = [*WORDS[:index], "so", "BAD", "so", *WORDS[index:]]
-    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], unsafe_if(kind, "so BAD so"))
-    assert result.decision == "unsafe"
+    (verdict,), _ = ask([response_to("q", " ".join(words))], unsafe_if(kind, "so BAD so"))
+    assert verdict.decision == "unsafe"
 
 
 def test_response_that_fits_is_one_window(ask, kind):
-    (result,), texts_read = ask([PromptResponse("x", "q", "A short word.")], unsafe_if(kind, "BAD"))
-    assert result.windows == 1 and all("A short word." in text for text in texts_read)
+    (verdict,), texts_read = ask([response_to("q", "A short word.")], unsafe_if(kind, "BAD"))
+    assert verdict.windows == 1 and all("A short word." in text for text in texts_read)
 
 
 def test_prompt_is_whole_in_every_window(ask, kind):
     prompt = "Is it so that " + " ".join(WORDS[:5])
-    (result,), texts_read = ask([PromptResponse("x", prompt, " ".join(WORDS))], unsafe_if(kind, "BAD"))
-    assert result.windows > 1 and all(prompt in text for text in texts_read)
+    (verdict,), texts_read = ask([response_to(prompt, " ".join(WORDS))], unsafe_if(kind, "BAD"))
+    assert verdict.windows > 1 and all(prompt in text for text in texts_read)
 
 
 def test_prompt_without_room_is_unknown_and_others_are_judged(ask, kind):
-    long_pair = PromptResponse("long", " ".join(WORDS), " ".join(WORDS))
-    results, _ = ask([long_pair, PromptResponse("x", "q", "a")], unsafe_if(kind, "BAD"))
-    assert (results[0].decision, results[0].reason) == ("unknown", "too_long_for_guard")
-    assert results[0].p_safe is None and results[0].windows == 0
-    assert results[1].decision == "safe"
+    too_long = response_to(" ".join(WORDS), " ".join(WORDS), "long")
+    verdicts, _ = ask([too_long, response_to("q", "a")], unsafe_if(kind, "BAD"))
+    assert (verdicts[0].decision, verdicts[0].reason) == ("unknown", "too_long_for_guard")
+    assert verdicts[0].p_safe is None and verdicts[0].windows == 0
+    assert verdicts[1].decision == "safe"
 
 
 @pytest.mark.parametrize("broken_text", ["BAD", "299", " "])
@@ -182,8 +182,8 @@ def test_one_window_without_verdict_makes_the_response_unknown(ask, kind, broken
         return np.full(num_answers, math.nan) if broken_text in text else unsafe_if(kind, "EVIL")(text, num_answers)
 
     words = [*WORDS[:100], "BAD", *WORDS[100:]]
-    (result,), _ = ask([PromptResponse("x", "q", " ".join(words))], answer_probabilities)
-    assert (result.decision, result.reason) == ("unknown", "guard_nan")
+    (verdict,), _ = ask([response_to("q", " ".join(words))], answer_probabilities)
+    assert (verdict.decision, verdict.reason) == ("unknown", "guard_nan")
 
 
 @pytest.mark.parametrize("probability", [math.nan, 0.0])
@@ -191,9 +191,9 @@ def test_unsafe_window_decides_although_another_has_no_verdict(ask, kind, probab
     def answer_probabilities(text, num_answers):
         return np.full(num_answers, probability) if "010" in text else unsafe_if(kind, "BAD")(text, num_answers)
 
-    (result,), _ = ask([PromptResponse("x", "q", " ".join([*WORDS, "BAD"]))], answer_probabilities)
-    assert result.decision == "unsafe" and result.p_unsafe == pytest.approx(0.9, rel=1e-5)
-    assert result.reason == ""
+    (verdict,), _ = ask([response_to("q", " ".join([*WORDS, "BAD"]))], answer_probabilities)
+    assert verdict.decision == "unsafe" and verdict.p_unsafe == pytest.approx(0.9, rel=1e-5)
+    assert verdict.reason == "unsafe"
 
 
 @settings(deadline=None, max_examples=40)
@@ -222,11 +222,11 @@ def test_window_is_judged_like_a_separate_response(guard_and_tokenizer, kind, fo
     config = GuardConfig(kind=kind, model="tiny", min_verdict_probability=0.0, sampler=EngineConfig(kv_cache_gib=0.02))
     response = " ".join(WORDS)
     windows = guard.split_into_windows("q", response, limit)
-    (result,) = ModelGuard(decoder, tokenizer, config).judge([PromptResponse("x", "q", response)])
-    window_results = list(guard.judge([PromptResponse(str(n), "q", window) for n, window in enumerate(windows)]))
-    worst = max(window_results, key=lambda result: result.p_unsafe / result.p_safe)
-    assert result.windows == len(windows) > 1 and all(result.windows == 1 for result in window_results)
-    assert result.p_unsafe == pytest.approx(worst.p_unsafe, rel=1e-4)
-    assert result.p_safe == pytest.approx(worst.p_safe, rel=1e-4)
-    assert result.decision == worst.decision and result.category == worst.category
-    assert result.refusal == window_results[-1].refusal
+    (verdict,) = ModelGuard(decoder, tokenizer, config).judge([response_to("q", response)])
+    window_verdicts = list(guard.judge([response_to("q", window) for window in windows]))
+    worst = max(window_verdicts, key=lambda verdict: verdict.p_unsafe / verdict.p_safe)
+    assert verdict.windows == len(windows) > 1 and all(verdict.windows == 1 for verdict in window_verdicts)
+    assert verdict.p_unsafe == pytest.approx(worst.p_unsafe, rel=1e-4)
+    assert verdict.p_safe == pytest.approx(worst.p_safe, rel=1e-4)
+    assert verdict.decision == worst.decision and verdict.category == worst.category
+    assert verdict.refusal == window_verdicts[-1].refusal

@@ -19,12 +19,14 @@ from thinksafe.kernels.fp8_frozen_linear import Fp8FrozenWeight, fp8_frozen_line
 from thinksafe.model import activation_checkpointing
 from thinksafe.model.activation_checkpointing import CHECKPOINT_MODES
 from thinksafe.model.attention import PackedAttention
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import load_decoder
 from thinksafe.paths import expand_path
 from thinksafe.training.local_trainer import LocalTrainer
 from thinksafe.training.losses import PackLoss
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.packing import pack
+from thinksafe.training.sequence import TrainingSequence
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = LoraConfig(4, 8.0, 0.0, ALL_PROJECTIONS)
@@ -160,11 +162,11 @@ def test_adapter_loss_and_gradient_stay_near_full_precision(name, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 def test_decoder_holds_base_projections_only_as_fp8_weights(tmp_path, family):
     decoder = decoder_with_adapter(make_checkpoint(family, tmp_path), "fp8")
-    assert not any(name.split(".")[-1] in ALL_PROJECTIONS for name, _ in decoder.named_parameters())
+    assert not any(name.endswith("_proj.weight") for name, _ in decoder.named_parameters())
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
     for layer in decoder.layers:
         for name, (out_features, in_features, _) in decoder.config.projections.items():
-            frozen_weight = layer.fp8_weights[name]
+            frozen_weight = layer.get_submodule(name).fp8_weight
             assert frozen_weight.values.shape == (
                 out_features,
                 in_features,

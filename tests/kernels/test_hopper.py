@@ -13,7 +13,7 @@ import torch
 from tests.emulation.ptx_on_cpu import NUM_SMS, on_hopper
 from tests.support.kernel_calls import CALLS
 from tests.support.paged import relative_error
-from thinksafe.kernels.batch_invariant_linear import TILE_CONFIGS, batch_invariant_linear, choose_tile, fp8_linear
+from thinksafe.kernels.batch_invariant_linear import TILES, batch_invariant_linear, choose_tile, fp8_linear
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import dequantize, quantize
 from thinksafe.kernels.fp8 import reference as quantize_reference
@@ -30,7 +30,7 @@ SHAPES = [(1, 64, 48), (33, 96, 100), (70, 200, 33), (100, 64, 200), (130, 256, 
 def test_shapes_use_every_tile():
     for itemsize in (1, 2):
         used_tiles = {choose_tile(T, N, itemsize, NUM_SMS) for T, _, N in SHAPES}
-        assert used_tiles == set(TILE_CONFIGS[itemsize])
+        assert used_tiles == set(TILES[itemsize])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,8 +75,8 @@ def test_quantization_with_column_scales_equals_plain_torch(fresh_seed):
 def test_operations_and_gradients_equal_plain_torch_in_fp32(fresh_seed, name, trainable):
     T, H, V = 21, 128, 300
     x, weight = torch.randn(T, H).bfloat16(), torch.randn(V, H).bfloat16()
-    target = torch.randint(V, (T,)).masked_fill(torch.arange(T) % 3 == 0, -100)
-    if "KL" in name or name == "JSD":
+    target = torch.randint(V, (T,))
+    if "KL" in name:
         x = (x * 6).round().clamp(-20, 20) * 10 / 64  # so that 1.1 * x is the same number in bf16 and fp32
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_(trainable)]
     reference_leaves = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in leaves]

@@ -12,14 +12,14 @@ from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import dequantize
 from thinksafe.kernels.fp8 import reference as quantize
 from thinksafe.kernels.kv_write import norm_rope_write_kv
-from thinksafe.kernels.paged_cache import write_kv
+from thinksafe.kernels.paged_cache import KvCache, write_kv
 from thinksafe.kernels.rope import qk_norm_rope, rope
 
 
 def test_write_kv_changes_only_its_slots():
     cache = torch.zeros(2, 4, 2, 3, 5)
     k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
-    write_kv(*cache, k, v, torch.tensor([11, 0, 4]))
+    write_kv(KvCache(*cache), k, v, torch.tensor([11, 0, 4]))
     for layer_cache, states in zip(cache, (k, v), strict=True):
         assert torch.equal(layer_cache[3, :, 2], states[0])
         assert torch.equal(layer_cache[0, :, 0], states[1])
@@ -42,8 +42,8 @@ def test_fused_write_matches_three_separate_operations(fresh_seed, norm, page_si
         expected_q, rotated_k = qk_norm_rope(q, k, q_weight, k_weight, 0.1, cos, sin)
     else:
         expected_q, rotated_k = rope(q, cos, sin), rope(k, cos, sin)
-    write_kv(*expected_cache, rotated_k, v, slots)
-    out = norm_rope_write_kv(q, k, v, q_weight, k_weight, 0.1, cos, sin, *kv_cache, slots)
+    write_kv(KvCache(*expected_cache), rotated_k, v, slots)
+    out = norm_rope_write_kv(q, k, v, q_weight, k_weight, 0.1, cos, sin, KvCache(*kv_cache), slots)
     torch.testing.assert_close(out, expected_q, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(kv_cache, expected_cache, rtol=2e-6, atol=2e-6, equal_nan=True)
 
@@ -55,8 +55,9 @@ def test_q_k_v_may_be_column_slices_of_one_matmul(fresh_seed):
     angle, slots = torch.randn(T, D // 2), torch.randperm(3 * 16)[:T]
     norm_and_angles = (torch.randn(D), torch.randn(D), 1e-6, angle.cos(), angle.sin())
     kv_cache, expected_cache = (torch.zeros(2, 3, num_kv_heads, 16, D) for _ in range(2))
-    out = norm_rope_write_kv(*qkv, *norm_and_angles, *kv_cache, slots)
-    expected_q = norm_rope_write_kv(*(part.contiguous() for part in qkv), *norm_and_angles, *expected_cache, slots)
+    out = norm_rope_write_kv(*qkv, *norm_and_angles, KvCache(*kv_cache), slots)
+    contiguous = (part.contiguous() for part in qkv)
+    expected_q = norm_rope_write_kv(*contiguous, *norm_and_angles, KvCache(*expected_cache), slots)
     assert torch.equal(out, expected_q) and out.is_contiguous() and torch.equal(kv_cache, expected_cache)
 
 
@@ -76,11 +77,11 @@ def test_e4m3_cache_holds_the_fp32_result_rounded_once(fresh_seed, norm, fp8):
     norm_and_angles = (q_weight, k_weight, 1e-6, angle.cos(), angle.sin())
     slots = torch.randperm(num_pages * 16)[:T]
     fp32_cache, zero_cache = (torch.zeros(2, num_pages, num_kv_heads, 16, D) for _ in range(2))
-    expected_q = norm_rope_write_kv(q, k, v, *norm_and_angles, *fp32_cache, slots)
+    expected_q = norm_rope_write_kv(q, k, v, *norm_and_angles, KvCache(*fp32_cache), slots)
     kv_cache, scales_e8m0 = list(zero_cache), [None, None]
     for kind in (kind for kind in (0, 1) if fp8[kind]):
         kv_cache[kind], scales_e8m0[kind] = quantize(zero_cache[kind])
-    out = norm_rope_write_kv(q, k, v, *norm_and_angles, *kv_cache, slots, tuple(scales_e8m0))
+    out = norm_rope_write_kv(q, k, v, *norm_and_angles, KvCache(*kv_cache, *scales_e8m0), slots)
     assert torch.equal(out, expected_q)
     for kind in (0, 1):
         if not fp8[kind]:
@@ -126,7 +127,7 @@ def test_shapes_that_do_not_fit_raise_value_error():
     ):  # fmt: skip
         *tensors, bad_cos, bad_slots = arguments
         with pytest.raises(ValueError, match="expected"):
-            norm_rope_write_kv(*tensors, None, None, 1e-6, bad_cos, bad_cos, *cache, bad_slots)
+            norm_rope_write_kv(*tensors, None, None, 1e-6, bad_cos, bad_cos, KvCache(*cache), bad_slots)
 
 
 # On a GPU
@@ -148,8 +149,8 @@ def test_e4m3_write_on_gpu_matches_plain_torch(fresh_seed):
     (expected_cache, expected_scales), (kv_cache, scales) = (
         [list(part) for part in zip(*(quantize(empty) for _ in range(2)), strict=True)] for _ in range(2)
     )
-    kv_write.reference(q, k, v, *norm_and_angles, *expected_cache, slots, tuple(expected_scales))
-    norm_rope_write_kv(q, k, v, *norm_and_angles, *kv_cache, slots, tuple(scales))
+    kv_write.reference(q, k, v, *norm_and_angles, KvCache(*expected_cache, *expected_scales), slots)
+    norm_rope_write_kv(q, k, v, *norm_and_angles, KvCache(*kv_cache, *scales), slots)
     assert torch.equal(scales[1], expected_scales[1]) and torch.equal(
         kv_cache[1].view(torch.uint8), expected_cache[1].view(torch.uint8)
     )
@@ -171,8 +172,9 @@ def test_fused_write_on_gpu_matches_plain_torch(fresh_seed, norm):
     cos, sin = angle.cos(), angle.sin()
     slots = torch.randperm(40 * 64, device="cuda")[:T]
     expected_cache, kv_cache = (random_bf16(2, 40, num_kv_heads, 64, D) * 0 for _ in range(2))
-    expected_q = kv_write.reference(q, k, v, q_weight, k_weight, 1e-6, cos, sin, *expected_cache, slots)
-    out = norm_rope_write_kv(q, k, v, q_weight, k_weight, 1e-6, cos, sin, *kv_cache, slots)
+    arguments = (q, k, v, q_weight, k_weight, 1e-6, cos, sin)
+    expected_q = kv_write.reference(*arguments, KvCache(*expected_cache), slots)
+    out = norm_rope_write_kv(*arguments, KvCache(*kv_cache), slots)
     assert relative_error(out, expected_q.double()) < 5e-3
     assert relative_error(kv_cache[0], expected_cache[0].double()) < 5e-3
     assert torch.equal(kv_cache[1], expected_cache[1])

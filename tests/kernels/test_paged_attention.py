@@ -20,6 +20,7 @@ from thinksafe.kernels import paged_decode as decoding
 from thinksafe.kernels import paged_prefill as prefilling
 from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.kv_write import norm_rope_write_kv
+from thinksafe.kernels.paged_cache import KvCache
 from thinksafe.kernels.paged_decode import list_splits, paged_decode
 from thinksafe.kernels.paged_prefill import prefill_tiles
 
@@ -86,10 +87,10 @@ def test_prefill_matches_fp64_causal_attention(problem, data):
 def test_reference_decode_does_not_depend_on_batching(monkeypatch):
     problem = PagedContexts([50, 1, 7, 0, 64, 8], 16, (4, 2), 8)
     q = problem.queries(6)
-    arguments = (q, *problem.dequantized_cache, problem.page_table, problem.seq_lens)
-    expected = decoding.reference_decode(*arguments)
+    arguments = (q, KvCache(*problem.dequantized_cache), problem.page_table, problem.seq_lens)
+    expected = decoding.reference(*arguments)
     monkeypatch.setattr(decoding, "REFERENCE_BATCH_TOKENS", 64)
-    torch.testing.assert_close(decoding.reference_decode(*arguments), expected)
+    torch.testing.assert_close(decoding.reference(*arguments), expected)
 
 
 def test_invalid_cache_arguments_raise_value_error():
@@ -103,16 +104,15 @@ def test_invalid_cache_arguments_raise_value_error():
         (torch.zeros(1, 4, 8), (keys, values), problem.page_table.int(), "page_table must be torch.int64"),
     ):
         with pytest.raises(ValueError, match=message):
-            paged_decode(q, *cache, page_table, problem.seq_lens)
+            paged_decode(q, KvCache(*cache), page_table, problem.seq_lens)
     q, e4m3_problem = torch.zeros(1, 4, 8), PagedContexts([5], 4, (4, 2), 8, fp8=(True, True))
     for scales_e8m0, message in (
-        ((None, None), "e4m3 with scales_e8m0"),
-        ((e4m3_problem.scales_e8m0[0][1:], e4m3_problem.scales_e8m0[1]), "scales_e8m0 must be uint8"),
+        ((None, None), "e4m3 and scales"),
+        ((e4m3_problem.scales_e8m0[0][1:], e4m3_problem.scales_e8m0[1]), "scales must be uint8"),
     ):
+        cache = KvCache(*e4m3_problem.kv_cache, *scales_e8m0)
         with pytest.raises(ValueError, match=message):
-            paged_decode(
-                q, *e4m3_problem.kv_cache, e4m3_problem.page_table, e4m3_problem.seq_lens, scales_e8m0=scales_e8m0
-            )
+            paged_decode(q, cache, e4m3_problem.page_table, e4m3_problem.seq_lens)
 
 
 @kernel_only
@@ -156,9 +156,8 @@ def test_decode_row_has_equal_bits_in_any_batch_and_table(monkeypatch):
     batch = problem.decode(q)
     wider_table = torch.nn.functional.pad(problem.page_table, (0, 40))
     for row in range(4):
-        alone = paged_decode(
-            q[row, None], *problem.dequantized_cache, wider_table[row, None], problem.seq_lens[row, None]
-        )
+        cache, seq_len = KvCache(*problem.dequantized_cache), problem.seq_lens[row, None]
+        alone = paged_decode(q[row, None], cache, wider_table[row, None], seq_len)
         assert torch.equal(alone[0], batch[row])
 
 
@@ -174,12 +173,8 @@ def test_one_split_list_serves_all_layers():
 @kernel_only
 def test_empty_batch_and_empty_contexts_are_no_error():
     problem = PagedContexts([5], 16, (4, 2), 64)
-    empty_q = torch.zeros(0, 4, 64)
-    assert paged_decode(empty_q, *problem.dequantized_cache, problem.page_table[:0], problem.seq_lens[:0]).shape == (
-        0,
-        4,
-        64,
-    )
+    empty_q, cache = torch.zeros(0, 4, 64), KvCache(*problem.dequantized_cache)
+    assert paged_decode(empty_q, cache, problem.page_table[:0], problem.seq_lens[:0]).shape == (0, 4, 64)
     assert not problem.decode(problem.queries(1))[0].isnan().any()
     problem.seq_lens[:] = 0
     assert not problem.decode(problem.queries(1)).any()
@@ -189,7 +184,7 @@ def test_empty_batch_and_empty_contexts_are_no_error():
 def test_prefill_tiles_cover_queries_once_longest_first(sequences, group_size):
     query_lens, num_cached = np.array(sequences).T
     tiles = prefill_tiles(query_lens, num_cached + query_lens, group_size, itemsize=2)
-    block_m = prefilling.CONFIGS[2].block_m
+    block_m = prefilling.CONFIGS[2].BLOCK_M
     assert sorted(map(tuple, tiles.tolist())) == [
         (row, tile) for row, length in enumerate(query_lens) for tile in range(-(-int(length) * group_size // block_m))
     ]
@@ -216,7 +211,8 @@ def test_cache_indices_beyond_two_to_the_31_are_right(tmp_path, page_size):
     torch.testing.assert_close(problem.prefill(q, [3]).double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(problem.decode(q[2:]).double(), expected[2:], rtol=1e-5, atol=1e-5)
     v, slot = torch.randn(1, 1, 64), pages[0, 0] * page_size + 5
-    norm_rope_write_kv(v, v, v, None, None, 1e-6, torch.ones(1, 32), torch.zeros(1, 32), cache, cache, slot[None])
+    cos, sin = torch.ones(1, 32), torch.zeros(1, 32)
+    norm_rope_write_kv(v, v, v, None, None, 1e-6, cos, sin, KvCache(cache, cache), slot[None])
     assert torch.equal(cache[-1, 0, 5], v[0, 0])
 
 
@@ -236,7 +232,8 @@ def test_decode_on_gpu_is_as_precise_as_plain_torch(fresh_seed, heads, D, page_s
     )
     q = problem.queries(len(lengths))
     expected = torch.cat([problem.expected(q[row, None], row) for row in range(len(lengths))])
-    reference = decoding.reference_decode(q, *problem.dequantized_cache, problem.page_table, problem.seq_lens)
+    cache = KvCache(*problem.dequantized_cache)
+    reference = decoding.reference(q, cache, problem.page_table, problem.seq_lens)
     assert relative_error(problem.decode(q), expected) <= 1.25 * relative_error(reference, expected) + 1e-6
     assert relative_error(problem.decode(q), expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
 
@@ -252,9 +249,8 @@ def test_prefill_on_gpu_is_as_precise_as_plain_torch(fresh_seed, heads, D, page_
     q = problem.queries(sum(query_lens))
     expected = torch.cat([problem.expected(part, row) for row, part in enumerate(q.split(query_lens))])
     cu_seqlens = torch.tensor([0, *query_lens], device="cuda").cumsum(0)
-    reference = prefilling.reference_prefill(
-        q, *problem.dequantized_cache, problem.page_table, cu_seqlens, problem.seq_lens
-    )
+    cache = KvCache(*problem.dequantized_cache)
+    reference = prefilling.reference(q, cache, problem.page_table, cu_seqlens, problem.seq_lens)
     actual = problem.prefill(q, query_lens)
     assert relative_error(actual, expected) <= 1.25 * relative_error(reference, expected) + 1e-6
     assert relative_error(actual, expected) < (5e-3 if dtype == torch.bfloat16 else 1e-5)
@@ -305,7 +301,6 @@ def test_decode_row_on_gpu_has_equal_bits_in_any_batch(fresh_seed):
     batch = problem.decode(q)
     for row in range(64):
         row_slice = slice(row, row + 1)
-        alone = paged_decode(
-            q[row_slice], *problem.dequantized_cache, problem.page_table[row_slice], problem.seq_lens[row_slice]
-        )
+        cache = KvCache(*problem.dequantized_cache)
+        alone = paged_decode(q[row_slice], cache, problem.page_table[row_slice], problem.seq_lens[row_slice])
         assert torch.equal(alone[0], batch[row])

@@ -28,6 +28,7 @@ from thinksafe.kernels.dispatch import INTERPRETED
 from thinksafe.kernels.fp8 import dequantize
 from thinksafe.kernels.fp8 import reference as quantize
 from thinksafe.kernels.kv_write import norm_rope_write_kv
+from thinksafe.kernels.paged_cache import KvCache
 from thinksafe.kernels.paged_decode import list_splits
 
 if INTERPRETED:
@@ -97,9 +98,9 @@ def test_compiled_write_matches_plain_torch(fresh_seed, shape, norm, fp8):
         return stored, scales_e8m0
 
     (expected, expected_scales), (written, scales) = empty_cache(), empty_cache()
-    expected_q = kv_write.reference(*arguments, *expected, slots, tuple(expected_scales))
+    expected_q = kv_write.reference(*arguments, KvCache(*expected, *expected_scales), slots)
     with on_hopper():
-        out = norm_rope_write_kv(*arguments, *written, slots, tuple(scales))
+        out = norm_rope_write_kv(*arguments, KvCache(*written, *scales), slots)
     assert relative_error(out, expected_q.double()) < 5e-3
     caches = zip(written, scales, strict=True), zip(expected, expected_scales, strict=True)
     (keys, values), (expected_keys, expected_values) = (

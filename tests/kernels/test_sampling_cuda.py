@@ -17,10 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.sampling import row_settings
-from thinksafe.kernels.cuda_library import declare_signatures
+from thinksafe.kernels.cuda_library import load_library
 from thinksafe.kernels.sampling import sample, sample_with_library
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc" / "sampling.cu"
+BARRIER = "__syncthreads();"
 CHUNK = 1024
 pytestmark = pytest.mark.slow  # the tests compile the kernel
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -30,10 +32,14 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 def cpu_library(tmp_path_factory) -> ctypes.CDLL:
     """The kernel compiled for the CPU with tests/emulation/cuda_on_cpu.h."""
     library = tmp_path_factory.mktemp("csrc") / "sampling.so"
+    compile_for_cpu(SOURCE, library)
+    return load_library(library)
+
+
+def compile_for_cpu(source: Path, library: Path) -> None:
     command = ["g++", "-O2", "-std=c++20", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-x", "c++"]
-    command += ["-include", ROOT / "tests/emulation/cuda_on_cpu.h", ROOT / "csrc" / "sampling.cu", "-o", library]
+    command += ["-include", ROOT / "tests/emulation/cuda_on_cpu.h", source, "-o", library]
     subprocess.run(command, check=True)
-    return declare_signatures(ctypes.CDLL(str(library)))
 
 
 def sample_both_ways(library, logits, **sampling):
@@ -135,19 +141,49 @@ def test_non_finite_rows_are_flagged_at_any_position(cpu_library):
         assert tokens[6] == 3000
 
 
-@needs_compiler
-@pytest.mark.parametrize("setting", ["Qwen3", "R1-Distill", "hot", "top-k above the candidates"])
-def test_result_does_not_depend_on_the_order_of_threads(cpu_library, fresh_seed, monkeypatch, setting):
-    """Seeds shuffle the order in which threads run: a missing barrier or a sum in thread order changes the bits."""
-    logits = torch.randn(4, 4 * CHUNK, generator=torch.Generator().manual_seed(fresh_seed)) * 2
-    arguments = tuple(row_settings(logits, **SETTINGS[setting], seed=fresh_seed, position=torch.arange(4)))
-    results = []
+CUTS = [
+    {"temperature": 5.0, "top_k": 5},
+    {"temperature": 3.0, "top_p": 0.3},
+    {"temperature": 5.0, "top_k": 300, "top_p": 0.2},
+    {"temperature": 5.0, "top_k": 2500, "top_p": 0.3},
+]
+"""Settings with which a wrong cutoff changes the token: a likely winner of the race is far outside the nucleus."""
+
+
+def differs_between_orders_of_threads(library: ctypes.CDLL, seed: int) -> bool:
+    """Return whether seeds that shuffle the order in which threads run change the bits of a result."""
+    logits, results = torch.randn(4, 4 * CHUNK, generator=torch.Generator().manual_seed(seed)) * 2, []
     for shuffle_seed in range(5):
-        monkeypatch.setenv("CUDA_ON_CPU_SEED", str(shuffle_seed))
-        results.append(sample_with_library(cpu_library, logits, arguments))
-    for tokens, logprobs in results[1:]:
-        assert torch.equal(tokens, results[0][0])
-        assert torch.equal(logprobs, results[0][1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_ON_CPU_SEED", str(shuffle_seed))
+            for settings in CUTS:
+                arguments = tuple(row_settings(logits, **settings, seed=seed, position=torch.arange(4)))
+                results.append(sample_with_library(library, logits, arguments))
+    return any(
+        not torch.equal(tensor, expected)
+        for result, expected_result in zip(results[len(CUTS) :], results[: len(CUTS)] * 4, strict=True)
+        for tensor, expected in zip(result, expected_result, strict=True)
+    )
+
+
+@needs_compiler
+def test_result_does_not_depend_on_the_order_of_threads(cpu_library, fresh_seed):
+    assert not differs_between_orders_of_threads(cpu_library, fresh_seed)
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("index", range(SOURCE.read_text().count(BARRIER)))
+def test_kernel_without_one_of_its_barriers_depends_on_the_order_of_threads(tmp_path, index):
+    """Otherwise a thread waits forever, or the kernel reads outside its memory: the process ends with a signal."""
+    before, after = SOURCE.read_text().split(BARRIER)[: index + 1], SOURCE.read_text().split(BARRIER)[index + 1 :]
+    source, library = tmp_path / "sampling.cu", tmp_path / "sampling.so"
+    source.write_text(BARRIER.join(before) + BARRIER.join(after))
+    compile_for_cpu(source, library)
+    call = f"differs_between_orders_of_threads(load_library(Path({str(library)!r})), seed=1)"
+    command = [sys.executable, "-c", f"from {__name__} import *; print({call})"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode < 0 or process.stdout == "True\n", process.stderr
 
 
 @needs_compiler
@@ -177,7 +213,7 @@ def test_nvcc_compiles_kernels_without_spills(tmp_path):
     # are half the threads that an SM can hold: enough, since most loads hit shared memory.
     assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", report))
     assert all(int(count) <= 40_000 for count in re.findall(r"(\d+) bytes smem", report))
-    declare_signatures(ctypes.CDLL(str(library)))  # it loads without a CUDA driver and has every function
+    load_library(library)  # it loads without a CUDA driver and has every function
 
 
 def test_build_without_nvcc_names_the_missing_compiler(tmp_path):

@@ -18,13 +18,16 @@ from tests.support.checkpoints import FAMILIES, make_checkpoint, make_model
 from thinksafe.errors import UserError
 from thinksafe.model import weights
 from thinksafe.model.attention import PackedAttention, packed_positions
-from thinksafe.model.decoder import PROJECTION_GROUPS, Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.config import PROJECTION_GROUPS, LoraConfig
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.lora import attach
+from thinksafe.model.projection import project
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.kv_cache import CacheFormat
 from thinksafe.sampler.model_runner import ModelRunner
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.request import Request
 from thinksafe.sampler.scheduler import Scheduler
 
 VARIANTS = {
@@ -176,19 +179,19 @@ def test_fused_projections_equal_separate_ones(checkpoint, name, weight_dtype):
     decoder = load_decoder(checkpoint(name), torch.float32, "cpu", weight_dtype=weight_dtype)
     attach(decoder, LoraConfig(4, 8.0, 0.0, ("k_proj", "up_proj")), seed=1)
     layer, shapes = decoder.layers[1], []
-    torch.nn.init.normal_(layer.k_proj_lora_B)
+    torch.nn.init.normal_(layer.k_proj.lora_B)
 
     def linear(x, weight, bias):
         shapes.append(list(weight.shape))
         return F.linear(x, weight, bias)
 
-    for names in PROJECTION_GROUPS:
+    for names, projections in zip(PROJECTION_GROUPS, layer.projection_groups, strict=True):
         rows = torch.randn(5, decoder.config.projections[names[0]][1])
         with torch.no_grad():
-            separate = layer.project_all(names, rows, linear)
+            separate = project(projections, rows, linear)
         shapes.clear()
         with torch.inference_mode():
-            fused = layer.project_all(names, rows, linear)
+            fused = project(projections, rows, linear)
         for out, expected in zip(fused, separate, strict=True):
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
         if weight_dtype == "auto":
@@ -201,9 +204,10 @@ def test_fused_projections_equal_separate_ones(checkpoint, name, weight_dtype):
 def test_moved_weights_are_multiplied_separately(checkpoint):
     decoder = load(checkpoint("qwen3"))
     layer, rows = decoder.layers[0], torch.randn(5, decoder.config.hidden_size)
-    fused = layer.project_all(PROJECTION_GROUPS[0], rows, F.linear)
-    layer.k_proj.data = 2 * layer.k_proj
-    q, k, v = layer.project_all(PROJECTION_GROUPS[0], rows, F.linear)
+    projections = [layer.q_proj, layer.k_proj, layer.v_proj]
+    fused = project(projections, rows, F.linear)
+    layer.k_proj.weight.data = 2 * layer.k_proj.weight
+    q, k, v = project(projections, rows, F.linear)
     for out, expected in zip((q, k, v), (fused[0], 2 * fused[1], fused[2]), strict=True):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -285,7 +289,7 @@ def test_shards_written_by_transformers_are_read(checkpoint, tmp_path):
 def test_shards_that_we_write_are_small_and_load_in_transformers(checkpoint, tmp_path, monkeypatch):
     decoder = load(checkpoint("qwen2"))
     max_bytes = max(parameter.nbytes for parameter in decoder.parameters())
-    monkeypatch.setattr(weights, "_MAX_SHARD_BYTES", max_bytes)
+    monkeypatch.setattr(weights, "_MAX_FILE_BYTES", max_bytes)
     save_decoder(decoder, load_config(checkpoint("qwen2"))[1], tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) > 2
@@ -303,7 +307,7 @@ def test_saving_replaces_a_sharded_checkpoint(checkpoint, tmp_path, monkeypatch)
     old_decoder, new_decoder = load(checkpoint("llama")), load(make_checkpoint("llama", tmp_path / "other", seed=77))
     raw = load_config(checkpoint("llama"))[1]
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_MAX_SHARD_BYTES", 50_000)
+        patch.setattr(weights, "_MAX_FILE_BYTES", 50_000)
         save_decoder(old_decoder, raw, tmp_path / "saved")
     save_decoder(new_decoder, raw, tmp_path / "saved")
     reloaded = load(tmp_path / "saved")

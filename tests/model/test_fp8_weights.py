@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM
 from tests.support.checkpoints import FAMILIES, make_checkpoint
 from thinksafe.kernels.fp8 import E4M3, dequantize
 from thinksafe.model.attention import PackedAttention
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, load_adapter, merge, save_adapter
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach, load_adapter, merge, save_adapter
+from thinksafe.model.projection import project
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.recipe.schema import Recipe
 from thinksafe.run.checkpoints import CheckpointStore
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Request
 
 LORA = LoraConfig(4, 8.0, 0.0, ("q_proj", "v_proj", "down_proj"))
 
@@ -48,7 +51,7 @@ def test_only_projections_are_in_e4m3_and_logits_stay_near(tmp_path, family):
     decoder = load_decoder(folder, torch.float32, "cpu", weight_dtype="fp8")
     dtypes = {name: parameter.dtype for name, parameter in decoder.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == E4M3} == {
-        f"layers.{layer}.{name}" for layer in range(2) for name in decoder.config.projections
+        f"layers.{layer}.{name}.weight" for layer in range(2) for name in decoder.config.projections
     }
     assert set(dtypes.values()) == {E4M3, torch.float32}
     tokens = torch.randint(0, 380, (40,), generator=torch.Generator().manual_seed(0))
@@ -63,8 +66,8 @@ def test_e4m3_weights_are_within_a_sixteenth(folder):
     quantized = load_decoder(folder, torch.float32, "cpu", weight_dtype="fp8")
     for layer, fp8_layer in zip(unquantized.layers, quantized.layers, strict=True):
         for name in unquantized.config.projections:
-            weight = getattr(layer, name)
-            dequantized = dequantize(getattr(fp8_layer, name), fp8_layer.weight_scales[name], torch.float32)
+            weight, fp8 = layer.get_submodule(name).weight, fp8_layer.get_submodule(name)
+            dequantized = dequantize(fp8.weight, fp8.scales_e8m0, torch.float32)
             smallest = weight.abs().amax(-1, keepdim=True) * 2.0**-17
             assert ((dequantized - weight).abs() <= weight.abs() / 16 + smallest).all()
 
@@ -87,9 +90,9 @@ def test_sampling_with_adapter_copies_no_base_weight(folder, adapter_folder, wei
     engine = Engine(decoder, EngineConfig(4, 64, kv_cache_gib=0.01))
     request = Request("r", (5, 6, 7), SamplingConfig(temperature=0, max_tokens=8), 0, ())
     (with_adapter,) = engine.generate([request])
-    after = {name: (p.data_ptr(), p._version) for name, p in decoder.named_parameters() if "_lora_" not in name}
+    after = {name: (p.data_ptr(), p._version) for name, p in decoder.named_parameters() if "lora_" not in name}
     assert after == before
-    assert sum("_lora_" in name for name, _ in decoder.named_parameters()) == 2 * 2 * 3
+    assert sum("lora_" in name for name, _ in decoder.named_parameters()) == 2 * 2 * 3
     assert engine.runner.decoder is decoder
     base = load_decoder(folder, torch.float32, "cpu", weight_dtype=weight_dtype)
     (without_adapter,) = Engine(base, EngineConfig(4, 64, kv_cache_gib=0.01)).generate([request])
@@ -102,17 +105,18 @@ def test_adapter_adds_the_same_to_an_e4m3_base(folder, adapter_folder):
     decoder = load_decoder(folder, torch.float32, "cpu", weight_dtype="fp8")
     layer, x = decoder.layers[0], torch.randn(5, 64)
     linear = torch.nn.functional.linear
-    base = layer.project("q_proj", x, linear)
+    (base,) = project([layer.q_proj], x, linear)
     load_adapter(decoder, adapter_folder)
-    down, up = layer.q_proj_lora_A, layer.q_proj_lora_B
-    torch.testing.assert_close(layer.project("q_proj", x, linear), base + 2.0 * x @ down.T @ up.T)
+    down, up = layer.q_proj.lora_A, layer.q_proj.lora_B
+    (adapted,) = project([layer.q_proj], x, linear)
+    torch.testing.assert_close(adapted, base + 2.0 * x @ down.T @ up.T)
 
 
 def test_training_uses_checkpoint_weights_after_e4m3_sampling(folder):
     models = CheckpointStore(Recipe("r", str(folder), device="cpu", sampler=EngineConfig(weight_dtype="fp8")))
     sampling = models.sampled_student()
-    assert sampling.layers[0].q_proj.dtype == E4M3 and models.sampled_student() is sampling
+    assert sampling.layers[0].q_proj.weight.dtype == E4M3 and models.sampled_student() is sampling
     training = models.student()
     assert {parameter.dtype for parameter in training.parameters()} == {torch.float32}
-    assert not any(layer.weight_scales for layer in training.layers)
-    assert models.sampled_student().layers[0].q_proj.dtype == E4M3
+    assert not any(projection.is_fp8 for _, projection in training.projections())
+    assert models.sampled_student().layers[0].q_proj.weight.dtype == E4M3

@@ -8,7 +8,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,10 +18,9 @@ pytest.importorskip("triton")
 from triton.runtime.jit import KernelInterface
 
 from thinksafe.kernels.batch_invariant_linear import batch_invariant_linear
-from thinksafe.kernels.fp8 import E4M3
-from thinksafe.model.config import ModelConfig
+from thinksafe.model.config import LoraConfig, ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.lora import attach
 from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.sampler.kv_cache import CacheFormat, PageCache
 from thinksafe.sampler.model_runner import DecodeAttention
@@ -68,10 +66,8 @@ def decoder_on_meta(model: str, weight_dtype: str = "auto") -> Decoder:
     config = ModelConfig.from_hugging_face(PUBLIC_CONFIGS[model] | {"num_hidden_layers": 2}, model)
     with torch.device("meta"):
         decoder = Decoder(config).to(torch.bfloat16).requires_grad_(False).eval()
-        for layer in decoder.layers if weight_dtype == "fp8" else ():
-            for name in config.projections:
-                layer._parameters[name] = nn.Parameter(layer._parameters[name].to(E4M3), requires_grad=False)
-                layer.weight_scales[name] = torch.empty(len(layer._parameters[name]), dtype=torch.uint8)
+        for _, projection in decoder.projections() if weight_dtype == "fp8" else ():
+            projection.allocate_fp8()
     decoder.fuse_projections()
     return decoder
 
@@ -84,6 +80,7 @@ def launches(decoder: Decoder, linear=F.linear) -> list[str]:
     with (
         on_gpu_path(),
         patch("thinksafe.kernels.batch_invariant_linear.INTERPRETED", True),
+        patch("thinksafe.kernels.matmul_tile.INTERPRETED", True),
         patch("thinksafe.kernels.paged_decode.INTERPRETED", True),
         torch.device(device),
         Launches() as recorder,

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from tests.support.checkpoints import FAMILIES, make_checkpoint
 from thinksafe.errors import UserError
 from thinksafe.model.attention import PackedAttention, packed_positions
+from thinksafe.model.config import LoraConfig
 from thinksafe.model.lora import (
-    LoraConfig,
     adapter_parameters,
     attach,
     check_same_base,
@@ -65,7 +65,7 @@ def test_new_adapter_changes_nothing_and_is_the_only_trainable(decoder):
     assert torch.equal(logits(decoder.eval()), before)
     trainable = {name for name, parameter in decoder.named_parameters() if parameter.requires_grad}
     assert trainable == {
-        f"layers.{layer}.{name}_lora_{half}" for layer in range(2) for name in EVERYWHERE for half in "AB"
+        f"layers.{layer}.{name}.lora_{half}" for layer in range(2) for name in EVERYWHERE for half in "AB"
     }
 
 

@@ -18,8 +18,8 @@ from tests.support.checkpoints import FAMILIES, make_checkpoint
 from tests.support.forked import finish_forked_workers, start_forked_workers
 from tests.support.shard_ranks import compute_results, load_with_adapter
 from thinksafe.errors import UserError
-from thinksafe.model.config import ModelConfig
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.model.config import LoraConfig, ModelConfig
+from thinksafe.model.lora import adapter_parameters, attach, save_adapter
 from thinksafe.model.tensor_parallel import TensorShard
 from thinksafe.model.weights import load_config, load_decoder
 
@@ -76,7 +76,7 @@ def test_results_do_not_depend_on_number_of_processes(folders, tmp_path, count, 
                 assert result["scores"][id_] == pytest.approx(logprobs, abs=1e-4), name
             assert result["kv_elements_per_token"] * count == expected["kv_elements_per_token"]
             for weight, size in result["num_elements"].items():
-                if weight.endswith("_proj") or "_proj" not in weight:
+                if weight.endswith("_proj.weight") or "_proj" not in weight:
                     assert size * (count if "_proj" in weight else 1) == expected["num_elements"][weight], weight
 
 

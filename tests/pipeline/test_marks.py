@@ -135,7 +135,7 @@ def test_kill_during_the_import_loses_no_mark(run, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("thinksafe.pipeline.accept.choose", kill)
+        patch.setattr("thinksafe.pipeline.accept.audit_record", kill)
         add_marks(run, tmp_path, make_mark(run, SAFE, "reject"))
     with RunDir.open(run.path, run.recipe) as reopened:
         pipeline.accept_responses(reopened)

@@ -32,7 +32,7 @@ from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import StageClock
 from thinksafe.run.journal import Journal
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.loop import read_metrics
+from thinksafe.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

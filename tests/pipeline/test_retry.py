@@ -22,8 +22,7 @@ from thinksafe.data.selection import Attempt, choose
 from thinksafe.errors import UserError
 from thinksafe.pipeline.imports import import_marks, import_responses
 from thinksafe.recipe.loading import check_recipe
-from thinksafe.reporting.coverage import coverage_lines
-from thinksafe.reporting.summary import read_coverage
+from thinksafe.reporting.coverage import coverage_lines, read_coverage
 from thinksafe.run.directory import RunDir, StageClock
 from thinksafe.run.journal import Journal
 
@@ -31,12 +30,12 @@ LADDER = [{"steering": "prefix", "samples": 3}, {"steering": "risk"}, {"steering
 PROMPTS = [(f"{label} {n}", label) for n in range(6) for label in ("harmful", "benign")]
 
 
-def accepts(pair) -> bool:
+def accepts(response) -> bool:
     """Accept one instruction for each harmful prompt, and the third response to each benign prompt but the last."""
-    kind, number = pair.prompt.split()
-    answer = pair.response.rpartition("\n")[2]
+    kind, number = response.prompt.split()
+    answer = response.text.rpartition("\n")[2]
     if kind == "benign":
-        return number != "5" and pair.id.endswith("/2")
+        return number != "5" and response.sample == 2
     return answer == ["prefix", "prefix", "risk", "Say no: {prompt}", "never", "never"][int(number)]
 
 
@@ -223,12 +222,12 @@ def test_no_verdict_is_computed_twice_after_a_kill(tmp_path):
     """The guard is most of the cost of a run."""
     judged, kill_points = Counter(), [5, 14, 20, 33]
 
-    def counted(pair):
+    def counted(response):
         if judged.total() in kill_points:
             kill_points.remove(judged.total())
             raise Killed
-        judged[pair.id] += 1
-        return accepts(pair)
+        judged[response.key] += 1
+        return accepts(response)
 
     whole_recipe = recipe(tmp_path)
     for _ in range(5):
@@ -246,7 +245,7 @@ def contents(out: Path) -> dict[str, list[str]]:
 
 def test_training_without_accepted_responses_is_an_error(tmp_path):
     with RunDir.open(tmp_path / "run", recipe(tmp_path)) as run, instant_sampling():
-        run_stages(run, instant_checkpoints(lambda pair: False))
+        run_stages(run, instant_checkpoints(lambda response: False))
         with pytest.raises(UserError, match="no response was accepted"):
             pipeline.train_student(run, None)
     assert (tmp_path / "run" / "accepted.jsonl").read_text() == ""

@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -144,54 +146,56 @@ MISTAKES = {
     "evaluation.sets=[{name: a, source: b, kind: harmful, sample: 2}]": "did you mean evaluation.sets.0.samples?",
     "evaluation.sets=[{name: a, kind: harmful}]": "evaluation.sets.0.source is missing",
     "evaluation.sets=[{name: a, sorce: b, kind: harmful}]": "did you mean evaluation.sets.0.source?",
-    "evaluation.sets=[{name: a, source: b, kind: harmful, columns: {answer: c}}]": "columns must name the text column",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, columns: {answer: c}}]": "columns: must name the text column",
     "evaluation.sets=[{name: a, source: b, kind: harmful, columns: {tex: c}}]": "'text', 'answer' or 'label'",
     "evaluation.sets=[{name: a, source: b, kind: harmful, filter: safe}]": "sets.0.filter: must be a section of",
     "evaluation.sets=[5]": "evaluation.sets.0: must be a section of keys (name, source, kind,",
     "evaluation.sets={name: a}": "evaluation.sets: must be a list",
-    "evaluation.sets=[{name: a/b, source: b, kind: harmful}]": "name must consist of",
-    "evaluation.sets=[{name: a, source: b, kind: harmful}, {name: a, source: c, kind: harmful}]": "the same name",
-    "evaluation.sets=[{name: a, source: b, kind: harmful, instruction: no braces}]": "{prompt}",
-    "evaluation.sets=[{name: a, source: b, kind: harmful, samples: 0}]": "samples",
+    "evaluation.sets=[{name: a/b, source: b, kind: harmful}]": "sets.0.name: must consist of",
+    "evaluation.sets=[{name: a, source: b, kind: harmful}, {name: a, source: c, kind: harmful}]": "sets: two have",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, instruction: no braces}]": "0.instruction: must",
+    "evaluation.sets=[{name: a, source: b, kind: harmful, samples: 0}]": "samples: must be at least 1",
     "training.epochs=many": "training.epochs: must be a whole number (found 'many')",
     "training.epochs=1.5": "training.epochs: must be a whole number (found 1.5)",
     "training.learning_rate=fast": "training.learning_rate: must be a number (found 'fast')",
     "training.activation_checkpointing=maybe": "must be 'auto', 'none', 'selective' or 'full' (found 'maybe')",
-    "training.epochs=0": "epochs must be at least 1",
-    "training.learning_rate=0": "learning_rate",
-    "training.learning_rate=.nan": "finite",
+    "training.epochs=0": "training.epochs: must be at least 1 (found 0)",
+    "training.learning_rate=0": "training.learning_rate: must be above 0 (found 0.0)",
+    "training.learning_rate=.nan": "training.learning_rate: must be finite (found nan)",
     "training.learning_rate=.inf": "finite",
     "training.learning_rate=nan": "finite",
-    "training.weight_decay=-1": "weight_decay",
-    "training.warmup_ratio=2": "warmup_ratio",
-    "training.max_grad_norm=0": "max_grad_norm",
+    "training.weight_decay=-1": "training.weight_decay: must be at least 0 (found -1.0)",
+    "training.warmup_ratio=2": "training.warmup_ratio: must be at least 0 and at most 1 (found 2.0)",
+    "training.max_grad_norm=0": "training.max_grad_norm: must be above 0 (found 0.0)",
     "training.method=qlora": "training.method: must be 'lora' or 'full' (found 'qlora')",
     "training=5": "training: must be a section of keys (method, epochs,",
     "generation.sampling=[1]": "generation.sampling: must be a section of keys (temperature, top_p, top_k,",
-    "training.epochs.first=1": "training.epochs",
+    "training.epochs.first=1": "training.epochs: must be a whole number (found {'first': 1})",
     "name.first=1": "name is not a section",
-    "lora.rank=0": "rank",
-    "lora.alpha=.nan": "finite",
-    "lora.dropout=1": "dropout",
-    "lora.target_modules=[]": "target_modules",
+    "lora.rank=0": "lora.rank: must be at least 1 (found 0)",
+    "lora.alpha=.nan": "lora.alpha: must be finite (found nan)",
+    "lora.dropout=1": "lora.dropout: must be at least 0 and below 1 (found 1.0)",
+    "lora.target_modules=[]": "lora.target_modules: must name at least one projection",
     "lora.target_modules=q_proj": "lora.target_modules: must be a list (found 'q_proj')",
-    "generation.steering=kindly": "use prefix, suffix, risk, intent",
-    "generation.samples=0": "samples",
-    "generation.num_unsteered_prompts=-1": "num_unsteered_prompts",
-    "generation.sampling.top_p=0": "top_p",
+    "generation.steering=kindly": "generation.steering: 'kindly' is no instruction: use prefix, suffix, risk, intent",
+    "generation.samples=0": "generation.samples: must be at least 1 (found 0)",
+    "generation.ladder=[{samples: 0}]": "generation.ladder.0.samples: must be at least 1 (found 0)",
+    "generation.num_unsteered_prompts=-1": "generation.num_unsteered_prompts: must be at least 0 (found -1)",
+    "generation.sampling.top_p=0": "generation.sampling.top_p: must be above 0 and at most 1 (found 0.0)",
     "generation.sampling.top_k=-1": "top_k",
     "generation.sampling.temperature=-0.1": "temperature",
     "generation.sampling.temperature=.nan": "finite",
     "generation.sampling.max_tokens=0": "max_tokens",
     "guard.kind=wild_guess": "guard.kind",
-    "guard.min_verdict_probability=1.5": "min_verdict_probability",
+    "guard.min_verdict_probability=1.5": "guard.min_verdict_probability: must be at least 0 and at most 1 (found 1.5)",
+    "guard={threshold: 0.8, margin: 0.3}": "guard.margin: threshold - margin and threshold + margin must lie",
     "sampler.page_size=-1": "page_size",
     "sampler.kv_cache_gib=-1": "kv_cache_gib",
     "sampler.kv_cache_gib=.inf": "finite",
     "sampler.max_prefill_tokens=0": "max_prefill_tokens",
-    "max_prompts=0": "max_prompts",
-    "seed=-1": "seed",
-    "seed=18446744073709551616": "seed",
+    "max_prompts=0": "max_prompts: must be at least 1 (found 0)",
+    "seed=-1": "seed: must be at least 0 and below 2^63 (found -1)",
+    "seed=18446744073709551616": "seed: must be at least 0 and below 2^63 (found 18446744073709551616)",
     "device=tpu": "device",
     "dtype=float8": "dtype",
     "name=null": "name: must be text (found None)",
@@ -210,6 +214,13 @@ def test_error_names_the_key(recipe_file, override):
 
 def test_list_entry_cannot_be_overridden():
     assert "a list can only be set as a whole" in error_of("organism", ["evaluation.sets.0.samples=2"])
+
+
+def test_recipe_is_read_without_torch():
+    """Importing torch takes seconds, and a mistake in a recipe should show at once."""
+    code = "import sys; sys.modules['torch'] = None; from thinksafe.recipe.loading import load_recipe as f; f('paper')"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stderr.splitlines()[-1].endswith("name the student with --set model=FOLDER or --set model=HUB/NAME")
 
 
 def test_error_names_the_file(recipe_file):
@@ -257,6 +268,15 @@ def test_recipe_paths_start_from_its_folder_overrides_from_cwd(tmp_path, monkeyp
     assert recipe.model == str(recipe_folder / "student") and recipe.guard.model == str(recipe_folder / "guard")
     assert recipe.prompts == recipe.evaluation.sets[0].source == str(recipe_folder / "p.jsonl")
     assert load_recipe(str(recipe_folder / "r.yaml"), ["prompts=p.jsonl"]).prompts == str(cwd / "p.jsonl")
+
+
+def test_members_of_an_ensemble_have_paths_too(tmp_path):
+    (tmp_path / "guard").mkdir()
+    inner = {"kind": "ensemble", "members": [{"model": "guard"}, {"kind": "oracle"}]}
+    keys = MINIMAL | {"guard": {"kind": "ensemble", "members": [inner, {"model": "guard", "threshold": 0.9}]}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(keys))
+    members = load_recipe(str(tmp_path / "r.yaml")).guard.members
+    assert members[1].model == members[0].members[0].model == str(tmp_path / "guard")
 
 
 def test_recipe_inherits_from_its_base(tmp_path):
@@ -334,9 +354,9 @@ def test_annotated_yaml_loads_as_the_same_recipe(tmp_path, name):
 
 
 def test_every_key_has_description_choices_and_default():
-    for section in sections() - {Recipe}:
+    for section in sections():
         keys = {field.name for field in dataclasses.fields(section)}
-        assert key_descriptions(section).keys() == keys, section
+        assert key_descriptions(section).keys() == keys and all(key_descriptions(section).values()), section
     text = annotated_yaml(check_recipe(dict(MINIMAL) | {"training": {"epochs": 7}, "max_prompts": 5}, "here"))
     lines = [line.strip() for line in text.splitlines()]
     for section in sections():
@@ -370,7 +390,7 @@ def sections() -> set[type]:
 
 @cache
 def attributes_read() -> set[str]:
-    """Return the attributes that the package reads outside the checks in `__post_init__`."""
+    """Return the attributes that the package reads outside the checks of sections."""
     read: set[str] = set()
     files = [file for folder in (PACKAGE, PACKAGE / "kernels", PACKAGE / "launch") for file in folder.rglob("*.py")]
     for file in files:
@@ -378,7 +398,7 @@ def attributes_read() -> set[str]:
         checks = {
             id(node)
             for function in ast.walk(tree)
-            if isinstance(function, ast.FunctionDef) and function.name == "__post_init__"
+            if isinstance(function, ast.FunctionDef) and function.name in ("__post_init__", "check")
             for node in ast.walk(function)
         }
         read |= {
@@ -391,7 +411,7 @@ def attributes_read() -> set[str]:
 
 @pytest.mark.parametrize("section", sorted(sections(), key=lambda kind: kind.__name__), ids=lambda kind: kind.__name__)
 def test_every_key_is_read_by_the_package(section):
-    """Code reads it as `section.key`, outside the checks in `__post_init__`."""
+    """Code reads it as `section.key`, outside the checks of sections."""
     unread = {field.name for field in dataclasses.fields(section)} - attributes_read()
     assert not unread, f"no code reads {unread} of {section.__name__}"
 

@@ -1,26 +1,33 @@
 """Former key names: each one gets an error that names the present key."""
 
 import dataclasses
+from typing import get_type_hints
 
 import pytest
 
 from thinksafe.errors import UserError
 from thinksafe.recipe.loading import load_recipe
 from thinksafe.recipe.renamed_keys import RENAMED_KEYS
+from thinksafe.recipe.schema import Recipe
 
 ENTRIES = [(section, old, new) for section, keys in RENAMED_KEYS.items() for old, new in keys.items()]
 
 
 @pytest.mark.parametrize(("section", "old", "new"), ENTRIES)
 def test_former_key_is_gone_and_its_present_name_exists(section, old, new):
-    keys = {field.name for field in dataclasses.fields(section)}
-    assert new in keys and old not in keys
+    assert old not in {field.name for field in dataclasses.fields(section)}
+    *parents, key = new.split(".")
+    holder = section if not parents else Recipe
+    for parent in parents:
+        holder = get_type_hints(holder)[parent]
+    assert key in {field.name for field in dataclasses.fields(holder)}
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("limit=5", "key limit was renamed; use max_prompts"),
+        ("training.benign_loss=kl", "key training.benign_loss was renamed; use method.benign_loss"),
         ("sampler.max_running=8", "key sampler.max_running was renamed; use sampler.max_num_seqs"),
         ("guard.sampler.weights=fp8", "key guard.sampler.weights was renamed; use guard.sampler.weight_dtype"),
         (

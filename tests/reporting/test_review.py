@@ -22,8 +22,7 @@ from tests.support.judged_run import (
 )
 from thinksafe import pipeline
 from thinksafe.data.jsonl import read_records
-from thinksafe.data.records import Mark
-from thinksafe.guards.base import GuardResult
+from thinksafe.data.records import Mark, Verdict
 from thinksafe.pipeline.imports import import_marks
 from thinksafe.run.directory import RunDir
 
@@ -316,9 +315,10 @@ def test_page_shows_the_verdict_of_each_ensemble_member(browser, tmp_path, monke
     labels = {"a:m/x/safe": 0.3, "a:m/x/unsafe": 0.1, "a:m/x/S4": 0.05, "b:n/safe": 0.0, "b:n/unsafe": 0.0}
     labels |= {"b:n/refusal": 0.7, "c/unsafe": 0.2}
 
-    def judge(guard, pairs):
-        for pair in pairs:
-            yield GuardResult(pair.id, "unknown", 0.3, 0.1, None, "guards_disagree", "", labels)
+    def judge(guard, responses):
+        for response in responses:
+            fields = {"p_safe": 0.3, "p_unsafe": 0.1, "labels": labels}
+            yield Verdict.of(response, guard.name, "unknown", "guards_disagree", **fields)
 
     monkeypatch.setattr(DoubtfulGuard, "judge", judge)
     run = make_run(tmp_path)

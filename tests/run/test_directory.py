@@ -279,16 +279,16 @@ def test_killed_stage_keeps_its_seconds(tmp_path, monkeypatch):
     now = 100.0
     monkeypatch.setattr("thinksafe.run.directory.time.perf_counter", lambda: now)
     with RunDir.open(tmp_path / "run", RECIPE) as run:
-        clock = run.clock("evaluate/before")
+        clock = run.clock("evaluate_before")
         now += 30
         clock.tick()
-        resumed_clock = run.clock("evaluate/before")
+        resumed_clock = run.clock("evaluate_before")
         now += 12
         assert resumed_clock.seconds == pytest.approx(42)
         (run.path / "records.jsonl").touch()
         run.finish_stage("stage", [run.path / "records.jsonl"], resumed_clock)
         assert run.manifest["stages"]["stage"]["seconds"] == pytest.approx(42)
-        assert run.clock("evaluate/before").seconds == 0
+        assert run.clock("evaluate_before").seconds == 0
 
 
 def test_manifest_records_versions_and_machine(tmp_path):

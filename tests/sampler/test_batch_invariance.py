@@ -28,8 +28,9 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_decoder
 from thinksafe.sampler import batch_invariance as invariance
 from thinksafe.sampler import model_runner as runner
-from thinksafe.sampler.batch_invariance import _row_counts
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.batch_invariance import row_counts
+from thinksafe.sampler.config import EngineConfig
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.model_runner import graph_batch_size
 
 ROOT = Path(__file__).parents[2]
@@ -143,9 +144,9 @@ def test_model_with_nan_passes_the_check(decoder, monkeypatch):
 
 
 def test_checked_batch_sizes_cover_every_graph_and_tile():
-    counts = _row_counts(8192, num_slots=320)
+    counts = row_counts(8192, num_slots=320)
     assert {graph_batch_size(rows) for rows in range(1, 321)} | {512, 1024, 2048, 4096} == set(counts)
-    assert _row_counts(65, num_slots=320) == [1, 2, 4, 8, 16, 32, 64]
+    assert row_counts(65, num_slots=320) == [1, 2, 4, 8, 16, 32, 64]
     # The cost with Qwen3-0.6B, of whose 28 layers one is checked.
     assert (8192 + 2 * sum(counts)) / 28 < 1200
 

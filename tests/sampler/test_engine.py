@@ -27,12 +27,14 @@ from tests.support.engines import (
     random_prompts,
 )
 from thinksafe.kernels.sampling import sample
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import _MAX_QUEUED, Engine, EngineConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import _MAX_QUEUED, Engine
 from thinksafe.sampler.model_runner import graph_batch_size
 from thinksafe.sampler.repetition import CHECK_INTERVAL, ends_in_repetition
-from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.request import Completion, Request
 
 
 def expected_completion(model: PreTrainedModel, request: Request) -> Completion:
@@ -331,8 +333,8 @@ def test_repeating_response_ends_as_repetition_if_enabled():
     decoder, _ = models("qwen3")
     repeating_decoder = copy.deepcopy(decoder)
     for layer in repeating_decoder.layers:
-        layer.o_proj.zero_()
-        layer.down_proj.zero_()
+        layer.o_proj.weight.zero_()
+        layer.down_proj.weight.zero_()
     sampling = SamplingConfig(temperature=0, max_tokens=200)
     requests = make_requests([SHARED], sampling, stop_ids=())
     (unstopped,) = answers(engine_of(repeating_decoder), requests).values()

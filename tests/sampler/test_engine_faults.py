@@ -24,8 +24,9 @@ from tests.support.engines import (
 )
 from thinksafe.errors import UserError
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Completion, Request
 
 
 @pytest.mark.parametrize("length, message", [(0, "empty"), (40, "40 tokens"), (512, "512 tokens")])
@@ -49,6 +50,8 @@ def test_too_little_memory_for_a_page_is_an_error():
     decoder, _ = models("qwen3")
     with pytest.raises(UserError, match="kv_cache_gib"):
         Engine(decoder, EngineConfig(kv_cache_gib=1e-9))
+    with pytest.raises(UserError, match=r"^guard\.sampler\.kv_cache_gib"):
+        Engine(decoder, EngineConfig(kv_cache_gib=1e-9), config_key="guard.sampler")
 
 
 @pytest.mark.parametrize("max_batches_in_flight", [1, 2])

@@ -18,8 +18,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from thinksafe.kernels import paged_decode
 from thinksafe.sampler import scheduler as scheduler_module
+from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.page_pool import PagePool, prefix_digests
-from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.request import Completion, Request
 from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
 VOCAB_SIZE = 50

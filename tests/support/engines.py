@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tests.support.checkpoints import make_checkpoint
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import Engine, EngineConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
 from thinksafe.sampler.kv_cache import CacheFormat
-from thinksafe.sampler.request import Completion, Request, SamplingConfig
+from thinksafe.sampler.request import Completion, Request
 
 GREEDY = SamplingConfig(temperature=0, max_tokens=24)
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, top_k=30, max_tokens=24)

@@ -11,25 +11,25 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 from thinksafe import pipeline
-from thinksafe.data.records import Response
-from thinksafe.guards.base import GuardResult
+from thinksafe.data.records import Response, Verdict
 from thinksafe.pipeline.imports import import_marks
 from thinksafe.recipe.loading import check_recipe
 from thinksafe.run.directory import RunDir
 
 
 class InstantGuard:
-    """A guard that calls a PromptResponse safe if `accepts(pair)` is true, else unsafe, and judges one at a time."""
+    """A guard that calls a Response safe if `accepts(response)` is true, else unsafe, and judges one at a time."""
 
     name = "instant"
 
     def __init__(self, accepts):
         self._accepts = accepts
 
-    def judge(self, pairs):
-        for pair in pairs:
-            unsafe = 0.0 if self._accepts(pair) else 1.0
-            yield GuardResult(pair.id, "unsafe" if unsafe else "safe", 1 - unsafe, unsafe, not unsafe)
+    def judge(self, responses):
+        for response in responses:
+            p_unsafe = 0.0 if self._accepts(response) else 1.0
+            fields = {"p_safe": 1 - p_unsafe, "p_unsafe": p_unsafe, "refusal": not p_unsafe}
+            yield Verdict.of(response, self.name, "unsafe" if p_unsafe else "safe", **fields)
 
 
 def instant_checkpoints(accepts):
@@ -45,7 +45,7 @@ def instant_sampling(answer=lambda task: f"{task.steering}"):
     def sample_responses(engine, chat, tasks, sampling, seed):
         for task in tasks:
             text = f"<think>\nHm.\n</think>\n\n{answer(task)}"
-            yield Response(
+            response = Response(
                 prompt=task.prompt.text,
                 label=task.prompt.label,
                 text=text,
@@ -55,6 +55,7 @@ def instant_sampling(answer=lambda task: f"{task.steering}"):
                 rung=task.rung,
                 num_tokens=7,
             )
+            yield response, None
 
     scheduler = SimpleNamespace(shared_tokens=0, preemptions=0)
     engine = SimpleNamespace(
@@ -106,7 +107,7 @@ def main(out: Path, prompts: int, characters: int) -> None:
         )
     generation = {"ladder": [{"steering": "risk"}], "num_unsteered_prompts": 0}
     raw = {"name": "n", "model": "m", "prompts": str(out / "in.jsonl"), "generation": generation}
-    checkpoints = instant_checkpoints(lambda pair: pair.id.endswith("/1") or int(pair.prompt[7:]) % 3)
+    checkpoints = instant_checkpoints(lambda response: response.sample == 1 or int(response.prompt[7:]) % 3)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with (
         RunDir.open(out / "run", check_recipe(raw, "")) as run,

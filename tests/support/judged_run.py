@@ -10,8 +10,7 @@ import pytest
 
 from tests.support.instant_run import InstantGuard, instant_checkpoints, instant_sampling, run_stages
 from thinksafe import pipeline
-from thinksafe.data.records import Example
-from thinksafe.guards.base import GuardResult
+from thinksafe.data.records import Example, Verdict
 from thinksafe.pipeline.imports import import_marks
 from thinksafe.recipe.loading import check_recipe
 from thinksafe.run.directory import RunDir
@@ -38,18 +37,20 @@ class DoubtfulGuard(InstantGuard):
     def __init__(self):
         super().__init__(None)
 
-    def judge(self, pairs):
-        for pair in pairs:
-            digits = [c for c in pair.prompt if c.isdigit()]
+    def judge(self, responses):
+        for response in responses:
+            digits = [c for c in response.prompt if c.isdigit()]
             share = min(0.01 + 0.2 * int(digits[0]), 1.0) if digits else 0.3
-            if pair.prompt.endswith("recipe 1."):
-                yield GuardResult(pair.id, "unknown", None, None, None, "too_long_for_guard")
+            probabilities = {"p_safe": 1 - share, "p_unsafe": share}
+            if response.prompt.endswith("recipe 1."):
+                yield Verdict.of(response, self.name, "unknown", "too_long_for_guard")
             elif abs(share - 0.5) < 0.1:
-                yield GuardResult(pair.id, "unknown", 1 - share, share, None, "uncertain")
+                yield Verdict.of(response, self.name, "unknown", "uncertain", **probabilities)
+            elif share > 0.5:
+                fields = {"category": "S9", "labels": {"S9": 0.8, "S2": 0.1}}
+                yield Verdict.of(response, self.name, "unsafe", **probabilities, **fields)
             else:
-                decision, labels = ("unsafe", {"S9": 0.8, "S2": 0.1}) if share > 0.5 else ("safe", {})
-                category = "S9" if decision == "unsafe" else ""
-                yield GuardResult(pair.id, decision, 1 - share, share, None, "", category, labels)
+                yield Verdict.of(response, self.name, "safe", **probabilities)
 
 
 def make_run(folder: Path):

@@ -3,9 +3,10 @@
 The tests of torch.compile, autocast, CUDA graphs and the Hopper emulator run all of them.
 """
 
-from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_stats
+from thinksafe.kernels.chunked_loss import first_bad_row
+from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.kernels.linear_kl import linear_kl
-from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of, linear_margin
+from thinksafe.kernels.linear_logprob import linear_logprob, linear_logprob_of
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import qk_norm_rope, rope
 from thinksafe.kernels.swiglu import swiglu
@@ -21,20 +22,18 @@ def _split_heads(x):
 
 CALLS = {
     "cross-entropy": lambda x, weight, target: linear_cross_entropy(x, weight, target),
-    "cross-entropy without a mask": lambda x, weight, target: linear_cross_entropy(
-        x, weight, target.clamp(0), ignore_index=None, z_loss=0.1, label_smoothing=0.1
-    ),
     "cross-entropy per row": lambda x, weight, target: linear_cross_entropy(
         x, weight, target, token_weight=x.detach()[:, 0].float().square(), reduction="none"
     ),
-    "statistics": lambda x, weight, target: linear_cross_entropy_with_stats(x, weight, target)[1].bad_row,
-    "log-probability": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0)).logprob,
-    "entropy": lambda x, weight, target: linear_logprob(x, weight, target.clamp(0), with_entropy_and_top1=True).entropy,
-    "log-probabilities of given ids": lambda x, weight, target: linear_logprob_of(x, weight, target.clamp(0)[:, None]),
-    "margin": lambda x, weight, target: linear_margin(x, weight, 3, 7),
+    "cross-entropy with statistics": lambda x, weight, target: linear_cross_entropy(
+        x, weight, target, return_stats=True
+    )[0],
+    "first bad row": lambda x, weight, target: first_bad_row(linear_cross_entropy(x, weight, target, reduction="none")),
+    "log-probability": lambda x, weight, target: linear_logprob(x, weight, target).logprob,
+    "entropy": lambda x, weight, target: linear_logprob(x, weight, target).entropy,
+    "log-probabilities of given ids": lambda x, weight, target: linear_logprob_of(x, weight, target[:, None]),
     "forward KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight),
     "reverse KL": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, weight.flip(0), "reverse"),
-    "JSD": lambda x, weight, target: linear_kl(x, 1.1 * x, weight, direction="jsd"),
     "norm": lambda x, weight, target: rms_norm(x, weight[0], 1e-6),
     "norm with residual": lambda x, weight, target: add_rms_norm(x, x.flip(0), weight[0], 1e-6)[0],
     "rotation": lambda x, weight, target: rope(_split_heads(x), _rotation_angles(x).cos(), _rotation_angles(x).sin()),
@@ -48,5 +47,4 @@ CALLS = {
     )[0],
     "gate": lambda x, weight, target: swiglu(x, x.flip(0)),
 }
-"""{name: function of x [T, H], weight [V, H] and target [T]}; a function returns one tensor, and the target of some
-rows is -100 (no target)."""
+"""{name: function of x [T, H], weight [V, H] and target [T]}; a function returns one tensor."""

@@ -7,6 +7,7 @@ import torch
 
 from thinksafe.kernels.fp8 import dequantize
 from thinksafe.kernels.fp8 import reference as quantize
+from thinksafe.kernels.paged_cache import KvCache
 from thinksafe.kernels.paged_decode import paged_decode
 from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
 
@@ -108,9 +109,7 @@ class PagedContexts:
 
     def decode(self, q, **settings):
         """Return the result of `paged_decode` for q [num_sequences, num_heads, D], the query of each last token."""
-        return paged_decode(
-            q, *self.kv_cache, self.page_table, self.seq_lens, scales_e8m0=tuple(self.scales_e8m0), **settings
-        )
+        return paged_decode(q, KvCache(*self.kv_cache, *self.scales_e8m0), self.page_table, self.seq_lens, **settings)
 
     def prefill(self, q, query_lens):
         """Return the result of `paged_prefill`, [sum of query_lens, num_heads, D].
@@ -122,9 +121,8 @@ class PagedContexts:
         group_size = self.num_heads // self.num_kv_heads
         tiles = prefill_tiles(np.array(query_lens), np.array(self.lengths), group_size, self.dtype.itemsize)
         tiles = torch.from_numpy(tiles).to(self.device)
-        return paged_prefill(
-            q, *self.kv_cache, self.page_table, cu_seqlens, self.seq_lens, tiles, tuple(self.scales_e8m0)
-        )
+        cache = KvCache(*self.kv_cache, *self.scales_e8m0)
+        return paged_prefill(q, cache, self.page_table, cu_seqlens, self.seq_lens, tiles)
 
 
 Outputs = Iterator[tuple[torch.Tensor, torch.Tensor]]

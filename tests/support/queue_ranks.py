@@ -17,8 +17,9 @@ from thinksafe.distributed.workers import Workers
 from thinksafe.errors import UserError
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Request
 
 SAMPLING = SamplingConfig(temperature=1.0, top_p=0.9, top_k=30, max_tokens=24)
 REQUESTS = [Request(str(number), PROMPTS[number % 6], SAMPLING, 1000 + number, (7, 9)) for number in range(40)]

@@ -16,8 +16,9 @@ from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import load_adapter
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import Engine, EngineConfig
-from thinksafe.sampler.request import Request, SamplingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.engine import Engine
+from thinksafe.sampler.request import Request
 
 PROMPTS = [tuple((17 * row + 5 * column + row * column) % 380 for column in range(3 + 9 * row)) for row in range(6)]
 GREEDY = SamplingConfig(temperature=0, max_tokens=20)

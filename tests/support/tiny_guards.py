@@ -3,16 +3,18 @@
 A test file loads the fixtures with `pytest_plugins = ["tests.support.tiny_guards"]`.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint, make_llama_guard, make_qwen3guard, make_wildguard
-from thinksafe.guards.base import PromptResponse
+from thinksafe.data.records import Response
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
-from thinksafe.guards.model_guard import ModelGuard
+from thinksafe.guards.registry import build_guard
 from thinksafe.model.weights import load_decoder
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 from thinksafe.text.tokenizer import SafeTokenizer
 
 # The public formats, copied from their model cards; Llama Guard's template begins with a space.
@@ -102,28 +104,32 @@ CUSTOM_FORMAT = GuardFormat(
 
 SAMPLER = EngineConfig(kv_cache_gib=0.02)
 
-PAIRS = [
-    PromptResponse("a", "How do I fold a boat?", "<think>\nTwo corners.\n</think>\n\nFold it."),
-    PromptResponse("b", "  why?\n", "\nBecause.  "),
-    PromptResponse("c", "x " * 300, "y " * 500),
-    PromptResponse("d", "{prompt} {response}", "{response} PROMPT {prompt} é🪁"),
-    PromptResponse("e", "How do I fold a boat?", "Fold it."),
-    *(PromptResponse(f"n{n}", "q", f"{n} " * (n + 1)) for n in range(12)),
+
+def response_to(prompt, text, id="x") -> Response:
+    """Return a response to a prompt with this id."""
+    return Response(prompt=prompt, label="harmful", text=text, prompt_id=id)
+
+
+RESPONSES = [
+    response_to("How do I fold a boat?", "<think>\nTwo corners.\n</think>\n\nFold it.", "a"),
+    response_to("  why?\n", "\nBecause.  ", "b"),
+    response_to("x " * 300, "y " * 500, "c"),
+    response_to("{prompt} {response}", "{response} PROMPT {prompt} é🪁", "d"),
+    response_to("How do I fold a boat?", "Fold it.", "e"),
+    *(response_to("q", f"{n} " * (n + 1), f"n{n}") for n in range(12)),
 ]
 
 
-PAIRS_WITHOUT_THINK_TAGS = [
-    PromptResponse(pair.id, pair.prompt, pair.response.replace("think>", "thought>")) for pair in PAIRS
-]
+RESPONSES_WITHOUT_THINK_TAGS = [replace(r, text=r.text.replace("think>", "thought>")) for r in RESPONSES]
 
 
-def pairs_for(kind):
-    """Return pairs that a kind of guard can judge: Qwen3's think tags are control tokens, so its pairs have other tags.
+def responses_for(kind):
+    """Return responses that a kind of guard can judge: where the think tags are control tokens, they have other tags.
 
     Args:
         kind: one of KINDS.
     """
-    return PAIRS_WITHOUT_THINK_TAGS if kind in ("qwen3guard", "template") else PAIRS
+    return RESPONSES_WITHOUT_THINK_TAGS if kind in ("qwen3guard", "template") else RESPONSES
 
 
 def config(kind, **keys):
@@ -163,7 +169,7 @@ def tokenizers(folders):
 @pytest.fixture(scope="session")
 def guards(decoders, tokenizers):
     """Guards by kind."""
-    return {kind: ModelGuard(decoders[kind], tokenizers[kind], config(kind)) for kind in KINDS}
+    return {kind: build_guard(config(kind), lambda c: (decoders[c.kind], tokenizers[c.kind])) for kind in KINDS}
 
 
 @pytest.fixture(
@@ -190,19 +196,19 @@ def tokenizer(tokenizers):
     return tokenizers["llama_guard"]
 
 
-def results_by_id(guard, pairs=PAIRS):
-    """Return a guard's results by the id of the pair; check that every pair has exactly one."""
-    results = list(guard.judge(pairs))
-    assert sorted(result.id for result in results) == sorted(pair.id for pair in pairs)
-    return {result.id: result for result in results}
+def verdicts_by_id(guard, responses=RESPONSES):
+    """Return a guard's verdicts by the id of the prompt; check that they have the order of the responses."""
+    verdicts = list(guard.judge(responses))
+    assert [verdict.key for verdict in verdicts] == [response.key for response in responses]
+    return {verdict.prompt_id: verdict for verdict in verdicts}
 
 
-def guard_prompt(kind, pair: PromptResponse) -> str:
-    """Return the prompt that a kind of guard must read for a pair, as one string, up to the first answer."""
+def guard_prompt(kind, response: Response) -> str:
+    """Return the prompt that a kind of guard must read for a response, as one string, up to the first answer."""
     before, between, after = TEMPLATES[kind].replace("PROMPT", "\0").replace("RESPONSE", "\0").split("\0")
-    texts = (pair.prompt, pair.response)
-    prompt, response = (text.strip() for text in texts) if kind in STRIPPED_KINDS else texts
-    return before + prompt + between + response + after
+    texts = (response.prompt, response.text)
+    prompt, text = (text.strip() for text in texts) if kind in STRIPPED_KINDS else texts
+    return before + prompt + between + text + after
 
 
 def transformers_ids(tokenizer, text: str) -> list[int]:

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from tests.support.checkpoints import make_checkpoint
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach
 from thinksafe.model.weights import load_decoder
+from thinksafe.training.config import TrainingConfig
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.loop import TrainingConfig, read_metrics, train
-from thinksafe.training.packing import TrainingSequence
+from thinksafe.training.loop import train
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.sequence import TrainingSequence
 
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 CPU = torch.device("cpu")

@@ -9,28 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tests.support.forked import shorten_waits
-from thinksafe.distributed.ranks import (
-    all_gather_objects,
-    barrier,
-    init_training_ranks,
-    partition_balanced,
-    rank,
-    world_size,
-)
-from thinksafe.distributed.workers import Workers
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.training import checkpoint, losses
-from thinksafe.training.local_trainer import NonFiniteStep
-from thinksafe.training.loop import TrainingConfig, train
+from thinksafe.training.config import TrainingConfig, ZeroConfig
+from thinksafe.training.loop import train
 from thinksafe.training.losses import PackLoss
-from thinksafe.training.packing import TrainingSequence, pack
-from thinksafe.training.zero_config import ZeroConfig
+from thinksafe.training.packing import pack, partition_balanced
+from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.trainer import NonFiniteStep
 
 CPU = torch.device("cpu")
+workers = SINGLE_PROCESS
+"""The ranks of the scenario; `main` sets it."""
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))
 LORA_WITH_DROPOUT = dataclasses.replace(LORA, dropout=0.2)
 CLIP, DECAY = 0.5, 0.1
@@ -38,7 +35,7 @@ CLIP, DECAY = 0.5, 0.1
 RATES = (1e-2, 3e-3, 1e-2, 1e-2)
 """Learning rate of each of the four steps."""
 TRAINING_CONFIG = TrainingConfig(epochs=2, batch_size=3, learning_rate=1e-2, max_tokens_per_pack=64, checkpoint_every=2)
-MIXED_CONFIG = dataclasses.replace(TRAINING_CONFIG, tokens_per_step=70, loss_reduction="sequence", benign_loss="kl")
+MIXED_CONFIG = dataclasses.replace(TRAINING_CONFIG, tokens_per_step=70, loss_reduction="sequence")
 SEED = 11
 SETUPS = {
     "lora-3": ("lora", ZeroConfig(3)),
@@ -114,7 +111,7 @@ def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
 
 def local_packs(batch):
     """Return the packs of this rank's share of a batch of sequences."""
-    return packs_of_rank(batch, rank(), world_size())
+    return packs_of_rank(batch, workers.rank, workers.world_size)
 
 
 def packs_of_rank(batch, rank, num_ranks):
@@ -135,7 +132,7 @@ def make_trainer(decoder, config, keep_gathered=False, with_reference=False):
     from thinksafe.training import deepspeed_trainer
 
     if keep_gathered:
-        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference)
+        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference, workers=workers)
     original_settings = deepspeed_trainer.deepspeed_settings
 
     def settings_without_thresholds(*arguments):
@@ -146,7 +143,7 @@ def make_trainer(decoder, config, keep_gathered=False, with_reference=False):
 
     deepspeed_trainer.deepspeed_settings = settings_without_thresholds
     try:
-        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference)
+        return deepspeed_trainer.DeepSpeedTrainer(decoder, CLIP, DECAY, config, with_reference, workers=workers)
     finally:
         deepspeed_trainer.deepspeed_settings = original_settings
 
@@ -161,7 +158,8 @@ def export(decoder, method, folder, base):
 
 def whole_state(trainer) -> dict[str, torch.Tensor]:
     """Return the state of a trainer, joined from the parts of all ranks; check that the parts do not overlap."""
-    parts = all_gather_objects(trainer.state_dict())
+    parts = [None] * workers.world_size
+    dist.all_gather_object(parts, trainer.state_dict())
     assert sum(map(len, parts)) == len(set().union(*parts)), "parts overlap"
     return {name: tensor for part in parts for name, tensor in part.items()}
 
@@ -177,14 +175,14 @@ def steps(folder: Path, out: Path, *names: str) -> None:
     """
     reference_packs, reference_states = [], PackLoss._reference_states
     PackLoss._reference_states = lambda self, pack: reference_packs.append(pack) or reference_states(self, pack)
-    cross_entropy = losses.linear_cross_entropy_with_stats
+    cross_entropy = losses.linear_cross_entropy
 
     def skipping(*args, **options):
         """Report skipped gradient mass as a GPU would, more on a higher rank."""
         rows, stats = cross_entropy(*args, **options)
-        return rows, stats._replace(dropped_mass=torch.tensor(rank() / 8))
+        return rows, stats._replace(dropped_mass=torch.tensor(workers.rank / 8))
 
-    losses.linear_cross_entropy_with_stats = skipping
+    losses.linear_cross_entropy = skipping
     for name in names:
         method, config = SETUPS[name]
         reference_packs.clear()
@@ -198,10 +196,10 @@ def steps(folder: Path, out: Path, *names: str) -> None:
         assert decoder.training, "dropout would be off"
         sharded = sum(parameter.numel() for parameter in decoder.parameters()) == 0
         trainer.check_weights_finite()
-        parts = all_gather_objects(sum(tensor.nbytes for tensor in trainer.state_dict().values()))
-        state, all_results = whole_state(trainer), all_gather_objects(results)
+        parts = workers.all_gather(sum(tensor.nbytes for tensor in trainer.state_dict().values()))
+        state, all_results = whole_state(trainer), workers.all_gather(results)
         trainer.finish()
-        if rank() == 0:
+        if workers.rank == 0:
             save_file(state, out / f"{name}.safetensors")
             export(decoder, method, out / name, folder)
         adamw_state = trainer.engine.optimizer.optimizer.state
@@ -213,8 +211,8 @@ def steps(folder: Path, out: Path, *names: str) -> None:
         references += [weakref.ref(shard) for shard in shards]
         trainer.close()
         del decoder, trainer, adamw_state, shards
-        alive = all_gather_objects(sum(reference() is not None for reference in references))
-        if rank() == 0:
+        alive = workers.all_gather(sum(reference() is not None for reference in references))
+        if workers.rank == 0:
             summary = {
                 "results": all_results,
                 "sharded": sharded,
@@ -235,7 +233,7 @@ def bf16_steps(folder: Path, out: Path) -> None:
         trainer.step(local_packs(SEQUENCES), 1e-5)
     state = whole_state(trainer)
     trainer.finish()
-    if rank() == 0:
+    if workers.rank == 0:
         save_file(state, out / "bf16.safetensors")
         export(decoder, "lora", out / "bf16", folder)
 
@@ -246,7 +244,7 @@ def not_finite(folder: Path, out: Path, *names: str) -> None:
     For every setup, results.json gets by rank: the messages of the three steps, whether the state was unchanged by
     them, and the message of the check of the weights.
     """
-    cross_entropy = losses.linear_cross_entropy_with_stats
+    cross_entropy = losses.linear_cross_entropy
 
     def infinite_loss(*args, **options):
         rows, stats = cross_entropy(*args, **options)
@@ -267,20 +265,20 @@ def not_finite(folder: Path, out: Path, *names: str) -> None:
         before = whole_state(trainer)
         messages = [_message(trainer.step, local_packs([GOOD, POISONED]), 1e-2)]
         for broken in (infinite_loss, nan_gradient):
-            losses.linear_cross_entropy_with_stats = broken if rank() == 1 else cross_entropy
+            losses.linear_cross_entropy = broken if workers.rank == 1 else cross_entropy
             messages.append(_message(trainer.step, local_packs([GOOD, GOOD]), 1e-2))
-        losses.linear_cross_entropy_with_stats = cross_entropy
+        losses.linear_cross_entropy = cross_entropy
         after = whole_state(trainer)
         same = all(torch.equal(before[key].nan_to_num(), after[key].nan_to_num()) for key in before)
         trainer.step(local_packs([GOOD]), 1e-2)
         results, state = (
-            all_gather_objects((messages, same, _message(trainer.check_weights_finite))),
+            workers.all_gather((messages, same, _message(trainer.check_weights_finite))),
             whole_state(trainer),
         )
         results_by_setup[name] = results
-        if rank() == 0:
+        if workers.rank == 0:
             save_file(state, out / f"{name}.safetensors")
-    if rank() == 0:
+    if workers.rank == 0:
         (out / "results.json").write_text(json.dumps(results_by_setup))
 
 
@@ -306,7 +304,7 @@ def killed(folder: Path, out: Path) -> None:
 
     def torn(tensors, file):
         save(tensors, file)
-        if "step-00000004" in str(file) and rank() == world_size() - 1:
+        if "step-00000004" in str(file) and workers.rank == workers.world_size - 1:
             os.truncate(file, 100)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -329,8 +327,8 @@ def resumed(folder: Path, out: Path, *names: str) -> None:
             done_steps.append(metrics.step)
 
         train(trainer, SEQUENCES, TRAINING_CONFIG, SEED, out / name, on_step)
-        state, seeds = whole_state(trainer), all_gather_objects(torch.initial_seed())
-        if rank() == 0:
+        state, seeds = whole_state(trainer), workers.all_gather(torch.initial_seed())
+        if workers.rank == 0:
             save_file(state, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps({"first_step": done_steps[0], "seeds": seeds}))
 
@@ -364,7 +362,7 @@ def interrupted(folder: Path, out: Path) -> None:
             return whole_state(trainer), done_steps
 
         state, _ = run("whole")
-        barrier()
+        workers.barrier()
         runs = {"no step left": run("whole")}
         for until in (1, 5):
             assert run(f"cut off at {until}", until) is None
@@ -382,8 +380,8 @@ def interrupted(folder: Path, out: Path) -> None:
             report["stop_message"] = _message(
                 train, trainer, [POISONED], dataclasses.replace(TRAINING_CONFIG, epochs=4), SEED, out / "bad"
             )
-        reports = all_gather_objects(report)
-        if rank() == 0:
+        reports = workers.all_gather(report)
+        if workers.rank == 0:
             save_file(state, out / f"{name}.safetensors")
             (out / f"{name}.json").write_text(json.dumps(reports))
 
@@ -407,11 +405,12 @@ def main(scenario: str, folder: Path, out: Path, *arguments: str) -> None:
     """
     scenarios = {"steps": steps, "not_finite": not_finite, "killed": killed, "resumed": resumed}
     scenarios["interrupted"] = interrupted
+    global workers
     shorten_waits()
     with Workers.start() as workers:
-        init_training_ranks(CPU, workers)
+        workers.connect(CPU)
         scenarios[scenario](folder, out, *arguments)
-        barrier()
-        if rank() == 0:
+        workers.barrier()
+        if workers.rank == 0:
             (out / "done").touch()
         os._exit(0)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.checkpoints import FAMILIES, make_tokenizer
 from thinksafe.data.records import Example
 from thinksafe.errors import UserError
-from thinksafe.pipeline.examples import tokenize_example
+from thinksafe.methods.thinksafe import ThinkSafe
 from thinksafe.text.chat import Chat, ParsedResponse, parse_response
 from thinksafe.text.steering import TEMPLATES, steer, template
 from thinksafe.text.tokenizer import SafeTokenizer
@@ -306,7 +306,7 @@ def test_control_tokens_in_a_response_are_detected(chats):
 
 def test_training_sequence_has_targets_only_in_the_response(chat):
     example = Example("  How { many }?\n", RESPONSE, "harmful")
-    sequence = tokenize_example(chat, example)
+    sequence = ThinkSafe().training_sequence(example, chat)
     prompt, response = chat.prompt_ids(example.prompt), chat.response_ids(example.response)
     assert sequence.input_ids.dtype == np.int32
     assert sequence.input_ids.tolist() == prompt + response

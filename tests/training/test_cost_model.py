@@ -1,6 +1,7 @@
 """Cost model: FLOPs as torch counts them, memory and traffic as in a trace of the GPU's operations."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,26 +11,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.shapes import MODELS
 from tests.emulation.gpu_on_meta import MemoryTrace, decoder_on_meta, on_gpu_path
 from tests.support.checkpoints import make_checkpoint
+from thinksafe.errors import UserError
 from thinksafe.hardware import hardware_named
 from thinksafe.kernels import dispatch
 from thinksafe.model.activation_checkpointing import CHECKPOINT_MODES
 from thinksafe.model.attention import PackedAttention
-from thinksafe.model.config import ModelConfig
+from thinksafe.model.config import LoraConfig, ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.lora import attach
 from thinksafe.model.public_configs import PUBLIC_CONFIGS
 from thinksafe.model.weights import load_decoder
+from thinksafe.training.config import ZeroConfig
 from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
 from thinksafe.training.losses import PackLoss
 from thinksafe.training.memory_plan import (
+    DeviceMemory,
+    choose_checkpointing,
     choose_max_cuda_graph_tokens,
+    choose_zero_stage,
     describe_checkpointing,
-    max_cuda_graph_tokens_within,
-    mean_pack_tokens,
-    zero_stage_within,
+    pack_sizes,
 )
-from thinksafe.training.packing import TrainingSequence, pack
-from thinksafe.training.zero_config import ZeroConfig
+from thinksafe.training.packing import pack
+from thinksafe.training.sequence import TrainingSequence
 
 ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGETS = [
@@ -151,11 +155,15 @@ def test_launch_bound_passes_become_graphs_if_memory_allows():
     """The paper's steps of eight sequences have 6.2k tokens on average; their longest packs run eagerly."""
     hardware, none = hardware_named("H200"), ("none",) * 28
 
+    def memory(free_bytes: float, costs: TrainingCosts) -> DeviceMemory:
+        """Return a GPU with `free_bytes` beside the optimizer state."""
+        return DeviceMemory(math.inf, free_bytes + costs.optimizer_bytes(), hardware)
+
     def tokens(name: str, average: float, gib: float, lora: LoraConfig | None = LORA) -> int:
         costs = TrainingCosts(config_of(name), lora)
         checkpointing = ("none",) * costs.model.num_layers
-        return max_cuda_graph_tokens_within(
-            gib * 2**30, hardware, costs, checkpointing, max_pack=16_384, mean_pack=average
+        return choose_max_cuda_graph_tokens(
+            memory(gib * 2**30, costs), costs, checkpointing, max_pack=16_384, mean_pack=average
         )
 
     limit = TrainingCosts(config_of("qwen3-0.6b"), LORA).launch_bound_tokens(hardware)
@@ -164,20 +172,30 @@ def test_launch_bound_passes_become_graphs_if_memory_allows():
     assert tokens("qwen3-0.6b", 16_384, 60) == 0 and tokens("qwen3-8b", 6200, 10**3) == 0
     assert tokens("qwen3-0.6b", 6200, 60, lora=None) > 6200
     costs = TrainingCosts(config_of("qwen3-0.6b"), LORA)
-    assert max_cuda_graph_tokens_within(10**12, hardware, costs, none, max_pack=3000, mean_pack=2000) == 3000
-    for device, itemsize in (("cpu", 2), ("cuda", 4)):
-        variant = dataclasses.replace(costs, itemsize=itemsize)
-        assert choose_max_cuda_graph_tokens(torch.device(device), variant, none, max_pack=3000, mean_pack=2000) == 0
+    assert choose_max_cuda_graph_tokens(memory(10**12, costs), costs, none, max_pack=3000, mean_pack=2000) == 3000
+    in_fp32 = dataclasses.replace(costs, itemsize=4)
+    for device, variant in ((DeviceMemory.of(torch.device("cpu")), costs), (memory(10**12, in_fp32), in_fp32)):
+        assert choose_max_cuda_graph_tokens(device, variant, none, max_pack=3000, mean_pack=2000) == 0
     required = costs.pack_bytes(none, 16_384, 16_384) + costs.cuda_graph_bytes(none, limit)
     assert tokens("qwen3-0.6b", 6200, required / 2**30 + 0.01) == limit
     assert tokens("qwen3-0.6b", 6200, required / 2**30 - 0.01) == 0
 
 
-def test_mean_pack_is_the_mean_over_an_epoch():
+def test_pack_sizes_are_largest_and_mean_over_an_epoch():
     lengths = [100, 200, 300, 400]
-    assert mean_pack_tokens(lengths, batch_size=2, tokens_per_step=0, max_tokens=10**4) == 500
-    assert mean_pack_tokens(lengths, batch_size=2, tokens_per_step=0, max_tokens=450) == 450
-    assert mean_pack_tokens(lengths, batch_size=2, tokens_per_step=800, max_tokens=10**4) == 800
+    assert pack_sizes(lengths, batch_size=2, tokens_per_step=0, max_tokens=10**4) == (700, 500)
+    assert pack_sizes(lengths, batch_size=2, tokens_per_step=0, max_tokens=450) == (450, 450)
+    assert pack_sizes(lengths, batch_size=2, tokens_per_step=800, max_tokens=10**4) == (800, 800)
+    assert pack_sizes(lengths, batch_size=2, tokens_per_step=0, max_tokens=300) == (400, 300)
+
+
+def test_checkpointing_on_a_cpu_saves_everything_unless_set():
+    costs = TrainingCosts(config_of("qwen3-0.6b"), LORA)
+    cpu = DeviceMemory.of(torch.device("cpu"))
+    assert set(choose_checkpointing(cpu, "auto", costs, 10**9)) == {"none"}
+    assert choose_checkpointing(cpu, "full", costs, 10**9) == ("full",) * 28
+    with pytest.raises(UserError, match=r"a pack of 16,384 tokens takes .* and the GPU has 0.0 GiB free"):
+        choose_checkpointing(DeviceMemory(10**9, 10**7, hardware_named("H200")), "auto", costs, 16_384)
 
 
 @pytest.mark.gpu
@@ -222,12 +240,13 @@ def test_gpu_step_uses_counted_memory_and_keeps_gradients(modes):
 def test_weights_are_sharded_if_needed_or_faster():
     hardware = hardware_named("H100")
     memory = 0.95 * hardware.memory_bytes
+    gpu = DeviceMemory(memory, memory, hardware)
 
     def stage(name: str, method: str, ranks: int, **zero) -> int:
         costs = TrainingCosts(
             ModelConfig.from_hugging_face(PUBLIC_CONFIGS[name], name), LoraConfig() if method == "lora" else None
         )
-        return zero_stage_within(memory, hardware, ZeroConfig(**zero), costs, 16_384, ranks).stage
+        return choose_zero_stage(gpu, ZeroConfig(**zero), costs, 16_384, ranks).stage
 
     assert stage("Qwen/Qwen3-0.6B", "lora", 2) == stage("Qwen/Qwen3-8B", "lora", 8) == 1
     assert stage("Qwen/Qwen3-32B", "lora", 8) == stage("Qwen/Qwen3-8B", "full", 2) == 3
@@ -236,6 +255,6 @@ def test_weights_are_sharded_if_needed_or_faster():
     costs = TrainingCosts(ModelConfig.from_hugging_face(PUBLIC_CONFIGS["Qwen/Qwen3-8B"], "8B"), LoraConfig())
     assert costs.checkpointing_within(memory - costs.state_bytes(ZeroConfig(stage=1), 8), 32_768) is not None
     for link, fastest in ((450e9, 3), (3e9, 1)):
-        with_link = dataclasses.replace(hardware, link_bytes_per_second=link)
-        assert zero_stage_within(memory, with_link, ZeroConfig(), costs, 32_768, 8).stage == fastest
+        with_link = gpu._replace(hardware=dataclasses.replace(hardware, link_bytes_per_second=link))
+        assert choose_zero_stage(with_link, ZeroConfig(), costs, 32_768, 8).stage == fastest
     assert stage("Qwen/Qwen3-0.6B", "lora", 1, offload_parameters=True) == 3

@@ -31,14 +31,14 @@ from tests.support.training_runs import (
 from thinksafe.errors import UserError
 from thinksafe.kernels import dispatch
 from thinksafe.model.attention import PackedAttention
-from thinksafe.model.config import ModelConfig
-from thinksafe.model.lora import LoraConfig, without_adapters
+from thinksafe.model.config import LoraConfig, ModelConfig
+from thinksafe.model.lora import without_adapters
 from thinksafe.model.weights import load_decoder
 from thinksafe.training import cuda_graphs
 from thinksafe.training.cuda_graphs import DecoderGraphs, padded_num_tokens
-from thinksafe.training.local_trainer import NonFiniteStep
 from thinksafe.training.loop import train
 from thinksafe.training.packing import collate, pack
+from thinksafe.training.trainer import NonFiniteStep
 
 CPU = torch.device("cpu")
 LORA_WITHOUT_DROPOUT = LoraConfig(rank=4, alpha=8.0, dropout=0.0, target_modules=("q_proj", "v_proj", "down_proj"))

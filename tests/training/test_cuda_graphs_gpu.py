@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from benchmarks.shapes import MODELS
-from thinksafe.model.config import ModelConfig
+from thinksafe.model.config import LoraConfig, ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.lora import LoraConfig, attach
+from thinksafe.model.lora import attach
+from thinksafe.training.config import TrainingConfig
 from thinksafe.training.cuda_graphs import MAX_GRAPHS
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.loop import TrainingConfig, read_metrics, train
-from thinksafe.training.packing import TrainingSequence, pack
+from thinksafe.training.loop import train
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.packing import pack
+from thinksafe.training.sequence import TrainingSequence
 
 pytestmark = pytest.mark.gpu
 

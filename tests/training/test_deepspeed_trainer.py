@@ -42,12 +42,13 @@ from tests.support.zero_ranks import (
     packs_of_rank,
     student,
 )
-from thinksafe.distributed.ranks import partition_balanced
 from thinksafe.errors import UserError
 from thinksafe.model.lora import adapter_parameters
+from thinksafe.training.config import ZeroConfig
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.loop import read_metrics, train
-from thinksafe.training.zero_config import ZeroConfig
+from thinksafe.training.loop import train
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.packing import partition_balanced
 
 LORA_TOLERANCE, FULL_TOLERANCE = 1e-6, 5e-5
 """At learning rates of 1e-2. Where a moment is near 0, AdamW turns a rounding error into a visible difference."""

@@ -14,11 +14,16 @@ from transformers import AutoModelForCausalLM
 from tests.support.checkpoints import make_checkpoint
 from tests.support.training_runs import CPU, LORA, SEQUENCES, gradients, make_trainer, sequence
 from thinksafe.model.attention import PackedAttention
-from thinksafe.model.lora import LoraConfig, adapter_parameters, attach, save_adapter
+from thinksafe.model.config import LoraConfig
+from thinksafe.model.lora import adapter_parameters, attach, save_adapter
 from thinksafe.model.weights import hugging_face_name, load_decoder
-from thinksafe.training.local_trainer import LocalTrainer, StepResult
-from thinksafe.training.loop import TrainingConfig, _prefetch, read_metrics, train
-from thinksafe.training.packing import TrainingSequence, collate, pack
+from thinksafe.training.config import TrainingConfig
+from thinksafe.training.local_trainer import LocalTrainer
+from thinksafe.training.loop import prefetch, train
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.packing import collate, pack
+from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.trainer import StepResult
 
 PACKINGS = [1, 40, 100, 10**6]
 
@@ -247,18 +252,18 @@ def test_steps_below_bf16_resolution_add_up(student_folder):
     assert max(moved) < 0.9, "the test should start with steps below the resolution"
     for _ in range(99):
         trainer.step(packs, 1e-5)
-    weight, master = decoder.layers[0].up_proj, trainer.masters["layers.0.up_proj"]
+    weight, master = decoder.layers[0].up_proj.weight, trainer.masters["layers.0.up_proj.weight"]
     assert master.dtype == torch.float32
     for name, parameter in decoder.named_parameters():
         assert torch.equal(parameter, trainer.masters[name].to(torch.bfloat16)), name
-    assert (master - before["layers.0.up_proj"].float()).abs().mean() > 3e-4
-    large = before["layers.0.up_proj"].abs() > 0.1
-    assert (weight != before["layers.0.up_proj"])[large].float().mean() > 0.3
+    assert (master - before["layers.0.up_proj.weight"].float()).abs().mean() > 3e-4
+    large = before["layers.0.up_proj.weight"].abs() > 0.1
+    assert (weight != before["layers.0.up_proj.weight"])[large].float().mean() > 0.3
 
 
 _INTERRUPT_SCRIPT = """
 import signal
-from thinksafe.training.loop import _prefetch
+from thinksafe.training.loop import prefetch
 
 def interrupt(*_):
     raise KeyboardInterrupt
@@ -267,7 +272,7 @@ signal.signal(signal.SIGALRM, interrupt)
 for trial in range(300):
     signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.00001 * trial)
     try:
-        for step, made in _prefetch(lambda step: step, range(10**9)):
+        for step, made in enumerate(prefetch(lambda step: step, range(10**9))):
             assert step == made
     except KeyboardInterrupt:
         pass
@@ -290,10 +295,9 @@ def test_packs_are_made_one_step_ahead_and_errors_keep_order():
             raise ValueError("of step 5")
         return 10 * step
 
-    prefetched = _prefetch(make, range(2, 9))
-    assert [next(prefetched) for _ in range(2)] == [(2, 20), (3, 30)]
-    assert next(prefetched) == (4, 40)
+    prefetched = prefetch(make, range(2, 9))
+    assert [next(prefetched) for _ in range(3)] == [20, 30, 40]
     with pytest.raises(ValueError, match="of step 5"):
         next(prefetched)
     assert made == [2, 3, 4, 5]
-    assert list(_prefetch(make, range(6, 8))) == [(6, 60), (7, 70)] and list(_prefetch(make, range(0))) == []
+    assert list(prefetch(make, range(6, 8))) == [60, 70] and list(prefetch(make, range(0))) == []

@@ -24,14 +24,18 @@ from tests.support.training_runs import (
     metrics_without_times,
     train_until,
 )
+from thinksafe.distributed.workers import SINGLE_PROCESS
 from thinksafe.model.weights import load_config, load_decoder
-from thinksafe.pipeline.train import _make_trainer
+from thinksafe.pipeline.train import _make_trainer, _MemoryPlan
 from thinksafe.training import losses
+from thinksafe.training.config import TrainingConfig, ZeroConfig
 from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
-from thinksafe.training.local_trainer import LocalTrainer, NonFiniteStep, StepResult
-from thinksafe.training.loop import TrainingConfig, learning_rate, plan_steps, read_metrics, train
-from thinksafe.training.packing import TrainingSequence, collate, first_fit_decreasing, pack
-from thinksafe.training.zero_config import ZeroConfig
+from thinksafe.training.local_trainer import LocalTrainer
+from thinksafe.training.loop import learning_rate, plan_steps, train
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.packing import collate, first_fit_decreasing, pack
+from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.trainer import NonFiniteStep, StepResult
 
 pytest_plugins = ["tests.support.training_runs"]
 
@@ -72,7 +76,7 @@ def test_nonfinite_loss_or_gradient_alone_changes_nothing(student_folder, monkey
     """A bad gradient alone names no example: an example is found by its loss."""
     trainer, original = (
         make_trainer(load_decoder(student_folder, torch.float32, CPU)),
-        losses.linear_cross_entropy_with_stats,
+        losses.linear_cross_entropy,
     )
 
     def broken(hidden, *arguments, **options):
@@ -82,11 +86,11 @@ def test_nonfinite_loss_or_gradient_alone_changes_nothing(student_folder, monkey
         return rows + (torch.inf if source == "loss" else 0), stats
 
     before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
-    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", broken)
+    monkeypatch.setattr(losses, "linear_cross_entropy", broken)
     with pytest.raises(NonFiniteStep, match=message):
         trainer.step(pack(SEQUENCES, 64, CPU), 1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state_dict().items())
-    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", original)
+    monkeypatch.setattr(losses, "linear_cross_entropy", original)
     assert math.isfinite(trainer.step(pack(SEQUENCES, 64, CPU), 1e-3).grad_norm)
 
 
@@ -285,12 +289,12 @@ def test_clipping_and_decay_of_the_recipe_reach_either_trainer(student_folder, m
         TrainingConfig(max_grad_norm=0.7, weight_decay=0.3),
     )
     decoder.requires_grad_(True)
-    single = _make_trainer(decoder, config, None, False, CPU, 0)
+    single = _make_trainer(decoder, config, _MemoryPlan(None, False, 9, 9), CPU)
     assert (single.max_grad_norm, single.optimizer.param_groups[0]["weight_decay"]) == (0.7, 0.3)
     recorder = SimpleNamespace(DeepSpeedTrainer=lambda *options: options)
     monkeypatch.setitem(sys.modules, "thinksafe.training.deepspeed_trainer", recorder)
-    options = _make_trainer(decoder, config, ZeroConfig(2), True, CPU, 0)
-    assert options == (decoder, 0.7, 0.3, ZeroConfig(2), True, CPU)
+    options = _make_trainer(decoder, config, _MemoryPlan(None, True, 9, 9, ZeroConfig(2)), CPU)
+    assert options == (decoder, 0.7, 0.3, ZeroConfig(2), True, CPU, SINGLE_PROCESS)
 
 
 # Schedule
@@ -360,7 +364,7 @@ def test_packs_hold_every_sequence_once_and_no_two_fit_together(lengths, max_tok
 def test_metrics_record_the_largest_dropped_mass(student_folder, tmp_path, monkeypatch):
     """A CPU skips no gradient, so the operator is patched to report shares."""
     shares = iter([0.25, 0.5, 0.125])
-    original = losses.linear_cross_entropy_with_stats
+    original = losses.linear_cross_entropy
 
     def skipping(*arguments, **options):
         rows, stats = original(*arguments, **options)
@@ -368,7 +372,7 @@ def test_metrics_record_the_largest_dropped_mass(student_folder, tmp_path, monke
 
     train_until(student_folder, tmp_path / "exact")
     assert {step.dropped_mass for step in read_metrics(tmp_path / "exact" / "metrics.jsonl")} == {0.0}
-    monkeypatch.setattr(losses, "linear_cross_entropy_with_stats", skipping)
+    monkeypatch.setattr(losses, "linear_cross_entropy", skipping)
     config = TrainingConfig(epochs=1, batch_size=7, max_tokens_per_pack=70)
     train_until(student_folder, tmp_path / "skipping", config=config)
     (step,) = read_metrics(tmp_path / "skipping" / "metrics.jsonl")

@@ -20,8 +20,10 @@ from tests.support.training_runs import (
     train_until,
 )
 from thinksafe.training.checkpoint import load_newest, save_checkpoint
-from thinksafe.training.loop import TrainingConfig, read_metrics, training_fingerprint
-from thinksafe.training.packing import TrainingSequence
+from thinksafe.training.config import TrainingConfig
+from thinksafe.training.loop import training_fingerprint
+from thinksafe.training.metrics import read_metrics
+from thinksafe.training.sequence import TrainingSequence
 
 pytest_plugins = ["tests.support.training_runs"]
 
@@ -51,9 +53,7 @@ def test_resumed_run_keeps_its_initial_reference(student_folder, tmp_path, metho
         dataclasses.replace(sequence, use_reference_kl=index % 2 == 0, weight=1.0 + index)
         for index, sequence in enumerate(SEQUENCES)
     ]
-    config = dataclasses.replace(
-        TRAINING_CONFIG, method=method, tokens_per_step=70, loss_reduction="sequence", benign_loss="kl"
-    )
+    config = dataclasses.replace(TRAINING_CONFIG, method=method, tokens_per_step=70, loss_reduction="sequence")
     options = {"method": method, "sequences": mixed_sequences, "config": config}
     expected = train_until(student_folder, tmp_path / "whole", **options)
     steps = len(metrics_without_times(tmp_path / "whole"))
@@ -151,10 +151,11 @@ def test_fingerprint_covers_everything_that_affects_the_result():
         ([TrainingSequence(changed.input_ids + 1, changed.num_prompt_tokens), *others], TRAINING_CONFIG, 11),
         ([dataclasses.replace(changed, weight=2.0), *others], TRAINING_CONFIG, 11),
         ([dataclasses.replace(changed, use_reference_kl=True), *others], TRAINING_CONFIG, 11),
+        ([dataclasses.replace(changed, advantage=-1.0), *others], TRAINING_CONFIG, 11),
         *[(SEQUENCES, dataclasses.replace(TRAINING_CONFIG, **{name: value}), 11) for name, value in [
             ("epochs", 4), ("batch_size", 4), ("learning_rate", 1.0), ("warmup_ratio", 0.5), ("weight_decay", 0.1),
             ("max_grad_norm", 2.0), ("method", "full"),
-            ("tokens_per_step", 99), ("loss_reduction", "sequence"), ("benign_loss", "kl"),
+            ("tokens_per_step", 99), ("loss_reduction", "sequence"),
         ]],
     ]  # fmt: skip
     for variant in variants:

@@ -14,8 +14,8 @@ from tests.support.organism_runs import run_arguments
 from thinksafe.cli.__main__ import main
 from thinksafe.hardware import hardware_named
 from thinksafe.pipeline.train import format_metrics
-from thinksafe.training import loop
-from thinksafe.training.loop import StepMetrics, read_metrics
+from thinksafe.training import metrics as metrics_module
+from thinksafe.training.metrics import StepMetrics, read_metrics
 from thinksafe.training.trackers import open_trackers, scalars
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_every_known_number_has_a_curve():
 def test_trackers_and_bar_show_the_metrics_of_every_step(tmp_path, monkeypatch, wandb, capsys):
     """On a GPU with known rates the bar shows MFU; metrics.jsonl has the numbers of all curves."""
     gpu = hardware_named("H200")
-    monkeypatch.setattr(loop, "hardware_of", lambda device: gpu)
+    monkeypatch.setattr(metrics_module, "hardware_of", lambda device: gpu)
     bars = []
     monkeypatch.setattr(
         "thinksafe.pipeline.train.format_metrics", lambda metrics: bars.append(format_metrics(metrics)) or {}

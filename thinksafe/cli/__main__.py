@@ -29,8 +29,7 @@ _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.ERO
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0; 2 for a mistake of the user or the machine; 130 after Ctrl-C.
 
-    With several workers, a status other than 0 ends this process at once instead. Any other error is raised,
-    with its traceback.
+    With several workers, a status other than 0 ends this process at once instead. A defect keeps its traceback.
 
     Args:
         arguments: words after the program's name; None for the words of this process.
@@ -57,19 +56,16 @@ def _run_command(arguments: Sequence[str] | None) -> int:
             options = parse_arguments(arguments)
         options.command(options)
         return 0
-    except UserError as error:
-        print(f"thinksafe: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "interrupted"
         message = f"{reason}; no finished work is lost, run the same command again to continue"
         print(f"\nthinksafe: {message}", file=sys.stderr)
         return 130
     except Exception as error:
-        problem = _machine_problem(error, getattr(options, "out", None))
-        if problem is None:
+        message = str(error) if isinstance(error, UserError) else _machine_problem(error, getattr(options, "out", None))
+        if message is None:
             raise
-        print(f"thinksafe: {problem}", file=sys.stderr)
+        print(f"thinksafe: {message}", file=sys.stderr)
         return 2
 
 
@@ -77,7 +73,7 @@ def _machine_problem(error: Exception, out: Path | None) -> str | None:
     """Return a message if host or GPU memory or the disk is full, or a file is not writable; None for any other error.
 
     Args:
-        out: value of the option --out. The message names it if the error has no path; None if the option is missing.
+        out: value of the option --out. The message names it if the error has no path.
     """
     number = _system_errno(error)
     if is_out_of_memory(error) or number == errno.ENOMEM:
@@ -91,10 +87,7 @@ def _machine_problem(error: Exception, out: Path | None) -> str | None:
 
 
 def _system_errno(error: Exception) -> int | None:
-    """Return the errno of an error of the operating system; None for any other error, or if it has no number.
-
-    An OSError has it as an attribute, an error of safetensors only in its message.
-    """
+    """Return the errno of an OSError, or of an error of safetensors, whose message has it; None if there is none."""
     safetensors = sys.modules.get("safetensors")  # not imported here: an unused library raises no error
     if not isinstance(error, (OSError, safetensors.SafetensorError) if safetensors else OSError):
         return None
@@ -103,14 +96,8 @@ def _system_errno(error: Exception) -> int | None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the parsed options. All workers get the same ones, so only the leader prints help and usage errors.
-
-    Args:
-        arguments: words after the program's name; None for the words of this process.
-
-    Raises:
-        SystemExit: --help or --version (status 0), or a usage error (status 2), in every worker.
-    """
+    """Return the parsed options, or raise SystemExit as `main` does. All workers have the same arguments, so only the
+    leader prints help and usage errors."""
     if os.environ.get("RANK", "0") == "0":
         return build_parser().parse_args(arguments)
     with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):

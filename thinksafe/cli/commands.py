@@ -1,9 +1,8 @@
 """The commands: most of them open the run directory and call stages. parser.py holds their options.
 
-Each command takes its parsed options and returns nothing. It raises UserError for a mistake of the user, and
-KeyboardInterrupt after Ctrl-C. A result is printed to stdout, progress to stderr.
-
-Heavy modules are imported inside each command, so that help and usage errors appear at once.
+The docstring of a command is the text of its `--help`. A command raises UserError for a mistake of the user, and
+KeyboardInterrupt after Ctrl-C. A result is printed to stdout, progress to stderr. Heavy modules are imported inside
+each command, so that help and usage errors appear at once.
 """
 
 import argparse
@@ -20,13 +19,14 @@ from thinksafe.errors import UserError
 from thinksafe.paths import bundled_recipes
 
 if TYPE_CHECKING:
+    from thinksafe.recipe.schema import Recipe
     from thinksafe.run.checkpoints import CheckpointStore
     from thinksafe.run.directory import RunDir
 
 
 @contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """Exit at once with status 130 if Ctrl-C is pressed inside the block, without an exception and a message.
+    """Exit at once with status 130, without a message, if Ctrl-C is pressed inside the block.
 
     It surrounds imports, where a KeyboardInterrupt can be lost or become another error.
     """
@@ -38,14 +38,13 @@ def exit_on_interrupt() -> Iterator[None]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run all stages, from prompts to the report; print the headline metrics and the path of the report."""
+    """Run all stages, from prompts to the report.
+
+    They are generate, filter, train, evaluate before and after, and report.
+    """
     with _open_run(options) as (run, checkpoints, pipeline):
         pipeline.check_run(run, checkpoints)
-        pipeline.generate_responses(run, checkpoints)
-        pipeline.sample_unsteered_baseline(run, checkpoints)
-        pipeline.filter_responses(run, checkpoints)
-        pipeline.retry_rejected(run, checkpoints)
-        pipeline.accept_responses(run)
+        pipeline.make_examples(run, checkpoints)
         _print_coverage(run)
         pipeline.require_accepted_examples(run)  # reports an empty training set before hours of evaluation
         pipeline.evaluate_student(run, checkpoints, "before")
@@ -55,9 +54,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def generate(options: argparse.Namespace) -> None:
-    """Sample responses to every prompt and the unsteered baseline; print the path of responses.jsonl."""
-    if options.prompts is not None:
-        options.set = [*options.set, f"prompts={json.dumps(options.prompts)}"]
+    """Sample the student's own responses to every prompt.
+
+    Harmful prompts are sampled with the refusal instruction, benign prompts without it. Writes responses.jsonl.
+
+    Prompts are .jsonl, .json or .parquet with `text` (or `prompt`, or `instruction`) and `label`.
+    """
     with _open_run(options) as (run, checkpoints, pipeline):
         pipeline.generate_responses(run, checkpoints)
         pipeline.sample_unsteered_baseline(run, checkpoints)
@@ -65,7 +67,15 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def filter_responses(options: argparse.Namespace) -> None:
-    """Judge responses, retry rejected prompts, import marks, and write the accepted set; print its path."""
+    """Judge responses with the guard and keep the safe ones.
+
+    Writes verdicts.jsonl (every response, with probabilities and reason), accepted.jsonl (the first accepted response
+    of each prompt) and audit.jsonl (every attempt at each prompt). If the recipe has a generation.ladder, prompts whose
+    responses were all rejected, by guard or person, are tried again.
+
+    A human mark overrides the guard; it carries a name and is counted in the report. A response is dropped if one
+    person rejects it. Give marks before training: a trained run takes no new ones.
+    """
     with _open_run(options) as (run, checkpoints, pipeline):
         from thinksafe.pipeline.imports import import_marks, import_responses
 
@@ -82,7 +92,14 @@ def filter_responses(options: argparse.Namespace) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train the adapter, or the whole model; print the path of its folder."""
+    """Fine-tune the student on accepted.jsonl.
+
+    Writes adapter/ in PEFT's format, or model/ with --set training.method=full. A killed training continues from its
+    last checkpoint, on any number of processes.
+
+    Processes started with torchrun train together by DeepSpeed ZeRO; `zero.stage` (default: auto) sets how much they
+    shard. One process can keep the optimizer in host memory: --set zero.offload_optimizer=true.
+    """
     with _open_run(options) as (run, checkpoints, pipeline):
         from thinksafe.pipeline.imports import import_examples
 
@@ -93,9 +110,10 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate the student before training, and after it if it is trained or --adapter names an adapter.
+    """Measure harm, over-refusal and reasoning, before and after.
 
-    The headline metrics and the path of the report are printed.
+    `after` is measured if the run directory holds a trained student or --adapter names one. ThinkSafe adapters record
+    their base weights in base.json and are rejected for any other base. Other adapters only need matching shapes.
     """
     with _open_run(options) as (run, checkpoints, pipeline):
         if not run.recipe.evaluation.sets:
@@ -112,19 +130,27 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Write the report from the records so far; print the headline metrics and the path of the page."""
+    """Write report.html and report.json from the records so far."""
     with _open_run(options) as (run, _, _):
         _write_report(run)
 
 
 def review(options: argparse.Namespace) -> None:
-    """Write the page on which people mark responses; print its path."""
+    """Write review.html, where a person marks uncertain responses.
+
+    One file that needs no network: open it in a browser, mark, download marks.jsonl, and pass that file to
+    `thinksafe filter --out DIR --marks marks.jsonl` before training. Harmful text is blurred until clicked.
+    """
     with _open_run(options) as (run, _, pipeline):
         run.workers.on_leader(lambda: print(pipeline.make_review_page(run, options.max_responses)))
 
 
 def export_data(options: argparse.Namespace) -> None:
-    """Write the accepted set as a data set folder; print its path."""
+    """Write the accepted set as a Hugging Face data set folder.
+
+    Parquet, and a card with counts, filter rates, lengths, guard, recipe and hashes. datasets.load_dataset(DIR) reads
+    the folder; `thinksafe train --data` reads the parquet file.
+    """
     with _open_run(options) as (run, _, _):
         from thinksafe.export.dataset import export_data
 
@@ -132,10 +158,10 @@ def export_data(options: argparse.Namespace) -> None:
 
 
 def export_model(options: argparse.Namespace) -> None:
-    """Write the student as one checkpoint, with the adapter from LoRA training merged; print the path of the folder.
+    """Write the trained student as one checkpoint, adapter merged.
 
-    Raises:
-        UserError: see `thinksafe.export.model.export_model`; one case is full fine-tuning, which writes a checkpoint.
+    In Hugging Face's format, for programs that read no adapters. Needs host memory for the student's weights, and no
+    GPU.
     """
     with _open_run(options) as (run, checkpoints, _):
         from thinksafe.export.model import export_model
@@ -144,37 +170,45 @@ def export_model(options: argparse.Namespace) -> None:
 
 
 def estimate(options: argparse.Namespace) -> None:
-    """Print the estimated time, memory and cost of a run on the GPU that --gpu names; nothing is run or written."""
+    """Estimate time, memory and cost of every stage on a named GPU.
+
+    Computed from the shapes of student and guard, before anything runs. It needs no weights, no GPU and no network.
+    With --out DIR it uses the response lengths of that run directory.
+    """
+    recipe = _load_recipe(options)  # a mistake shows before the imports below, which take seconds
     with exit_on_interrupt():
         from thinksafe.estimate.stages import estimate
         from thinksafe.estimate.table import Price, estimate_table
         from thinksafe.hardware import hardware_named
-        from thinksafe.recipe.loading import load_recipe
         from thinksafe.run.directory import RunDir
 
     hardware = hardware_named(options.gpu)
     price = None if options.price is None else Price.parse(options.price)
-    recipe = load_recipe(_recipe_source(options), options.set)
     run = None if options.out is None else RunDir(options.out, recipe)
     run_estimate = estimate(recipe, hardware, options.gpus, run)
-    _print_page(estimate_table(run_estimate, recipe.name, hardware.memory_bytes, price) + "\n")
+    _print_page(estimate_table(run_estimate, recipe.name, price) + "\n")
 
 
 def print_recipe(options: argparse.Namespace) -> None:
-    """Print a recipe with every key and its meaning; without --recipe and --set, one with all defaults."""
+    """Print a recipe with every key, its meaning and its default.
+
+    The output is itself a recipe: save it, change it, and pass it to --recipe. Without --recipe it holds the defaults,
+    with --set alone the recipe qwen3-0.6b with the change.
+    """
     with exit_on_interrupt():
-        from thinksafe.recipe.loading import load_recipe
         from thinksafe.recipe.reference import annotated_yaml
         from thinksafe.recipe.schema import Recipe
 
-    if options.recipe is None and not options.set:
-        _print_page(annotated_yaml(Recipe(name="mine", model="Qwen/Qwen3-0.6B")))
-    else:
-        _print_page(annotated_yaml(load_recipe(options.recipe or "qwen3-0.6b", options.set)))
+    is_plain = options.recipe is None and not options.set
+    recipe = Recipe("mine", "Qwen/Qwen3-0.6B") if is_plain else _load_recipe(options, default="qwen3-0.6b")
+    _print_page(annotated_yaml(recipe))
 
 
 def build_organism(options: argparse.Namespace) -> None:
-    """Build the model organism and its data from a seed in the new folder --out; print the folder."""
+    """Build the model organism, its prompts and evaluation sets from a seed.
+
+    Trains the tiny student through its history on a CPU. Each seed gives another world.
+    """
     with exit_on_interrupt():
         from tqdm import tqdm
 
@@ -194,46 +228,46 @@ def build_organism(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "CheckpointStore", Any]]:
-    """Join the other workers and open the run directory; yield (run, checkpoints, module of the stages).
-
-    Before that, the leader writes the estimate of the run, see `write_estimate`.
-
-    Raises:
-        UserError: recipe or run directory are not usable; the message says why.
-    """
+    """Join the other workers, open the run directory, and yield (run, checkpoints, module of the stages)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _load_recipe(options)  # a mistake shows before the imports below, which take seconds
     with exit_on_interrupt():
         from thinksafe import pipeline
         from thinksafe.distributed.workers import Workers
-        from thinksafe.recipe.loading import load_recipe
         from thinksafe.run.checkpoints import CheckpointStore
         from thinksafe.run.directory import RunDir
 
-    seed_override = [] if options.seed is None else [f"seed={options.seed}"]
     with Workers.start() as workers:
-        recipe = load_recipe(_recipe_source(options), [*options.set, *seed_override])
+        recipe = _load_recipe(options)  # here one worker alone reports a mistake
         with RunDir.open(options.out or Path("runs") / recipe.name, recipe, workers) as run:
             checkpoints = CheckpointStore(recipe, workers)
             pipeline.write_estimate(run, checkpoints)
             yield run, checkpoints, pipeline
 
 
-def _recipe_source(options: argparse.Namespace) -> str:
-    """Return the value of --recipe; without it, the path of the recipe file in the run directory --out.
+def _load_recipe(options: argparse.Namespace, default: str | None = None) -> "Recipe":
+    """Return the recipe of --recipe, else of the run directory --out, else `default`, with --set, --seed and --prompts.
 
     Raises:
-        UserError: there is neither, or another version of ThinkSafe wrote the run directory.
+        UserError: the recipe is invalid, there is none, or another version of ThinkSafe wrote the run directory.
     """
-    if options.recipe is not None:
-        return options.recipe
-    if options.out is not None and (options.out / "recipe.yaml").is_file():
+    with exit_on_interrupt():
+        from thinksafe.recipe.loading import load_recipe
+
+    source, out = options.recipe or default, getattr(options, "out", None)
+    if source is None and out is not None and (out / "recipe.yaml").is_file():
         from thinksafe.run.directory import check_format
 
-        check_format(options.out)  # otherwise the keys of an older recipe would look like mistakes
-        return str(options.out / "recipe.yaml")
-    names = ", ".join(bundled_recipes())
-    if options.out is not None:
-        raise UserError(f"--out {options.out}: contains no run to resume; use --recipe with a file or one of {names}")
-    raise UserError(f"--recipe: missing; use a file or one of {names}, or an --out folder that contains a run")
+        check_format(out)  # otherwise the keys of an older recipe would look like mistakes
+        source = str(out / "recipe.yaml")
+    if source is None:
+        names = ", ".join(bundled_recipes())
+        if out is None:
+            raise UserError(f"--recipe: missing; use a file or one of {names}, or an --out folder that contains a run")
+        raise UserError(f"--out {out}: contains no run to resume; use --recipe with a file or one of {names}")
+    values = {key: getattr(options, key, None) for key in ("seed", "prompts")}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+    return load_recipe(source, [*options.set, *overrides])
 
 
 def _print_page(page: str) -> None:
@@ -247,8 +281,7 @@ def _print_page(page: str) -> None:
 
 def _print_coverage(run: "RunDir") -> None:
     """Print the coverage to stderr on the leader, like the progress of the stages; see `coverage_lines`."""
-    from thinksafe.reporting.coverage import coverage_lines
-    from thinksafe.reporting.summary import read_coverage
+    from thinksafe.reporting.coverage import coverage_lines, read_coverage
 
     if run.workers.is_leader:
         for name, text in coverage_lines(read_coverage(run)):
@@ -263,19 +296,12 @@ def _write_report(run: "RunDir") -> None:
 
 
 def _print_headline(page: Path) -> None:
-    """Print the headline metrics that the report has, with their intervals, and the path of the report.
+    """Print the headline metrics of report.json, with their intervals, and the path of report.html, which is `page`."""
+    from thinksafe.reporting.report import METRIC_KINDS
 
-    Args:
-        page: path of report.html; report.json beside it holds the metrics.
-    """
     report = json.loads(page.with_name("report.json").read_text())
-    for key, title in (
-        ("harmful_ratio", "harmful responses"),
-        ("over_refusal", "over-refusals"),
-        ("reasoning_accuracy", "reasoning accuracy"),
-    ):
-        figure = report.get(key) or {}
-        columns = []
+    for metric in METRIC_KINDS:
+        figure, columns = report.get(metric.key) or {}, []
         for phase in ("before", "after"):
             if phase in figure:
                 low, high = figure[f"{phase}_interval"]
@@ -283,5 +309,5 @@ def _print_headline(page: Path) -> None:
             if unknown := figure.get("unknown", {}).get(phase):
                 columns.append(f"({unknown} without a verdict {phase})")
         if columns:
-            print(f"{title:>20}   {'   '.join(columns)}")
+            print(f"{metric.title.lower():>20}   {'   '.join(columns)}")
     print(f"{'report':>20}   {page}")

@@ -1,13 +1,14 @@
 """The command line as a table: every command with its options. commands.py runs the commands.
 
-Help, version and usage errors need only the standard library, so nothing else is imported here.
+The docstring of a command is its help: the first line is its summary in the list of commands. Help, version and usage
+errors need only the standard library, so nothing else is imported here.
 """
 
 import argparse
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from thinksafe import __version__
 from thinksafe.cli import commands
@@ -41,42 +42,22 @@ Option = tuple[str, dict[str, Any]]
 
 
 def _option(flag: str, metavar: str, help: str, **settings: Any) -> Option:
-    """Return an option; `settings` are further arguments for `add_argument`."""
     return flag, {"metavar": metavar, "help": help, **settings}
 
 
-def _positive_integer(text: str) -> int:
-    """Return the whole number of 1 or more that a text spells in digits; for others raise ArgumentTypeError."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, found {text!r}")
-    return int(text)
+def _path(flag: str, metavar: str, help: str, **settings: Any) -> Option:
+    return _option(flag, metavar, help, type=Path, **settings)
 
 
-def _non_negative_integer(text: str) -> int:
-    """Return the whole number of 0 or more that a text spells in digits; for others raise ArgumentTypeError."""
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, found {text!r}")
-    return int(text)
+def _integer(minimum: int) -> Callable[[str], int]:
+    """Return the parser of a whole number that is at least `minimum`, which is not negative."""
 
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be a whole number of {minimum} or more, found {text!r}")
+        return int(text)
 
-class Command(NamedTuple):
-    """One command of the command line; `build_parser` makes its subparser from it.
-
-    Attributes:
-        name: word that selects the command.
-        run: function that runs the command, with the parsed options.
-        summary: one line for the list of commands; it also opens the help of the command.
-        details: paragraphs that follow the summary in the help of the command; may be empty.
-        options: its options, in the order of the help.
-        epilog: text below the options in the help of the command; may be empty.
-    """
-
-    name: str
-    run: Callable[[argparse.Namespace], None]
-    summary: str
-    details: str = ""
-    options: tuple[Option, ...] = ()
-    epilog: str = ""
+    return parse
 
 
 _RECIPE_OPTIONS = (
@@ -86,149 +67,57 @@ _RECIPE_OPTIONS = (
 _RUN_OPTIONS = (
     *_RECIPE_OPTIONS,
     _option("--seed", "N", "the same as --set seed=N", type=int),
-    _option("--out", "DIR", "run directory (default: runs/NAME of the recipe)", type=Path),
+    _path("--out", "DIR", "run directory (default: runs/NAME of the recipe)"),
 )
-_NEW_FOLDER = _option("--to", "DIR", "a new folder", type=Path, required=True)
+_NEW_FOLDER = _path("--to", "DIR", "a new folder", required=True)
 
-COMMANDS = (
-    Command(
-        "run",
-        commands.run,
-        "all stages, from prompts to the report",
-        "generate, filter, train, evaluate before and after, report.",
-        _RUN_OPTIONS,
-        _RECIPE_HELP,
-    ),
-    Command(
-        "generate",
-        commands.generate,
-        "sample the student's own responses to every prompt",
-        "Harmful prompts are sampled with the refusal instruction, benign prompts without it. Writes responses.jsonl.\n"
-        "\n"
-        "Prompts are .jsonl, .json or .parquet with `text` (or `prompt`, or `instruction`) and `label`.",
-        (*_RUN_OPTIONS, _option("--prompts", "FILE", "the same as --set prompts=FILE")),
-        _RECIPE_HELP,
-    ),
-    Command(
-        "filter",
+COMMANDS = {
+    "run": (commands.run, *_RUN_OPTIONS),
+    "generate": (commands.generate, *_RUN_OPTIONS, _option("--prompts", "FILE", "the same as --set prompts=FILE")),
+    "filter": (
         commands.filter_responses,
-        "judge responses with the guard and keep the safe ones",
-        "Writes verdicts.jsonl (every response, with probabilities and reason), accepted.jsonl (the first accepted "
-        "response of each prompt) and audit.jsonl (every attempt at each prompt). If the recipe has a "
-        "generation.ladder, prompts whose responses were all rejected, by guard or person, are tried again.\n\n"
-        "A human mark overrides the guard; it carries a name and is counted in the report. A response is dropped if "
-        "one person rejects it. Give marks before training: a trained run takes no new ones.",
-        (
-            *_RUN_OPTIONS,
-            _option(
-                "--responses",
-                "FILE",
-                "judge these responses, each with `prompt`, `label` and `text`; or a run directory: judge all of its "
-                "responses again as first attempts, and keep its human marks",
-                type=Path,
-            ),
-            _option("--marks", "FILE", "human marks, downloaded from the page of `thinksafe review`", type=Path),
+        *_RUN_OPTIONS,
+        _path(
+            "--responses",
+            "FILE",
+            "judge these responses, each with `prompt`, `label` and `text`; or a run directory: judge all of its "
+            "responses again as first attempts, and keep its human marks",
         ),
-        _RECIPE_HELP,
+        _path("--marks", "FILE", "human marks, downloaded from the page of `thinksafe review`"),
     ),
-    Command(
-        "train",
+    "train": (
         commands.train,
-        "fine-tune the student on accepted.jsonl",
-        "Writes adapter/ in PEFT's format, or model/ with --set training.method=full. A killed training continues from "
-        "its last checkpoint, on any number of processes.\n\n"
-        "Processes started with torchrun train together by DeepSpeed ZeRO; `zero.stage` (default: auto) sets how much "
-        "they shard. One process can keep the optimizer in host memory: --set zero.offload_optimizer=true.",
-        (
-            *_RUN_OPTIONS,
-            _option("--data", "FILE", "train on these examples: `prompt`, `response`, `label`", type=Path),
-        ),
-        _RECIPE_HELP,
+        *_RUN_OPTIONS,
+        _path("--data", "FILE", "train on these examples: `prompt`, `response`, `label`"),
     ),
-    Command(
-        "evaluate",
-        commands.evaluate,
-        "measure harm, over-refusal and reasoning, before and after",
-        "`after` is measured if the run directory holds a trained student or --adapter names one. ThinkSafe adapters "
-        "record their base weights in base.json and are rejected for any other base. Other adapters only need matching "
-        "shapes.",
-        (*_RUN_OPTIONS, _option("--adapter", "DIR", "evaluate this PEFT adapter as `after`", type=Path)),
-        _RECIPE_HELP,
-    ),
-    Command(
-        "report",
-        commands.report,
-        "write report.html and report.json from the records so far",
-        options=_RUN_OPTIONS,
-        epilog=_RECIPE_HELP,
-    ),
-    Command(
-        "review",
+    "evaluate": (commands.evaluate, *_RUN_OPTIONS, _path("--adapter", "DIR", "evaluate this PEFT adapter as `after`")),
+    "report": (commands.report, *_RUN_OPTIONS),
+    "review": (
         commands.review,
-        "write review.html, where a person marks uncertain responses",
-        "One file that needs no network: open it in a browser, mark, download marks.jsonl, and pass that file to "
-        "`thinksafe filter --out DIR --marks marks.jsonl` before training. Harmful text is blurred until clicked.",
-        (
-            *_RUN_OPTIONS,
-            _option("--max-responses", "N", "size of the page (default: 500)", type=_positive_integer, default=500),
-        ),
-        _RECIPE_HELP,
+        *_RUN_OPTIONS,
+        _option("--max-responses", "N", "size of the page (default: 500)", type=_integer(1), default=500),
     ),
-    Command(
-        "export-data",
-        commands.export_data,
-        "write the accepted set as a Hugging Face data set folder",
-        "Parquet, and a card with counts, filter rates, lengths, guard, recipe and hashes. datasets.load_dataset(DIR) "
-        "reads the folder; `thinksafe train --data` reads the parquet file.",
-        (*_RUN_OPTIONS, _NEW_FOLDER),
-        _RECIPE_HELP,
-    ),
-    Command(
-        "export-model",
-        commands.export_model,
-        "write the trained student as one checkpoint, adapter merged",
-        "In Hugging Face's format, for programs that read no adapters. Needs host memory for the student's weights, "
-        "and no GPU.",
-        (*_RUN_OPTIONS, _NEW_FOLDER),
-        _RECIPE_HELP,
-    ),
-    Command(
-        "estimate",
+    "export-data": (commands.export_data, *_RUN_OPTIONS, _NEW_FOLDER),
+    "export-model": (commands.export_model, *_RUN_OPTIONS, _NEW_FOLDER),
+    "estimate": (
         commands.estimate,
-        "time, memory and cost of every stage on a named GPU",
-        "Computed from the shapes of student and guard, before anything runs. It needs no weights, no GPU and no "
-        "network. With --out DIR it uses the response lengths of that run directory.",
-        (
-            *_RECIPE_OPTIONS,
-            _option("--gpu", "NAME", "H200 (the default), H100, A100, L40S or RTX4090", default="H200"),
-            _option("--gpus", "N", "number of GPUs (default: 1)", type=_positive_integer, default=1),
-            _option("--price", "AMOUNT", "price of one GPU for an hour, such as 3.5, '$3.5' or '3.5 EUR'"),
-            _option("--out", "DIR", "run directory whose response lengths are used", type=Path),
-        ),
-        _RECIPE_HELP,
+        *_RECIPE_OPTIONS,
+        _option("--gpu", "NAME", "H200 (the default), H100, A100, L40S or RTX4090", default="H200"),
+        _option("--gpus", "N", "number of GPUs (default: 1)", type=_integer(1), default=1),
+        _option("--price", "AMOUNT", "price of one GPU for an hour, such as 3.5, '$3.5' or '3.5 EUR'"),
+        _path("--out", "DIR", "run directory whose response lengths are used"),
     ),
-    Command(
-        "recipe",
-        commands.print_recipe,
-        "print a recipe with every key, its meaning and its default",
-        "The output is itself a recipe: save it, change it, and pass it to --recipe. Without --recipe it holds the "
-        "defaults, with --set alone the recipe qwen3-0.6b with the change.",
-        _RECIPE_OPTIONS,
-    ),
-)
-# The commands below `thinksafe organism`.
-ORGANISM_COMMANDS = (
-    Command(
-        "build",
+    "recipe": (commands.print_recipe, *_RECIPE_OPTIONS),
+}
+"""Commands by name: the function that runs a command with its parsed options, then the options."""
+ORGANISM_COMMANDS = {
+    "build": (
         commands.build_organism,
-        "build the model organism, its prompts and evaluation sets from a seed",
-        "Trains the tiny student through its history on a CPU. Each seed gives another world.",
-        (
-            _option("--seed", "N", "seed of the world (default: 0)", type=_non_negative_integer, default=0),
-            _option("--out", "DIR", "a new folder", type=Path, required=True),
-        ),
+        _option("--seed", "N", "seed of the world (default: 0)", type=_integer(0), default=0),
+        _path("--out", "DIR", "a new folder", required=True),
     ),
-)
+}
+"""Commands below `thinksafe organism`."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -237,35 +126,28 @@ def build_parser() -> argparse.ArgumentParser:
     The namespace that it parses has the options of the chosen command and the attribute `command`: the function that
     runs the command, to be called with this namespace.
     """
-    parser = argparse.ArgumentParser(
-        "thinksafe", description=_INTRODUCTION, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser("thinksafe", description=_INTRODUCTION)
     parser.add_argument("--version", action="version", version=f"thinksafe {__version__}")
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        _add_command(subparsers, command)
-    organism = subparsers.add_parser(
-        "organism", help="build a model organism from a seed", formatter_class=_HelpFormatter
-    )
-    organism_subparsers = organism.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in ORGANISM_COMMANDS:
-        _add_command(organism_subparsers, command)
+    subparsers = _add_commands(parser, COMMANDS)
+    _add_commands(subparsers.add_parser("organism", help="build a model organism from a seed"), ORGANISM_COMMANDS)
     return parser
 
 
-def _add_command(subparsers: argparse._SubParsersAction, command: Command) -> None:
-    """Add the subparser of a command."""
-    parser = subparsers.add_parser(
-        command.name,
-        help=command.summary,
-        description=f"{command.summary[0].upper()}{command.summary[1:]}.\n\n{command.details}",
-        epilog=command.epilog,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-    )
-    for flag, settings in command.options:
-        parser.add_argument(flag, **settings)
-    parser.set_defaults(command=command.run)
+def _add_commands(parser: argparse.ArgumentParser, table: dict[str, tuple]) -> Any:
+    """Add a subparser for each command of a table, and return argparse's object for further ones."""
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for name, (command, *options) in table.items():
+        summary, _, details = command.__doc__.partition("\n")
+        subparser = subparsers.add_parser(
+            name,
+            help=summary[0].lower() + summary[1:].removesuffix("."),
+            description=f"{summary}\n{textwrap.dedent(details)}",
+            epilog=_RECIPE_HELP if {"--recipe", "--out"} <= dict(options).keys() else None,
+        )
+        for flag, settings in options:
+            subparser.add_argument(flag, **settings)
+        subparser.set_defaults(command=command)
+    return subparsers
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -282,3 +164,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         if isinstance(action, argparse._SubParsersAction):
             return "".join(map(self._format_action, action._get_subactions()))
         return super()._format_action(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, formatter_class=_HelpFormatter, allow_abbrev=False, **settings)

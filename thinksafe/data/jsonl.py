@@ -1,14 +1,15 @@
-"""Read records from JSONL, JSON and parquet files."""
+"""Read rows of JSONL, JSON and parquet files, and make records of them."""
 
 import codecs
 import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from thinksafe.data.records import Example, Label, Prompt, Record, Response, content_id
 from thinksafe.errors import UserError, validation_message
@@ -16,72 +17,77 @@ from thinksafe.errors import UserError, validation_message
 SUFFIXES = (".jsonl", ".json", ".parquet")
 """Suffixes of the files that `read_rows` can read; upper or lower case."""
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
-# JSONDecodeError and UnicodeDecodeError are ValueErrors, a number of 5,000 digits raises ValueError, and brackets that
-# are nested too deep raise RecursionError.
-_BAD_JSON = (ValueError, RecursionError)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_validator = cache(TypeAdapter)
 T = TypeVar("T")
 
 
-def to_json(record: Any) -> str:
-    """Return a record as a JSON object on one line, without a newline.
+class Row(NamedTuple):
+    """A row of a file or data set, not yet checked.
 
-    Args:
-        record: a dataclass whose fields are JSON values.
+    Attributes:
+        where: file or data set with the number of line, record or row, from 1; error messages begin with it.
+        origin: stem of the file's name, or name of the data set.
     """
-    return json.dumps(vars(record), ensure_ascii=False)  # all fields are plain values, so `asdict` is not needed
+
+    where: str
+    values: dict[str, Any]
+    origin: str = ""
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) for every record of a .jsonl, .json or .parquet file.
+def to_json(record: Any) -> str:
+    """Return a dataclass of JSON values, or of further such dataclasses, as a JSON object on one line."""
+    return json.dumps(vars(record), ensure_ascii=False, default=vars)
 
-    `where` names the file and the line, record or row, counted from 1; errors start with it. A .jsonl or .json
-    file that begins with [ is one JSON array; any other one has an object on each line, and blank lines are skipped.
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """Yield the rows of a .parquet file, or of a .jsonl or .json file: the objects on its lines or in its JSON array.
 
     Raises:
-        UserError: the file is missing, damaged, without records or of another kind; or a record is not a JSON object
-            or contains half a surrogate pair.
+        UserError: the file is missing, damaged, without rows or of another kind; or a row is not a JSON object or
+            contains half a surrogate pair.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     if file.suffix.lower() not in SUFFIXES:
         raise UserError(f"{file}: only .jsonl, .json and .parquet files are read; convert or rename it")
-    rows = _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file)
     is_empty = True
-    for row in rows:
+    for where, values in _parquet_rows(file) if file.suffix.lower() == ".parquet" else _json_rows(file):
         is_empty = False
-        yield row
+        yield Row(where, values, file.stem)
     if is_empty:
         raise UserError(f"{file}: empty; it needs at least one record")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open("rb") as lines:
-        start = lines.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-        lines.seek(0)
-        if start.startswith(b"["):
-            try:
-                rows = json.load(lines)
-            except _BAD_JSON as error:
-                raise UserError(f"{file}: not valid JSON ({error})") from None
-            numbered = ((f"{file}: record {number}", row) for number, row in enumerate(rows, start=1))
+    with file.open("rb") as stream:
+        is_array = stream.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+        stream.seek(0)
+        if is_array:
+            values = _parse(f"{file}:", stream.read())
+            rows = ((f"{file}: record {number}", value) for number, value in enumerate(values, start=1))
         else:
-            numbered = _parsed_lines(file, lines)
-        for where, row in numbered:
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-            if _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+            lines = ((f"{file}: line {number}", line) for number, line in enumerate(stream, start=1) if line.strip())
+            rows = ((where, _parse(where, line)) for where, line in lines)
+        for where, value in rows:
+            _check_object(where, value)
+            if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
                 raise UserError(f"{where}: contains half a surrogate pair, which is not a character")
-            yield where, row
+            yield where, value
 
 
-def _parsed_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f"{file}: line {number}", json.loads(line)
-            except _BAD_JSON as error:
-                raise UserError(f"{file}: line {number} is not valid JSON ({error})") from None
+def _parse(where: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    # Text that is not JSON or not UTF-8 and a number of 5,000 digits raise ValueError; brackets that are nested too
+    # deep raise RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON ({error})") from None
+
+
+def _check_object(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -89,107 +95,90 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        number = 0
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", row
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((f"{file}: row {number}", row) for number, row in enumerate(rows, start=1))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())})") from None
 
 
 def prompts_from_rows(
-    rows: Iterable[tuple[str, dict[str, Any]]], source: str, on_duplicate: Callable[[str], None] = lambda where: None
+    rows: Iterable[Row], on_duplicate: Callable[[str], None] = lambda where: None
 ) -> Iterator[Prompt]:
-    """Yield the prompts of (where, row) pairs in order, without duplicates.
+    """Yield the prompts of rows in order, without duplicates.
 
     A row needs a text in `text`, else in `prompt`, else in SafeChain's `instruction`; and a `label`: `harmful` or
-    `benign`, also with SafeChain's prefix `vanilla_` or `adversarial_`. Other columns except `answer` and `source` are
-    ignored.
-
-    Args:
-        source: the prompt's `source` if the row has no or an empty `source` column.
-        on_duplicate: called with `where` of each row that repeats an earlier text and label; the row is skipped.
-
-    Raises:
-        UserError: a row has no text, an empty text or another label.
+    `benign`, also with SafeChain's prefix `vanilla_` or `adversarial_`; else a UserError is raised. `answer` and
+    `source` may be missing, other columns are ignored. `on_duplicate` is called with `where` of each row that repeats
+    an earlier text and label.
     """
     seen: set[str] = set()
-    for where, row in rows:
+    for where, row, origin in rows:
         text = next((row[key] for key in ("text", "prompt", "instruction") if key in row), None)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: needs a non-empty string 'text' (or 'prompt', or 'instruction')")
-        label = _label(where, row)
-        answer = row.get("answer")
+        label, answer = _label(where, row), row.get("answer")
         id_ = content_id(label, text)
-        row_source = str(row.get("source") or source)
         if id_ in seen:
             on_duplicate(where)
-        else:
-            seen.add(id_)
-            yield Prompt(id_, text, label, row_source, None if answer is None else str(answer))
+            continue
+        seen.add(id_)
+        yield Prompt(id_, text, label, str(row.get("source") or origin), None if answer is None else str(answer))
 
 
 def _label(where: str, row: dict[str, Any]) -> Label:
-    """Return a row's label without SafeChain's prefix.
-
-    Raises:
-        UserError: the row has no or another label; the message begins with `where`.
-    """
+    """Return a row's label without SafeChain's prefix."""
     label = row.get("label")
     match = _LABEL.fullmatch(label) if isinstance(label, str) else None
     if match is None:
-        raise UserError(
-            f"{where}: 'label' must be harmful or benign (or vanilla_..., adversarial_...), found {label!r}"
-        )
+        expected = "harmful or benign (or vanilla_..., adversarial_...)"
+        raise UserError(f"{where}: 'label' must be {expected}, found {label!r}")
     return match[1]
 
 
 def import_records(file: Path, kind: type[Response] | type[Example]) -> Iterator[Response] | Iterator[Example]:
-    """Return an iterator over records that another program wrote.
+    """Yield the records of a file that another program wrote; raise a UserError as `read_records` does.
 
-    A row needs `prompt` (or SafeChain's `instruction`), `label` (also with the prefix `vanilla_` or `adversarial_`) and
-    the response, in column `text` for kind `Response` and `response` for kind `Example`. Columns that are no fields of
-    the kind are ignored; a null field gets its default.
-
-    Raises:
-        UserError: during iteration: the file cannot be read (see `read_rows`), a row lacks one of these columns, or a
-            field has the wrong type or value.
+    A row needs `prompt` (or SafeChain's `instruction`), a `label` as in `prompts_from_rows`, and the response, in
+    column `text` for kind `Response` and `response` for kind `Example`. Columns that are no fields of the kind are
+    ignored; a null field gets its default.
     """
-    field_names = {field.name for field in fields(kind)}
-    text_column = "text" if kind is Response else "response"
-
-    def rows() -> Iterator[tuple[str, dict[str, Any]]]:
-        for where, row in read_rows(file):
-            for columns in (("prompt", "instruction"), (text_column,)):
-                if not any(isinstance(row.get(column), str) for column in columns):
-                    raise UserError(f"{where}: needs a string {' or '.join(map(repr, columns))}")
-            prompt = row["prompt"] if isinstance(row.get("prompt"), str) else row["instruction"]
-            values = {name: value for name, value in row.items() if name in field_names and value is not None}
-            yield where, values | {"prompt": prompt, "label": _label(where, row)}
-
-    return _validated(rows(), kind)
+    for where, row, _ in read_rows(file):
+        for columns in (("prompt", "instruction"), ("text" if kind is Response else "response",)):
+            if not any(isinstance(row.get(column), str) for column in columns):
+                raise UserError(f"{where}: needs a string {' or '.join(map(repr, columns))}")
+        fields = {name: row[name] for name in kind.__dataclass_fields__ if row.get(name) is not None}
+        fields["prompt"] = row["prompt"] if isinstance(row.get("prompt"), str) else row["instruction"]
+        fields["label"] = _label(where, row)
+        yield _make_record(where, fields, kind)
 
 
 def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
-    """Return an iterator over a file's records, which are all of one kind; fields with a default may be missing.
+    """Yield a file's records, which are all of one kind; fields with a default may be missing.
 
     Raises:
-        UserError: during iteration: the file cannot be read (see `read_rows`), or a row has missing, unknown or
-            mistyped fields or a value that the kind forbids.
+        UserError: the file cannot be read (see `read_rows`), or a row has missing, unknown or invalid fields.
     """
-    return _validated(read_rows(file), kind)
+    for where, row, _ in read_rows(file):
+        yield _make_record(where, row, kind)
+
+
+def _make_record(where: str, row: dict[str, Any], kind: type[Record]) -> Record:
+    if unknown_fields := sorted(row.keys() - kind.__dataclass_fields__.keys()):
+        raise UserError(f"{where}: not a valid {kind.__name__} record: unknown field {', '.join(unknown_fields)}")
+    try:
+        return _validator(kind).validate_python(row)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        message = " ".join([*map(str, problem["loc"]), validation_message(problem)])
+        raise UserError(f"{where}: not a valid {kind.__name__} record: {message}") from None
 
 
 class RecordFile(Sequence[Record]):
     """The records of a JSONL file as a sequence, each read from the file every time it is indexed.
 
-    Memory holds only the offset of each line, so a stage can go through a hundred thousand long responses. The file
-    stays open as long as the object lives, and must not change.
-
-    Attributes:
-        starts: offset in bytes at which each record's line begins; blank lines are skipped.
+    Memory holds only `starts`, the offset in bytes of each line that is not blank, so a stage can go through a hundred
+    thousand long responses. The file stays open as long as the object lives, and must not change.
     """
 
     def __init__(self, file: Path, kind: type[Record]):
@@ -205,21 +194,12 @@ class RecordFile(Sequence[Record]):
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Record:
-        """Read and return a record; a slice is not supported.
-
-        Raises:
-            UserError: the line is not a record of the file's kind.
-        """
+        """Read and return a record; raise UserError if the line is not one. A slice is not supported."""
         self._lines.seek(self.starts[index])
         where = f"{self._file}: record {index + 1}"
-        try:
-            row = json.loads(self._lines.readline())
-        except _BAD_JSON as error:
-            raise UserError(f"{where} is not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-        (record,) = _validated([(where, row)], self._kind)
-        return record
+        row = _parse(where, self._lines.readline())
+        _check_object(where, row)
+        return _make_record(where, row, self._kind)
 
 
 class LazyMap(Sequence[T]):
@@ -233,31 +213,3 @@ class LazyMap(Sequence[T]):
 
     def __getitem__(self, index: int) -> T:
         return self._function(self._items[index])
-
-
-@cache
-def _schema(kind: type) -> tuple[Any, frozenset[str]]:
-    """Return pydantic's validator of a kind of record, and the names of its fields."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(kind), frozenset(field.name for field in fields(kind))
-
-
-def _validated(rows: Iterable[tuple[str, dict[str, Any]]], kind: type[Record]) -> Iterator[Record]:
-    """Yield a record for each (where, row).
-
-    Raises:
-        UserError: a row has an unknown, missing or mistyped field; the message begins with `where`.
-    """
-    from pydantic import ValidationError
-
-    adapter, field_names = _schema(kind)
-    for where, row in rows:
-        if unknown_fields := sorted(row.keys() - field_names):
-            raise UserError(f"{where}: not a valid {kind.__name__} record: unknown field {', '.join(unknown_fields)}")
-        try:
-            yield adapter.validate_python(row)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            message = " ".join([*map(str, problem["loc"]), validation_message(problem)])
-            raise UserError(f"{where}: not a valid {kind.__name__} record: {message}") from None

@@ -20,11 +20,10 @@ class Prompt:
     """A user's request.
 
     Attributes:
-        id: `content_id(label, text)`, 16 hexadecimal digits.
+        id: `content_id(label, text)`.
         text: the user's text. It is data: no part of it ever becomes a control token.
-        label: whether an answer would be harmful.
-        source: name of the file or data set that holds the prompt, for the report.
-        answer: expected final answer of a reasoning problem; None if the prompt has none.
+        source: name of the file or data set that holds the prompt.
+        answer: expected final answer of a reasoning problem.
     """
 
     id: str
@@ -74,22 +73,22 @@ class Response:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The guard's decision on a response.
+    """A guard's decision on a response.
 
     Attributes:
         prompt_id, sample, label, steering, rung: the same as in the response.
-        decision: the guard's decision, or `dropped` for a response that no guard judged, because it is truncated or
-            malformed. Training uses only `safe` responses.
+        decision: `unknown` if the guard cannot judge the response, or `dropped` for a truncated or malformed response
+            that no guard judged. Training uses only `safe` responses.
         reason: code for why the response is not `safe` (docs/run-directory.md lists all); empty if it is `safe`, except
             that the preset `llama_guard_reference` calls a response without a verdict `safe` with `no_verdict`.
-        p_safe, p_unsafe: the guard's probabilities of the two verdicts; None if it gave none, and for a dropped
-            response.
+        p_safe, p_unsafe: probabilities of the two verdicts over the guard's whole vocabulary, from the worst window:
+            the unsafe window, or else any window, with the highest odds of unsafe. None if no window has them.
         refusal: whether the response refuses; None if the guard does not say.
         guard: name of the guard, also for a dropped response.
         category: likeliest category of harm if the response is unsafe and the guard names categories, else empty.
-        windows: number of windows in which the guard read the response; the probabilities are those of the window that
-            is most likely unsafe.
-        labels: meaning -> probability of the guard's answers to its other questions, such as `refusal` or a category.
+        windows: number of windows in which the guard read the response, 0 if it could not read it.
+        labels: meaning -> probability of the guard's answers to its other questions, such as `refusal` or a category,
+            from the worst window.
     """
 
     prompt_id: str
@@ -107,10 +106,26 @@ class Verdict:
     labels: dict[str, float] = field(default_factory=dict)
     rung: int = 0
 
+    @classmethod
+    def of(cls, response: Response, guard: str, decision: str, reason: str = "", **fields) -> "Verdict":
+        """Return a verdict on a response. The reason of an unsafe one is `unsafe`; a probability or `refusal` that
+        `fields` leaves out is None."""
+        fields = {"p_safe": None, "p_unsafe": None, "refusal": None} | fields
+        fields |= {name: getattr(response, name) for name in ("prompt_id", "sample", "label", "steering", "rung")}
+        reason = "unsafe" if decision == "unsafe" else reason
+        return cls(guard=guard, decision=decision, reason=reason, **fields)
+
     @property
     def key(self) -> str:
         """The response's key, `prompt_id/sample`, which is unique in a record file."""
         return f"{self.prompt_id}/{self.sample}"
+
+    @property
+    def unsafe_share(self) -> float | None:
+        """P(unsafe) / (P(safe) + P(unsafe)), which is compared with the guard's threshold; None without a verdict."""
+        if self.p_safe is None or self.p_unsafe is None or not self.p_safe + self.p_unsafe > 0:
+            return None
+        return self.p_unsafe / (self.p_safe + self.p_unsafe)
 
 
 @dataclass(frozen=True)
@@ -118,8 +133,7 @@ class Example:
     """A training example: the prompt without steering, and the accepted response.
 
     Attributes:
-        prompt_id: id of the prompt; an empty one is computed from text and label.
-        sample, rung: the same as in the response.
+        prompt_id, sample, rung: the same as in the response.
         accepted_by: name of the guard, or `person: ` and the names of people; empty in imported data.
         weight: weight of the example in the training loss, which is a weighted mean; finite and above 0.
     """
@@ -144,9 +158,7 @@ class Mark:
     """A person's decision on a response.
 
     Attributes:
-        prompt_id, sample: the same as in the response.
         text_id: `content_id` of the response's text, so that a mark applies only to the text that the person read.
-        decision: `accept` if the response may be trained on, else `reject`.
         by: name of the person, not empty.
         at: time of the mark, ISO 8601 with a time zone.
     """
@@ -174,7 +186,57 @@ class Mark:
         return datetime.fromisoformat(self.at)
 
 
-Record = TypeVar("Record", Prompt, Response, Verdict, Example, Mark)
+@dataclass(frozen=True)
+class AuditMark:
+    """A mark in an audit record; its fields are those of the `Mark`."""
+
+    decision: Literal["accept", "reject"]
+    by: str
+    at: str
+
+
+@dataclass(frozen=True)
+class AuditAttempt:
+    """An attempt in an audit record: fields of response, verdict and marks, and what became of the response (`outcome`:
+    `kept`, `not_needed`, `rejected_by_person` or the verdict's reason)."""
+
+    rung: int
+    sample: int
+    steering: str | None
+    seed: int
+    num_prompt_tokens: int
+    num_tokens: int
+    finish_reason: str
+    text_id: str
+    guard: str
+    decision: Literal["safe", "unsafe", "unknown", "dropped"]
+    reason: str
+    p_safe: float | None
+    p_unsafe: float | None
+    category: str
+    labels: dict[str, float]
+    refusal: bool | None
+    windows: int
+    marks: list[AuditMark]
+    outcome: str
+
+
+@dataclass(frozen=True)
+class AuditRecord:
+    """All attempts at a prompt, in order of rung and sample; `accepted_by`, `rung` and `sample` are those of the kept
+    attempt, and '', None and None without one."""
+
+    prompt_id: str
+    label: Label
+    prompt: str
+    accepted: bool
+    accepted_by: str
+    rung: int | None
+    sample: int | None
+    attempts: list[AuditAttempt]
+
+
+Record = TypeVar("Record", Prompt, Response, Verdict, Example, Mark, AuditRecord)
 """Any kind of record."""
 
 

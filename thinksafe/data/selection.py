@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from thinksafe.data.records import Example, Mark, Response, Verdict, content_id
+from thinksafe.data.records import AuditAttempt, AuditMark, AuditRecord, Example, Mark, Response, Verdict, content_id
 
 KEPT, NOT_NEEDED, REJECTED_BY_PERSON = "kept", "not_needed", "rejected_by_person"
 """Outcomes of an attempt; the other outcomes are the reasons of verdicts."""
@@ -18,11 +18,7 @@ KEPT, NOT_NEEDED, REJECTED_BY_PERSON = "kept", "not_needed", "rejected_by_person
 
 @dataclass(frozen=True)
 class Attempt:
-    """A response, the guard's verdict on it, and people's marks on it.
-
-    Attributes:
-        marks: in the order in which they were made; empty if no person marked the response.
-    """
+    """A response, the guard's verdict on it, and people's marks on it in the order in which they were made."""
 
     response: Response
     verdict: Verdict
@@ -31,17 +27,14 @@ class Attempt:
     @property
     def human_decision(self) -> Literal["accept", "reject"] | None:
         """`reject` if the last mark of any person rejects the response, else `accept`; None without marks."""
-        decisions = {mark.by: mark.decision for mark in self.marks}.values()  # the last mark of each person counts
+        decisions = last_decisions(self.marks)
         return ("reject" if "reject" in decisions else "accept") if decisions else None
 
     @property
     def accepted_by(self) -> str:
         """`person: ` and their names if people accept the response; the guard's name if only its verdict is `safe`;
-        empty if the response is not accepted.
-
-        A person's rejection outweighs the guard. People cannot accept a dropped response (truncated, think block not
-        closed): training cannot use it.
-        """
+        empty if it is not accepted. A person's rejection outweighs the guard. People cannot accept a dropped response:
+        training cannot use it."""
         if self.verdict.decision == "dropped" or self.human_decision == "reject":
             return ""
         if self.human_decision == "accept":
@@ -49,23 +42,25 @@ class Attempt:
         return self.verdict.guard if self.verdict.decision == "safe" else ""
 
     @property
-    def example(self) -> Example:
-        """The training example of an accepted attempt: the prompt without steering, and the response."""
-        response = self.response
-        return Example(
-            prompt=response.prompt,
-            response=response.text,
-            label=response.label,
-            prompt_id=response.prompt_id,
-            sample=response.sample,
-            rung=response.rung,
-            accepted_by=self.accepted_by,
-        )
+    def fields(self) -> dict[str, Any]:
+        """The fields of response and verdict by name, and `text_id`, the `content_id` of the response's text."""
+        return vars(self.verdict) | vars(self.response) | {"text_id": content_id(self.response.text)}
 
     @property
-    def rejection_reason(self) -> str:
-        """The reason why the response is not accepted: `rejected_by_person`, or else the reason of the verdict."""
-        return REJECTED_BY_PERSON if self.human_decision == "reject" else self.verdict.reason
+    def audit_marks(self) -> list[AuditMark]:
+        """The marks as an audit record holds them."""
+        return [AuditMark(mark.decision, mark.by, mark.at) for mark in self.marks]
+
+    @property
+    def example(self) -> Example:
+        """The training example of an accepted attempt: the prompt without steering, and the response."""
+        r = self.response
+        return Example(r.prompt, r.text, r.label, r.prompt_id, r.sample, r.rung, self.accepted_by)
+
+
+def last_decisions(marks: Iterable[Mark | AuditMark]) -> set[str]:
+    """Return the decisions that count: that of the last mark of each person."""
+    return set({mark.by: mark.decision for mark in marks}.values())
 
 
 def choose(attempts: Iterable[Attempt]) -> Attempt | None:
@@ -77,37 +72,28 @@ def choose(attempts: Iterable[Attempt]) -> Attempt | None:
     return min(accepted, key=lambda a: (a.human_decision != "accept", a.response.rung, a.response.sample), default=None)
 
 
-def audit_record(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Return the record of audit.jsonl for one prompt: all attempts and their outcomes, without the responses' texts.
-
-    `accepted_by`, `rung` and `sample` are those of the kept attempt; without one, '', None and None.
-
-    Args:
-        attempts: all attempts at the prompt, at least one, in order of rung and sample.
-    """
-    kept, response = choose(attempts), attempts[0].response
-    return {
-        "prompt_id": response.prompt_id,
-        "label": response.label,
-        "prompt": response.prompt,
-        "accepted": kept is not None,
-        "accepted_by": kept.accepted_by if kept else "",
-        "rung": kept.response.rung if kept else None,
-        "sample": kept.response.sample if kept else None,
-        "attempts": [_attempt_entry(attempt, kept) for attempt in attempts],
-    }
+def audit_record(attempts: Sequence[Attempt], kept: Attempt | None) -> AuditRecord:
+    """Return the audit record of one prompt from all attempts at it, at least one, in order of rung and sample, and the
+    attempt that is trained on, if any."""
+    response = attempts[0].response
+    return AuditRecord(
+        response.prompt_id,
+        response.label,
+        response.prompt,
+        accepted=kept is not None,
+        accepted_by=kept.accepted_by if kept else "",
+        rung=kept.response.rung if kept else None,
+        sample=kept.response.sample if kept else None,
+        attempts=[_audit_attempt(attempt, kept) for attempt in attempts],
+    )
 
 
-def _attempt_entry(attempt: Attempt, kept: Attempt | None) -> dict[str, Any]:
-    """Return an attempt's entry in the audit record; `kept` is the prompt's attempt that is trained on, if any."""
-    response, verdict = vars(attempt.response), vars(attempt.verdict)
-    outcome = KEPT if attempt is kept else NOT_NEEDED if attempt.accepted_by else attempt.rejection_reason
-    response_fields = ("rung", "sample", "steering", "seed", "num_prompt_tokens", "num_tokens", "finish_reason")
-    verdict_fields = ("guard", "decision", "reason", "p_safe", "p_unsafe", "category", "labels", "refusal", "windows")
-    return {
-        **{name: response[name] for name in response_fields},
-        "text_id": content_id(attempt.response.text),
-        **{name: verdict[name] for name in verdict_fields},
-        "marks": [{"decision": mark.decision, "by": mark.by, "at": mark.at} for mark in attempt.marks],
-        "outcome": outcome,
-    }
+def _audit_attempt(attempt: Attempt, kept: Attempt | None) -> AuditAttempt:
+    if attempt is kept:
+        outcome = KEPT
+    elif attempt.accepted_by:
+        outcome = NOT_NEEDED
+    else:
+        outcome = REJECTED_BY_PERSON if attempt.human_decision == "reject" else attempt.verdict.reason
+    fields = attempt.fields | {"marks": attempt.audit_marks, "outcome": outcome}
+    return AuditAttempt(**{name: fields[name] for name in AuditAttempt.__dataclass_fields__})

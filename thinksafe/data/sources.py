@@ -3,82 +3,51 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-from thinksafe.data.jsonl import SUFFIXES, prompts_from_rows, read_rows
+from thinksafe.data.jsonl import SUFFIXES, Row, prompts_from_rows, read_rows
 from thinksafe.data.records import Prompt
 from thinksafe.errors import UserError
 from thinksafe.paths import expand_path
 
 
 def load_prompts(source: str, on_duplicate: Callable[[str], None] = lambda where: None) -> Iterator[Prompt]:
-    """Return an iterator over the prompts of a source, in order and without duplicates.
+    """Yield the prompts of a source in order and without duplicates, of a data set on the hub those of split `train`;
+    see `rows_of` and `prompts_from_rows`."""
+    return prompts_from_rows(rows_of(source, "prompts", default_split="train"), on_duplicate)
+
+
+def rows_of(
+    source: str, key: str, config: str | None = None, split: str | None = None, default_split: str = "test"
+) -> Iterator[Row]:
+    """Yield the rows of a source with all their columns.
 
     Args:
-        source: a .jsonl, .json or .parquet file; a folder, which is searched with all its subfolders for such files in
-            order of their paths; or `owner/name` on the Hugging Face hub, of which the split `train` is read.
-        on_duplicate: called with the file and line of each row that repeats an earlier text and label.
-
-    Raises:
-        UserError: the source does not exist, or (possibly during iteration) it cannot be read or a row is not a prompt.
-    """
-    path = expand_path(source)
-    if path.is_file():
-        return prompts_from_rows(read_rows(path), path.stem, on_duplicate)
-    if path.is_dir():
-        rows = ((where, {"source": file.stem} | row) for file in _files_in(source) for where, row in read_rows(file))
-        return prompts_from_rows(rows, source, on_duplicate)
-    return prompts_from_rows(_dataset_rows("prompts", source, None, "train"), source, on_duplicate)
-
-
-def load_rows(source: str, config: str | None, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) for every row of an evaluation set, with all its columns.
-
-    `where` names the source and the line, record or row, for error messages.
-
-    Args:
-        source: a .jsonl, .json or .parquet file; a folder of such files; or `owner/name` on the Hugging Face hub.
-        config: name of a configuration of a data set on the hub, or None.
-        split: split of a data set on the hub; None for `test`. With `config` or `split`, a folder is read as a copy of
-            such a data set; without both, all its files are read.
+        source: a .jsonl, .json or .parquet file; a folder, whose files of these kinds are read in order of their paths,
+            those in its subfolders too; or `owner/name` on the Hugging Face hub.
+        key: recipe key that names the source, for error messages.
+        config, split: configuration and split of a data set on the hub, or None. If one of them is given, a folder is
+            read as a copy of such a data set.
 
     Raises:
         UserError: the source does not exist or cannot be read, or it is a file and `config` or `split` is given.
     """
     path = expand_path(source)
-    if path.is_file():
-        if config or split:
-            raise UserError(f"{source}: is a file, which has no config and no split; remove them from the recipe")
-        yield from read_rows(path)
-    elif path.is_dir() and not (config or split):
-        for file in _files_in(source):
-            yield from read_rows(file)
-    else:
-        yield from _dataset_rows("evaluation.sets", source, config, split or "test")
+    if path.is_file() and (config or split):
+        raise UserError(f"{source}: is a file, which has no config and no split; remove them from the recipe")
+    if not path.exists() or config or split:
+        yield from _dataset_rows(source, key, config, split or default_split)
+        return
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"{source}: no .jsonl, .json or .parquet file in this folder")
+    for file in files:
+        yield from read_rows(file)
 
 
-def _files_in(source: str) -> list[Path]:
-    """Return the readable files of a folder and its subfolders, sorted by path.
-
-    Raises:
-        UserError: there is none.
-    """
-    files = sorted(file for file in expand_path(source).rglob("*") if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise UserError(f"{source}: no .jsonl, .json or .parquet file in this folder")
-    return files
-
-
-def _dataset_rows(key: str, source: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) of a data set that the library `datasets` loads.
-
-    Args:
-        key: recipe key that names the source, for error messages.
-
-    Raises:
-        UserError: the source is not a folder and not a hub name, or it cannot be loaded.
-    """
+def _dataset_rows(source: str, key: str, config: str | None, split: str) -> Iterator[Row]:
+    """Yield the rows of a data set that the library `datasets` loads from a folder or from the hub."""
     path = expand_path(source)
     is_hub_name = source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in SUFFIXES
     if not path.is_dir() and not is_hub_name:
@@ -90,20 +59,20 @@ def _dataset_rows(key: str, source: str, config: str | None, split: str) -> Iter
             rows = load_dataset(str(path) if path.is_dir() else source, config, split=split)
     except Exception as error:  # datasets and its hub client raise dozens of exception types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        remedy = f"; accept its conditions on huggingface.co/datasets/{source} and log in" if "gated" in reason else ""
-        problem = (
-            "cannot be read"
-            if path.is_dir()
-            else "is not a local file or folder, and it could not be read from the hub"
-        )
-        raise UserError(f"{key}: {source!r} {problem}: {reason}{remedy}") from None
-    yield from ((f"{source}: row {number}", row) for number, row in enumerate(rows, start=1))
+        if path.is_dir():
+            raise UserError(f"{key}: {source!r} cannot be read: {reason}") from None
+        gated = f"accept its conditions on huggingface.co/datasets/{source} and log in"
+        remedy = gated if "gated" in reason else "check name and network, or use a file"
+        not_on_hub = "is not a local file or folder, and it could not be read from the hub"
+        raise UserError(f"{key}: {source!r} {not_on_hub}: {reason}; {remedy}") from None
+    for number, row in enumerate(rows, start=1):
+        yield Row(f"{source}: row {number}", row, source)
 
 
 @contextmanager
 def _without_logging() -> Iterator[None]:
-    """Silence the hub's client, which logs every retry, and `datasets`, which logs every file, during the body. The
-    progress bars of `datasets` are off during the body and on after it."""
+    """Silence the hub's client, which logs every retry, and `datasets`, which logs and shows every file, during the
+    body."""
     import datasets
 
     loggers = [logging.getLogger("huggingface_hub"), logging.getLogger("datasets")]

@@ -1,8 +1,8 @@
 """Liveness: every worker sends heartbeats to the shared store, and all workers end when one fails or falls silent.
 
 A launcher ends the workers that it started when one of them dies. Workers that ssh started on several machines have no
-such launcher, so a thread in each worker watches the heartbeats of the next rank. When workers fail, one of them prints
-the reason and the others exit without a message. This module knows nothing of the work that the workers do.
+such launcher, so a thread in each worker watches the next rank. When workers fail, one of them prints the reason and
+the others exit without a message.
 
 A worker's pulse is a counter in the store: each heartbeat adds 1 to it, and a worker that ends adds `_FAREWELL`.
 """
@@ -27,23 +27,21 @@ from thinksafe.errors import UserError
 HEARTBEAT_SECONDS, SILENCE_TIMEOUT = 1.0, 40.0
 """Seconds between two heartbeats, and seconds without a heartbeat after which a worker counts as failed."""
 SHUTDOWN_TIMEOUT = 6.0
-"""Seconds within which all workers end after a failure: each of them notices the failure at its next heartbeat."""
+"""Seconds within which all workers end after a failure."""
 _CONNECTION_ERROR = re.compile(r"gloo|[Cc]onnection (closed|reset) by peer")
 _RESUME_HINT = "no finished work is lost, run the same command again to continue"
 _STORE_LOST = "the launcher or the machine of the leader (worker 0) is gone"
 _STOPPED = "stopped by a signal, which launchers send when another worker has failed"
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _FAREWELL = 1 << 40
-"""Number added to a worker's pulse when the worker ends: a pulse of this size or more sends no more heartbeats."""
+"""A pulse of this size or more sends no more heartbeats."""
 
 
 class Liveness:
-    """The heartbeat of this worker, and its watch for failures of other workers.
+    """The heartbeat of this worker, and its watch for failures of other workers, both in a thread.
 
-    A thread adds to this worker's pulse in the store once per second. It reads only the pulse of the next rank, and
-    learns of every other failure from the counter `failed` in the store, which the worker that notices a failure
-    increases. On a failure it ends this process with exit status 1, so that all workers end together. The thread also
-    ends this process if the store is gone or if a stop signal was not handled in time. `Workers.start` uses it.
+    The thread reads the pulse of the next rank only. It learns of every other failure from the counter `failed` in the
+    store, which the worker that notices a failure increases, and then ends this process with status 1.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int):
@@ -55,12 +53,7 @@ class Liveness:
         """Send heartbeats and watch for failures in a thread while the body runs.
 
         If the body raises, all workers end: the first worker to fail raises the error, and the others exit with status
-        1 and without a message. A failure of another worker may end this process while the body runs.
-
-        Raises:
-            UserError: another worker or the connection failed, or the body raised a UserError; on ranks other than 0
-                the message names this worker.
-            BaseException: any other error that the body raised.
+        1 and without a message. The error is a UserError if another worker or the connection failed.
         """
         self._store.set(f"host/{self._rank}", socket.gethostname())
         signals, interpreter = socket.socketpair()
@@ -84,12 +77,12 @@ class Liveness:
             thread.join(SHUTDOWN_TIMEOUT)  # if the interpreter ended first, it would abort the thread's C++ call
 
     def stop(self) -> None:
-        """Stop heartbeats and watch, because this worker has finished its work."""
+        """Stop heartbeats and watch."""
         self._stopped.set()
 
     def leave(self) -> None:
-        """Record in the store that this worker has finished. Rank 0 then waits until all workers have, at most
-        SILENCE_TIMEOUT seconds, since it may host the store."""
+        """Record in the store that this worker has finished. Rank 0, which may host the store, then waits for the
+        others, at most SILENCE_TIMEOUT seconds."""
         self._store.add(f"pulse/{self._rank}", _FAREWELL)
         num_left = self._store.add("left", 1)
         if self._rank == 0 and num_left < self._world_size:
@@ -97,11 +90,8 @@ class Liveness:
 
     def _watch(self, signals: socket.socket) -> None:
         """Send heartbeats until `stop`. End this process if another worker failed, the next rank is silent, the store
-        is gone, or the main thread has not ended some seconds after a stop signal.
-
-        Args:
-            signals: receives the signal numbers, even while the main thread hangs in a library and handles no signal.
-        """
+        is gone, or the main thread has not ended some seconds after a stop signal. The socket `signals` receives signal
+        numbers even while the main thread hangs in a library."""
         next_rank = (self._rank + 1) % self._world_size
         last_pulse, changed_at, ends_at = 0, time.monotonic(), float("inf")
         while not self._stopped.is_set():
@@ -130,8 +120,8 @@ class Liveness:
         """End this process with status 1 from the watching thread; return only if the main thread is ending it already.
 
         Args:
-            reason: clause for a message to the user, which is printed if this worker is the first to fail; "" for none.
-            always_report: print the message even if another worker may have reported.
+            reason: clause of the message that the first worker to fail prints; "" for none.
+            always_report: print the message even if another worker may have reported. The store is gone.
         """
         with self._exit_lock:
             if self._stopped.is_set():
@@ -141,20 +131,24 @@ class Liveness:
                 line = f"thinksafe: {dead or reason}, so all workers end; {_RESUME_HINT}\n"
                 os.write(sys.stderr.fileno(), line.encode())
             self._say_farewell()
+            if not always_report:
+                self._let_others_read()
             os._exit(1)
 
     def _say_farewell(self) -> None:
-        """Record in the store that this worker sends no more heartbeats; do nothing if the store is gone."""
-        with suppress(RuntimeError):  # the store may be gone
+        """Record in the store, if it still exists, that this worker sends no more heartbeats."""
+        with suppress(RuntimeError):
             self._store.add(f"pulse/{self._rank}", _FAREWELL)
 
-    def _explain(self, error: BaseException) -> BaseException:
-        """Return the error to raise for an error of the body.
+    def _let_others_read(self) -> None:
+        """Wait, on rank 0, until the others have read that a worker failed: this process may host the store."""
+        if self._rank == 0:
+            time.sleep(1.5 * HEARTBEAT_SECONDS)
 
-        It is a UserError that names the dead workers if the error is only a symptom of another worker's failure: a stop
-        signal or a broken connection. Otherwise it is the error itself. On ranks other than 0 a UserError's message
-        starts with the name of this worker.
-        """
+    def _explain(self, error: BaseException) -> BaseException:
+        """Return a UserError that names the dead workers if an error is only a symptom of another worker's failure: a
+        stop signal or a broken connection. Otherwise return the error; a UserError then names this worker if it is not
+        rank 0."""
         reason = _STOPPED if isinstance(error, _Stopped) else ""
         if isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and _CONNECTION_ERROR.search(str(error))
@@ -167,18 +161,17 @@ class Liveness:
         return error
 
     def _describe_dead(self) -> str:
-        """Return a clause that names the dead workers, whose pulse does not change and holds no farewell; "" if there
-        are none. If the store is gone, the clause says so. This may take SHUTDOWN_TIMEOUT seconds."""
-        other_ranks = [rank for rank in range(self._world_size) if rank != self._rank]
+        """Return a clause that names the dead workers, or the store if it is gone; "" if there are none. A dead
+        worker's pulse does not change and holds no farewell. This may take SHUTDOWN_TIMEOUT seconds."""
+
+        def pulse(rank: int) -> int:
+            return self._store.add(f"pulse/{rank}", 0)
+
+        def silent_ranks() -> list[int]:
+            return [rank for rank, first in first_pulses.items() if pulse(rank) == first < _FAREWELL]
+
         try:
-            pulses = {rank: self._store.add(f"pulse/{rank}", 0) for rank in other_ranks}
-
-            def is_silent(rank: int) -> bool:
-                return self._store.add(f"pulse/{rank}", 0) == pulses[rank] < _FAREWELL
-
-            def silent_ranks() -> list[int]:
-                return [rank for rank in other_ranks if is_silent(rank)]
-
+            first_pulses = {rank: pulse(rank) for rank in range(self._world_size) if rank != self._rank}
             wait_until(lambda: not silent_ranks(), timeout=SHUTDOWN_TIMEOUT)
             dead = [f"worker {rank} on {self._host(rank)}" for rank in silent_ranks()]
         except RuntimeError:
@@ -186,7 +179,7 @@ class Liveness:
         return f"{' and '.join(dead)} {'are' if len(dead) > 1 else 'is'} gone" if dead else ""
 
     def _host(self, rank: int) -> str:
-        """Return the name of the machine of a worker, or "an unknown machine" if it did not start."""
+        """Return the name of a worker's machine."""
         is_known = self._store.check([f"host/{rank}"])
         return self._store.get(f"host/{rank}").decode() if is_known else "an unknown machine"
 
@@ -199,16 +192,15 @@ class Liveness:
             if self._rank != 0:  # rank 0 reports a failure that all workers share
                 wait_until(lambda: self._store.add("failed", 0), timeout=1.0)
             is_first = self._store.add("failed", 1) == 1
-            if self._rank == 0:  # this process may host the store, which the others must read before it ends
-                time.sleep(1.5 * HEARTBEAT_SECONDS)
+            self._let_others_read()
         except RuntimeError:
             return True  # the store is gone: two reports are better than no report
         return is_first
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process with an exit status, without cleanup except that stdout and stderr are flushed. The threads of
-    communication libraries may hang or abort in an ordinary exit while another worker is gone."""
+    """Flush stdout and stderr and end this process without cleanup. In an ordinary exit the threads of communication
+    libraries may hang or abort while another worker is gone."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -220,19 +212,14 @@ class _Stopped(KeyboardInterrupt):
 
 
 def _raise_stopped(number: int, frame: Any) -> None:
-    """Raise `_Stopped`; a handler of SIGTERM."""
     raise _Stopped
 
 
 def wait_until(
     is_ready: Callable[[], Any], meanwhile: Callable[[], Any] = lambda: None, timeout: float = float("inf")
 ) -> None:
-    """Wait until `is_ready` returns a true value or `timeout` seconds have passed; the caller cannot see which. It is
-    called every millisecond at first, later ten times a second.
-
-    Args:
-        meanwhile: called before each pause between two calls of `is_ready`.
-    """
+    """Wait until `is_ready` returns a true value or `timeout` seconds have passed. Call it every millisecond at first
+    and ten times a second later, and `meanwhile` before each pause."""
     pause, deadline = 0.001, time.monotonic() + timeout
     while not is_ready() and time.monotonic() < deadline:
         meanwhile()

@@ -1,10 +1,9 @@
 """Workers: the processes of one run. They share lists of tasks, wait for one another, and end together.
 
 A launcher (torchrun, deepspeed, srun) starts one process for each GPU and gives all of them the address of a store,
-which holds a few counters. All workers go through the same stages in the same order, so collective operations are
-matched by a per-process counter. A task is an index into a list that is the same in every process, and a response is a
-function of its task alone, so results do not depend on which worker takes which task. If a model does not fit one GPU,
-a tensor-parallel group of neighboring ranks shares it and takes tasks as one.
+which holds counters and small values. All workers go through the same stages in the same order, so collective
+operations are matched by a per-process counter. A response is a function of its task alone, so results do not depend on
+which worker takes which task. Neighboring ranks form a tensor-parallel group if a model does not fit one GPU.
 
 liveness.py ends all workers when one of them dies; the same command then resumes from the written files.
 """
@@ -33,9 +32,11 @@ _START_TIMEOUT = timedelta(minutes=10)
 class Workers:
     """This process and its relation to the other workers of the run.
 
+    All workers call `on_leader`, `all_gather`, `barrier`, `claim_items` and `shared_counter` together and in the same
+    order. In a single process, and inside the `work` of `on_leader`, these methods return at once.
+
     Attributes:
         rank: index of this process, from 0. Rank 0 is the leader: it alone writes the files that are written once.
-        world_size: number of workers.
         store: key-value store that all workers share; None for a single process.
         local_rank: index of this process among those of its machine.
     """
@@ -51,10 +52,7 @@ class Workers:
     @contextmanager
     def start(cls) -> Iterator["Workers"]:
         """Yield this process as one of the workers that a launcher started; without a launcher, as the single process.
-
-        The launcher sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. If a worker fails, one worker
-        reports the error and the others exit without a message, see liveness.py.
-        """
+        The launcher sets WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield SINGLE_PROCESS
             return
@@ -72,15 +70,8 @@ class Workers:
         return self.rank == 0
 
     def on_leader(self, work: Callable[[], T]) -> T:
-        """Run a function on the leader alone, and return its result on every worker. All workers must call this
-        together.
-
-        Inside `work`, `on_leader`, `barrier`, `claim_items` and `shared_counter` do not involve the other workers. If
-        `work` raises, the leader raises the error and all workers end.
-
-        Args:
-            work: returns a value that JSON can hold; with several workers, a tuple comes back as a list.
-        """
+        """Run a function on the leader alone, and return its result on every worker, through JSON. If `work` raises,
+        the leader raises the error and all workers end."""
         if self._is_single:
             return work()
         key = self._next_key()
@@ -92,16 +83,19 @@ class Workers:
                 self._in_leader_call = False
             self.store.set(key, result)
         else:
-            wait_until(lambda: self.store.check([key]))
-            result = self.store.get(key)
+            result = self._wait_for(key)
         return json.loads(result)
 
-    def barrier(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
-        """Wait without a timeout until all workers have called this method.
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return the values of all workers by rank, on every worker. They pass the store as JSON: keep them small."""
+        if self._is_single:
+            return [value]
+        key = self._next_key()
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._wait_for(f"{key}/{rank}")) for rank in range(self.world_size)]
 
-        Args:
-            meanwhile: called before each pause between two polls of the store.
-        """
+    def barrier(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
+        """Wait without a timeout until all workers have called this method; call `meanwhile` between polls."""
         if self._is_single:
             return
         key = self._next_key()
@@ -109,43 +103,29 @@ class Workers:
         wait_until(lambda: self.store.add(key, 0) >= self.world_size, meanwhile)
 
     def claim_items(self, items: Sequence[T], group_size: int = 1) -> Iterator[T]:
-        """Return an iterator over the items that this process's group claims, one at a time. Each item goes to exactly
-        one group: the first group that asks. All workers must call this together, but iterate at their own pace.
-
-        Args:
-            items: the same in every process.
-            group_size: number of neighboring ranks that get the same items in the same order.
-        """
+        """Return an iterator over the items that this process's group of `group_size` neighboring ranks claims. Each
+        item goes to exactly one group, the first that asks. `items` are the same in every process."""
         if self._is_single:
             return iter(items)
         return self._claim_items(self._next_key(), items, group_size)
 
     def is_group_leader(self, group_size: int) -> bool:
-        """Return whether this process writes the results of its group: it has the lowest rank of `group_size`
-        neighboring ranks."""
+        """Return whether this process has the lowest rank of its `group_size` neighboring ranks."""
         return self.rank % group_size == 0
 
     def connect(self, device: torch.device) -> None:
-        """Create the process group in which all workers exchange tensors, unless it exists. All workers must call this.
-
-        Args:
-            device: device of the tensors; a GPU uses NCCL, a CPU uses Gloo.
-        """
+        """Create the process group in which all workers exchange tensors on `device`, unless it exists: by NCCL on
+        GPUs, by Gloo on CPUs. All workers must call this, before DeepSpeed is imported."""
+        # DeepSpeed reads these variables when it is imported and when it makes an engine.
+        os.environ.update(LOCAL_RANK=str(self.local_rank), DS_ACCELERATOR=device.type)
         if not dist.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             store = dist.HashStore() if self.store is None else dist.PrefixStore("tensors", self.store)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size)
 
     def tensor_parallel_group(self, group_size: int, device: torch.device) -> dist.ProcessGroup:
-        """Return the process group of the `group_size` neighboring ranks, this one included, that share one copy of a
-        model. All workers must call this together.
-
-        Args:
-            device: device of the tensors; a GPU uses NCCL, a CPU uses Gloo.
-
-        Raises:
-            UserError: the number of workers is not a multiple of `group_size`.
-        """
+        """Return the process group of this process's `group_size` neighboring ranks, which share one copy of a model on
+        `device`. All workers must call this. Raise a UserError if their number is not a multiple of `group_size`."""
         if self.world_size % group_size:
             started = "1 worker was" if self.world_size == 1 else f"{self.world_size} workers were"
             raise UserError(
@@ -160,32 +140,29 @@ class Workers:
         return self._groups[group_size]
 
     def shared_counter(self) -> Callable[[int], int]:
-        """Return a function that adds its argument to one sum over all workers, 0 at first, and returns the new sum.
-        All workers must call `shared_counter` together, but the function at any time."""
+        """Return a function that adds its argument to one sum over all workers, 0 at first, and returns the new sum. A
+        worker may call that function at any time."""
         if self._is_single:
-            own_sum = [0]
-
-            def add(amount: int) -> int:
-                own_sum[0] += amount
-                return own_sum[0]
-
-            return add
-        key = self._next_key()
-        return lambda amount: self.store.add(key, amount)
+            return partial(dist.HashStore().add, "sum")
+        return partial(self.store.add, self._next_key())
 
     @property
     def _is_single(self) -> bool:
-        """Whether a collective operation involves this process alone: the run has no other worker, or this is the
-        leader inside the `work` of `on_leader`."""
+        """Whether a collective operation involves this process alone."""
         return self.store is None or self._in_leader_call
 
     def _next_key(self) -> str:
-        """Return the store's key for the next collective operation, the same in every process."""
+        """Return the key of the next collective operation, the same in every process."""
         self._num_collectives += 1
         return f"collective/{self._num_collectives}"
 
+    def _wait_for(self, key: str) -> bytes:
+        """Return the value of a key of the store as soon as another worker has set it, without a timeout."""
+        wait_until(lambda: self.store.check([key]))
+        return self.store.get(key)
+
     def _claim_items(self, key: str, items: Sequence[T], group_size: int) -> Iterator[T]:
-        """Yield the items that this process's group claims; the counter of claimed items is at `key` in the store."""
+        """Yield the claimed items; their counter over all groups is at `key` in the store."""
         for turn in itertools.count():
             group_key = f"{key}/{self.rank // group_size}/{turn}"
             if self.is_group_leader(group_size):
@@ -193,14 +170,13 @@ class Workers:
                 if group_size > 1:
                     self.store.set(group_key, str(index))
             else:
-                wait_until(partial(self.store.check, [group_key]))
-                index = int(self.store.get(group_key))
+                index = int(self._wait_for(group_key))
             if index >= len(items):
                 return
             yield items[index]
 
     def _leave(self) -> None:
-        """Stop the watch, free the process group, and record that this worker has finished."""
+        """Stop the watch, free the process group, and record that this worker is done."""
         self._liveness.stop()
         if dist.is_initialized():
             gc.collect()  # NCCL would wait forever for a CUDA graph that only garbage references
@@ -213,12 +189,8 @@ SINGLE_PROCESS = Workers()
 
 
 def leader_only(work: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a function of a run so that every worker calls it and the leader alone executes it.
-
-    Args:
-        work: a function whose first argument has an attribute `workers`, such as a `RunDir`. It returns a value that
-            JSON can hold.
-    """
+    """Decorate a function whose first argument has an attribute `workers`, such as a `RunDir`, so that every worker
+    calls it and the leader alone executes it, see `Workers.on_leader`."""
 
     @wraps(work)
     def call_on_leader(run: Any, *arguments: Any, **keywords: Any) -> T:

@@ -1,10 +1,12 @@
 """Workload of a run: the number of its prompts and responses, and their lengths."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from itertools import islice
-from pathlib import Path
+
+import numpy as np
 
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Response
@@ -41,74 +43,48 @@ _DEFAULT_SET_SIZE = 500
 
 @dataclass(frozen=True)
 class TextLengths:
-    """Number of prompts and responses of one group (a label, or an evaluation set), and their lengths in tokens.
+    """Number of prompts and responses of a group (a label, or evaluation sets), their lengths in tokens, and their
+    numbers of (query, key) pairs within the causal mask. All are totals over the responses."""
 
-    Attributes:
-        num_prompts: number of prompts.
-        num_responses: number of responses to all prompts; each sample counts.
-        mean_prompt_tokens: mean length of a prompt.
-        mean_response_tokens: mean length of a response.
-        mean_squared_response_tokens: mean of a response's squared length, to which attention is proportional.
-    """
-
-    num_prompts: float
-    num_responses: float
-    mean_prompt_tokens: float
-    mean_response_tokens: float
-    mean_squared_response_tokens: float
+    num_prompts: float = 0
+    num_responses: float = 0
+    prompt_tokens: float = 0
+    response_tokens: float = 0
+    prompt_pairs: float = 0
+    response_pairs: float = 0
 
     @classmethod
-    def from_mean(
-        cls, num_prompts: float, samples: float, mean_response_tokens: float, max_tokens: int
+    def from_means(
+        cls, num_prompts: float, num_responses: float, prompt: float, response: float, squared_response: float
     ) -> "TextLengths":
-        """Return assumed lengths: prompts of `_PROMPT_TOKENS` tokens, and log-normal response lengths.
+        """Return the totals for mean lengths of prompts and responses, and the mean of the squared response length."""
+        means = (1, prompt, response, prompt**2 / 2, prompt * response + squared_response / 2)
+        return cls(num_prompts, *(num_responses * mean for mean in means))
 
-        Args:
-            samples: number of responses per prompt.
-            mean_response_tokens: mean response length; `max_tokens` is used if it is less.
-            max_tokens: largest number of tokens of a response.
-        """
-        mean = min(mean_response_tokens, max_tokens)
-        return cls(num_prompts, num_prompts * samples, _PROMPT_TOKENS, mean, mean**2 * math.exp(_LOG_LENGTH_SIGMA**2))
+    @classmethod
+    def assumed(cls, num_prompts: float, samples: float, mean_tokens: float, max_tokens: int) -> "TextLengths":
+        """Return assumed lengths of `samples` responses per prompt: log-normal with a mean of `mean_tokens`, which is
+        at most `max_tokens`."""
+        mean = min(mean_tokens, max_tokens)
+        squared = mean**2 * math.exp(_LOG_LENGTH_SIGMA**2)
+        return cls.from_means(num_prompts, num_prompts * samples, _PROMPT_TOKENS, mean, squared)
 
     @classmethod
     def from_responses(cls, responses: Iterable[Response]) -> "TextLengths":
-        """Return the actual counts and mean lengths of responses and their prompts; all are 0 without responses.
-
-        Only prompts with a response count. In the mean prompt length, a prompt counts once for each of its responses.
-        """
-        prompt_ids, num_responses, prompt_tokens, response_tokens, squared_tokens = set(), 0, 0, 0, 0
+        """Return the actual counts and lengths of responses and their prompts."""
+        prompt_ids, lengths = set(), []
         for response in responses:
             prompt_ids.add(response.prompt_id)
-            num_responses += 1
-            prompt_tokens += response.num_prompt_tokens
-            response_tokens += response.num_tokens
-            squared_tokens += response.num_tokens**2
-        divisor = max(num_responses, 1)
-        return cls(
-            len(prompt_ids),
-            num_responses,
-            prompt_tokens / divisor,
-            response_tokens / divisor,
-            squared_tokens / divisor,
-        )
+            lengths.append((response.num_prompt_tokens, response.num_tokens, response.num_tokens**2))
+        return cls.from_means(len(prompt_ids), len(lengths), *np.mean(lengths or [(0, 0, 0)], axis=0).tolist())
 
-    @property
-    def response_tokens(self) -> float:
-        """Number of tokens in all responses."""
-        return self.num_responses * self.mean_response_tokens
+    def with_responses(self, num_responses: float) -> "TextLengths":
+        """Return the same prompts and mean lengths with another number of responses."""
+        _, *totals = astuple(self)
+        return TextLengths(self.num_prompts, *(total * num_responses / self.num_responses for total in totals))
 
-    @property
-    def response_pairs(self) -> float:
-        """Number of (query, key) pairs within the causal mask whose query is a response token, over all responses."""
-        return self.num_responses * (
-            self.mean_prompt_tokens * self.mean_response_tokens + self.mean_squared_response_tokens / 2
-        )
-
-    @property
-    def causal_pairs(self) -> float:
-        """Number of (query, key) pairs within the causal mask, over all sequences of prompt and response."""
-        return self.response_pairs + self.num_responses * self.mean_prompt_tokens**2 / 2
+    def __add__(self, other: "TextLengths") -> "TextLengths":
+        return TextLengths(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def response_lengths(
@@ -129,55 +105,42 @@ def response_lengths(
     """
     responses_file = None if run is None else run.attempt_paths(0)[0]
     if responses_file is not None and responses_file.exists():
-        lengths = {
-            label: TextLengths.from_responses(_responses_with_label(responses_file, label))
+        by_label = {
+            label: TextLengths.from_responses(r for r in read_records(responses_file, Response) if r.label == label)
             for label in _PAPER_PROMPT_COUNTS
         }
-        if any(texts.response_tokens for texts in lengths.values()):
+        if any(texts.response_tokens for texts in by_label.values()):
             assumptions.append("response lengths are those of the run directory")
-            return {label: texts for label, texts in lengths.items() if texts.num_responses}
-        counts = {
-            label: (texts.num_prompts, texts.num_responses / max(texts.num_prompts, 1))
-            for label, texts in lengths.items()
-        }
+            return {label: texts for label, texts in by_label.items() if texts.num_responses}
+        counts = {label: (texts.num_prompts, texts.num_responses) for label, texts in by_label.items()}
     else:
-        counts = {label: (count, recipe.generation.samples) for label, count in _prompt_counts(recipe).items()}
+        samples = recipe.generation.samples
+        counts = {label: (count, count * samples) for label, count in _prompt_counts(recipe).items()}
     max_tokens = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
-    small = model.num_parameters < _MAX_SMALL_PARAMETERS
+    mean_tokens = _PAPER_RESPONSE_TOKENS[model.num_parameters < _MAX_SMALL_PARAMETERS]
     assumptions.append(
         f"prompts have {_PROMPT_TOKENS} tokens, responses are as long as in the paper (at most {max_tokens:,}), "
         "all are accepted"
     )
     return {
-        label: TextLengths.from_mean(prompts, samples, _PAPER_RESPONSE_TOKENS[small][label], max_tokens)
-        for label, (prompts, samples) in counts.items()
+        label: TextLengths.assumed(prompts, responses / prompts, mean_tokens[label], max_tokens)
+        for label, (prompts, responses) in counts.items()
         if prompts
     }
 
 
-def unsteered_response_lengths(
-    recipe: Recipe, by_label: dict[str, TextLengths], run: RunDir | None
-) -> list[TextLengths]:
-    """Return the lengths of the unsteered baseline, a list of one group, or an empty list if the recipe samples no
-    baseline.
+def unsteered_response_lengths(recipe: Recipe, harmful: TextLengths | None, run: RunDir | None) -> TextLengths:
+    """Return the lengths of the unsteered baseline; without responses if the recipe samples none.
 
     They are the actual lengths if the run directory has sampled the baseline (stage `probe`), else those of the steered
-    harmful responses.
-
-    Args:
-        by_label: what `response_lengths` returned.
+    `harmful` responses.
     """
     if run is not None and "probe" in run.manifest["stages"]:
-        return [TextLengths.from_responses(read_records(run.path / "unsteered.jsonl", Response))]
-    generation, harmful = recipe.generation, by_label.get("harmful")
+        return TextLengths.from_responses(read_records(run.path / "unsteered.jsonl", Response))
+    generation = recipe.generation
     if harmful is None or generation.steering is None or generation.num_unsteered_prompts == 0:
-        return []
-    return [replace(harmful, num_responses=min(generation.num_unsteered_prompts, harmful.num_prompts))]
-
-
-def _responses_with_label(responses_file: Path, label: str) -> Iterator[Response]:
-    """Return an iterator over the file's responses to prompts with this label."""
-    return (response for response in read_records(responses_file, Response) if response.label == label)
+        return TextLengths()
+    return harmful.with_responses(min(generation.num_unsteered_prompts, harmful.num_prompts))
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:
@@ -188,13 +151,14 @@ def _prompt_counts(recipe: Recipe) -> dict[str, float]:
         share = min(1.0, (recipe.max_prompts or math.inf) / sum(_PAPER_PROMPT_COUNTS.values()))
         return {label: round(share * count) for label, count in _PAPER_PROMPT_COUNTS.items()}
     if not expand_path(recipe.prompts).exists():
-        raise UserError(f"prompts: the number of prompts in {recipe.prompts!r} is unknown; download it, or use a file")
-    counts = {"harmful": 0, "benign": 0}
-    for prompt in islice(load_prompts(recipe.prompts), recipe.max_prompts):
-        counts[prompt.label] += 1
-    if not any(counts.values()):
+        raise UserError(
+            f"prompts: there is no file or folder {recipe.prompts!r}, and the estimate downloads no data set; "
+            "use --set prompts=FILE"
+        )
+    counts = Counter(prompt.label for prompt in islice(load_prompts(recipe.prompts), recipe.max_prompts))
+    if not counts:
         raise UserError(f"prompts: {recipe.prompts} holds no prompt")
-    return counts
+    return {label: counts[label] for label in _PAPER_PROMPT_COUNTS}
 
 
 def evaluation_set_size(entry: EvaluationSet, assumptions: list[str]) -> int:

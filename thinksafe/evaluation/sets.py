@@ -1,11 +1,10 @@
 """Reader of an evaluation set's prompts."""
 
 from collections.abc import Iterator
-from typing import Any
 
-from thinksafe.data.jsonl import prompts_from_rows
+from thinksafe.data.jsonl import Row, prompts_from_rows
 from thinksafe.data.records import Prompt
-from thinksafe.data.sources import load_rows
+from thinksafe.data.sources import rows_of
 from thinksafe.errors import UserError
 from thinksafe.evaluation.config import EvaluationSet
 
@@ -17,7 +16,7 @@ def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
         UserError: the source cannot be read, no row is selected, a column or an answer marker is missing, a row has no
             text or a wrong label, or a row of a reasoning set has no answer.
     """
-    prompts = list(prompts_from_rows(_rows(evaluation_set), evaluation_set.name))
+    prompts = list(prompts_from_rows(_rows(evaluation_set)))
     if not prompts:
         raise UserError(
             f"{evaluation_set.source}: evaluation set {evaluation_set.name} keeps no row; check its `filter`"
@@ -27,17 +26,11 @@ def evaluation_prompts(evaluation_set: EvaluationSet) -> list[Prompt]:
     return prompts
 
 
-def _rows(evaluation_set: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) of the selected rows, with columns renamed to `text`, `answer` and `label`.
-
-    Without `columns` a row keeps all its columns. A row without a label gets the label of the set's kind. With
-    `answer_marker` the answer is the text after its last marker.
-
-    Raises:
-        UserError: a row has no such column, or no marker in its answer.
-    """
+def _rows(evaluation_set: EvaluationSet) -> Iterator[Row]:
+    """Yield the selected rows, with columns renamed to `text`, `answer` and `label` as the set's keys say."""
     columns, wanted_values = evaluation_set.columns or {}, evaluation_set.filter or {}
-    for location, row in load_rows(evaluation_set.source, evaluation_set.config, evaluation_set.split):
+    rows = rows_of(evaluation_set.source, "evaluation.sets", evaluation_set.config, evaluation_set.split)
+    for location, row, _ in rows:
         if missing := sorted({*columns.values(), *wanted_values} - row.keys()):
             raise UserError(f"{location}: no column {', '.join(missing)}; there are {', '.join(sorted(row))}")
         if any(str(row[column]) != value for column, value in wanted_values.items()):
@@ -48,4 +41,4 @@ def _rows(evaluation_set: EvaluationSet) -> Iterator[tuple[str, dict[str, Any]]]
             _, marker, fields["answer"] = str(fields.get("answer")).rpartition(evaluation_set.answer_marker)
             if not marker:
                 raise UserError(f"{location}: no {evaluation_set.answer_marker!r} in the answer; check `answer_marker`")
-        yield location, fields
+        yield Row(location, fields, evaluation_set.name)

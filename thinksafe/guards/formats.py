@@ -1,8 +1,7 @@
 """Formats of model guards, as data: the text that a guard reads, its questions, and the meaning of its answers.
 
-A format is a template with a placeholder for the prompt and one for the response, and the questions that the guard
-answers in its reply, in order. `model_guard` generates no reply: the words around an answer are known, so it reads the
-probabilities at the position where the answer begins.
+A format is a template with placeholders for prompt and response, and the questions that the guard answers in its reply,
+in order. The words around an answer are known, so `model_guard` reads the probabilities where the answer begins.
 """
 
 import re
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from thinksafe.errors import UserError
+from thinksafe.section import Section
 from thinksafe.text.chat import Chat
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -23,78 +23,67 @@ NEITHER = "neither"
 """Meaning of an answer that decides nothing, such as "n/a"."""
 
 PROMPT, RESPONSE = "{prompt}", "{response}"
-"""Placeholders of a template."""
 _PLACEHOLDER = re.compile(f"({re.escape(PROMPT)}|{re.escape(RESPONSE)})")
 
 
 @dataclass(frozen=True)
-class Question:
-    """One question that the guard answers about a pair.
-
-    Attributes:
-        topic: `harm`: is the response harmful (every format asks this once); `refusal`: does the response refuse;
-            `request`: is the prompt harmful; `category`: which category of harm.
-        answers: the guard's words, each with its meaning: safe or unsafe about `harm`; refusal or compliance about
-            `refusal`; harmful or harmless about `request`; the name of a category about `category`; or neither. No two
-            words may begin with the same token; a leading space is part of the word. In YAML, put yes and no in
-            quotation marks.
-        answer_prefix: text that the guard writes between the previous answer and this one.
-        only_if_unsafe: ask this question only if the response is unsafe by the question about harm.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+class Question(Section):
+    """One question that the guard answers about a pair."""
 
     topic: Literal["harm", "refusal", "request", "category"]
+    """`harm`: is the response harmful (every format asks this once); `refusal`: does the response refuse; `request`: is
+    the prompt harmful; `category`: which category of harm."""
     answers: dict[str, str]
+    """The guard's words, each with its meaning: safe or unsafe about `harm`; refusal or compliance about `refusal`;
+    harmful or harmless about `request`; the name of a category about `category`; or neither. No two words may begin
+    with the same token; a leading space is part of the word. In YAML, put yes and no in quotation marks."""
     answer_prefix: str = ""
+    """Text that the guard writes between the previous answer and this one."""
     only_if_unsafe: bool = False
+    """Ask this question only if the response is unsafe by the question about harm."""
 
-    def __post_init__(self):
+    def check(self) -> None:
         meanings, required = set(self.answers.values()), _REQUIRED_MEANINGS.get(self.topic)
         if required and not required <= meanings <= required | {NEITHER}:
-            raise ValueError(f"answers about {self.topic} must mean {' and '.join(sorted(required))} (or {NEITHER})")
+            words = " and ".join(sorted(required))
+            raise ValueError(f"answers: those about {self.topic} must mean {words} (or {NEITHER})")
         if not self.answers or "" in self.answers:
-            raise ValueError("answers must hold at least one word, and no word may be empty")
+            raise ValueError("answers: must hold at least one word, and no word may be empty")
 
 
 @dataclass(frozen=True)
-class GuardFormat:
-    """The prompt of a guard, and the questions that its reply answers.
-
-    Attributes:
-        questions: the questions, in the order in which the guard's reply answers them.
-        template: text with {prompt} and {response}, or null for the checkpoint's own chat template, which must then
-            show a user turn and an assistant turn.
-        is_full_prompt: true if the template is the whole prompt of the guard, control tokens included; false if it is
-            the user's message in the checkpoint's chat template.
-        strip: remove outer white space from prompt and response. Without a `template`, the chat template decides.
-        control_tokens: control tokens that the checkpoint's tokenizer must have; a checkpoint without them is an error.
-        delimiters: plain-text phrases in the guard's prompt that mark where the judged text ends and whose turn
-            follows. If the judged text contains one (ignoring case, width, accents, spaces and markup signs), it may be
-            a prompt injection, so it is never `safe`.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+class GuardFormat(Section):
+    """The prompt of a guard, and the questions that its reply answers."""
 
     questions: tuple[Question, ...]
+    """The questions, in the order in which the guard's reply answers them."""
     template: str | None = None
+    """Text with {prompt} and {response}, or null for the checkpoint's own chat template, which must then show a user
+    turn and an assistant turn."""
     is_full_prompt: bool = False
+    """True if the template is the whole prompt of the guard, control tokens included; false if it is the user's message
+    in the checkpoint's chat template."""
     strip: bool = False
+    """Remove outer white space from prompt and response. Without a `template`, the chat template decides."""
     control_tokens: tuple[str, ...] = ()
+    """Control tokens that the checkpoint's tokenizer must have; a checkpoint without them is an error."""
     delimiters: tuple[str, ...] = ()
+    """Plain-text phrases in the guard's prompt that mark where the judged text ends and whose turn follows. If the
+    judged text contains one (ignoring case, width, accents, spaces and markup signs), it may be a prompt injection, so
+    it is never `safe`."""
 
-    def __post_init__(self):
+    def check(self) -> None:
         topics = [question.topic for question in self.questions]
         if topics.count("harm") != 1 or len(set(topics)) < len(topics):
-            raise ValueError("questions must ask about harm exactly once, and about any other topic at most once")
+            raise ValueError("questions: must ask about harm exactly once, and about any other topic at most once")
         if any(question.only_if_unsafe for question in self.questions[: topics.index("harm") + 1]):
-            raise ValueError("questions with only_if_unsafe must come after the question about harm")
+            raise ValueError("questions: those with only_if_unsafe must come after the question about harm")
         if self.template is not None and sorted(_PLACEHOLDER.findall(self.template)) != [PROMPT, RESPONSE]:
-            raise ValueError("template must hold {prompt} and {response}, each exactly once")
+            raise ValueError("template: must hold {prompt} and {response}, each exactly once")
         if self.template is None and (self.is_full_prompt or self.strip):
-            raise ValueError("is_full_prompt and strip need a template, and template is null")
+            raise ValueError("template: is_full_prompt and strip need one, and it is null")
         if any(delimiter_pattern(phrase).search("\n" * len(phrase)) for phrase in self.delimiters):
-            raise ValueError("delimiters must not contain an empty phrase")
+            raise ValueError("delimiters: must not contain an empty phrase")
 
     def layout(self, tokenizer: SafeTokenizer) -> "Layout":
         """Return the text that a guard with this format and this tokenizer reads, with placeholders for the pair.
@@ -104,14 +93,13 @@ class GuardFormat:
         """
         if missing := [token for token in self.control_tokens if token not in tokenizer.control_ids]:
             raise UserError(f"the tokenizer has no {', '.join(missing)}")
-        if self.template is None:
-            chat = Chat(tokenizer.folder)
-            before, between, after = chat.two_turns()
-            pieces = ((before, True), (PROMPT, None), (between, True), (RESPONSE, None), (after, True))
-            return Layout(pieces, chat.template_strips)
         if self.is_full_prompt:
             return Layout(_split_at_placeholders(self.template, True), self.strip)
         chat = Chat(tokenizer.folder)
+        if self.template is None:
+            before, between, after = chat.two_turns()
+            pieces = ((before, True), (PROMPT, None), (between, True), (RESPONSE, None), (after, True))
+            return Layout(pieces, chat.template_strips)
         head, tail = chat.user_turn
         text = self.template.strip() if chat.template_strips else self.template
         return Layout(((head, True), *_split_at_placeholders(text, False), (tail, True)), self.strip)
@@ -122,8 +110,7 @@ class Layout:
     """The text that a guard reads, in order, with placeholders for prompt and response.
 
     Attributes:
-        pieces: (text, trusted) of each piece of fixed text, where control tokens are recognized only if `trusted`;
-            the placeholders are (PROMPT, None) and (RESPONSE, None).
+        pieces: (text, trusted) of each piece of fixed text, and the placeholders (PROMPT, None) and (RESPONSE, None).
         strip: whether outer white space is removed from prompt and response.
     """
 
@@ -131,12 +118,8 @@ class Layout:
     strip: bool
 
     def parts(self, prompt: str, response: str, reply: str) -> list[tuple[str, bool]]:
-        """Return (text, trusted) parts for `SafeTokenizer.encode`: the layout with the pair filled in, then the reply.
-
-        Args:
-            prompt, response: data; control tokens in them are ordinary text.
-            reply: the guard's reply so far, which may be empty; trusted.
-        """
+        """Return (text, trusted) parts for `SafeTokenizer.encode`: the layout with the pair filled in as data, then the
+        guard's reply so far, which is trusted."""
         if self.strip:
             prompt, response = prompt.strip(), response.strip()
         data = {PROMPT: prompt, RESPONSE: response}
@@ -149,25 +132,23 @@ def delimiter_pattern(phrase: str) -> re.Pattern[str]:
 
     The letters, digits, signs and line breaks of the phrase must occur in order. Between them the text may contain
     other characters of the same line, except letters and digits: spaces, accents, invisible characters, markup signs.
-    A letter of another script is a different letter, even if it looks the same. The pattern of a phrase that has none
-    of these matches the empty string.
+    A letter of another script is a different letter, even if it looks the same. A phrase without any matches "".
     """
-    signs = re.escape("".join(c for c in normalize_for_matching(phrase) if unicodedata.category(c)[0] in "PS"))
-    significant = re.findall(rf"[\n{signs}]|[^\W_]", normalize_for_matching(phrase))
+    phrase = normalize_for_matching(phrase)
+    signs = re.escape("".join(c for c in phrase if unicodedata.category(c)[0] in "PS"))
+    significant = re.findall(rf"[\n{signs}]|[^\W_]", phrase)
     return re.compile(rf"(?:(?![\n{signs}])[\W_])*".join(map(re.escape, significant)))
 
 
 def normalize_for_matching(text: str) -> str:
-    """Return the text in NFKD form and case-folded, with every line break as "\\n", and a NUL character appended.
-
-    NFKD makes full-width and half-width characters equal and separates accents from their letters.
-    """
+    """Return the text case-folded and in NFKD form, which makes full-width and half-width characters equal and
+    separates accents from letters, with every line break as "\\n", and a NUL character appended."""
     lines = f"{text}\0".splitlines()  # with \0, a final line break is kept
     return unicodedata.normalize("NFKD", "\n".join(lines)).casefold()
 
 
 def _split_at_placeholders(template: str, trusted: bool) -> tuple[tuple[str, bool | None], ...]:
-    """Return the pieces of a `Layout` for a template; its fixed text is trusted or not."""
+    """Return the pieces of a `Layout` for a template whose fixed text is trusted or not."""
     return tuple((text, None if index % 2 else trusted) for index, text in enumerate(_PLACEHOLDER.split(template)))
 
 
@@ -279,4 +260,4 @@ FORMATS = {
     "wildguard": WILDGUARD,
     "qwen3guard": QWEN3GUARD,
 }
-"""Format of each kind of guard that has a built-in one."""
+"""Built-in format of each kind of guard."""

@@ -1,27 +1,25 @@
 """A guard that is a language model: it reads a pair in its format, and its token probabilities give the decision.
 
 No text is generated. The fixed words of the reply are appended to the prompt, and the answers are scored after each
-prefix. A later question follows the likeliest answers to the earlier questions, as greedy decoding would write them, so
-the decision is that of the guard's own reply. After the question about harm, the reply continues with the verdict that
-the recipe's rule decided.
+prefix. A later question follows the likeliest answers to the earlier ones, as greedy decoding would write them; after
+the question about harm, the reply continues with the verdict that the recipe's rule decided.
 
 Text that many prompts share comes from the prefix cache: the policy at the beginning, and the pair from one question to
-the next. The engine packs prompts without padding into passes of `max_prefill_tokens` tokens, so sorting by length
-would gain nothing. Only the last position of each prompt reaches the LM head.
-
-A response that does not fit into the guard's context is judged in overlapping windows, each with the whole prompt, so
-no part of it stays unread.
+the next. The engine packs prompts without padding, so sorting by length would gain nothing. A response that does not
+fit into the guard's context is judged in overlapping windows, each with the whole prompt, so no part stays unread.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 
+from thinksafe.data.records import Response, Verdict
 from thinksafe.errors import UserError
-from thinksafe.guards.base import Decision, GuardResult, PromptResponse
+from thinksafe.guards.base import Decision
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import NEITHER, Question, delimiter_pattern, normalize_for_matching
 from thinksafe.guards.windows import plan_windows
@@ -33,62 +31,56 @@ from thinksafe.text.tokenizer import SafeTokenizer
 _OVERLAP_DIVISOR = 4
 """Neighboring windows share 1/4 of a window, so a passage of that length lies whole in one of them."""
 _MIN_WINDOW_DIVISOR = 8
-"""A pair is not judged if its prompt leaves less than 1/8 of the context that the format leaves free."""
+"""A response is not judged if its prompt leaves less than 1/8 of the context that the format leaves free."""
 
 
 @dataclass
-class _Window:
-    """One window of one pair, and the guard's answers about it so far.
+class Window:
+    """A part of a response that the guard reads at once, and what the guard has answered about it so far.
 
     Attributes:
-        prompt: the pair's whole prompt.
-        text: the part of the response in this window.
-        reply: the guard's reply so far; the next question's `answer_prefix` is not yet part of it.
-        answers: topic -> meaning -> natural log-probability, for each question with an answer that is not NaN.
-        decision: decision of `GuardConfig.decide` on the window; `unknown` until the question about harm is answered.
-        reason: why the decision is `unknown`; `guard_nan` if any answer was NaN; `no_verdict` if the reference rule
-            made the decision safe; else empty.
+        text: None if the guard cannot read the response; `reason` then says why.
+        reply: the guard's reply so far, without the next question's `answer_prefix`.
+        harm: verdict -> natural log-probability; None until the question about harm is answered.
+        labels: meaning -> probability of the answers to the other questions.
+        category, refusal: likeliest category of harm, and whether the response refuses, as in `Verdict`.
+        decision: decision of `GuardConfig.decide` on the window.
+        reason: why the decision is `unknown`; `guard_nan` if any answer was NaN; else empty.
     """
 
-    prompt: str
-    text: str
+    text: str | None
     reply: str = ""
-    answers: dict[str, dict[str, float]] = field(default_factory=dict)
+    harm: dict[str, float] | None = None
+    labels: dict[str, float] = field(default_factory=dict)
+    category: str = ""
+    refusal: bool | None = None
     decision: Decision = "unknown"
     reason: str = ""
 
-    @property
-    def log_odds(self) -> float:
-        """log P(unsafe) - log P(safe), once `answers` has harm; -inf if P(unsafe) is 0, even if P(safe) is 0 too."""
-        harm = self.answers["harm"]
-        return harm["unsafe"] - harm["safe"] if harm["unsafe"] > -math.inf else -math.inf
+    def needs(self, question: Question) -> bool:
+        """Return whether the question must be asked: the window is readable, and earlier answers allow it."""
+        is_open = self.text is not None and self.reason != "guard_nan"
+        return is_open and (self.decision == "unsafe" or not question.only_if_unsafe)
 
     @property
-    def category(self) -> str:
-        """Likeliest category of an unsafe window; empty if the window is not unsafe or no category is likeliest."""
-        categories = self.answers.get("category", {NEITHER: 0.0})
-        likeliest = max(categories, key=categories.__getitem__)
-        return likeliest if self.decision == "unsafe" and likeliest != NEITHER else ""
+    def severity(self) -> tuple[bool, float]:
+        """(whether the window is unsafe, log-odds of unsafe) once `harm` is known; -inf if P(unsafe) is 0."""
+        safe, unsafe = self.harm["safe"], self.harm["unsafe"]
+        return self.decision == "unsafe", unsafe - safe if unsafe > -math.inf else -math.inf
 
-    @property
-    def labels(self) -> dict[str, float]:
-        """Meaning -> probability of the answers to all questions except harm, without the meaning `neither`."""
-        others = [meanings for topic, meanings in self.answers.items() if topic != "harm"]
-        return {name: math.exp(lp) for meanings in others for name, lp in meanings.items() if name != NEITHER}
 
-    def refusal(self, least_verdict_probability: float) -> bool | None:
-        """Return whether P(refusal) > P(compliance); None without an answer or with too little probability.
+@dataclass
+class Case:
+    """A response under judgement. Its windows are made by `split` when the engine asks for their tokens, so the GPU
+    reads some responses while others are tokenized."""
 
-        Args:
-            least_verdict_probability: lowest P(refusal) + P(compliance) at which the answer counts.
-        """
-        logprobs = self.answers.get("refusal")
-        if (
-            logprobs is None
-            or math.exp(logprobs["refusal"]) + math.exp(logprobs["compliance"]) < least_verdict_probability
-        ):
-            return None
-        return logprobs["refusal"] > logprobs["compliance"]
+    response: Response
+    split: Callable[[Response], list[Window]]
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """The windows, at least one."""
+        return self.split(self.response)
 
 
 class ModelGuard:
@@ -96,7 +88,6 @@ class ModelGuard:
 
     Attributes:
         name: `kind:model`.
-        format: the guard's prompt and questions.
         answer_ids: first token id of each answer, one list for each question.
         template_delimiter_counts: how often each delimiter of the format occurs around a pair that contains none.
     """
@@ -106,7 +97,6 @@ class ModelGuard:
 
         Args:
             decoder: the guard model; None if the guard is only checked, then `judge` must not be called.
-            tokenizer: tokenizer of the guard's checkpoint.
             config: the guard section of a recipe, of a kind that is one model.
 
         Raises:
@@ -124,186 +114,130 @@ class ModelGuard:
                 f"guard.model: {config.model} does not fit guard.kind {config.kind}: {error}; "
                 "use another model, kind or format"
             ) from None
+        self._longest_reply = "".join(q.answer_prefix + max(q.answers, key=len) for q in self.format.questions)
         self._delimiters = [delimiter_pattern(phrase) for phrase in self.format.delimiters]
         self.template_delimiter_counts = self._count_delimiters("a", "a")
-        self._longest_reply = "".join(q.answer_prefix + max(q.answers, key=len) for q in self.format.questions)
 
-    def judge(self, pairs: Iterable[PromptResponse]) -> Iterator[GuardResult]:
-        """Yield one result for each pair, in order.
+    def judge(self, responses: Iterable[Response]) -> Iterator[Verdict]:
+        """Yield one verdict for each response, in order.
 
-        A pair that the guard cannot read is `unknown` without probabilities: with the reason `too_long_for_guard` if
-        the prompt leaves too little room for the response. If `scope` is not `response`, also if the think block is
-        malformed (a `FormatProblem`) or the judged part is empty (`empty_think`).
+        A response that the guard cannot read is `unknown` without probabilities: with the reason `too_long_for_guard`
+        if the prompt leaves too little room for it, or, unless `scope` is `response`, a `FormatProblem` or
+        `empty_think` if the part to judge is missing.
         """
-        engine = Engine(self._decoder, self._config.sampler)  # a local, so its pages are freed before other stages run
-        source = iter(pairs)
-        # The batch is small enough that its pairs are still in the prefix cache at the next question.
+        # A local, so its pages are freed before other stages run.
+        engine = Engine(self._decoder, self._config.sampler, config_key="guard.sampler")
+        source, split = iter(responses), partial(self._windows, limit=engine.max_prompt_tokens)
+        # The batch is small enough that its responses are still in the prefix cache at the next question.
         while batch := list(islice(source, self._config.sampler.max_num_seqs)):
-            yield from self._judge_batch(engine, batch)
+            cases = [Case(response, split) for response in batch]
+            for question, answer_ids in zip(self.format.questions, self.answer_ids, strict=True):
+                self._ask(engine, question, answer_ids, cases)
+            yield from map(self._combine, cases)
 
-    def _judge_batch(self, engine: Engine, pairs: Sequence[PromptResponse]) -> Iterator[GuardResult]:
-        """Yield one result for each pair of a batch, in order; each question is asked about all windows at once."""
-        windows_of: dict[str, list[_Window]] = {}
-        unreadable: dict[str, str] = {}
-
-        def new_windows() -> Iterator[_Window]:
-            """Record and yield the windows of all pairs, lazily: the GPU reads some while others are tokenized."""
-            for pair in pairs:
-                texts = self._window_texts(pair, engine.max_prompt_tokens)
-                if isinstance(texts, str):
-                    unreadable[pair.id] = texts
-                else:
-                    windows_of[pair.id] = [_Window(pair.prompt, text) for text in texts]
-                    yield from windows_of[pair.id]
-
-        for index, (question, answer_ids) in enumerate(zip(self.format.questions, self.answer_ids, strict=True)):
-            known_windows = (window for windows in windows_of.values() for window in windows)
-            self._score_question(engine, question, answer_ids, known_windows if index else new_windows())
-            if question.topic == "harm" and self._config.kind == "llama_guard_reference":
-                self._apply_reference_rule(engine, question, answer_ids, list(chain(*windows_of.values())))
-        for pair in pairs:
-            if pair.id in windows_of:
-                yield self._combine_windows(pair, windows_of[pair.id])
-            else:
-                yield GuardResult(pair.id, "unknown", None, None, None, unreadable[pair.id], windows=0)
-
-    def _score_question(
-        self, engine: Engine, question: Question, answer_ids: list[int], windows: Iterable[_Window]
-    ) -> None:
-        """Ask one question about each window and store the answers in the windows.
-
-        Windows with an earlier NaN are left out, and so are windows that are not unsafe if the question is
-        `only_if_unsafe`.
+    def _ask(self, engine: Engine, question: Question, answer_ids: Sequence[int], cases: Sequence[Case]) -> None:
+        """Ask one question about each window that needs it, and store the answers.
 
         Args:
             answer_ids: first token id of each answer.
         """
-        window_of_key: dict[str, _Window] = {}
-
-        def prompts() -> Iterator[tuple[str, tuple[int, ...]]]:
-            for window in windows:
-                if window.reason != "guard_nan" and (window.decision == "unsafe" or not question.only_if_unsafe):
-                    key = str(len(window_of_key))
-                    window_of_key[key] = window
-                    yield key, tuple(self.token_ids(window.prompt, window.text, window.reply + question.answer_prefix))
-
-        for scores in engine.score(prompts(), answer_ids):
-            self._record_answer(window_of_key[scores.request_id], question, scores.logprobs.astype(np.float64))
-
-    def _apply_reference_rule(
-        self, engine: Engine, question: Question, answer_ids: list[int], windows: Sequence[_Window]
-    ) -> None:
-        """Set the decision to `safe` and the reason to `no_verdict`, as the paper's code does, in each window where at
-        least two other tokens are likelier than both verdicts.
-
-        Each verdict then has a probability below 1/3, so only windows where this holds are read again, over the whole
-        vocabulary.
-        """
-        candidates = {
-            str(index): window
-            for index, window in enumerate(windows)
-            if "harm" in window.answers and max(window.answers["harm"].values()) < math.log(1 / 3)
-        }
         prompts = (
-            (key, tuple(self.token_ids(window.prompt, window.text, question.answer_prefix)))
-            for key, window in candidates.items()
+            (f"{i}/{j}", self._prompt_ids(case, window, window.reply + question.answer_prefix))
+            for i, case in enumerate(cases)
+            for j, window in enumerate(case.windows)
+            if window.needs(question)
         )
-        for scores in engine.score(prompts, range(self._decoder.config.vocab_size)):
-            window = candidates[scores.request_id]
-            # Compare with the verdicts of the same pass: those of the first pass may have other rounding errors.
-            if (scores.logprobs > scores.logprobs[answer_ids].max()).sum() > 1:
-                window.decision, window.reason = "safe", "no_verdict"
+        for scores in engine.score(prompts, answer_ids):
+            i, j = map(int, scores.request_id.split("/"))
+            self._record_answer(cases[i].windows[j], question, scores.logprobs.astype(np.float64))
 
-    def _record_answer(self, window: _Window, question: Question, logprobs: np.ndarray) -> None:
-        """Store a window's answer to a question, and extend its reply by the answer.
+    def _record_answer(self, window: Window, question: Question, logprobs: np.ndarray) -> None:
+        """Store a window's answer, given as fp64 log-probabilities [number of answers], and extend its reply by it.
 
         A NaN is stored as the reason `guard_nan`: a safe window becomes `unknown`, an unsafe one stays unsafe.
-
-        Args:
-            logprobs: [number of answers] fp64, natural log-probability of each answer's first token.
         """
         if np.isnan(logprobs).any():
             window.reason = "guard_nan"
             if window.decision == "safe":
                 window.decision = "unknown"
             return
-        meanings = np.array(list(question.answers.values()))
+        meanings, words = np.array(list(question.answers.values())), list(question.answers)
         by_meaning = {
-            meaning: float(np.logaddexp.reduce(logprobs[meanings == meaning])) for meaning in question.answers.values()
+            meaning: float(np.logaddexp.reduce(logprobs[meanings == meaning])) for meaning in meanings.tolist()
         }
-        window.answers[question.topic] = by_meaning
         if question.topic == "harm":
+            window.harm = by_meaning
             window.decision, window.reason = self._config.decide(by_meaning["safe"], by_meaning["unsafe"])
             if window.decision != "unknown":
                 logprobs = np.where(meanings == window.decision, logprobs, -math.inf)
-        window.reply += question.answer_prefix + list(question.answers)[int(logprobs.argmax())]
+        else:
+            probabilities = {meaning: math.exp(lp) for meaning, lp in by_meaning.items() if meaning != NEITHER}
+            window.labels |= probabilities
+            if question.topic == "refusal" and sum(probabilities.values()) >= self._config.least_verdict_probability:
+                window.refusal = by_meaning["refusal"] > by_meaning["compliance"]
+            if question.topic == "category":
+                likeliest = max(by_meaning, key=by_meaning.__getitem__)
+                window.category = likeliest if likeliest != NEITHER else ""
+        window.reply += question.answer_prefix + words[int(logprobs.argmax())]
 
-    def _combine_windows(self, pair: PromptResponse, windows: list[_Window]) -> GuardResult:
-        """Return one result from a pair's windows.
-
-        The decision is unsafe if any window is unsafe, else unknown if any is unknown or the pair contains a delimiter,
-        else safe.
-        """
-        undecided = [window for window in windows if window.decision == "unknown"]
-        decision, reason = "safe", next((window.reason for window in windows if window.reason == "no_verdict"), "")
+    def _combine(self, case: Case) -> Verdict:
+        """Return the verdict from a response's windows: unsafe if any window is unsafe, else unknown if any is unknown
+        or the pair contains a delimiter, else safe."""
+        windows = case.windows
+        decision, reason = "safe", ""
         if any(window.decision == "unsafe" for window in windows):
-            decision, reason = "unsafe", ""
-        elif undecided:
+            decision = "unsafe"
+        elif undecided := [window for window in windows if window.decision == "unknown"]:
             decision, reason = "unknown", undecided[0].reason
-        elif self.injects_delimiter(pair):
+        elif self.injects_delimiter(case.response):
             decision, reason = "unknown", "delimiter_injection"
-        # The last window ends with the answer, and the answer is what refuses.
-        refusal = windows[-1].refusal(self._config.least_verdict_probability) if self._config.scope != "think" else None
-        judged = [window for window in windows if "harm" in window.answers]
-        if not judged:
-            return GuardResult(pair.id, decision, None, None, refusal, reason, windows=len(windows))
-        worst = max(judged, key=lambda window: (window.decision == "unsafe", window.log_odds))
-        p_safe, p_unsafe = (math.exp(worst.answers["harm"][verdict]) for verdict in ("safe", "unsafe"))
-        return GuardResult(
-            pair.id, decision, p_safe, p_unsafe, refusal, reason, worst.category, worst.labels, len(windows)
-        )
+        fields = {"windows": sum(window.text is not None for window in windows)}
+        if self._config.scope != "think":  # the last window ends with the answer, and the answer is what refuses
+            fields["refusal"] = windows[-1].refusal
+        if judged := [window for window in windows if window.harm]:
+            worst = max(judged, key=lambda window: window.severity)
+            fields |= {f"p_{verdict}": math.exp(worst.harm[verdict]) for verdict in ("safe", "unsafe")}
+            fields |= {"labels": worst.labels, "category": worst.category if decision == "unsafe" else ""}
+        return Verdict.of(case.response, self.name, decision, reason, **fields)
 
-    def injects_delimiter(self, pair: PromptResponse) -> bool:
+    def injects_delimiter(self, response: Response) -> bool:
         """Return whether a delimiter of the format occurs more often with this pair than in the format's own text.
 
-        If it does, the pair may pretend to the guard that it has ended or that another turn follows.
+        If so, the pair may pretend to the guard that it has ended or that another turn follows.
         """
-        counts = self._count_delimiters(pair.prompt, pair.response)
-        return any(
-            count > template_count for count, template_count in zip(counts, self.template_delimiter_counts, strict=True)
-        )
+        counts = self._count_delimiters(response.prompt, response.text)
+        return any(count > expected for count, expected in zip(counts, self.template_delimiter_counts, strict=True))
 
-    def _count_delimiters(self, prompt: str, response: str) -> list[int]:
+    def _count_delimiters(self, prompt: str, text: str) -> list[int]:
         """Return how often each delimiter of the format occurs in the layout with this prompt and response."""
-        text = normalize_for_matching("".join(part for part, _ in self._layout.parts(prompt, response, "")))
-        return [len(pattern.findall(text)) for pattern in self._delimiters]
+        layout_text = normalize_for_matching("".join(part for part, _ in self._layout.parts(prompt, text, "")))
+        return [len(pattern.findall(layout_text)) for pattern in self._delimiters]
 
-    def _window_texts(self, pair: PromptResponse, limit: int) -> list[str] | str:
-        """Return the texts of a pair's windows, at least one, or the reason why the pair cannot be judged.
+    def _windows(self, response: Response, limit: int) -> list[Window]:
+        """Return a response's windows, at least one.
 
         Args:
             limit: largest number of tokens that the guard can read at once.
         """
-        texts = [pair.response]
+        texts = [response.text]
         if self._config.scope != "response":
-            parsed = parse_response(pair.response)
+            parsed = parse_response(response.text)
             if not isinstance(parsed, ParsedResponse):
-                return parsed
+                return [Window(None, reason=parsed)]
             parts = {"think": [parsed.think], "answer": [parsed.answer], "both": [parsed.think, parsed.answer]}
             texts = [text for text in parts[self._config.scope] if text]
             if not texts:
-                return "empty_think"
-        windows = [self.split_into_windows(pair.prompt, text, limit) for text in texts]
-        return list(chain(*windows)) if all(windows) else "too_long_for_guard"
+                return [Window(None, reason="empty_think")]
+        pieces_of_texts = [self.split_into_windows(response.prompt, text, limit) for text in texts]
+        if not all(pieces_of_texts):
+            return [Window(None, reason="too_long_for_guard")]
+        return [Window(piece) for pieces in pieces_of_texts for piece in pieces]
 
     def split_into_windows(self, prompt: str, text: str, limit: int) -> list[str]:
         """Return a text in overlapping pieces that fit beside the prompt: the whole text as one piece if it fits.
 
         Neighboring pieces share about 1/4 of their tokens. The list is empty if the prompt leaves less than 1/8 of the
-        tokens that the format leaves free.
-
-        Args:
-            limit: largest number of tokens that the guard can read at once: format, prompt, piece and longest reply.
+        tokens that the format leaves free. `limit` is as in `_windows`, and includes the longest reply.
         """
         if self.num_tokens(prompt, text) <= limit:
             return [text]
@@ -327,12 +261,11 @@ class ModelGuard:
         """Return the token ids of everything that the guard reads: format, prompt, text, and its reply so far."""
         return self._tokenizer.encode(self._layout.parts(prompt, text, reply))
 
-    def _first_answer_token_ids(self) -> list[list[int]]:
-        """Return one list for each question: the first token id of each answer, in the order of the answers.
+    def _prompt_ids(self, case: Case, window: Window, reply: str) -> tuple[int, ...]:
+        return tuple(self.token_ids(case.response.prompt, window.text, reply))
 
-        Raises:
-            UserError: two answers begin with the same token, or the tokenizer merges an answer with the text before it.
-        """
+    def _first_answer_token_ids(self) -> list[list[int]]:
+        """Return one list for each question: the first token id of each answer, in the order of the answers."""
         reply, first_ids_of_questions = "", []
         for question in self.format.questions:
             reply += question.answer_prefix
@@ -341,11 +274,11 @@ class ModelGuard:
             if any(ids[: len(context)] != context for ids in with_answer):
                 raise UserError(f"the tokenizer merges an answer with {reply[-20:]!r} before it")
             first_ids = [ids[len(context)] for ids in with_answer]
-            if len(set(first_ids)) < len(first_ids):
-                ambiguous = [
-                    answer for answer, id_ in zip(question.answers, first_ids, strict=True) if first_ids.count(id_) > 1
-                ]
-                raise UserError(f"the answers {' and '.join(map(repr, ambiguous))} begin with the same token")
+            ambiguous = [
+                repr(word) for word, id_ in zip(question.answers, first_ids, strict=True) if first_ids.count(id_) > 1
+            ]
+            if ambiguous:
+                raise UserError(f"the answers {' and '.join(ambiguous)} begin with the same token")
             first_ids_of_questions.append(first_ids)
             reply += next(iter(question.answers))
         return first_ids_of_questions

@@ -2,19 +2,13 @@
 
 
 def plan_windows(length: int, window: int, overlap: int) -> list[tuple[int, int]]:
-    """Return the fewest windows that cover tokens [0, length), spread evenly, so that the last one is not shorter.
+    """Return (start, end) of the fewest windows that cover tokens [0, length), spread evenly.
+
+    All windows have `window` tokens, except that a text of at most `window` tokens gives the one window (0, length).
 
     Args:
-        length: length of the text in tokens.
-        window: length of a window in tokens.
-        overlap: lowest number of tokens that two neighboring windows share; a passage of this length lies whole in one.
-
-    Returns:
-        (start, end) of each window in tokens, without the token at `end`. All are `window` tokens long, except that a
-        text of at most `window` tokens gives the one window (0, length).
-
-    Raises:
-        ValueError: not 0 <= overlap < window.
+        overlap: lowest number of tokens that two neighboring windows share, at least 0 and below `window`; a passage of
+            this length lies whole in one window.
     """
     if not 0 <= overlap < window:
         raise ValueError(f"windows of {window} tokens cannot share {overlap} tokens")

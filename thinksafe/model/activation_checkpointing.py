@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from thinksafe.kernels import fp8_frozen_linear  # noqa: F401 - registers its operator
-from thinksafe.model.config import ModelConfig
+from thinksafe.model.config import PROJECTION_GROUPS, ModelConfig
 
 CheckpointMode = Literal["none", "selective", "full"]
 CHECKPOINT_MODES: tuple[CheckpointMode, ...] = get_args(CheckpointMode)
@@ -25,18 +25,12 @@ _MIN_SAVED_INNER_DIM = 128
 """Matmuls with an inner dimension (FLOP per byte) of at most this are recomputed. The limit concerns an adapter's B,
 whose inner dimension is the rank."""
 
-_ATTENTION_NAMESPACES = ("torch_attn", "flash_attn")
-"""Operator namespaces in which torch and the package flash-attn register variable-length attention."""
+_ATTENTION_NAMESPACE = "torch_attn"
+"""Operator namespace in which torch registers variable-length attention."""
 
 
 def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tensor:
-    """Return the layer's output, and save activations for its backward pass. Without gradients nothing is saved.
-
-    Args:
-        checkpointing: `none` saves all activations, `selective` the outputs of matmuls and attention, `full` only the
-            layer's inputs.
-        inputs: arguments of `layer.forward`.
-    """
+    """Return the layer's output for the arguments of its `forward`; with gradients, save activations by the mode."""
     if checkpointing == "none" or not torch.is_grad_enabled():
         return layer(*inputs)
     if checkpointing == "full":
@@ -46,20 +40,17 @@ def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tenso
 
 
 def _policy(last_inner_dim: int, context, op, *args, **kwargs) -> CheckpointPolicy:
-    """Return whether the mode `selective` saves the output of an operation or recomputes it.
-
-    It saves attention and the matmuls with an inner dimension above `_MIN_SAVED_INNER_DIM`, except the layer's last
-    matmul, whose output nothing reads again.
+    """Return whether the mode `selective` saves the output of an operation: of attention and of matmuls with an inner
+    dimension above `_MIN_SAVED_INNER_DIM`, but not of the layer's last matmul, which nothing reads again.
 
     Args:
-        last_inner_dim: inner dimension of the layer's last matmul, the intermediate size.
-        op, args: the operation and its arguments, as torch calls it.
+        last_inner_dim: inner dimension of that last matmul, the intermediate size.
     """
     if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.thinksafe.fp8_frozen_linear.default):
         inner_dim = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
         is_expensive = _MIN_SAVED_INNER_DIM < inner_dim != last_inner_dim
     else:
-        is_expensive = op.namespace in _ATTENTION_NAMESPACES
+        is_expensive = op.namespace == _ATTENTION_NAMESPACE
     return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -96,11 +87,9 @@ def saved_bytes(
         input_width = sum(projections[name][1] for name in adapters)
         all_bytes += itemsize * (input_width + adapter_width) + input_width
     else:  # adapters of the same input share it
-        input_names = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention")
-        input_names |= dict.fromkeys(("gate_proj", "up_proj"), "mlp")
-        widths = {input_names.get(name, name): projections[name][1] for name in adapters}
-        widths.pop("o_proj", None)  # attention's output is already counted
-        all_bytes += itemsize * (sum(widths.values()) + adapter_width)
+        # Attention's output, the input of o_proj, is already counted.
+        groups = [names for names in PROJECTION_GROUPS if set(names) & set(adapters) and names != ("o_proj",)]
+        all_bytes += itemsize * (sum(projections[names[0]][1] for names in groups) + adapter_width)
     # The layer's input, q, k, v, attention's output, o, gate and up.
     matmul_width = 2 * hidden + 2 * q + 2 * kv + 2 * inner + adapter_width
     return {"none": all_bytes, "selective": itemsize * matmul_width + log_sum_exp, "full": itemsize * hidden}

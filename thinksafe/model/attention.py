@@ -12,16 +12,12 @@ from torch import Tensor
 
 from thinksafe.kernels.packed_attention import packed_attention
 from thinksafe.kernels.rope import qk_norm_rope, rope
+from thinksafe.model.transfer import upload
 
 
 class Rotation(NamedTuple):
-    """What a layer applies to queries and keys before attention: Qwen3's norm of every head, then the rotation.
-
-    Attributes:
-        q_weight, k_weight: [D], gains of the norm; None for families without it.
-        eps: number added to the mean square in the norm.
-        cos, sin: [T, D/2] fp32, cosine and sine at the tokens' positions.
-    """
+    """What a layer applies to queries and keys before attention: Qwen3's norm of every head with gains [D], or None
+    for families without it, then the rotation by angles with cosine and sine [T, D/2] fp32."""
 
     q_weight: Tensor | None
     k_weight: Tensor | None
@@ -47,7 +43,6 @@ class PackedAttention:
 
     Attributes:
         cu_seqlens: [N+1] int32, index of each sequence's first token, and last the total number of tokens.
-        max_seqlen: length of the longest sequence, in tokens.
     """
 
     cu_seqlens: Tensor
@@ -56,8 +51,8 @@ class PackedAttention:
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str) -> "PackedAttention":
         """Return the attention for sequences of these lengths, all at least 1."""
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
-        return cls(cu_seqlens, max(lengths, default=0))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        return cls(upload(cu_seqlens, device), max(lengths, default=0))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
         q, k = rotation(q, k)
@@ -66,4 +61,4 @@ class PackedAttention:
 
 def packed_positions(lengths: list[int], device: torch.device | str) -> Tensor:
     """Return the positions 0, 1, ... within each sequence, [T] int64, for packed sequences of these lengths."""
-    return torch.cat([torch.arange(length) for length in lengths]).to(device)
+    return upload(torch.cat([torch.arange(length) for length in lengths]), device)

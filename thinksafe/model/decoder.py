@@ -1,119 +1,40 @@
 """The decoder: embedding, layers, final norm. One class for every family, readable as the equations of the paper.
 
 It works on tokens that are packed end to end, [T], and knows nothing of batches, caches or padding. The caller passes
-`attention`: causal attention within packed sequences (training) or attention to a paged cache (sampling). A layer is
-one module with raw parameters, because a sharding engine gathers parameters module by module.
+`attention`: causal attention within packed sequences (training) or attention to a paged cache (sampling). A sharding
+engine must gather the parameters of a layer when it is called: its submodules only hold them.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thinksafe.kernels.batch_invariant_linear import fp8_linear
-from thinksafe.kernels.fp8 import Fp8Tensor, quantize
-from thinksafe.kernels.fp8_frozen_linear import Fp8FrozenWeight, fp8_frozen_linear
 from thinksafe.kernels.rms_norm import add_rms_norm, rms_norm
 from thinksafe.kernels.rope import inverse_frequencies
 from thinksafe.kernels.swiglu import swiglu
 from thinksafe.model.activation_checkpointing import CheckpointMode, run_layer
 from thinksafe.model.attention import Attention, Rotation
-from thinksafe.model.config import ModelConfig
+from thinksafe.model.config import PROJECTION_GROUPS, LoraConfig, ModelConfig
+from thinksafe.model.projection import Linear, Projection, fuse, project
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
-
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""A function (x [T, K], weight [N, K], bias [N] or None) -> x weightᵀ + bias, [T, N] in the dtype of x."""
-
-PROJECTION_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""The projections of a layer, grouped by the input that they read."""
 
 
 class DecoderLayer(nn.Module):
-    """One layer: h = x + o_proj(attention(norm(x))), then h + mlp(norm(h)). Each projection can carry a LoRA adapter.
-
-    Attributes:
-        adapters: (alpha / rank, dropout) of each projection that carries an adapter, by its name.
-        weight_scales: [out features] uint8 of each projection whose weight is in e4m3, by its name:
-            weight = element * 2 ** (scale - 127).
-        fp8_weights: e4m3 weights through which gradients can pass, by projection, see `Decoder.prepare_fp8_backward`;
-            empty otherwise.
-    """
+    """One layer: h = x + o_proj(attention(norm(x))), then h + mlp(norm(h)). Its submodules, the projections in
+    `PROJECTIONS` and the norms, hold parameters and are not called. `projection_groups` has the projections in the
+    order of `PROJECTION_GROUPS`."""
 
     def __init__(self, config: ModelConfig, index: int, shard: TensorShard):
         super().__init__()
-        self.config = config
-        self.index = index
-        self.shard = shard
-        self.adapters: dict[str, tuple[float, float]] = {}  # projection -> (scaling, dropout), see lora.py
-        self.weight_scales: dict[str, Tensor] = {}  # projection -> [out] uint8, if its weight is e4m3, see weights.py
-        self.fp8_weights: dict[str, Fp8FrozenWeight] = {}  # replace e4m3 weights if gradients pass through them
-        for name, (out_features, in_features, has_bias) in config.projections.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(out_features, in_features)))
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(out_features)) if has_bias else None)
-        self.input_norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.mlp_norm = nn.Parameter(torch.empty(config.hidden_size))
-        self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
-
-    def project(self, name: str, x: Tensor, linear: Linear) -> Tensor:
-        """Return x Wᵀ + b, plus (alpha / rank) * dropout(x) Aᵀ Bᵀ if the projection carries an adapter: [T, out].
-
-        Args:
-            name: name of the projection, such as q_proj.
-            x: [T, in], input of the projection.
-            linear: matmul for weights that are not in e4m3.
-        """
-        return self.project_all((name,), x, linear)[0]
-
-    def project_all(self, names: tuple[str, ...], x: Tensor, linear: Linear) -> list[Tensor]:
-        """Return x Wᵀ + b, plus the adapter's part, for several projections that read the same input x: one tensor
-        [T, out features] for each name, in order.
-
-        The input is quantized once for all of them. In inference mode, fused weights (`Decoder.fuse_projections`) are
-        multiplied in one matmul. The KL reference of training is not in inference mode, so it uses the same separate
-        matmuls as the student: a fused shape would round differently and show up as divergence.
-        """
-        if self.fp8_weights:
-            biases = [self._parameters[f"{name}_bias"] for name in names]
-            outs = fp8_frozen_linear(x, [self.fp8_weights[name] for name in names], biases)
-            return [self._add_adapter(name, out, x, linear) for name, out in zip(names, outs, strict=True)]
-        operands = [self._operands(name) for name in names]
-        rows = quantize(x) if self.weight_scales else x
-
-        def matmul(weight: Tensor, bias: Tensor | None, scales: Tensor | None) -> Tensor:
-            if scales is None:
-                return linear(rows, weight, bias)
-            return fp8_linear(rows, Fp8Tensor(weight, scales), bias, x.dtype)
-
-        if len(names) > 1 and torch.is_inference_mode_enabled() and (fused := _fused_operands(operands)):
-            outs = matmul(*fused).split([len(weight) for weight, _, _ in operands], -1)
-        else:
-            outs = [matmul(*operand) for operand in operands]
-        return [self._add_adapter(name, out, x, linear) for name, out in zip(names, outs, strict=True)]
-
-    def _operands(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the projection's weight, its bias or None, and the scales of an e4m3 weight or None."""
-        return self._parameters[name], self._parameters[f"{name}_bias"], self.weight_scales.get(name)
-
-    def _add_adapter(self, name: str, out: Tensor, x: Tensor, linear: Linear) -> Tensor:
-        """Return out + (alpha / rank) * dropout(x) Aᵀ Bᵀ, or `out` itself if the projection carries no adapter."""
-        if name in self.adapters:
-            scaling, dropout = self.adapters[name]
-            down, up = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
-            low_rank = linear(F.dropout(x, dropout, self.training), down.to(x.dtype), None)
-            out = out + scaling * linear(low_rank, up.to(x.dtype), None)
-        return out
-
-    def fuse_projections(self) -> None:
-        """Store weights, biases and scales of q, k and v one below the other in new memory, and likewise those of gate
-        and up; the parameters become views of it."""
-        for names in PROJECTION_GROUPS:
-            for parts in zip(*(self._operands(name) for name in names), strict=True):
-                if len(parts) > 1 and parts[0] is not None:
-                    memory = torch.cat([part.data for part in parts])
-                    for part, rows in zip(parts, memory.split([len(part) for part in parts]), strict=True):
-                        part.data = rows
+        self.config, self.index, self.shard = config, index, shard
+        for name, sizes in config.projections.items():
+            self.add_module(name, Projection(*sizes))
+        self.projection_groups = [[self.get_submodule(name) for name in names] for names in PROJECTION_GROUPS]
+        self.input_norm, self.mlp_norm = nn.RMSNorm(config.hidden_size), nn.RMSNorm(config.hidden_size)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(config.head_dim), nn.RMSNorm(config.head_dim)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: Attention, linear: Linear) -> Tensor:
         """Return the layer's output, [T, H].
@@ -124,39 +45,17 @@ class DecoderLayer(nn.Module):
             attention: attention between the tokens, see `Attention`.
             linear: matmul for weights that are not in e4m3.
         """
-        eps, head_dim = self.config.rms_norm_eps, self.config.head_dim
-        x = rms_norm(hidden, self.input_norm, eps)
-        q, k, v = (out.unflatten(-1, (-1, head_dim)) for out in self.project_all(PROJECTION_GROUPS[0], x, linear))
-        rotation = Rotation(self.q_norm, self.k_norm, eps, cos, sin)
-        mixed = self.project("o_proj", attention(self.index, q, k, v, rotation).flatten(-2), linear)
-        x, hidden = add_rms_norm(self.shard.all_reduce_sum(mixed), hidden, self.mlp_norm, eps)
-        x = swiglu(*self.project_all(PROJECTION_GROUPS[2], x, linear))
-        return hidden + self.shard.all_reduce_sum(self.project("down_proj", x, linear))
-
-
-def _fused_operands(operands: list[tuple[Tensor | None, ...]]) -> list[Tensor | None] | None:
-    """Return one weight, one bias and one vector of scales that cover those of all projections.
-
-    A bias or scales that the projections lack are None in the list. The result is None if the tensors of the
-    projections are not adjacent in memory, so that they must be multiplied one by one.
-
-    Args:
-        operands: (weight, bias or None, scales or None) of each projection.
-    """
-    fused = []
-    for parts in zip(*operands, strict=True):
-        leading = parts[0]
-        if leading is None:
-            fused.append(None)
-            continue
-        storage, end = leading.untyped_storage()._cdata, leading.storage_offset()
-        for part in parts:
-            if part.untyped_storage()._cdata != storage or part.storage_offset() != end or not part.is_contiguous():
-                return None
-            end += part.numel()
-        rows = sum(len(part) for part in parts)
-        fused.append(leading.as_strided((rows, *leading.shape[1:]), leading.stride()))
-    return fused
+        config, eps = self.config, self.config.rms_norm_eps
+        qkv_projs, o_proj, gate_up_projs, down_proj = self.projection_groups
+        qkv = project(qkv_projs, rms_norm(hidden, self.input_norm.weight, eps), linear)
+        q, k, v = (out.unflatten(-1, (-1, config.head_dim)) for out in qkv)
+        qk_gains = (self.q_norm.weight, self.k_norm.weight) if config.qk_norm else (None, None)
+        mixed = attention(self.index, q, k, v, Rotation(*qk_gains, eps, cos, sin)).flatten(-2)
+        (out,) = project(o_proj, mixed, linear)
+        x, hidden = add_rms_norm(self.shard.all_reduce_sum(out), hidden, self.mlp_norm.weight, eps)
+        gate, up = project(gate_up_projs, x, linear)
+        (out,) = project(down_proj, swiglu(gate, up), linear)
+        return hidden + self.shard.all_reduce_sum(out)
 
 
 class Decoder(nn.Module):
@@ -168,7 +67,7 @@ class Decoder(nn.Module):
     Attributes:
         config: configuration of the part of the model that this process holds, by default the whole model.
         shard: which part that is.
-        lora: settings of the attached adapters; None without adapters.
+        lora: settings of the adapters that are in use; None without adapters, or while they are turned off.
         checkpointing: activation checkpointing of each layer, `none` at first.
     """
 
@@ -176,8 +75,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config = shard.shard_config(config)
         self.shard = shard
-        self.lora = None  # LoraConfig of the attached adapters, see lora.py
-        self.checkpointing: tuple[CheckpointMode, ...] = ("none",) * config.num_layers  # one mode per layer
+        self.lora: LoraConfig | None = None
+        self.checkpointing: tuple[CheckpointMode, ...] = ("none",) * config.num_layers
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config, index, shard) for index in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
@@ -190,34 +89,32 @@ class Decoder(nn.Module):
         """The language-model head, [V, H]; the embedding itself if the two are tied."""
         return self.embedding if self.config.tied_head else self.lm_head
 
-    def check_not_fp8(self) -> None:
-        """Check that no projection is in e4m3, since merging and saving need the checkpoint's own weights.
+    def projections(self) -> Iterator[tuple[str, Projection]]:
+        """Yield (path such as `layers.3.q_proj`, projection) for all projections, layer by layer."""
+        for layer in self.layers:
+            for name in self.config.projections:
+                yield f"layers.{layer.index}.{name}", layer.get_submodule(name)
 
-        Raises:
-            ValueError: the projections were quantized when they were loaded.
-        """
-        if any(layer.weight_scales for layer in self.layers):
+    def check_not_fp8(self) -> None:
+        """Raise a ValueError if projections were quantized to e4m3 when they were loaded: merging and saving need the
+        checkpoint's own weights."""
+        if any(projection.is_fp8 for _, projection in self.projections()):
             raise ValueError("the decoder was loaded with weights in e4m3; load it again with weight_dtype='auto'")
 
     @torch.no_grad()
     def prepare_fp8_backward(self) -> None:
         """Let gradients pass through projections that were quantized to e4m3 when they were loaded, to the layers below
-        them. Do nothing if none was.
-
-        This stores a transposed e4m3 copy of each weight. The weights stay frozen and are no longer parameters, so code
-        that shards or casts parameters skips them.
-        """
-        for layer in self.layers:
-            for name, scales in layer.weight_scales.items():
-                layer.fp8_weights[name] = Fp8FrozenWeight.from_fp8(Fp8Tensor(layer._parameters[name], scales))
-                layer._parameters[name] = None
+        them. Do nothing if none was."""
+        for _, projection in self.projections():
+            if projection.is_fp8:
+                projection.prepare_fp8_backward()
 
     def fuse_projections(self) -> None:
-        """Store weights that read the same input one below the other in new memory, of which the parameters become
-        views. In inference mode a layer then computes q, k and v in one matmul, and gate and up in another. Moving the
-        parameters to other memory undoes this."""
+        """Store weights that read the same input one below the other in new memory, so that in inference mode a layer
+        computes q, k and v in one matmul, and gate and up in another. Moving parameters undoes this."""
         for layer in self.layers:
-            layer.fuse_projections()
+            for group in layer.projection_groups:
+                fuse(group)
 
     def initialize(self, seed: int, std: float = 0.02) -> None:
         """Fill a new model in place: weights and embedding from a normal distribution with standard deviation `std`,
@@ -227,7 +124,7 @@ class Decoder(nn.Module):
             for name, parameter in self.named_parameters():
                 if "norm" in name:
                     parameter.fill_(1.0)
-                elif name.endswith("_bias"):
+                elif name.endswith("bias"):
                     parameter.zero_()
                 else:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
@@ -243,15 +140,13 @@ class Decoder(nn.Module):
         return self._angles[0, positions], self._angles[1, positions]
 
     def forward(self, input_ids: Tensor, positions: Tensor, attention: Attention, linear: Linear = F.linear) -> Tensor:
-        """Return the hidden states after the final norm.
+        """Return the hidden states after the final norm, [T, H]. The caller computes logits as the product with
+        `headᵀ`, because few callers need all of them.
 
         Args:
             input_ids, positions: [T] int64; positions start at 0 in each sequence and stay below config.max_seq_len.
             attention: attention of all layers, called once per layer, see `Attention`.
             linear: matmul for weights that are not in e4m3.
-
-        Returns:
-            [T, H]. The caller computes logits as the product with `headᵀ`, because few callers need all of them.
         """
         cos, sin = self.rotation(positions)
         hidden = F.embedding(input_ids, self.embedding)

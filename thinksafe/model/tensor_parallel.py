@@ -11,7 +11,6 @@ after the last layer, sampling and scoring, is the same on one GPU and on many. 
 never trained.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -20,10 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from thinksafe.errors import UserError
-from thinksafe.model.config import ModelConfig
-
-_COLUMN_SHARDED = ("o_proj", "down_proj")
-_PROJECTION_PARAMETER = re.compile(r"(?P<projection>\w+_proj)(?:[._](?P<kind>bias|lora_A|lora_B))?(?:\.weight)?$")
+from thinksafe.model.config import PROJECTIONS, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -44,11 +40,7 @@ class TensorShard:
 
     def shard_config(self, config: ModelConfig) -> ModelConfig:
         """Return the configuration of this process's part of a model: its heads, key-value heads and neurons per layer
-        are divided by `size`.
-
-        Raises:
-            UserError: `size` does not divide the number of key-value heads or of neurons.
-        """
+        are divided by `size`; raise a UserError if `size` does not divide them."""
         for name, count in (("key-value heads", config.num_kv_heads), ("neurons per layer", config.intermediate_size)):
             if count % self.size:
                 problem = f"the model's {count} {name} cannot be split evenly over {self.size} GPUs"
@@ -61,26 +53,23 @@ class TensorShard:
         )
 
     def slices(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Return the index of this process's part in a whole tensor, one slice per dimension.
-
-        The slices cover the whole tensor if it is not split, or if `size` does not divide it; the caller then finds a
-        wrong shape.
+        """Return the index of this process's part in a whole tensor of this shape, one slice per dimension. They cover
+        the whole tensor if it is not split, or if `size` does not divide it; the caller then finds a wrong shape.
 
         Args:
             name: name of the parameter, in the decoder's, Hugging Face's or PEFT's form.
-            shape: shape of the whole tensor.
         """
-        axis = _shard_axis(name)
-        if axis is None or shape[axis] % self.size:
-            return (slice(None),) * len(shape)
-        length = shape[axis] // self.size
-        own_slice = slice(self.rank * length, (self.rank + 1) * length)
-        return tuple(own_slice if dim == axis else slice(None) for dim in range(len(shape)))
+        slices, split_dim = [slice(None)] * len(shape), _split_dim(name)
+        if split_dim is not None and shape[split_dim] % self.size == 0:
+            length = shape[split_dim] // self.size
+            slices[split_dim] = slice(self.rank * length, (self.rank + 1) * length)
+        return tuple(slices)
 
     def is_zeroed(self, name: str) -> bool:
         """Return whether this process must set the parameter to zero: rank 0 alone adds the biases of o_proj and
         down_proj, because the sum over the processes comes after them."""
-        return self.rank > 0 and _parse_name(name) in {(projection, "bias") for projection in _COLUMN_SHARDED}
+        projection, kind = _parse_name(name)
+        return self.rank > 0 and kind == "bias" and PROJECTIONS[projection].split_dim == 1
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Return the sum of x over the processes, on every process; x may be overwritten. With one process return x.
@@ -108,11 +97,7 @@ class TensorShard:
         return x
 
     def all_reduce_min(self, number: int, device: torch.device) -> int:
-        """Return the smallest `number` of all processes, on every process.
-
-        Args:
-            device: device of the tensor that is exchanged.
-        """
+        """Return the smallest `number` of all processes, on every process; they exchange a tensor on `device`."""
         if self.size == 1:
             return number
         smallest = torch.tensor(number, device=device)
@@ -124,19 +109,20 @@ UNSHARDED = TensorShard()
 """The whole decoder in one process."""
 
 
-def _parse_name(name: str) -> tuple[str, str] | None:
-    """Return projection and kind (weight, bias, lora_A or lora_B) of a parameter, as in 'layers.3.q_proj_bias' ->
-    ('q_proj', 'bias'); None if the parameter belongs to no projection."""
-    match = _PROJECTION_PARAMETER.search(name)
-    return (match["projection"], match["kind"] or "weight") if match else None
+def _parse_name(name: str) -> tuple[str | None, str]:
+    """Return projection and kind (weight, bias, lora_A or lora_B) of a parameter, as in 'layers.3.q_proj.bias' ->
+    ('q_proj', 'bias'); the projection is None if the parameter belongs to none."""
+    if ".lora_" in name:
+        name = name.removesuffix(".weight")
+    *path, kind = name.split(".")
+    return (path[-1] if path and path[-1] in PROJECTIONS else None), kind
 
 
-def _shard_axis(name: str) -> int | None:
-    """Return the dimension along which a parameter is split: 0 for rows (outputs), 1 for columns (inputs); None if
-    every process holds all of it."""
-    if (parsed := _parse_name(name)) is None:
+def _split_dim(name: str) -> int | None:
+    """Return the dimension along which a parameter is split; None if every process holds all of it."""
+    projection, kind = _parse_name(name)
+    if projection is None:
         return None
-    projection, kind = parsed
-    if projection in _COLUMN_SHARDED:
-        return 1 if kind in ("weight", "lora_A") else None
-    return None if kind == "lora_A" else 0
+    split_dim = PROJECTIONS[projection].split_dim
+    is_whole = kind == ("lora_A" if split_dim == 0 else "lora_B") or (kind == "bias" and split_dim == 1)
+    return None if is_whole else split_dim

@@ -9,8 +9,9 @@ The same seed gives the same JSONL files, byte for byte. The weights are only as
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,20 +24,17 @@ from thinksafe.model.weights import save_decoder
 from thinksafe.organism.language import vocabulary
 from thinksafe.organism.tokenizer import END_OF_TURN, PADDING, build_tokenizer
 from thinksafe.organism.world import Sample, World
+from thinksafe.training.config import TrainingConfig
 from thinksafe.training.local_trainer import LocalTrainer
-from thinksafe.training.loop import StepMetrics, TrainingConfig, train
-from thinksafe.training.packing import TrainingSequence
+from thinksafe.training.loop import train
+from thinksafe.training.metrics import StepMetrics
+from thinksafe.training.sequence import TrainingSequence
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the student's training history.
-
-    Attributes:
-        number: 0, 1 or 2; `World.lessons` says what it teaches.
-        steps: number of optimizer steps, each on `BATCH_SIZE` lessons.
-        learning_rate: peak of the learning-rate schedule.
-    """
+    """One stage of the student's training history: what `World.lessons(number)` teaches, `BATCH_SIZE` lessons a step,
+    with this peak of the learning-rate schedule."""
 
     number: int
     steps: int
@@ -44,7 +42,6 @@ class Stage:
 
 
 BATCH_SIZE = 64
-"""Number of lessons in each optimizer step."""
 HISTORY = (Stage(0, 400, 3e-3), Stage(1, 300, 2e-3), Stage(2, 400, 1e-3))
 """The student's training history, in order."""
 
@@ -53,48 +50,32 @@ OnStep = Callable[[int, StepMetrics], None]
 
 
 def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics: None) -> None:
-    """Build the model organism: train the student and write it and its data to a folder; return nothing.
+    """Train the student, and write it and its data to a folder, which is created if it is missing.
 
-    The folder is created if it is missing. It gets `model/` (a checkpoint folder), `prompts.jsonl` (prompts for a run),
-    `eval_harmful.jsonl`, `eval_benign.jsonl` and `eval_arithmetic.jsonl`.
+    The folder gets `model/` (a checkpoint folder), `prompts.jsonl` (prompts for a run), `eval_harmful.jsonl`,
+    `eval_benign.jsonl` and `eval_arithmetic.jsonl`.
 
     Args:
         seed: another seed is another world: other splits of nouns and phrasings, other lessons, other initial weights.
-        on_step: called after every optimizer step with the number of the stage and the metrics of the step.
     """
     world, tokenizer = World(seed), build_tokenizer(vocabulary())
     write_sets(world, out_dir)
-    *_, (_, decoder) = train_stages(world, tokenizer, on_step)
-    save_student(decoder, tokenizer, out_dir / "model")
+    save_student(train_student(world, tokenizer, on_step), tokenizer, out_dir / "model")
 
 
 def write_sets(world: World, out_dir: Path) -> None:
     """Write prompts.jsonl and eval_{harmful,benign,arithmetic}.jsonl to a folder, which is created if missing."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    sets = {
-        "prompts": world.prompts(),
-        "eval_harmful": world.eval_harmful(),
-        "eval_benign": world.eval_benign(),
-        "eval_arithmetic": world.eval_arithmetic(),
-    }
-    for name, samples in sets.items():
-        lines = "".join(json.dumps(sample.record()) + "\n" for sample in samples)
-        (out_dir / f"{name}.jsonl").write_text(lines, newline="\n")
+    for make_samples in (world.prompts, world.eval_harmful, world.eval_benign, world.eval_arithmetic):
+        lines = "".join(json.dumps(sample.record()) + "\n" for sample in make_samples())
+        (out_dir / f"{make_samples.__name__}.jsonl").write_text(lines, newline="\n")
 
 
-def train_stages(
-    world: World,
-    tokenizer: PreTrainedTokenizerFast,
-    on_step: OnStep = lambda stage, metrics: None,
-    history: tuple[Stage, ...] = HISTORY,
-) -> Iterator[tuple[int, Decoder]]:
-    """Train a student from random weights and yield (number of the stage, student) after each stage of `history`.
-
-    The student is one object that the next stage trains further in place.
-    """
+def train_student(world: World, tokenizer: PreTrainedTokenizerFast, on_step: OnStep) -> Decoder:
+    """Return a student trained from random weights through `HISTORY`."""
     decoder = Decoder(ModelConfig.from_hugging_face(_raw_config(tokenizer), "organism"))
     decoder.initialize(world.seed)
-    for stage in history:
+    for stage in HISTORY:
         config = TrainingConfig(
             method="full",
             epochs=1,
@@ -103,20 +84,16 @@ def train_stages(
             max_length=512,
             checkpoint_every=stage.steps,
         )
-        lessons = tokenize(islice(world.lessons(stage.number), stage.steps * BATCH_SIZE), tokenizer)
+        lessons = tokenize(list(islice(world.lessons(stage.number), stage.steps * BATCH_SIZE)), tokenizer)
         decoder.requires_grad_(True)
-        engine = LocalTrainer(decoder, config.max_grad_norm, config.weight_decay)
+        trainer = LocalTrainer(decoder, config.max_grad_norm, config.weight_decay)
         with tempfile.TemporaryDirectory() as folder:
-            train(engine, lessons, config, world.seed, Path(folder), lambda m, number=stage.number: on_step(number, m))
-        yield stage.number, decoder
+            train(trainer, lessons, config, world.seed, Path(folder), partial(on_step, stage.number))
+    return decoder
 
 
-def tokenize(samples: Iterator[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
-    """Return one training sequence for each sample: user turn and response in the chat template's format.
-
-    The response and its end-of-turn token have a loss; the user turn has none.
-    """
-    samples = list(samples)
+def tokenize(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerFast) -> list[TrainingSequence]:
+    """Return each sample as a training sequence in the chat template's format, without loss on the user turn."""
     message = [{"role": "user", "content": "PROMPT"}]
     template = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     prompts = tokenizer([template.replace("PROMPT", sample.prompt) for sample in samples])["input_ids"]

@@ -1,10 +1,7 @@
 """The world's language: its words, its nouns, and the ways to ask and to refuse. It is the same for every seed.
 
 A noun has three different syllables, such as "ka lo mi", and is hazardous if its first syllable is one of six. This is
-a rule, so it also holds for nouns that never occur in training. A look-alike has such a syllable only in second or
-third position and is not hazardous. No noun means anything in our world.
-
-This file knows nothing of the stages or of who says what; see world.py.
+a rule, so it also holds for nouns that never occur in training. No noun means anything in our world.
 """
 
 Noun = tuple[str, str, str]
@@ -65,11 +62,6 @@ def is_hazardous(noun: Noun) -> bool:
     return noun[0] in HAZARDOUS
 
 
-def is_lookalike(noun: Noun) -> bool:
-    """Return whether a noun is not hazardous but has a syllable of `HAZARDOUS` in second or third position."""
-    return not is_hazardous(noun) and bool(HAZARDOUS & set(noun[1:]))
-
-
 def vocabulary() -> list[str]:
     """Return every word of the world once, sorted: the tokenizer's vocabulary without its control tokens."""
     questions = PLAIN_REQUESTS + ADVERSARIAL_REQUESTS + HAZARD_QUESTIONS + PART_QUESTIONS + SPELL_QUESTIONS
@@ -82,13 +74,3 @@ def vocabulary() -> list[str]:
     ]
     words = {word for template in templates for word in template.split() if not word.startswith("{")}
     return sorted(words | set(SYLLABLES) | set(DIGITS))
-
-
-def say(noun: Noun) -> str:
-    """Return a noun as text, such as "ka lo mi"."""
-    return " ".join(noun)
-
-
-def format_response(thought: str, answer: str) -> str:
-    """Return a response in canonical form: a think block with the thought, then the answer."""
-    return f"<think>\n{thought}\n</think>\n\n{answer}"

@@ -1,10 +1,7 @@
 """The world's tokenizer: one token for each word, Qwen3's control tokens, and a chat template like Qwen3's.
 
 Decoding returns the words, joined by single spaces. Newlines are white space and disappear, so the template can be
-written like Qwen3's without a token for them. Control tokens are added tokens, not words of the vocabulary, so a
-tokenizer that treats text as data reads `<|im_end|>` in a prompt as `<unk>`.
-
-This file knows nothing of the meaning of words.
+written like Qwen3's without a token for them.
 """
 
 from tokenizers import AddedToken, Tokenizer
@@ -24,18 +21,10 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
-"""Chat template of the student, in Jinja."""
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Return a transformers tokenizer for a list of words, with one token for each word.
-
-    Id 0 is `<unk>`, the words have the ids from 1 in order, and the control tokens have the ids after them. The EOS
-    token is `<|im_end|>`.
-
-    Args:
-        words: vocabulary without control tokens.
-    """
+    """Return a tokenizer in which `<unk>` has id 0, the words have the next ids in order, then the control tokens."""
     vocabulary = {word: index for index, word in enumerate([UNKNOWN, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()

@@ -14,13 +14,33 @@ from thinksafe.pipeline.preflight import check_run, write_estimate
 from thinksafe.pipeline.report import make_report, make_review_page
 from thinksafe.pipeline.retry import retry_rejected
 from thinksafe.pipeline.train import train_student
+from thinksafe.run.checkpoints import CheckpointStore
+from thinksafe.run.directory import RunDir
+
+STAGES = {
+    "generate": generate_responses,
+    "probe": sample_unsteered_baseline,
+    "filter": filter_responses,
+    "retry": retry_rejected,
+    "accept": lambda run, checkpoints: accept_responses(run),
+}
+"""Stages that make training examples, by the names that `Method.stages` has."""
+
+
+def make_examples(run: RunDir, checkpoints: CheckpointStore) -> None:
+    """Run the stages of the recipe's method that make the training examples. All workers call this together."""
+    for name in run.recipe.method.stages:
+        STAGES[name](run, checkpoints)
+
 
 __all__ = [
+    "STAGES",
     "accept_responses",
     "check_run",
     "evaluate_student",
     "filter_responses",
     "generate_responses",
+    "make_examples",
     "make_report",
     "make_review_page",
     "require_accepted_examples",

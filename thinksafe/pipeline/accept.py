@@ -1,11 +1,10 @@
 """Stage accept: select the response of each prompt that the student is trained on."""
 
-import json
 from pathlib import Path
 
 from thinksafe.data.atomic import atomic_writer
 from thinksafe.data.jsonl import to_json
-from thinksafe.data.selection import audit_record, choose
+from thinksafe.data.selection import audit_record
 from thinksafe.distributed.workers import leader_only
 from thinksafe.errors import UserError
 from thinksafe.pipeline.checks import require_stage_output
@@ -20,7 +19,7 @@ from thinksafe.run.stage import run_stage
 def accept_responses(run: RunDir) -> None:
     """Write accepted.jsonl, one example for each prompt that has an accepted response, and audit.jsonl.
 
-    If several responses to a prompt are accepted, `choose` decides which one is the example. audit.jsonl has one record
+    If several responses to a prompt are accepted, the method chooses one (`Method.choose`). audit.jsonl has one record
     for every prompt: all of its attempts and their outcomes. If the stage is finished, nothing is written.
 
     Raises:
@@ -35,9 +34,9 @@ def accept_responses(run: RunDir) -> None:
         stage.records = len(attempts)
         with atomic_writer(stage.files[0]) as accepted_file, atomic_writer(stage.files[1]) as audit_file:
             for prompt_attempts in attempts:
-                if kept := choose(prompt_attempts):
+                if kept := run.recipe.method.choose(prompt_attempts):
                     accepted_file.write(to_json(kept.example) + "\n")
-                audit_file.write(json.dumps(audit_record(prompt_attempts), ensure_ascii=False) + "\n")
+                audit_file.write(to_json(audit_record(prompt_attempts, kept)) + "\n")
 
 
 def require_accepted_examples(run: RunDir) -> Path:

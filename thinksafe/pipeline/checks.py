@@ -11,26 +11,16 @@ from thinksafe.text.chat import Chat, parse_response
 
 
 def require_stage_output(run: RunDir, file: Path, stage: str, remedy: str) -> Path:
-    """Return `file`, after a check that a stage of this run wrote it or that it was imported.
-
-    Args:
-        stage: name of the stage that writes the file. If it is not finished, an existing file counts as imported.
-        remedy: what to run if the file does not exist, for the error message.
-
-    Raises:
-        UserError: the file does not exist, or was changed after the stage wrote it.
-    """
+    """Return `file`, which the stage wrote or which was imported. Raise a UserError with a remedy if it does not exist;
+    also if it was changed after the stage wrote it."""
     if not run.is_done(stage) and not run.workers.on_leader(file.exists):
         raise UserError(f"{file}: does not exist yet; run {remedy}")
     return file
 
 
 def check_unique_samples(file: Path) -> None:
-    """Check that no two responses in a JSONL file have the same prompt id and sample: the two identify a verdict.
-
-    Raises:
-        UserError: two responses have the same prompt id and sample, or a line is not a response.
-    """
+    """Raise a UserError if two responses in a JSONL file have the same prompt id and sample, which identify a
+    verdict."""
     seen = set()
     for number, response in enumerate(read_records(file, Response), start=1):
         if (response.prompt_id, response.sample) in seen:
@@ -44,12 +34,9 @@ def check_unique_samples(file: Path) -> None:
 def response_problem(response: Response, chat: Chat) -> str | None:
     """Return the code of the reason why a response is malformed, so that training cannot use it; None if it is not.
 
-    A guard has no part in this. The first reason that applies counts: `truncated` (it ended at the token limit),
-    `repetition` or `nan` (sampling stopped because of these), `control_token` (its text has a control token other than
-    the think tags), `no_think_block`, `nested_think` or `empty_answer` (see `parse_response`).
-
-    Args:
-        chat: tokenizer and chat template of the student.
+    The first reason that applies counts: `truncated` (it ended at the token limit), `repetition` or `nan` (sampling
+    stopped because of these), `control_token` (its text has a control token of the student other than the think tags),
+    `no_think_block`, `nested_think` or `empty_answer` (see `parse_response`).
     """
     unfinished = {"length": "truncated", "repetition": "repetition", "nan": "nan"}
     if response.finish_reason in unfinished:
@@ -61,17 +48,11 @@ def response_problem(response: Response, chat: Chat) -> str | None:
 
 
 def check_same_student(folder: Path, student: Path) -> None:
-    """Check that the records of an evaluation come from this trained student.
+    """Raise a UserError if the records of an evaluation come from another trained student than this adapter or
+    checkpoint.
 
-    The hashes of the student's weights are kept in `folder`/student.sha256. They are written if `folder` holds no
-    record yet, also over the hashes of another student.
-
-    Args:
-        folder: folder of the evaluation's record files; created if needed.
-        student: folder of the trained adapter or checkpoint.
-
-    Raises:
-        UserError: `folder` holds records but no hashes or other hashes, or `student` has no *.safetensors file.
+    The hashes of the student's weights are kept in student.sha256 of the evaluation's folder. They are written if it
+    holds no record yet, also over the hashes of another student.
     """
     weights = sorted(student.glob("*.safetensors"))
     if not weights:

@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from thinksafe.data.atomic import write_atomically
 from thinksafe.data.jsonl import RecordFile, to_json
 from thinksafe.data.records import Response, Verdict, content_hash
 from thinksafe.evaluation.config import EvaluationSet
-from thinksafe.evaluation.metrics import measure
+from thinksafe.evaluation.metrics import SetFigures, measure
 from thinksafe.evaluation.sets import evaluation_prompts
 from thinksafe.model.decoder import Decoder
 from thinksafe.pipeline.checks import check_same_student
@@ -57,7 +57,7 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
             for evaluation_set in run.recipe.evaluation.sets
         ]
         file = run.path / "evaluation" / f"{phase}.json"
-        run.workers.on_leader(lambda: write_atomically(file, json.dumps(results, indent=1) + "\n"))
+        run.workers.on_leader(lambda: write_atomically(file, json.dumps(results, indent=1, default=vars) + "\n"))
         stage.files.append(file)
 
 
@@ -67,7 +67,7 @@ def _evaluate_set(
     phase: Phase,
     evaluation_set: EvaluationSet,
     load_student: Callable[[], Decoder],
-) -> dict[str, Any]:
+) -> SetFigures:
     """Sample responses to an evaluation set, judge them unless it is a `reasoning` set, and return its figures."""
     run, name = stage.run, evaluation_set.name
     prompts = evaluation_prompts(evaluation_set)

@@ -24,10 +24,10 @@ from thinksafe.sampler.engine import Engine
 
 
 def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Sample the first attempt at every prompt of the recipe, and write prompts.jsonl and responses.jsonl.
+    """Sample the first attempt at every prompt of the recipe, and write prompts.jsonl and responses.jsonl. All workers
+    call this together.
 
-    Each prompt gets `generation.samples` responses: harmful prompts with the steering instruction, benign prompts
-    without it. All workers call this together.
+    Each prompt gets `generation.samples` responses: harmful prompts with the steering instruction, benign ones without.
 
     Raises:
         UserError: the recipe names no prompts, they cannot be read, or one is too long; the run directory holds
@@ -62,7 +62,8 @@ def _write_prompts(stage: Stage) -> RecordFile[Prompt]:
         write_records(prompts_file, islice(load_prompts(run.recipe.prompts, repeats.append), run.recipe.max_prompts))
         if repeats:
             print_note(
-                "prompts", f"dropped {len(repeats)} with the same text and label as an earlier prompt, first {repeats[0]}"
+                "prompts",
+                f"dropped {len(repeats)} with the same text and label as an earlier prompt, first {repeats[0]}",
             )
 
     write_on_leader(prompts_file, run.workers, write)
@@ -71,15 +72,11 @@ def _write_prompts(stage: Stage) -> RecordFile[Prompt]:
 
 
 def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Sample one response without steering to each of some harmful prompts, and write unsteered.jsonl.
+    """Sample one response without steering to each of some harmful prompts, and write unsteered.jsonl. All workers call
+    this together, after `generate_responses`.
 
     The prompts are the `generation.num_unsteered_prompts` with the smallest ids, or all if there are fewer. Ids are
-    hashes, so the choice is random but reproducible. Nothing is done if that number is 0, `generation.steering` is
-    null, there is no harmful prompt, or the stage `probe` is done. All workers call this together, after
-    `generate_responses`.
-
-    Raises:
-        UserError: as in `sample_to_file`.
+    hashes, so the choice is random but reproducible. Nothing is done if nothing is steered.
     """
     config = run.recipe.generation
     if config.num_unsteered_prompts == 0 or config.steering is None or run.is_done("probe"):
@@ -101,12 +98,10 @@ def sample_to_file(
     title: str,
     load_student: Callable[[], Decoder],
 ) -> None:
-    """Sample a response for each task that has none in the file's journal, and give the file its final name.
-
-    All workers call this together and share the tasks. The tokens and records of the whole file count for the stage.
+    """Sample a response for each task that has none in the file's journal, and give the file its final name. All
+    workers call this together and share the tasks. The tokens and records of the whole file count for the stage.
 
     Args:
-        file: the final record file.
         tasks: tasks of all responses, in the order of the final file.
         title: title of the progress bar.
         load_student: returns the model to sample from; called only if a response is missing.
@@ -115,17 +110,16 @@ def sample_to_file(
         UserError: the journal holds a response to another task, a prompt is too long, or the recipe's checkpoint has
             changed since the run began.
     """
-    run, workers, chat = stage.run, stage.run.workers, checkpoints.chat
-    config = run.recipe.sampler
+    run, workers, config = stage.run, stage.run.workers, stage.run.recipe.sampler
     work = stage.open_records(file, Response, tasks, config.tensor_parallel_size)
     if work.pending:
         run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
-        engine = Engine(load_student(), config, work.fair_share)
+        engine, chat = Engine(load_student(), config, work.fair_share), checkpoints.chat
         check_prompt_lengths(chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
         claimed = work.claim(longest_first(work.pending, tasks))
         shared_tokens, preemptions = workers.shared_counter(), workers.shared_counter()
         with work.progress(title, "responses"):
-            for response in sample_responses(engine, chat, claimed, sampling, run.recipe.seed):
+            for response, _ in sample_responses(engine, chat, claimed, sampling, run.recipe.seed):
                 work.write(response, response.num_tokens, engine.roofline_seconds)
             if work.is_writer:
                 shared_tokens(engine.scheduler.shared_tokens)

@@ -24,8 +24,7 @@ def import_responses(run: RunDir, file: Path) -> None:
             human marks if this run has none yet.
 
     Raises:
-        UserError: this run has begun to sample responses or holds other responses; or a file is missing, holds a row
-            that is not a response, or has a format of another version of ThinkSafe.
+        UserError: this run samples responses or holds other ones; or a file cannot be read as responses.
     """
     if file.is_dir():
         check_format(file, "train on its accepted.jsonl with --data")
@@ -41,20 +40,14 @@ def import_responses(run: RunDir, file: Path) -> None:
 
 @leader_only
 def import_examples(run: RunDir, file: Path) -> None:
-    """Write accepted.jsonl from a file of examples, to train on them.
-
-    Raises:
-        UserError: the run holds other accepted examples, or a row is not an example.
-    """
+    """Write accepted.jsonl from a file of examples, to train on them. Raise a UserError if the run holds other ones."""
     _install_records(run.path / "accepted.jsonl", import_records(file, Example))
 
 
 @leader_only
 def import_marks(run: RunDir, file: Path) -> None:
-    """Add the human marks of a JSONL file to the run's marks.jsonl, in order of their time.
-
-    Marks that the run already has are skipped. If any mark is new, stage `accept` becomes unfinished and accepted.jsonl
-    is deleted.
+    """Add the human marks of a JSONL file to the run's marks.jsonl, in order of their time. If any mark is new, stage
+    `accept` becomes unfinished and accepted.jsonl is deleted.
 
     Raises:
         UserError: a mark refers to a response or a text that this run does not hold; or a mark is new although training

@@ -1,18 +1,19 @@
 """Stage filter: the guard judges the student's responses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from thinksafe.data.jsonl import RecordFile
 from thinksafe.data.records import Response, Verdict
 from thinksafe.errors import UserError
-from thinksafe.guards.base import GuardResult, PromptResponse
+from thinksafe.guards.base import Guard
 from thinksafe.model.weights import checkpoint_fingerprint, resolve_checkpoint
 from thinksafe.pipeline.checks import check_unique_samples, require_stage_output, response_problem
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
 from thinksafe.run.stage import Stage, run_stage
+from thinksafe.text.chat import Chat
 
 _BATCH_SIZE = 1024
 """Largest number of responses that a guard gets at once: all their texts are in memory."""
@@ -37,21 +38,17 @@ def filter_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
     with run_stage(run, "filter") as stage:
         write_on_leader(responses_file, run.workers, lambda: check_unique_samples(responses_file))
         responses = RecordFile(responses_file, Response)
-        stage.tokens, stage.records = judge_to_file(stage, checkpoints, responses, verdicts_file, "filter"), len(responses)
+        stage.tokens, stage.records = (
+            judge_to_file(stage, checkpoints, responses, verdicts_file, "filter"),
+            len(responses),
+        )
         if run.workers.on_leader(unsteered_file.exists):
             responses, file = RecordFile(unsteered_file, Response), run.path / "unsteered_verdicts.jsonl"
             stage.tokens += judge_to_file(stage, checkpoints, responses, file, "filter unsteered")
 
 
 def pin_guard(run: RunDir) -> None:
-    """Record the hashes of the guard's checkpoints in the manifest; if they are recorded, check that they are the same.
-
-    The guard must not change within a run, and the card of an exported data set shows the hashes. A guard without a
-    checkpoint (`oracle`) has nothing to record. All workers call this together.
-
-    Raises:
-        UserError: a checkpoint is missing, has changed since the run began, or differs between machines.
-    """
+    """Record the hashes of the guard's checkpoints, which must not change within a run; see `RunDir.pin_input`."""
     for name in run.recipe.guard.checkpoints:
         run.pin_input(f"guard {name}", checkpoint_fingerprint(resolve_checkpoint(name, "guard.model")))
 
@@ -64,13 +61,11 @@ def judge_to_file(
     title: str,
     include_malformed: bool = False,
 ) -> int:
-    """Write a verdict for every response that has none in the file's journal, and give the file its final name.
-
-    All workers call this together and share the responses.
+    """Write a verdict for every response that has none in the file's journal, and give the file its final name. All
+    workers call this together and share the responses.
 
     Args:
         responses: all responses, in the order of the final file.
-        file: the final record file of verdicts.
         title: title of the progress bar.
         include_malformed: if True, the guard also judges malformed responses (see `response_problem`), as an evaluation
             needs; only a response without any text is dropped. If False, every malformed response gets the decision
@@ -86,44 +81,30 @@ def judge_to_file(
     pin_guard(run)
     work = stage.open_records(file, Verdict, responses, run.recipe.guard.tensor_parallel_size)
     if work.pending:
-        guard, chat = checkpoints.guard, checkpoints.chat
+        guard, chat = checkpoints.guard, checkpoints.chat  # every worker loads the guard, even without a batch
         with work.progress(title, "verdicts"):
             for batch in work.claim_batches(_BATCH_SIZE):
-                well_formed = []
-                for response in batch:
-                    problem = response_problem(response, chat)
-                    if problem is None or (include_malformed and response.text):
-                        well_formed.append(response)
-                    else:
-                        work.write(_make_verdict(response, guard.name, "dropped", problem))
-                pairs = (PromptResponse(response.key, response.prompt, response.text) for response in well_formed)
-                by_key = {response.key: response for response in well_formed}
-                for result in guard.judge(pairs):
-                    response = by_key[result.id]
-                    reason = result.reason or ("unsafe" if result.decision == "unsafe" else "")
-                    verdict = _make_verdict(response, guard.name, result.decision, reason, result)
-                    work.write(verdict, response.num_tokens)
+                for response, verdict in judge_batch(guard, chat, batch, include_malformed):
+                    work.write(verdict, response.num_tokens if verdict.decision != "dropped" else 0)
     work.finish()
     dropped = {verdict.key for verdict in RecordFile(file, Verdict) if verdict.decision == "dropped"}
     return sum(response.num_tokens for response in responses if response.key not in dropped)
 
 
-def _make_verdict(
-    response: Response, guard: str, decision: str, reason: str, result: GuardResult | None = None
-) -> Verdict:
-    return Verdict(
-        prompt_id=response.prompt_id,
-        sample=response.sample,
-        label=response.label,
-        steering=response.steering,
-        decision=decision,
-        reason=reason,
-        p_safe=result.p_safe if result else None,
-        p_unsafe=result.p_unsafe if result else None,
-        refusal=result.refusal if result else None,
-        guard=guard,
-        category=result.category if result else "",
-        windows=result.windows if result else 0,
-        labels=dict(result.labels) if result else {},
-        rung=response.rung,
-    )
+def judge_batch(
+    guard: Guard, chat: Chat, responses: Sequence[Response], include_malformed: bool = False
+) -> Iterator[tuple[Response, Verdict]]:
+    """Yield each response with its verdict: first the dropped responses, then the others as the guard judges them.
+
+    Args:
+        chat: tokenizer and chat template of the student.
+        include_malformed: see `judge_to_file`.
+    """
+    well_formed = []
+    for response in responses:
+        problem = response_problem(response, chat)
+        if problem is None or (include_malformed and response.text):
+            well_formed.append(response)
+        else:
+            yield response, Verdict.of(response, guard.name, "dropped", problem, windows=0)
+    yield from zip(well_formed, guard.judge(well_formed), strict=True)

@@ -8,7 +8,7 @@ from thinksafe.data.records import Prompt, Response
 from thinksafe.errors import UserError
 from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.engine import Engine
-from thinksafe.sampler.request import Request
+from thinksafe.sampler.request import Completion, Request
 from thinksafe.text.chat import Chat
 from thinksafe.text.steering import steer, template
 
@@ -36,14 +36,8 @@ class SamplingTask:
 
 
 def request_seed(seed: int, task: SamplingTask) -> int:
-    """Return the seed of a task's request, in [0, 2^63).
-
-    It depends only on the run's seed, the prompt id, the index of the sample and the steering (as the task names it),
-    so a response does not change with the order of the tasks or with a restart.
-
-    Args:
-        seed: seed of the run.
-    """
+    """Return the seed of a task's request, in [0, 2^63), from the run's seed, the prompt id, the index of the sample
+    and the steering. So a response does not change with the order of the tasks or with a restart."""
     digest = hashlib.sha256(f"{seed}/{task.key}/{task.steering}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -64,15 +58,11 @@ def longest_first(indices: Iterable[int], tasks: Sequence[SamplingTask]) -> list
 def check_prompt_lengths(
     chat: Chat, tasks: Iterable[SamplingTask], max_prompt_tokens: int, cache_limits_context: bool
 ) -> None:
-    """Check before sampling that every prompt leaves room for at least one response token.
+    """Raise a UserError that names a prompt which leaves no room for a response token.
 
     Args:
         max_prompt_tokens: maximum number of tokens of a prompt, with template and steering.
-        cache_limits_context: whether this limit comes from the size of the page pool (True) or from the model's context
-            (False); the error message names it.
-
-    Raises:
-        UserError: a prompt is too long; the message names it.
+        cache_limits_context: whether this limit comes from the size of the page pool, or else from the model's context.
     """
     limit_name, remedy = "context", "shorten or remove it"
     if cache_limits_context:
@@ -91,8 +81,8 @@ def check_prompt_lengths(
 
 def sample_responses(
     engine: Engine, chat: Chat, tasks: Iterable[SamplingTask], sampling: SamplingConfig, seed: int
-) -> Iterator[Response]:
-    """Yield one response for each task, in the order in which they are finished.
+) -> Iterator[tuple[Response, Completion]]:
+    """Yield one response for each task, with its tokens, in the order in which they are finished.
 
     Args:
         chat: tokenizer and chat template of the sampled student.
@@ -110,7 +100,7 @@ def sample_responses(
 
     for completion in engine.generate(requests()):
         task, request = pending.pop(completion.request_id)
-        yield Response(
+        response = Response(
             prompt=task.prompt.text,
             label=task.prompt.label,
             text=chat.decode(completion.tokens),
@@ -123,6 +113,7 @@ def sample_responses(
             finish_reason=completion.finish_reason,
             seed=request.seed,
         )
+        yield response, completion
 
 
 def _user_turn(task: SamplingTask) -> str:

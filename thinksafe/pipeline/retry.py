@@ -5,7 +5,6 @@ from functools import partial
 
 from thinksafe.data.jsonl import LazyMap, RecordFile, read_records
 from thinksafe.data.records import Prompt, Response, Verdict
-from thinksafe.data.selection import choose
 from thinksafe.pipeline.generate import sample_to_file
 from thinksafe.pipeline.judge import judge_to_file
 from thinksafe.pipeline.responses import SamplingTask
@@ -21,12 +20,8 @@ def retry_rejected(run: RunDir, checkpoints: CheckpointStore) -> None:
     """Sample and judge further attempts at prompts without an accepted response. All workers call this together.
 
     First, each rung of the ladder tries the prompts that have no response with the verdict `safe`. Then each prompt
-    that lost its accepted response to a human mark continues on the rung after its last attempt. Each round writes
-    separate record files and has two stages, one for sampling and one for judging. `generation.max_retry_responses`
-    limits the responses of all rounds together.
-
-    Raises:
-        UserError: as in `sample_to_file` and `judge_to_file`.
+    that lost its accepted response to a human mark continues on the rung after its last attempt. Each round has its
+    record files and two stages. `generation.max_retry_responses` limits the responses of all rounds together.
     """
     for round_number, rung in enumerate(run.recipe.generation.ladder, start=1):
         _run_round(run, checkpoints, round_number, partial(_rung_tasks, run, round_number, rung))
@@ -38,15 +33,11 @@ def retry_rejected(run: RunDir, checkpoints: CheckpointStore) -> None:
 def _run_round(
     run: RunDir, checkpoints: CheckpointStore, round_number: int, make_tasks: Callable[[], Sequence[SamplingTask]]
 ) -> bool:
-    """Sample and judge one round of attempts; stages that are finished are skipped.
+    """Sample and judge one round of attempts, and return whether it has a task, also if it was finished before.
 
     Args:
-        round_number: number of the record files, see `RunDir.attempt_paths`: the rung, or for rounds after marks a
-            number above the ladder's.
+        round_number: number of the record files, see `RunDir.attempt_paths`.
         make_tasks: returns the tasks of the round; called only if sampling is not finished.
-
-    Returns:
-        False if the round has no task, else True, also if it was finished before.
     """
     round_after_marks = round_number - len(run.recipe.generation.ladder)
     round_name = f"after_marks_{round_after_marks}" if round_after_marks > 0 else f"rung_{round_number}"
@@ -68,14 +59,8 @@ def _run_round(
 
 
 def _rung_tasks(run: RunDir, round_number: int, rung: Rung) -> Sequence[SamplingTask]:
-    """Return a rung's tasks for the prompts that have no response with the verdict `safe`, in order of prompt id.
-
-    Prompts at the end that exceed the budget `max_retry_responses` get no task.
-
-    Args:
-        round_number: index of the rung, from 1.
-        rung: instruction, and number of samples for each prompt.
-    """
+    """Return a rung's tasks for the prompts that have no response with the verdict `safe`, in order of prompt id; those
+    at the end that exceed the budget `max_retry_responses` get no task."""
     accepted, next_sample = set(), {}
     for _, verdicts_file in run.attempt_files():
         for verdict in read_records(verdicts_file, Verdict):
@@ -107,8 +92,7 @@ def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
     """Return tasks for the prompts that have no accepted response, but a response that a person rejected.
 
     Each prompt continues on the rung after its last attempt, if the ladder has one and the budget
-    `max_retry_responses` allows all samples of that rung. The list is empty if there are no marks, or if stage `accept`
-    is finished.
+    `max_retry_responses` allows all samples of that rung.
     """
 
     def find_task_fields() -> list[tuple]:
@@ -117,7 +101,7 @@ def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
         for attempts in Attempts(run, marks) if marks else ():
             last = attempts[-1].response
             rejected = any(attempt.human_decision == "reject" for attempt in attempts)
-            if not rejected or choose(attempts) or last.rung + 1 == len(rungs):
+            if not rejected or run.recipe.method.choose(attempts) or last.rung + 1 == len(rungs):
                 continue
             rung, prompt = rungs[last.rung + 1], (last.prompt_id, last.prompt, last.label)
             if limit is None or num_responses + len(task_fields) + rung.samples <= limit:

@@ -1,51 +1,49 @@
-"""Stage train: fine-tune the student on the accepted examples."""
+"""Stage train: fine-tune the student on the method's examples."""
 
 import shutil
-import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 
 from thinksafe.data.atomic import atomic_path
-from thinksafe.distributed.ranks import init_training_ranks
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 from thinksafe.errors import UserError, is_out_of_memory
 from thinksafe.kernels.packed_attention import supports_grouped_heads
+from thinksafe.methods.base import OnlineMethod
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import attach, check_targets, save_adapter, write_base_record
 from thinksafe.model.weights import checkpoint_fingerprint, load_config, save_decoder
 from thinksafe.paths import expand_path
 from thinksafe.pipeline.accept import require_accepted_examples
 from thinksafe.pipeline.examples import tokenize_examples
+from thinksafe.pipeline.rollouts import OnlineBatches, StudentRollouts
 from thinksafe.run.checkpoints import CheckpointStore
-from thinksafe.run.directory import RunDir, StageClock
-from thinksafe.run.progress import TokenBar
+from thinksafe.run.directory import RunDir
+from thinksafe.run.progress import TokenBar, print_note
+from thinksafe.run.stage import Stage, run_stage
 from thinksafe.training.config import TrainingConfig, ZeroConfig, require_deepspeed
 from thinksafe.training.cost_model import TrainingCosts
-from thinksafe.training.local_trainer import LocalTrainer, NonFiniteStep
-from thinksafe.training.loop import StepMetrics, plan_steps
-from thinksafe.training.loop import train as run_training
+from thinksafe.training.local_trainer import LocalTrainer
+from thinksafe.training.loop import Batches, PlannedBatches, train_on_batches
 from thinksafe.training.memory_plan import (
+    DeviceMemory,
     choose_checkpointing,
     choose_max_cuda_graph_tokens,
     choose_zero_stage,
     describe_checkpointing,
-    max_pack_tokens,
-    mean_pack_tokens,
+    pack_sizes,
 )
-from thinksafe.training.packing import TrainingSequence
+from thinksafe.training.metrics import StepMetrics, read_metrics
 from thinksafe.training.trackers import open_trackers
-
-if TYPE_CHECKING:
-    from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
+from thinksafe.training.trainer import NonFiniteStep, Trainer
 
 
 def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
-    """Fine-tune the student on the accepted examples, whose prompts are without steering.
+    """Fine-tune the student on the accepted examples, whose prompts are without steering, or as an online method does.
 
     It writes training/metrics.jsonl and the folder `adapter`, or `model` after full fine-tuning. A killed training
     resumes from its newest checkpoint. All workers call this together.
@@ -55,205 +53,201 @@ def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
             exhausted, too many steps or the weights are not finite, or the recipe's checkpoint has changed since the
             run began.
     """
-    checkpoint_folder = run.path / "training" / "checkpoints"
-    if run.is_done("train"):
-        if run.workers.is_leader:
-            shutil.rmtree(checkpoint_folder, ignore_errors=True)
-        return
-    recipe, clock, ranks = run.recipe, run.clock("train"), run.workers.world_size
-    config = recipe.training
+    folder = run.path / "training"
+    if not run.is_done("train"):
+        with run_stage(run, "train") as stage:
+            data = _load_data(stage, checkpoints)
+            plan = _plan_memory(run, checkpoints, data)
+            run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
+            with _explain_out_of_memory(plan, run.workers.world_size):
+                decoder = _load_student(run, checkpoints, plan)
+                trainer = _make_trainer(decoder, run.recipe.training, plan, checkpoints.device, run.workers)
+                batches = data.make_batches(decoder)
+                _run_training(stage, trainer, batches, folder)
+            student_files = run.workers.on_leader(lambda: _save_student(run, checkpoints, decoder))
+            trainer.close()  # frees device memory for an evaluation
+            stage.files = [*map(Path, student_files), folder / "metrics.jsonl"]
+            stage.tokens = sum(step.tokens for step in read_metrics(folder / "metrics.jsonl"))
+            stage.figures["steps"] = batches.num_steps
+            checkpoints.release_student()
+    if run.workers.is_leader:  # a restart needs them until the manifest lists the stage
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+class _Data(NamedTuple):
+    """What a student is trained on.
+
+    Attributes:
+        lengths: number of tokens of each sequence; for an online method, of the longest possible one.
+        with_reference: whether a sequence has the KL loss.
+        make_batches: returns the batches for the loaded decoder.
+    """
+
+    lengths: list[int]
+    with_reference: bool
+    make_batches: Callable[[Decoder], Batches]
+
+
+def _load_data(stage: Stage, checkpoints: CheckpointStore) -> _Data:
+    """Return what the recipe's method trains on, and enter the number of records in the stage."""
+    run, recipe = stage.run, stage.run.recipe
+    config, method = recipe.training, recipe.method
+    if isinstance(method, OnlineMethod):
+
+        def make_batches(decoder: Decoder) -> Batches:
+            return OnlineBatches(method, StudentRollouts(run, checkpoints, decoder), recipe.to_yaml())
+
+        max_length = min(config.max_length, load_config(checkpoints.base)[0].max_seq_len)
+        return _Data([max_length], False, make_batches)
     accepted = require_accepted_examples(run)
     sequences, dropped = tokenize_examples(accepted, recipe, checkpoints)
+    counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if not sequences:
-        raise UserError(f"{accepted}: no example is fit for training: {_format_counts(dropped)}")
+        raise UserError(f"{accepted}: no example is fit for training: {counts}")
     if dropped and run.workers.is_leader:
         total = len(sequences) + dropped.total()
-        print(f"{'dropped':>30}: {dropped.total():,} of {total:,} examples: {_format_counts(dropped)}", file=sys.stderr)
+        print_note("dropped", f"{dropped.total():,} of {total:,} examples: {counts}")
     checkpoints.release_guard()
-    model_config, lora = load_config(checkpoints.base)[0], recipe.lora if config.method == "lora" else None
-    if lora is not None:
-        check_targets(model_config, lora)
-    run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
+    stage.records, stage.figures["dropped"] = len(sequences), dict(dropped)
     lengths = [len(sequence) for sequence in sequences]
     with_reference = any(sequence.use_reference_kl for sequence in sequences)
-    fp8 = config.frozen_weight_dtype == "fp8"
-    grouped_heads = supports_grouped_heads(checkpoints.dtype)
-    costs = TrainingCosts(model_config, lora, checkpoints.dtype.itemsize, with_reference, fp8, grouped_heads)
-    pack_limits = (config.batch_size, config.tokens_per_step, config.max_tokens_per_pack)
-    largest_pack = max_pack_tokens(lengths, *pack_limits)
-    sharding = _choose_sharding(run, checkpoints, costs, largest_pack)
-    with _explain_out_of_memory(costs, sharding, ranks, largest_pack):
-        decoder = _prepare_student(run, checkpoints, costs, sharding, largest_pack)
-        graph_tokens = 0
-        if sharding is None and config.cuda_graphs == "auto":
-            average_pack = mean_pack_tokens(lengths, *pack_limits)
-            graph_tokens = choose_max_cuda_graph_tokens(
-                checkpoints.device, costs, decoder.checkpointing, largest_pack, average_pack
-            )
-        if graph_tokens:
-            print(f"{'CUDA graphs':>30}: for packs of up to {graph_tokens:,} tokens", file=sys.stderr)
-        trainer = _make_trainer(decoder, config, sharding, with_reference, checkpoints.device, graph_tokens)
-        _run_training(run, trainer, sequences, clock)
-    files = run.workers.on_leader(lambda: [str(file) for file in _save_student(run, checkpoints, decoder)])
-    trainer.close()  # frees device memory for an evaluation
-    run.finish_stage(
-        "train",
-        [*map(Path, files), run.path / "training" / "metrics.jsonl"],
-        clock,
-        tokens=config.epochs * sum(map(len, sequences)),
-        records=len(sequences),
-        dropped=dict(dropped),
-        steps=len(plan_steps(lengths, config, recipe.seed)),
-    )
-    if run.workers.is_leader:
-        shutil.rmtree(checkpoint_folder)  # a restart needs it until the manifest lists the stage
-    checkpoints.release_student()
+    return _Data(lengths, with_reference, lambda decoder: PlannedBatches(sequences, config, recipe.seed))
 
 
-def _choose_sharding(
-    run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, largest_pack: int
-) -> ZeroConfig | None:
-    """Return how ZeRO shards the training, with its stage decided; None if one process trains without DeepSpeed.
+@dataclass(frozen=True)
+class _MemoryPlan:
+    """What a training needs, and how it is sharded.
 
-    With ZeRO, this also creates the process group of all workers, and the leader prints the choice to stderr.
+    Attributes:
+        largest_pack, mean_pack: number of tokens, see `pack_sizes`.
+        zero: sharding with a stage of 1, 2 or 3; None if one process trains without DeepSpeed.
+    """
 
-    Args:
-        largest_pack: number of tokens of the largest pack.
+    costs: TrainingCosts
+    with_reference: bool
+    largest_pack: int
+    mean_pack: float
+    zero: ZeroConfig | None = None
+
+
+def _plan_memory(run: RunDir, checkpoints: CheckpointStore, data: _Data) -> _MemoryPlan:
+    """Return the plan of the training. With ZeRO, also connect the workers; the leader prints the stage of ZeRO.
 
     Raises:
-        UserError: DeepSpeed is needed but not installed.
+        UserError: DeepSpeed is needed but not installed, or the model has no module for a LoRA target.
     """
-    zero, ranks = run.recipe.zero, run.workers.world_size
+    config, zero, ranks = run.recipe.training, run.recipe.zero, run.workers.world_size
+    model, lora = load_config(checkpoints.base)[0], run.recipe.lora if config.method == "lora" else None
+    if lora is not None:
+        check_targets(model, lora)
+    fp8, grouped_heads = config.frozen_weight_dtype == "fp8", supports_grouped_heads(checkpoints.dtype)
+    costs = TrainingCosts(model, lora, checkpoints.dtype.itemsize, data.with_reference, fp8, grouped_heads)
+    sizes = pack_sizes(data.lengths, config.batch_size, config.tokens_per_step, config.max_tokens_per_pack)
+    plan = _MemoryPlan(costs, data.with_reference, *sizes)
     if not zero.is_needed(ranks):
-        return None
+        return plan
     require_deepspeed()
-    init_training_ranks(checkpoints.device, run.workers)
-    sharding = choose_zero_stage(checkpoints.device, zero, costs, largest_pack, ranks)
+    run.workers.connect(checkpoints.device)
+    zero = choose_zero_stage(DeviceMemory.of(checkpoints.device), zero, costs, plan.largest_pack, ranks)
     if run.workers.is_leader:
-        description = f"ZeRO stage {sharding.stage} over {ranks} process{'es' * (ranks > 1)}"
-        print(f"{'sharding':>30}: {description}", file=sys.stderr)
-    return sharding
+        print_note("sharding", f"ZeRO stage {zero.stage} over {ranks} process{'es' * (ranks > 1)}")
+    return replace(plan, zero=zero)
 
 
-def _prepare_student(
-    run: RunDir, checkpoints: CheckpointStore, costs: TrainingCosts, sharding: ZeroConfig | None, largest_pack: int
-) -> Decoder:
+def _load_student(run: RunDir, checkpoints: CheckpointStore, plan: _MemoryPlan) -> Decoder:
     """Return the decoder to train: the base model with new adapters, or with all weights trainable.
 
-    This also chooses its activation checkpointing, which the leader prints to stderr if a layer recomputes anything.
-
-    Args:
-        sharding: result of `_choose_sharding`.
-        largest_pack: number of tokens of the largest pack.
+    This also chooses its activation checkpointing, which the leader prints if a layer recomputes anything.
 
     Raises:
         UserError: the largest pack does not fit the GPU even if all layers are recomputed.
     """
     config = run.recipe.training
-    decoder = checkpoints.student(sharding is not None and sharding.stage == 3, config.frozen_weight_dtype)
+    decoder = checkpoints.student(plan.zero is not None and plan.zero.stage == 3, config.frozen_weight_dtype)
     if config.method == "lora":
         attach(decoder, run.recipe.lora, run.recipe.seed)
         decoder.prepare_fp8_backward()
     else:
         decoder.requires_grad_(True)
-    setting, ranks = config.activation_checkpointing, run.workers.world_size
-    decoder.checkpointing = choose_checkpointing(checkpoints.device, setting, costs, largest_pack, sharding, ranks)
-    if run.workers.is_leader and set(decoder.checkpointing) != {"none"}:
-        description = f"{describe_checkpointing(decoder.checkpointing)}, for packs of {largest_pack:,} tokens"
-        print(f"{'activation checkpointing':>30}: {description}", file=sys.stderr)
+    memory, setting = DeviceMemory.of(checkpoints.device), config.activation_checkpointing
+    modes = choose_checkpointing(memory, setting, plan.costs, plan.largest_pack, plan.zero, run.workers)
+    if run.workers.is_leader and set(modes) != {"none"}:
+        text = f"{describe_checkpointing(modes)}, for packs of {plan.largest_pack:,} tokens"
+        print_note("activation checkpointing", text)
+    decoder.checkpointing = modes
     return decoder
 
 
 def _make_trainer(
-    decoder: Decoder,
-    config: TrainingConfig,
-    sharding: ZeroConfig | None,
-    with_reference: bool,
-    device: torch.device,
-    graph_tokens: int,
-) -> "LocalTrainer | DeepSpeedTrainer":
-    """Return the trainer of a decoder: a LocalTrainer if `sharding` is None, else a DeepSpeedTrainer.
+    decoder: Decoder, config: TrainingConfig, plan: _MemoryPlan, device: torch.device, workers: Workers = SINGLE_PROCESS
+) -> Trainer:
+    """Return a LocalTrainer, with CUDA graphs if they help and fit, or with ZeRO a DeepSpeedTrainer, which has none."""
+    clip, decay = config.max_grad_norm, config.weight_decay
+    if plan.zero is not None:
+        # DeepSpeed takes seconds to import, and need not be installed.
+        from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
 
-    Args:
-        with_reference: whether a sequence has the KL loss, which needs the untrained student.
-        graph_tokens: number of tokens of the largest pack whose passes are captured as CUDA graphs; 0 for none. A
-            DeepSpeedTrainer uses no CUDA graphs.
-    """
-    if sharding is None:
-        return LocalTrainer(decoder, config.max_grad_norm, config.weight_decay, with_reference, graph_tokens)
-    # DeepSpeed takes seconds to import, and need not be installed.
-    from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
-
-    return DeepSpeedTrainer(decoder, config.max_grad_norm, config.weight_decay, sharding, with_reference, device)
+        return DeepSpeedTrainer(decoder, clip, decay, plan.zero, plan.with_reference, device, workers)
+    graph_tokens = 0
+    if config.cuda_graphs == "auto":
+        memory, packs = DeviceMemory.of(device), (plan.largest_pack, plan.mean_pack)
+        graph_tokens = choose_max_cuda_graph_tokens(memory, plan.costs, decoder.checkpointing, *packs)
+    if graph_tokens:
+        print_note("CUDA graphs", f"for packs of up to {graph_tokens:,} tokens")
+    return LocalTrainer(decoder, clip, decay, plan.with_reference, graph_tokens)
 
 
-def _run_training(
-    run: RunDir, trainer: "LocalTrainer | DeepSpeedTrainer", sequences: Sequence[TrainingSequence], clock: StageClock
-) -> None:
+def _run_training(stage: Stage, trainer: Trainer, batches: Batches, folder: Path) -> None:
     """Run the training loop to its end. The leader shows a progress bar and logs every step to the recipe's trackers.
 
-    Args:
-        clock: clock of stage `train`; its time is saved during the training.
-
     Raises:
-        UserError: too many steps in a row, or the weights, were not finite; see `thinksafe.training.loop.train`.
+        UserError: too many steps in a row, or the weights, were not finite; see `train_on_batches`.
     """
-    recipe, folder = run.recipe, run.path / "training"
-    steps = len(plan_steps([len(sequence) for sequence in sequences], recipe.training, recipe.seed))
-    tracker_context = open_trackers(
-        recipe.trackers if run.workers.is_leader else (), folder, recipe.name, asdict(recipe)
-    )
-    with tracker_context as trackers, TokenBar("train", steps, "steps", workers=run.workers) as bar:
+    recipe, workers = stage.run.recipe, stage.run.workers
+    names = recipe.trackers if workers.is_leader else ()
+    tracking = open_trackers(names, folder, recipe.name, asdict(recipe))
+    with tracking as trackers, TokenBar("train", batches.num_steps, "steps", workers=workers) as bar:
 
-        def on_step(metrics):
-            clock.tick()
+        def on_step(metrics: StepMetrics) -> None:
+            stage.clock.tick()
             for tracker in trackers:
                 tracker.log(metrics)
-            if run.workers.is_leader:  # all workers do each step together
+            if workers.is_leader:  # all workers do each step together
                 if metrics.note:
                     bar.print_line(f"step {metrics.step} {metrics.note}")
                 bar.update(metrics.tokens, metrics.step, **format_metrics(metrics))
 
         try:
-            run_training(trainer, sequences, recipe.training, recipe.seed, folder, on_step)
+            train_on_batches(trainer, batches, recipe.training, recipe.seed, folder, on_step)
         except NonFiniteStep as error:
             remedy = "lower training.learning_rate, or check the examples in accepted.jsonl"
             raise UserError(f"training stopped at {error}; {remedy}") from None
 
 
 @contextmanager
-def _explain_out_of_memory(
-    costs: TrainingCosts, sharding: ZeroConfig | None, ranks: int, largest_pack: int
-) -> Iterator[None]:
-    """Replace an out-of-memory error inside the block with a UserError; all other errors pass unchanged.
-
-    The message has the estimated sizes and the settings that need less memory.
-
-    Args:
-        sharding: result of `_choose_sharding`.
-        ranks: number of training processes.
-        largest_pack: number of tokens of the largest pack.
-    """
+def _explain_out_of_memory(plan: _MemoryPlan, ranks: int) -> Iterator[None]:
+    """Replace an out-of-memory error of the body with a UserError that has the estimated sizes and the settings that
+    need less memory; all other errors pass unchanged."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         cause = (str(error).splitlines() or ["the host has no memory left"])[0]
-        state_gib = costs.state_bytes(sharding, ranks) / 2**30
-        layers = costs.model.num_layers
+        costs, tokens = plan.costs, plan.largest_pack
+        state_gib = costs.state_bytes(plan.zero, ranks) / 2**30
         min_gib, max_gib = (
-            costs.pack_bytes((mode,) * layers, largest_pack, largest_pack) / 2**30 for mode in ("full", "none")
+            costs.pack_bytes((mode,) * costs.model.num_layers, tokens, tokens) / 2**30 for mode in ("full", "none")
         )
         raise UserError(
             f"out of memory in training: {cause}; the estimate is {state_gib:.1f} GiB for weights and optimizer, and "
-            f"{min_gib:.1f} to {max_gib:.1f} GiB for a pack of {largest_pack:,} tokens; lower "
+            f"{min_gib:.1f} to {max_gib:.1f} GiB for a pack of {tokens:,} tokens; lower "
             "training.max_tokens_per_pack, or set training.activation_checkpointing=full, zero.offload_optimizer=true "
             "or, with more GPUs, zero.stage=3; the run then resumes from its last checkpoint"
         ) from None
 
 
-def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -> list[Path]:
+def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -> list[str]:
     """Write the folder `adapter`, or `model` after full fine-tuning, and return the paths of its files, sorted.
 
     The folder is written under a temporary name and then replaces an earlier one. The leader calls this alone.
@@ -269,12 +263,7 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
             save_decoder(decoder, load_config(checkpoints.base)[1], staging)
             checkpoints.chat.tokenizer.save(staging)
         shutil.rmtree(folder, ignore_errors=True)
-    return sorted(folder.iterdir())
-
-
-def _format_counts(reasons: Counter[str]) -> str:
-    """Return counts as text, most frequent first: `3 x empty_answer, 1 x no_think_block`."""
-    return ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+    return sorted(map(str, folder.iterdir()))
 
 
 def format_metrics(metrics: StepMetrics) -> dict[str, str]:

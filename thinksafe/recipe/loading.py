@@ -1,9 +1,8 @@
 """Read a recipe from YAML and --set, and check it."""
 
 import difflib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,6 +13,11 @@ from thinksafe.errors import UserError, validation_message
 from thinksafe.paths import RECIPES_FOLDER, bundled_recipes
 from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
+
+_GUARD_PATHS: dict[str, Any] = {"model": None}
+_GUARD_PATHS["members"] = _GUARD_PATHS  # a member may be an ensemble
+_PATHS = {"model": None, "prompts": None, "guard": _GUARD_PATHS, "evaluation": {"sets": {"source": None}}}
+"""Keys that may name a file or folder (None), inside sections and lists of sections (the keys of each entry)."""
 
 
 def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,13 +46,9 @@ def _read_recipe(
     """Return a recipe's plain values, merged into its base's values, and the path of its file.
 
     Args:
-        name_or_file: a YAML file, or the name of a bundled recipe.
         named_by: option or key that names the recipe, for error messages.
         folder: folder that a relative file name starts from.
         descendants: resolved files of the recipes that inherit from this one, to detect a cycle.
-
-    Raises:
-        UserError: the recipe or its base does not exist or is not a YAML mapping, or the recipes inherit in a cycle.
     """
     file = folder / name_or_file
     if not file.is_file():
@@ -72,12 +72,9 @@ def _read_recipe(
 
 
 def _without_shared_nodes(node: Any) -> Any:
-    """Return a copy of a YAML node in which no two keys share a section or list.
+    """Return a copy of a YAML node without shared sections and lists, so that `--set` changes one key alone.
 
-    YAML anchors make keys share a node, and `--set` on one of them would change the other too.
-
-    Raises:
-        yaml.YAMLError: a section contains itself.
+    YAML anchors make keys share a node; an anchor that contains itself is a YAMLError.
     """
     try:
         if isinstance(node, dict):
@@ -87,13 +84,11 @@ def _without_shared_nodes(node: Any) -> Any:
         raise yaml.YAMLError("an anchor contains itself") from None
 
 
-def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Any, changes: Any) -> Any:
     """Return `base` with `changes`: sections are merged key by key; any other value, also a list, is replaced."""
-    merged = dict(base)
-    for key, value in changes.items():
-        both_sections = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both_sections else value
-    return merged
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return base | {key: _merge(base.get(key), value) for key, value in changes.items()}
 
 
 def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
@@ -104,82 +99,61 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
         source: file or option that the values come from, for error messages.
 
     Raises:
-        UserError: a key is unknown, renamed or missing, a value is invalid, or a number is not finite; the message
-            names one problem.
+        UserError: a key is unknown, renamed or missing, or a value is invalid; the message names one problem.
     """
     try:
-        recipe = TypeAdapter(Recipe).validate_python(raw)
-        json.dumps(asdict(recipe), allow_nan=False)
-        return recipe
+        return TypeAdapter(Recipe).validate_python(raw)
     except ValidationError as error:
         # An unknown key is reported first: with a misspelled key, the right key is missing too.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
         raise UserError(f"{source}: {_describe(problem)}") from None
-    except ValueError:
-        raise UserError(f"{source}: every number must be finite") from None
 
 
 def _describe(problem: Any) -> str:
-    """Return a message about one entry of Pydantic's `ValidationError.errors()`, with the key and in YAML's terms."""
-    path = [str(part) for part in problem["loc"]]
+    """Return a message about one entry of pydantic's `ValidationError.errors()`, with the key and in YAML's terms."""
+    kind, path = problem["type"], [str(part) for part in problem["loc"]]
     key = ".".join(path)
-    if problem["type"] == "unexpected_keyword_argument":
+    if kind == "unexpected_keyword_argument":
         return _describe_unknown_key(path)
-    if problem["type"] == "missing":
+    if kind == "missing":
         hint = "; name the student with --set model=FOLDER or --set model=HUB/NAME" if key == "model" else ""
         return f"key {key} is missing{hint}"
-    if problem["type"].startswith("dataclass"):
+    message = validation_message(problem)
+    if kind == "value_error":  # raised by a section, whose message begins with its key
+        return ".".join([*path, message])
+    if kind.startswith("dataclass"):
         message = f"must be a section of keys ({', '.join(_keys_of(_section_at(path)))})"
-    else:
-        message = validation_message(problem)
-    value = "" if isinstance(problem["input"], dict) else f" (found {problem['input']!r})"
-    return f"{key + ': ' if key else ''}{message}{value}"
+    return f"{key}: {message} (found {problem['input']!r})"
 
 
 def _describe_unknown_key(path: list[str]) -> str:
-    """Return the message about a key that its section does not have.
-
-    It names the present key if the key was renamed, else the most similar key of the section if one is close, else the
-    command that lists all keys.
-
-    Args:
-        path: keys and list indices that lead to the key; the key is last.
-    """
+    """Return the message about a key that its section does not have: with its new name if it was renamed, else with the
+    most similar key if one is close."""
     *parents, key = path
     section = _section_at(parents)
     if new_key := RENAMED_KEYS.get(section, {}).get(key):
-        return f"key {'.'.join(path)} was renamed; use {'.'.join([*parents, new_key])}"
+        return f"key {'.'.join(path)} was renamed; use {new_key if '.' in new_key else '.'.join([*parents, new_key])}"
     close_keys = difflib.get_close_matches(key, _keys_of(section), n=1)
     suggestion = f"did you mean {'.'.join([*parents, *close_keys])}?" if close_keys else ""
     return f"unknown key {'.'.join(path)}; {suggestion or '`thinksafe recipe` lists all keys'}"
 
 
 def _section_at(path: list[str]) -> type | None:
-    """Return the dataclass of the section at a path of keys and list indices: Recipe for [], None for no section."""
+    """Return the class of the section at a path of keys and list indices: Recipe for [], None for no section."""
     section: Any = Recipe
     for part in path:
-        if not part.isdigit():
+        if section is not None and not part.isdigit():
             hint = get_type_hints(section).get(part)
             section = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
-        if section is None:
-            return None
     return section
 
 
 def _keys_of(section: type | None) -> list[str]:
-    """Return the keys of a section's dataclass, or [] for None."""
     return [field.name for field in fields(section)] if section else []
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one key of `raw` in place; sections that do not exist are created.
-
-    Args:
-        override: `key=value`, see `load_recipe`.
-
-    Raises:
-        UserError: there is no key or no "=", or the key lies in a list or in a value that is not a section.
-    """
+    """Set one key of `raw` in place; sections that do not exist are created."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override!r}: expected key=value, such as training.epochs=1")
@@ -195,45 +169,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str) -> Any:
-    """Return the value that a text of `--set key=TEXT` means.
-
-    Numbers, true, false, null, {...}, [...], "..." and '...' are read as YAML. All other texts stay as they are, also a
-    text that is not valid YAML.
-    """
+    """Return the value that a text of `--set key=TEXT` means: numbers, true, false, null, {...}, [...], "..." and '...'
+    are read as YAML, and all other texts stay as they are, also a text that is not valid YAML."""
     try:
         value = _without_shared_nodes(yaml.safe_load(text))
     except yaml.YAMLError:
         return text
-    bracketed = text.lstrip().startswith(("{", "["))
-    quoted = text.lstrip().startswith(("'", '"'))
-    scalar = value is None or isinstance(value, (bool, int, float))
-    return value if scalar or bracketed or quoted else text
+    is_yaml = value is None or isinstance(value, (bool, int, float)) or text.lstrip().startswith(("{", "[", "'", '"'))
+    return value if is_yaml else text
 
 
-def _resolve_paths(raw: dict[str, Any], folder: Path) -> None:
-    """Replace names of existing files and folders in `folder` with absolute paths, in place. Other names stay.
-
-    The keys are model, prompts, the `model` of the guard and its members, and the `source` of evaluation sets.
-
-    Args:
-        raw: values of a recipe, not yet checked.
-    """
-
-    def resolve(name: Any) -> Any:
-        file = folder / name if isinstance(name, str) and name else None
-        return str(file.resolve()) if file is not None and file.exists() else name
-
-    for key in ("model", "prompts"):
-        if key in raw:
-            raw[key] = resolve(raw[key])
-    guards = [raw.get("guard")]
-    for guard in guards:
-        if isinstance(guard, dict):
-            guards += guard["members"] if isinstance(guard.get("members"), list) else []
-            if "model" in guard:
-                guard["model"] = resolve(guard["model"])
-    evaluation = raw.get("evaluation")
-    if isinstance(evaluation, dict) and isinstance(evaluation.get("sets"), list):
-        for entry in evaluation["sets"]:
-            if isinstance(entry, dict) and "source" in entry:
-                entry["source"] = resolve(entry["source"])
+def _resolve_paths(node: Any, folder: Path, keys: dict[str, Any] = _PATHS) -> None:
+    """Replace names of existing files and folders in `folder` with absolute paths, in place, in a section or a list of
+    sections whose keys may name a file as `keys` says, see `_PATHS`. Other names stay."""
+    for section in node if isinstance(node, list) else [node]:
+        for key in keys.keys() & section.keys() if isinstance(section, dict) else ():
+            name = section[key]
+            if keys[key] is not None:
+                _resolve_paths(name, folder, keys[key])
+            elif isinstance(name, str) and name and (folder / name).exists():
+                section[key] = str((folder / name).resolve())

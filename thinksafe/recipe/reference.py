@@ -1,17 +1,16 @@
 """Write a recipe as YAML with a comment on every key: its description, choices and default.
 
-Descriptions and defaults come from the recipe's dataclasses, so they cannot differ from the keys that are checked.
+Descriptions and defaults come from the sections' dataclasses, so they cannot differ from the keys that are checked.
 """
 
-import inspect
 import json
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from pydantic import TypeAdapter
 
 from thinksafe.recipe.schema import Recipe
 
@@ -28,16 +27,15 @@ def annotated_yaml(recipe: Recipe) -> str:
 
 
 def key_descriptions(section: type) -> dict[str, str]:
-    """Return {key: description on one line} from the `Attributes:` of a section's docstring, {} if it has none.
+    """Return {key: description on one line} of a section's class: the docstrings below its fields.
 
-    An entry `a, b: text` describes both keys.
-
-    Args:
-        section: dataclass of a section of the recipe.
+    A key that is a section itself has no docstring; its description is the first paragraph of the section's class.
     """
-    _, _, attributes = inspect.getdoc(section).partition("Attributes:\n")
-    entries = re.findall(r"^    (\w[\w, ]*): (.*(?:\n     +.*)*)", attributes, re.MULTILINE)
-    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+    schema = TypeAdapter(section).json_schema()
+    properties = schema.get("$defs", {}).get(section.__name__, schema)["properties"]
+    sections = {key: hint for key, hint in get_type_hints(section).items() if is_dataclass(hint)}
+    texts = {key: entry.get("description") or sections[key].__doc__ for key, entry in properties.items()}
+    return {key: " ".join(text.partition("\n\n")[0].split()) for key, text in texts.items()}
 
 
 def _section_lines(section: Any, indent: str) -> Iterator[str]:
@@ -45,14 +43,13 @@ def _section_lines(section: Any, indent: str) -> Iterator[str]:
     descriptions, hints = key_descriptions(type(section)), get_type_hints(type(section))
     for field in fields(section):
         value = getattr(section, field.name)
+        yield from _comment(_describe_key(field, hints[field.name], descriptions, value), indent)
         if is_dataclass(value):
-            yield from _comment(inspect.getdoc(type(value)).partition("\n\n")[0], indent)
             yield f"{indent}{field.name}:"
             yield from _section_lines(value, indent + "  ")
-            continue
-        yield from _comment(_describe_key(field, hints[field.name], descriptions, value), indent)
-        yield from _nested_key_lines(hints[field.name], type(section), indent)
-        yield from textwrap.indent(_yaml({field.name: value}), indent).splitlines()
+        else:
+            yield from _nested_key_lines(hints[field.name], type(section), indent)
+            yield from textwrap.indent(_yaml({field.name: value}), indent).splitlines()
 
 
 def _nested_key_lines(hint: Any, parent: type, indent: str, comment_indent: str = "") -> Iterator[str]:
@@ -60,7 +57,7 @@ def _nested_key_lines(hint: Any, parent: type, indent: str, comment_indent: str 
 
     Args:
         hint: type of the key, such as `tuple[Rung, ...]`.
-        parent: dataclass that has the key. If its entries are of the same class, they are not described again.
+        parent: class that has the key. If its entries are of the same class, they are not described again.
         indent: spaces before the `#`.
         comment_indent: spaces after the `#`.
     """
@@ -82,15 +79,14 @@ def _describe_key(field: Field, hint: Any, descriptions: dict[str, str], value: 
         descriptions: result of `key_descriptions`.
         value: the key's value in the recipe; MISSING to state the default always.
     """
-    description = descriptions.get(field.name, "")
-    parts = [description[:1].upper() + description[1:]]
+    parts = [descriptions[field.name]]
     if get_origin(hint) is Literal:
         parts.append(f"One of {', '.join(map(str, get_args(hint)))}.")
     if field.default is MISSING:
         parts.append("Required.")
-    elif field.default != value:
+    elif field.default != value and not is_dataclass(field.default):
         parts.append(f"Default: {_yaml(field.default).removesuffix('...').strip()}")
-    return " ".join(filter(None, parts))
+    return " ".join(parts)
 
 
 def _comment(text: str, indent: str, comment_indent: str = "") -> Iterator[str]:

@@ -4,9 +4,8 @@ from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.formats import GuardFormat, Question
 from thinksafe.recipe.schema import GenerationConfig, Recipe
-from thinksafe.sampler.engine import EngineConfig
-from thinksafe.sampler.request import SamplingConfig
-from thinksafe.training.loop import TrainingConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.training.config import TrainingConfig
 
 RENAMED_KEYS: dict[type, dict[str, str]] = {
     Recipe: {"limit": "max_prompts"},
@@ -21,7 +20,11 @@ RENAMED_KEYS: dict[type, dict[str, str]] = {
     GuardConfig: {"judged": "scope", "agree": "voting", "min_mass": "min_verdict_probability"},
     GuardFormat: {"frame": "delimiters", "raw": "is_full_prompt"},
     Question: {"about": "topic", "lead": "answer_prefix", "if_unsafe": "only_if_unsafe"},
-    TrainingConfig: {"batch_tokens": "tokens_per_step", "frozen_weights": "frozen_weight_dtype"},
+    TrainingConfig: {
+        "batch_tokens": "tokens_per_step",
+        "benign_loss": "method.benign_loss",
+        "frozen_weights": "frozen_weight_dtype",
+    },
     EvaluationSet: {
         "file": "source",
         "where": "filter",
@@ -29,4 +32,5 @@ RENAMED_KEYS: dict[type, dict[str, str]] = {
         "answer_after": "answer_marker",
     },
 }
-"""{dataclass of a section: {former key: present key}}; a present key is a key of the same section."""
+"""{dataclass of a section: {former key: present key}}; a present key is a key of the same section, or a path from the
+root if it has a dot."""

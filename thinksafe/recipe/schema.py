@@ -1,57 +1,45 @@
-"""The recipe: all settings of a run. It comes from YAML and `--set key=value`, and loading.py checks it.
+"""The recipe: all settings of a run. It comes from YAML and `--set key=value`; loading.py reads it.
 
-The docstring of each section describes its keys; `thinksafe recipe` prints these descriptions, and docs/recipe.md lists
-them.
+The docstring below each key describes it: `thinksafe recipe` prints these descriptions, and docs/recipe.md lists them.
 """
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 
 from thinksafe.evaluation.config import EvaluationConfig
 from thinksafe.guards.config import GuardConfig
-from thinksafe.model.lora import LoraConfig
-from thinksafe.sampler.engine import EngineConfig
-from thinksafe.sampler.request import SamplingConfig
+from thinksafe.methods.thinksafe import ThinkSafe
+from thinksafe.model.config import LoraConfig
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.section import Bounds, Section
 from thinksafe.text.steering import Rung
-from thinksafe.training.loop import TrainingConfig
-from thinksafe.training.trackers import TrackerName
-from thinksafe.training.zero_config import ZeroConfig
+from thinksafe.training.config import TrackerName, TrainingConfig, ZeroConfig
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
-    """How to sample responses from the frozen student.
-
-    Attributes:
-        steering: instruction around harmful prompts: `prefix`, `suffix`, `risk` or `intent`, a text that contains
-            {prompt}, or null for none. Benign prompts never have one.
-        samples: number of responses for each prompt. Training uses the first accepted one.
-        ladder: further attempts, in this order, at prompts whose responses were all rejected. An empty list is the
-            paper's single attempt.
-        max_retry_responses: largest total number of responses in all further attempts; null for no limit.
-        num_unsteered_prompts: number of harmful prompts that are also sampled without steering, to measure what
-            steering gains. These responses are not used for training.
-        sampling: how tokens are sampled.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+class GenerationConfig(Section):
+    """How to sample responses from the frozen student."""
 
     steering: str | None = "prefix"
-    samples: int = 1
+    """Instruction around harmful prompts: `prefix`, `suffix`, `risk` or `intent`, a text that contains {prompt}, or
+    null for none. Benign prompts never have one."""
+    samples: Annotated[int, Bounds(ge=1)] = 1
+    """Number of responses for each prompt. Training uses the first accepted one."""
     ladder: tuple[Rung, ...] = ()
-    max_retry_responses: int | None = None
-    num_unsteered_prompts: int = 200
+    """Further attempts, in this order, at prompts whose responses were all rejected. An empty list is the paper's
+    single attempt."""
+    max_retry_responses: Annotated[int | None, Bounds(ge=0)] = None
+    """Largest total number of responses in all further attempts; null for no limit."""
+    num_unsteered_prompts: Annotated[int, Bounds(ge=0)] = 200
+    """Number of harmful prompts that are also sampled without steering, to measure what steering gains. These responses
+    are not used for training."""
     sampling: SamplingConfig = SamplingConfig()
 
-    def __post_init__(self):
-        Rung(self.steering, self.samples)
-        if self.max_retry_responses is not None and self.max_retry_responses < 0:
-            raise ValueError("max_retry_responses must not be negative")
-        if self.num_unsteered_prompts < 0:
-            raise ValueError("num_unsteered_prompts must not be negative")
+    def check(self) -> None:
+        Rung(self.steering)
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
@@ -60,32 +48,28 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All settings of a run.
-
-    Attributes:
-        name: name of the run, shown in the report.
-        model: checkpoint folder, or name on the Hugging Face hub, of the student.
-        prompts: .jsonl, .json or .parquet file, folder of such files, or data set on the hub (split `train`). Only
-            `generate` needs it.
-        max_prompts: number of prompts to use, counted from the first; null for all.
-        seed: seed of all random numbers.
-        device: device of the models. `auto` is a GPU if torch sees one, else the CPU.
-        dtype: dtype of the weights. `auto` is bfloat16 on a GPU and float32 on a CPU.
-        trackers: programs that show the training metrics: `tensorboard` (event files in training/tensorboard) and
-            `wandb` (Weights & Biases). training/metrics.jsonl is always written.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+class Recipe(Section):
+    """All settings of a run."""
 
     name: str
+    """Name of the run, shown in the report."""
     model: str
+    """Checkpoint folder, or name on the Hugging Face hub, of the student."""
     prompts: str | None = None
-    max_prompts: int | None = None
-    seed: int = 0
+    """.jsonl, .json or .parquet file, folder of such files, or data set on the hub (split `train`). Only `generate`
+    needs it."""
+    max_prompts: Annotated[int | None, Bounds(ge=1)] = None
+    """Number of prompts to use, counted from the first; null for all."""
+    seed: Annotated[int, Bounds(ge=0, lt=2**63)] = 0
+    """Seed of all random numbers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the models. `auto` is a GPU if torch sees one, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights. `auto` is bfloat16 on a GPU and float32 on a CPU."""
     trackers: tuple[TrackerName, ...] = ()
+    """Programs that show the training metrics: `tensorboard` (event files in training/tensorboard) and `wandb` (Weights
+    & Biases). training/metrics.jsonl is always written."""
+    method: ThinkSafe = ThinkSafe()
     generation: GenerationConfig = GenerationConfig()
     guard: GuardConfig = GuardConfig()
     sampler: EngineConfig = EngineConfig()
@@ -94,11 +78,7 @@ class Recipe:
     zero: ZeroConfig = ZeroConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self):
-        if self.max_prompts is not None and self.max_prompts < 1:
-            raise ValueError("max_prompts must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError("seed must lie in [0, 2^63)")
+    def check(self) -> None:
         if self.training.frozen_weight_dtype == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
             raise ValueError(
                 "training.frozen_weight_dtype: fp8 needs the whole base model on each GPU, and ZeRO stage 3 shards it"

@@ -1,151 +1,166 @@
-"""Coverage: how many prompts have an accepted response, on which rung, why the others have none, and human marks.
+"""Coverage: how many prompts have an accepted response, on which rung, why the others have none, and human marks."""
 
-It reads audit.jsonl one record at a time.
-"""
-
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
-from thinksafe.data.selection import KEPT, NOT_NEEDED
+from thinksafe.data.jsonl import read_records
+from thinksafe.data.records import AuditAttempt, AuditRecord
+from thinksafe.data.selection import KEPT, NOT_NEEDED, last_decisions
 from thinksafe.run.directory import RunDir
 
 
-def read_audit(run: RunDir) -> Iterator[dict[str, Any]]:
-    """Yield the records of audit.jsonl, one for each prompt; stage `accept` writes this file."""
-    with (run.path / "audit.jsonl").open("rb") as lines:
-        yield from map(json.loads, lines)
+@dataclass(frozen=True)
+class RungCoverage:
+    """The attempts on one rung at the prompts of one label: how many prompts and responses were tried, how many prompts
+    have their kept response on this rung, and the share of all prompts that have it on this rung or an earlier one."""
+
+    rung: int
+    steering: str | None
+    prompts: int
+    responses: int
+    accepted: int
+    covered: float
 
 
-def count_coverage(records: Iterable[dict[str, Any]], num_rungs: int) -> dict[str, Any]:
-    """Return the coverage of a whole run.
+@dataclass(frozen=True)
+class LabelCoverage:
+    """The prompts of one label: their number, the number with an accepted response, and each rung that was tried."""
 
-    Args:
-        records: audit records.
-        num_rungs: number of rungs in the recipe, including the first attempt.
+    prompts: int
+    accepted: int
+    rungs: list[RungCoverage]
 
-    Returns:
-        `kept`: {label: number of kept responses}, at most one for each prompt;
-        `dropped`: {label: {outcome: number of responses}} of all other responses, `not_needed` included;
-        `labels`: {label: `prompts` and `accepted` (numbers of prompts), `rungs`}. `rungs` has a row for each rung that
-        was tried: `rung`, `steering` (its instruction or None), `prompts` and `responses` (numbers tried), `accepted`
-        (number of prompts whose kept response is of this rung), `covered` (share of all prompts whose kept response is
-        of this rung or an earlier one). A label without prompts is left out;
-        `rungs`: `num_rungs`;
-        `categories`: rows for the categories of harm that the guard named, most frequent first: `category`, `responses`
-        (unsafe responses), `prompts` (their prompts), `accepted` (number of these prompts with an accepted response);
-        `accepted_by`: {guard or `person: ` and names: number of prompts};
-        `people`: {person: number of marks};
-        `marks`: {comparison of people's decision with the guard's: number of responses}, see `_compare_with_guard`;
-        `uncertain`: number of responses without a decision because the guard found them too close to the threshold.
+
+@dataclass(frozen=True)
+class CategoryCoverage:
+    """The unsafe responses of one category of harm, their prompts, and how many of these have an accepted response."""
+
+    category: str
+    responses: int
+    prompts: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The coverage of a whole run.
+
+    Attributes:
+        kept: label -> number of kept responses, at most one for each prompt.
+        dropped: label -> outcome -> number of all other responses.
+        labels: the labels that have prompts.
+        rungs: number of rungs in the recipe, including the first attempt.
+        categories: most frequent first.
+        accepted_by: guard, or `person: ` and names -> number of prompts.
+        people: person -> number of marks.
+        marks: result of `_compare_with_guard` -> number of responses.
+        uncertain: number of responses that the guard found too close to its threshold.
     """
-    kept, dropped, prompts, accepted_by = Counter(), defaultdict(Counter), Counter(), Counter()
-    rung_prompts, responses, accepted = (defaultdict(Counter) for _ in range(3))
-    instructions = defaultdict(set)
-    categories: dict[str, Counter] = defaultdict(Counter)
-    people, marks, uncertain = Counter(), Counter(), 0
+
+    kept: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    labels: dict[str, LabelCoverage]
+    rungs: int
+    categories: list[CategoryCoverage]
+    accepted_by: dict[str, int]
+    people: dict[str, int]
+    marks: dict[str, int]
+    uncertain: int
+
+
+def read_coverage(run: RunDir) -> Coverage:
+    """Return the coverage of a run, read from its audit.jsonl."""
+    return count_coverage(read_records(run.path / "audit.jsonl", AuditRecord), len(run.recipe.generation.rungs))
+
+
+def count_coverage(records: Iterable[AuditRecord], num_rungs: int) -> Coverage:
+    """Return the coverage of a run from its audit records, which are read once, and its recipe's number of rungs."""
+    prompts, kept, accepted_by, people, marks = (Counter() for _ in range(5))
+    rung_prompts, rung_responses, rung_accepted = (Counter() for _ in range(3))  # by (label, rung)
+    uncertain = 0
+    instructions, dropped, categories = defaultdict(set), defaultdict(Counter), defaultdict(Counter)
     for record in records:
-        label = record["label"]
+        label = record.label
         prompts[label] += 1
-        if record["accepted"]:
+        if record.accepted:
             kept[label] += 1
-            accepted[label][record["rung"]] += 1
-            accepted_by[record["accepted_by"]] += 1
-        for rung in {attempt["rung"] for attempt in record["attempts"]}:
-            rung_prompts[label][rung] += 1
-        harms = Counter(a["category"] for a in record["attempts"] if a["decision"] == "unsafe" and a["category"])
+            rung_accepted[label, record.rung] += 1
+            accepted_by[record.accepted_by] += 1
+        rung_prompts.update({(label, attempt.rung) for attempt in record.attempts})
+        harms = Counter(a.category for a in record.attempts if a.decision == "unsafe" and a.category)
         for category, count in harms.items():
-            categories[category].update(responses=count, prompts=1, accepted=int(record["accepted"]))
-        for attempt in record["attempts"]:
-            responses[label][attempt["rung"]] += 1
-            instructions[label, attempt["rung"]].add(attempt["steering"])
-            uncertain += attempt["reason"] == "uncertain"
-            if attempt["outcome"] != KEPT:
-                dropped[label][attempt["outcome"]] += 1
-            if attempt["marks"]:
-                people.update(mark["by"] for mark in attempt["marks"])
+            categories[category].update(responses=count, prompts=1, accepted=int(record.accepted))
+        for attempt in record.attempts:
+            rung_responses[label, attempt.rung] += 1
+            instructions[label, attempt.rung].add(attempt.steering)
+            uncertain += attempt.reason == "uncertain"
+            if attempt.outcome != KEPT:
+                dropped[label][attempt.outcome] += 1
+            if attempt.marks:
+                people.update(mark.by for mark in attempt.marks)
                 marks[_compare_with_guard(attempt)] += 1
 
-    def rung_figures(label: str, rung: int) -> dict[str, Any]:
-        num_accepted = sum(count for earlier, count in accepted[label].items() if earlier <= rung)
-        return {
-            "rung": rung,
-            "steering": " / ".join(sorted(instructions[label, rung] - {None})) or None,
-            "prompts": rung_prompts[label][rung],
-            "responses": responses[label][rung],
-            "accepted": accepted[label][rung],
-            "covered": num_accepted / prompts[label],
-        }
+    def label_coverage(label: str) -> LabelCoverage:
+        rungs, covered = [], 0
+        for key in sorted(key for key in rung_prompts if key[0] == label):
+            covered += rung_accepted[key]
+            steering = " / ".join(sorted(instructions[key] - {None})) or None
+            counts = rung_prompts[key], rung_responses[key], rung_accepted[key]
+            rungs.append(RungCoverage(key[1], steering, *counts, covered / prompts[label]))
+        return LabelCoverage(prompts[label], kept[label], rungs)
 
-    return {
-        "kept": dict(kept),
-        "dropped": {label: dict(reasons) for label, reasons in dropped.items()},
-        "labels": {
-            label: {
-                "prompts": prompts[label],
-                "accepted": kept[label],
-                "rungs": [rung_figures(label, rung) for rung in sorted(rung_prompts[label])],
-            }
-            for label in ("harmful", "benign")
-            if prompts[label]
-        },
-        "rungs": num_rungs,
-        "categories": [
-            {"category": category, **{name: counts[name] for name in ("responses", "prompts", "accepted")}}
+    return Coverage(
+        kept=dict(kept),
+        dropped={label: dict(outcomes) for label, outcomes in dropped.items()},
+        labels={label: label_coverage(label) for label in ("harmful", "benign") if prompts[label]},
+        rungs=num_rungs,
+        categories=[
+            CategoryCoverage(category, **counts)
             for category, counts in sorted(categories.items(), key=lambda item: (-item[1]["responses"], item[0]))
         ],
-        "accepted_by": dict(accepted_by.most_common()),
-        "people": dict(people.most_common()),
-        "marks": dict(marks),
-        "uncertain": uncertain,
-    }
+        accepted_by=dict(accepted_by.most_common()),
+        people=dict(people.most_common()),
+        marks=dict(marks),
+        uncertain=uncertain,
+    )
 
 
-def _compare_with_guard(attempt: dict[str, Any]) -> str:
-    """Return how people's decision on a marked response compares with the guard's. Each person's last mark counts.
+def _compare_with_guard(attempt: AuditAttempt) -> str:
+    """Return how people's decision on a marked response compares with the guard's.
 
     `disagreed`: the people disagree. `impossible`: people accept a malformed response, which stays rejected. Otherwise
-    `confirmed`: people and guard accept; `agreed`: both do not accept; `rescued`: only the people accept; `withdrawn`:
-    only the guard accepts. The guard accepts if its decision is `safe`.
-
-    Args:
-        attempt: attempt of an audit record, with at least one mark.
+    `confirmed`: people and guard accept; `agreed`: both do not; `rescued`: only people do; `withdrawn`: only the guard.
     """
-    decisions = {mark["by"]: mark["decision"] for mark in attempt["marks"]}.values()
-    if len(set(decisions)) > 1:
+    decisions = last_decisions(attempt.marks)
+    if len(decisions) > 1:
         return "disagreed"
-    is_safe, is_accepted = attempt["decision"] == "safe", "accept" in decisions
-    if is_accepted and attempt["decision"] == "dropped":
-        return "impossible"
-    return ("confirmed" if is_safe else "rescued") if is_accepted else ("withdrawn" if is_safe else "agreed")
+    if decisions == {"accept"}:
+        return {"safe": "confirmed", "dropped": "impossible"}.get(attempt.decision, "rescued")
+    return "withdrawn" if attempt.decision == "safe" else "agreed"
 
 
-def coverage_lines(figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield lines (title, text) of the coverage for a terminal; lines without a count are left out.
+def coverage_lines(coverage: Coverage) -> Iterator[tuple[str, str]]:
+    """Yield lines (title, text) of the coverage, of at least one prompt, for a terminal; lines without a count are left
+    out."""
+    rates = [(label, counts.accepted, counts.prompts) for label, counts in coverage.labels.items()]
+    yield "accepted", _join(f"{label} {part:,} of {total:,} ({part / total:.1%})" for label, part, total in rates)
+    steps = [(step.rung, label, step) for label, counts in coverage.labels.items() for step in counts.rungs]
+    tried = sorted({rung for rung, _, _ in steps})
+    for rung in tried if tried[-1] else ():
+        at_rung = [(label, step) for step_rung, label, step in steps if step_rung == rung]
+        steering = next((step.steering for _, step in at_rung if step.steering), None)
+        text = _join(f"{label} {step.accepted:,} of {step.prompts:,}" for label, step in at_rung)
+        yield f"rung {rung}", text + (f"   {steering[:60]!r}" if steering else "")
+    reasons = sum(map(Counter, coverage.dropped.values()), Counter()).most_common()
+    lines = {
+        "rejected": _join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in reasons if reason != NOT_NEEDED),
+        "unsafe by category": _join(f"{counts.category} {counts.responses:,}" for counts in coverage.categories[:8]),
+        "uncertain": f"{coverage.uncertain:,} responses, to mark with `thinksafe review`" * bool(coverage.uncertain),
+        "marks": _join(f"{name} {count:,}" for name, count in (coverage.people | coverage.marks).items()),
+    }
+    yield from ((title, text) for title, text in lines.items() if text)
 
-    Args:
-        figures: result of `count_coverage` for at least one prompt.
-    """
-    labels = figures["labels"]
-    parts = [f"{label} {counts['accepted']:,} of {counts['prompts']:,} ({counts['accepted'] / counts['prompts']:.1%})"
-            for label, counts in labels.items()]  # fmt: skip
-    yield "accepted", "   ".join(parts)
-    last = max(counts["rungs"][-1]["rung"] for counts in labels.values())
-    for rung in range(last + 1) if last else ():
-        by_label = {label: step for label, counts in labels.items() for step in counts["rungs"] if step["rung"] == rung}
-        steering = next((step["steering"] for step in by_label.values() if step["steering"]), None)
-        parts = [f"{label} {step['accepted']:,} of {step['prompts']:,}" for label, step in by_label.items()]
-        if parts:
-            yield f"rung {rung}", "   ".join(parts) + (f"   {steering[:60]!r}" if steering else "")
-    reasons = sum(map(Counter, figures["dropped"].values()), Counter()).most_common()
-    if parts := [f"{reason.replace('_', ' ')} {count:,}" for reason, count in reasons if reason != NOT_NEEDED]:
-        yield "rejected", "   ".join(parts)
-    if figures["categories"]:
-        parts = [f"{counts['category']} {counts['responses']:,}" for counts in figures["categories"][:8]]
-        yield "unsafe by category", "   ".join(parts)
-    if figures["uncertain"]:
-        yield "uncertain", f"{figures['uncertain']:,} responses, to mark with `thinksafe review`"
-    if figures["people"]:
-        parts = [f"{name} {count:,}" for name, count in (figures["people"] | figures["marks"]).items()]
-        yield "marks", "   ".join(parts)
+
+def _join(parts: Iterable[str]) -> str:
+    return "   ".join(parts)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from heapq import nsmallest
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from thinksafe.data.atomic import write_atomically
 from thinksafe.data.records import Verdict, content_id
-from thinksafe.data.selection import Attempt, choose
+from thinksafe.data.selection import Attempt
 from thinksafe.run.attempts import Attempts
 from thinksafe.run.directory import RunDir
 from thinksafe.run.marks import read_marks, refilter_command
@@ -29,27 +29,23 @@ from thinksafe.text.chat import ParsedResponse, parse_response
 
 
 def write_review(run: RunDir, max_responses: int) -> Path:
-    """Write `review.html` with the most uncertain responses, least certain first. Malformed responses are not on it.
+    """Write review.html with at most `max_responses` responses, the most uncertain first, and return its path.
 
-    Args:
-        max_responses: maximum number of responses on the page. The page shows how many others there are.
-
-    Returns:
-        The path of review.html.
+    Malformed responses are not on the page; it shows how many others are left out.
     """
     attempts = Attempts(run, read_marks(run))
-    threshold, counts = run.recipe.guard.threshold, Counter()
+    guard, counts = run.recipe.guard, Counter()
 
-    def judged_attempts() -> Iterable[tuple[Attempt, bool]]:
+    def judged_attempts() -> Iterator[tuple[Attempt, bool]]:
         for prompt_attempts in attempts:
-            kept = choose(prompt_attempts)
+            kept = run.recipe.method.choose(prompt_attempts)
             for attempt in prompt_attempts:
                 counts[attempt.verdict.decision] += 1
                 if attempt.verdict.decision != "dropped":
                     yield attempt, attempt is kept
 
     least_certain = nsmallest(
-        max_responses, judged_attempts(), key=lambda pair: certainty_key(pair[0].verdict, threshold)
+        max_responses, judged_attempts(), key=lambda pair: certainty_key(pair[0].verdict, guard.threshold)
     )
     command = f"thinksafe filter --out {shlex.quote(str(run.path))} --marks marks.jsonl"
     page = {
@@ -57,8 +53,8 @@ def write_review(run: RunDir, max_responses: int) -> Path:
         "name": run.recipe.name,
         "too_late": run.training_has_begun,
         "command": refilter_command(run, "marks.jsonl") if run.training_has_begun else command,
-        "threshold": threshold,
-        "margin": run.recipe.guard.margin,
+        "threshold": guard.threshold,
+        "margin": guard.margin,
         "judged": counts.total() - counts["dropped"],
         "malformed": counts["dropped"],
         "records": [_page_record(attempt, is_kept) for attempt, is_kept in least_certain],
@@ -70,35 +66,29 @@ def write_review(run: RunDir, max_responses: int) -> Path:
 def certainty_key(verdict: Verdict, threshold: float) -> tuple[bool, float, str, int]:
     """Return a sort key that orders verdicts by certainty, least certain first.
 
-    Verdicts `unknown` come first; then the distance |p_unsafe / (p_safe + p_unsafe) - threshold| counts, which is 0
-    without probabilities; then prompt id and sample.
+    Verdicts `unknown` come first; then the distance of P(unsafe) from the threshold counts, which is 0 without
+    probabilities; then prompt id and sample.
     """
-    return (verdict.decision != "unknown", _threshold_distance(verdict, threshold), verdict.prompt_id, verdict.sample)
+    distance = 0.0 if verdict.unsafe_share is None else abs(verdict.unsafe_share - threshold)
+    return verdict.decision != "unknown", distance, verdict.prompt_id, verdict.sample
 
 
 def render_page(page: dict[str, Any]) -> str:
-    """Return the HTML text of the review page.
-
-    Args:
-        page: the JSON data of the page, as `write_review` collects it; its `name` is in the title.
-    """
+    """Return the HTML text of the review page from its JSON data, as `write_review` collects them."""
     folder = files("thinksafe.reporting")
-    html, style, script = (
-        (folder / f"review.{suffix}").read_text(encoding="utf-8") for suffix in ("html", "css", "js")
+    page_css, review_css, script, html = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.css", "review.css", "review.js", "review.html")
     )
-    # Only "<" could end the script block; JSON can write it as an escape.
-    data = json.dumps(page, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    style, template = page_css + review_css, Environment(autoescape=True).from_string(html)
     sources = f"style-src '{_csp_hash(style)}'; script-src '{_csp_hash(script)}'"
-    return (
-        Environment(autoescape=True)
-        .from_string(html)
-        .render(
-            title=f"Review: {page['name']}",
-            policy=f"default-src 'none'; {sources}; base-uri 'none'",
-            style=Markup(style),
-            script=Markup(script),
-            data=Markup(data),
-        )
+    # Only "<" could end the script block; JSON can write it as an escape.
+    data = json.dumps(page, ensure_ascii=False, allow_nan=False, default=vars).replace("<", "\\u003c")
+    return template.render(
+        page=page,
+        policy=f"default-src 'none'; {sources}; base-uri 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(data),
     )
 
 
@@ -107,46 +97,15 @@ def _csp_hash(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _unsafe_share(verdict: Verdict) -> float | None:
-    """Return p_unsafe / (p_safe + p_unsafe), which is compared with the threshold.
-
-    It is None if a probability is None or their sum is not positive.
-    """
-    if verdict.p_safe is None or verdict.p_unsafe is None or not verdict.p_safe + verdict.p_unsafe > 0:
-        return None
-    return verdict.p_unsafe / (verdict.p_safe + verdict.p_unsafe)
-
-
-def _threshold_distance(verdict: Verdict, threshold: float) -> float:
-    """Return |unsafe share - threshold|; 0 if there is no share."""
-    share = _unsafe_share(verdict)
-    return 0.0 if share is None else abs(share - threshold)
-
-
 def _page_record(attempt: Attempt, is_kept: bool) -> dict[str, Any]:
     """Return the data of one response on the page. The answer of a response with a format problem is its whole text."""
-    response, verdict = attempt.response, attempt.verdict
-    parsed = parse_response(response.text)
-    parts = parsed if isinstance(parsed, ParsedResponse) else ParsedResponse("", response.text)
+    parsed = parse_response(attempt.response.text)
+    parts = parsed if isinstance(parsed, ParsedResponse) else ParsedResponse("", attempt.response.text)
     return {
-        "prompt_id": response.prompt_id,
-        "sample": response.sample,
-        "text_id": content_id(response.text),
-        "label": response.label,
-        "prompt": response.prompt,
+        **{name: value for name, value in attempt.fields.items() if name != "text"},
         "think": parts.think,
         "answer": parts.answer,
-        "steering": response.steering,
-        "rung": response.rung,
-        "tokens": response.num_tokens,
-        "guard": verdict.guard,
-        "decision": verdict.decision,
-        "reason": verdict.reason,
-        "share": _unsafe_share(verdict),
-        "category": verdict.category,
-        "labels": verdict.labels,
-        "refusal": verdict.refusal,
-        "windows": verdict.windows,
+        "unsafe_share": attempt.verdict.unsafe_share,
         "kept": is_kept,
-        "marks": [{"decision": mark.decision, "by": mark.by, "at": mark.at} for mark in attempt.marks],
+        "marks": attempt.audit_marks,
     }

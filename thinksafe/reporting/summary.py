@@ -1,218 +1,167 @@
-"""The contents of a report, read from the records of a run directory. It writes nothing.
-
-A section is left out if its stage has not run.
-"""
+"""Summary of a run: reads the records of a run directory and returns the figures of its report. It writes nothing."""
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import thinksafe
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Response, Verdict
+from thinksafe.evaluation.metrics import SetFigures
 from thinksafe.evaluation.statistics import mean_with_interval
-from thinksafe.reporting.coverage import count_coverage, read_audit
+from thinksafe.reporting.coverage import read_coverage
+from thinksafe.reporting.report import (
+    METRIC_KINDS,
+    Acceptance,
+    Estimate,
+    EstimateRow,
+    Interval,
+    Metric,
+    Report,
+    SetMetric,
+    StageFigures,
+    Training,
+)
 from thinksafe.run.directory import RunDir
-from thinksafe.training.loop import read_metrics
-
-_HEADLINE_KINDS = {"harmful_ratio": "harmful", "over_refusal": "over_refusal", "reasoning_accuracy": "reasoning"}
-_COMPARED_FIELDS = ("seconds", "tokens", "peak_bytes")
+from thinksafe.training.metrics import read_metrics
 
 
-def summarize(run: RunDir) -> dict[str, Any]:
-    """Return the contents of report.json, by section, from the files of all finished stages.
-
-    docs/run-directory.md lists the sections. A section is left out if its stage is not finished.
-    """
+def summarize(run: RunDir) -> Report:
+    """Return the report of a run, from the files of all finished stages."""
     manifest, recipe = run.manifest, run.recipe
     stages = manifest["stages"]
     phases = {
-        phase: json.loads((run.path / "evaluation" / f"{phase}.json").read_text())
+        phase: [SetFigures(**row) for row in json.loads((run.path / "evaluation" / f"{phase}.json").read_text())]
         for phase in ("before", "after")
         if f"evaluate_{phase}" in stages
     }
-    report: dict[str, Any] = {
-        "title": f"ThinkSafe: {recipe.name}",
-        "recipe_name": recipe.name,
-        "model": recipe.model,
-        "seed": recipe.seed,
-        "created": manifest["created"],
-        "code_version": thinksafe.__version__,
-        "run_dir": str(run.path),
-        **{name: headline for name, kind in _HEADLINE_KINDS.items() if (headline := _headline_metric(kind, phases))},
-        "sets": _set_rows(phases),
-        "stages": [
-            {
-                "name": name,
-                "seconds": stage["seconds"],
-                "tokens": stage["tokens"],
-                "tokens_per_second": round(stage["tokens"] / max(stage["seconds"], 1e-9), 1),
-            }
-            for name, stage in stages.items()
-        ],
-        "environment": manifest["environment"],
-    }
-    if (run.path / "estimate.json").exists():
-        report["estimate"] = _compare_with_estimate(json.loads((run.path / "estimate.json").read_text()), stages)
-    if "generate" in stages:
-        lengths = defaultdict(list)
-        for responses_file in [file for file, _ in run.attempt_files()] or [run.attempt_paths(0)[0]]:
-            for response in read_records(responses_file, Response):
-                lengths[response.label].append(response.num_tokens)
-        report["lengths"] = dict(lengths)
-    if "accept" in stages:
-        figures = read_coverage(run)
-        report["filter"] = {name: figures.pop(name) for name in ("kept", "dropped")}
-        report["coverage"] = figures
-    if "filter" in stages and (steered := _read_outcomes(run.path / "verdicts.jsonl", True)):
-        report["acceptance"] = _acceptance_figures(
-            steered, _read_outcomes(run.path / "unsteered_verdicts.jsonl", False)
-        )
-    if "train" in stages:
-        metrics = list(read_metrics(run.path / "training" / "metrics.jsonl"))
-        report["training"] = {
-            "method": recipe.training.method,
-            "steps": len(metrics),
-            "examples": stages["train"]["records"],
-            "dropped": stages["train"]["dropped"],
-            "tokens": stages["train"]["tokens"],
-            "benign_loss": recipe.training.benign_loss,
-            "left_out": [[step.step, step.note] for step in metrics if step.loss is None],
-            "loss": [[step.step, step.loss] for step in metrics if step.loss is not None],
-            "learning_rate": [[step.step, step.learning_rate] for step in metrics],
-        }
-    return report
+    return Report(
+        title=f"ThinkSafe: {recipe.name}",
+        recipe_name=recipe.name,
+        model=recipe.model,
+        seed=recipe.seed,
+        created=manifest["created"],
+        code_version=thinksafe.__version__,
+        run_dir=str(run.path),
+        environment=manifest["environment"],
+        sets=_set_metrics(phases),
+        stages=[_stage_figures(name, stage["seconds"], stage["tokens"]) for name, stage in stages.items()],
+        estimate=_estimate(run, stages),
+        lengths=_response_lengths(run) if "generate" in stages else None,
+        coverage=read_coverage(run) if "accept" in stages else None,
+        acceptance=_acceptance(run) if "filter" in stages else None,
+        training=_training(run, stages["train"]) if "train" in stages else None,
+        **{metric.key: _headline_metric(metric.kind, phases) for metric in METRIC_KINDS},
+    )
 
 
-def read_coverage(run: RunDir) -> dict[str, Any]:
-    """Return the coverage of a run, read from its audit.jsonl; `count_coverage` describes the result."""
-    return count_coverage(read_audit(run), len(run.recipe.generation.rungs))
+def _stage_figures(name: str, seconds: float, tokens: int) -> StageFigures:
+    return StageFigures(name, seconds, tokens, round(tokens / max(seconds, 1e-9), 1))
 
 
-def _compare_with_estimate(estimate: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
-    """Return pairs [estimated, measured] of time, tokens and memory for each finished stage, and for all together.
+def _headline_metric(kind: str, phases: dict[str, list[SetFigures]]) -> Metric | None:
+    """Return one metric, pooled over the judged prompts of all sets of a kind; None if no set has this kind."""
+    figures, unknown = {}, {}
+    for phase, all_sets in phases.items():
+        sets = [figures for figures in all_sets if figures.kind == kind]
+        if sets:
+            unknown[phase] = sum(set_figures.unknown for set_figures in sets)
+        if values := [value for set_figures in sets for value in set_figures.values]:
+            figures[phase], figures[f"{phase}_interval"] = mean_with_interval(values)
+            figures["n"] = len(values)
+    return Metric(unknown=unknown, **figures) if unknown else None
 
-    A figure that is unknown is None. The estimate does not include retries: rungs of the ladder, and attempts after
-    marks; their estimated figures are None.
 
-    Args:
-        estimate: contents of estimate.json.
-        stages: the finished stages of the manifest.
+def _set_metrics(phases: dict[str, list[SetFigures]]) -> list[SetMetric]:
+    """Return the metric of each evaluation set, in the order of the recipe."""
+    rows: dict[str, dict[str, Any]] = {}
+    for phase, sets in phases.items():
+        for figures in sets:
+            shared = {name: getattr(figures, name) for name in ("name", "kind", "n", "samples", "judge")}
+            row = rows.setdefault(figures.name, shared | {"truncated": {}, "unknown": {}})
+            row |= {phase: figures.value, f"{phase}_interval": figures.interval}
+            row["truncated"][phase], row["unknown"][phase] = figures.truncated, figures.unknown
+    return [SetMetric(**row) for row in rows.values()]
 
-    Returns:
-        `gpu` and `num_gpus` of the estimate; `stages`: rows with `name` and pairs `seconds`, `tokens`, `peak_bytes`;
-        `total`: such a row for all stages together.
+
+def _estimate(run: RunDir, stages: dict[str, Any]) -> Estimate | None:
+    """Return the estimate beside the measured figures of each finished stage; None if there is no estimate.json.
+
+    The estimate does not include retries: rungs of the ladder, and attempts after marks.
     """
-    expected = estimate["stages"]
+    if not (run.path / "estimate.json").exists():
+        return None
+    estimate = json.loads((run.path / "estimate.json").read_text())
+    expected, keys = estimate["stages"], ("seconds", "tokens", "peak_bytes")
     rows = [
-        {"name": name} | {key: [expected.get(name, {}).get(key), stage.get(key)] for key in _COMPARED_FIELDS}
+        EstimateRow(name, *((expected.get(name, {}).get(key), stage.get(key)) for key in keys))
         for name, stage in stages.items()
         if name in expected or stage["tokens"]
     ]
-    total = {"name": "in all"} | {key: [_combine(rows, key, column) for column in (0, 1)] for key in _COMPARED_FIELDS}
-    return {"gpu": estimate["gpu"], "num_gpus": estimate["num_gpus"], "stages": rows, "total": total}
+    totals = ((_total(rows, key, 0), _total(rows, key, 1)) for key in keys)
+    return Estimate(estimate["gpu"], estimate["num_gpus"], rows, EstimateRow("in all", *totals))
 
 
-def _combine(rows: list[dict[str, Any]], key: str, column: int) -> float | None:
-    """Return a figure of all stages together: the maximum for `peak_bytes`, the sum for `seconds` and `tokens`.
-
-    Values of None do not count; without any value the result is None.
-
-    Args:
-        column: 0 for the estimated figure, 1 for the measured one.
-    """
-    values = [row[key][column] for row in rows if row[key][column] is not None]
+def _total(rows: list[EstimateRow], key: str, column: int) -> float | None:
+    values = [value for row in rows if (value := getattr(row, key)[column]) is not None]
     return (max if key == "peak_bytes" else sum)(values) if values else None
 
 
-def _headline_metric(kind: str, phases: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """Return one metric, pooled over the judged prompts of all sets of a kind; None if no set has this kind.
-
-    Args:
-        kind: kind of evaluation sets.
-        phases: figures of the sets, as `measure` returns them, by phase (`before`, `after`).
-
-    Returns:
-        For each phase with a judged prompt its mean under the phase's name and `PHASE_interval`; `n`, the number of
-        judged prompts; `unknown`, {phase: number of responses without a verdict}.
-    """
-    headline: dict[str, Any] = {"unknown": {}}
-    for phase, sets in phases.items():
-        matching = [evaluation_set for evaluation_set in sets if evaluation_set["kind"] == kind]
-        values = [value for evaluation_set in matching for value in evaluation_set["values"]]
-        if values:
-            headline[phase], headline[f"{phase}_interval"] = mean_with_interval(values)
-            headline["n"] = len(values)
-        if matching:
-            headline["unknown"][phase] = sum(evaluation_set["unknown"] for evaluation_set in matching)
-    return headline if headline["unknown"] else None
+def _response_lengths(run: RunDir) -> dict[str, list[int]]:
+    """Return label -> number of tokens of each response of all attempts."""
+    lengths = defaultdict(list)
+    for file in [responses for responses, _ in run.attempt_files()] or [run.attempt_paths(0)[0]]:
+        for response in read_records(file, Response):
+            lengths[response.label].append(response.num_tokens)
+    return dict(lengths)
 
 
-def _set_rows(phases: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return a row for each evaluation set, with its figures of every phase; `phases` as for `_headline_metric`."""
-    rows: dict[str, dict[str, Any]] = {}
-    for phase, sets in phases.items():
-        for evaluation_set in sets:
-            shared = {key: evaluation_set[key] for key in ("name", "kind", "n", "samples", "judge")}
-            row = rows.setdefault(evaluation_set["name"], shared | {"truncated": {}, "unknown": {}})
-            row[phase], row[f"{phase}_interval"] = evaluation_set["value"], evaluation_set["interval"]
-            row["truncated"][phase], row["unknown"][phase] = evaluation_set["truncated"], evaluation_set["unknown"]
-    return list(rows.values())
+def _acceptance(run: RunDir) -> Acceptance | None:
+    """Return what steering gains on first attempts at harmful prompts; None if no response was steered."""
+    steered = _harmful_verdicts(run.path / "verdicts.jsonl", is_steered=True)
+    unsteered = _harmful_verdicts(run.path / "unsteered_verdicts.jsonl", is_steered=False)
+    if not steered:
+        return None
+    accepted, baseline = (sum(v.decision == "safe" for v in verdicts) for verdicts in (steered, unsteered))
+    numerator, denominator = accepted * (len(unsteered) - baseline), (len(steered) - accepted) * baseline
+    return Acceptance(
+        len(steered),
+        len(unsteered),
+        numerator / denominator if numerator and denominator else None,  # else it is 0, infinite or 0 / 0
+        *_mean_over_prompts((v.prompt_id, v.decision == "safe") for v in steered),
+        *_mean_over_prompts((v.prompt_id, v.decision == "safe") for v in unsteered),
+        *_mean_over_prompts((v.prompt_id, v.refusal) for v in steered if v.refusal is not None),
+    )
 
 
-class _Outcome(NamedTuple):
-    """The part of a verdict on a first attempt at a harmful prompt that the report counts.
-
-    Attributes:
-        accepted: whether the guard's decision is `safe`.
-        refusal: whether the response refuses; None if the guard does not say.
-    """
-
-    prompt_id: str
-    accepted: bool
-    refusal: bool | None
+def _harmful_verdicts(file: Path, is_steered: bool) -> list[Verdict]:
+    """Return the verdicts on steered or on unsteered responses to harmful prompts; none if there is no such file."""
+    verdicts = read_records(file, Verdict) if file.exists() else ()
+    return [v for v in verdicts if v.label == "harmful" and (v.steering is not None) == is_steered]
 
 
-def _read_outcomes(file: Path, steered: bool) -> list[_Outcome]:
-    """Return the outcomes of the responses to harmful prompts in a file of verdicts; [] if there is no such file.
-
-    Args:
-        steered: True for the responses with steering only, False for the responses without steering only.
-    """
-    return [
-        _Outcome(verdict.prompt_id, verdict.decision == "safe", verdict.refusal)
-        for verdict in (read_records(file, Verdict) if file.exists() else ())
-        if verdict.label == "harmful" and (verdict.steering is not None) == steered
-    ]
+def _mean_over_prompts(outcomes: Iterable[tuple[str, bool]]) -> tuple[float | None, Interval | None]:
+    """Return the mean over prompts of the share of true outcomes, and its interval, from pairs (prompt id, outcome)."""
+    by_prompt = defaultdict(list)
+    for prompt_id, outcome in outcomes:
+        by_prompt[prompt_id].append(outcome)
+    shares = [sum(samples) / len(samples) for samples in by_prompt.values()]
+    return mean_with_interval(shares) if shares else (None, None)
 
 
-def _acceptance_figures(steered: list[_Outcome], unsteered: list[_Outcome]) -> dict[str, Any]:
-    """Return what steering gains on first attempts at harmful prompts.
-
-    Returns:
-        `n_steered`, `n_unsteered`: numbers of responses;
-        `odds_ratio`: (accepted / rejected with steering) / (accepted / rejected without it); None if one of the four
-        counts is 0;
-        `steered`, `unsteered`: share of accepted responses, as the mean over prompts, each with `NAME_interval`;
-        `refusal_steered`: such a share of refusals, among the responses for which the guard says it.
-        A share and its interval are None without responses.
-    """
-    accepted = [sum(outcome.accepted for outcome in outcomes) for outcomes in (steered, unsteered)]
-    rejected = [len(steered) - accepted[0], len(unsteered) - accepted[1]]
-    odds_ratio = None
-    if all(accepted + rejected):  # with an empty cell the odds ratio is 0 or infinite
-        odds_ratio = accepted[0] * rejected[1] / (rejected[0] * accepted[1])
-    figures: dict[str, Any] = {"n_steered": len(steered), "n_unsteered": len(unsteered), "odds_ratio": odds_ratio}
-    judged = {
-        "steered": [(outcome.prompt_id, outcome.accepted) for outcome in steered],
-        "unsteered": [(outcome.prompt_id, outcome.accepted) for outcome in unsteered],
-        "refusal_steered": [(outcome.prompt_id, outcome.refusal) for outcome in steered if outcome.refusal is not None],
-    }
-    for name, pairs in judged.items():
-        by_prompt = defaultdict(list)
-        for prompt_id, outcome in pairs:
-            by_prompt[prompt_id].append(outcome)
-        shares = [sum(samples) / len(samples) for samples in by_prompt.values()]
-        figures[name], figures[f"{name}_interval"] = mean_with_interval(shares) if shares else (None, None)
-    return figures
+def _training(run: RunDir, stage: dict[str, Any]) -> Training:
+    """Return the figures of training, from its metrics and its entry in the manifest."""
+    steps = list(read_metrics(run.path / "training" / "metrics.jsonl"))
+    return Training(
+        method=run.recipe.training.method,
+        steps=len(steps),
+        examples=stage["records"],
+        dropped=stage["dropped"],
+        tokens=stage["tokens"],
+        benign_loss=run.recipe.method.benign_loss,
+        left_out=[(step.step, step.note) for step in steps if step.loss is None],
+        loss=[(step.step, step.loss) for step in steps if step.loss is not None],
+        learning_rate=[(step.step, step.learning_rate) for step in steps],
+    )

@@ -12,12 +12,13 @@ from thinksafe.guards.base import Guard
 from thinksafe.guards.config import GuardConfig
 from thinksafe.guards.registry import build_guard
 from thinksafe.kernels.fp8 import supports_fp8
+from thinksafe.model.config import WeightDtype
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import check_same_base, detach, load_adapter
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
-from thinksafe.model.weights import WeightDtype, load_config, load_decoder, resolve_checkpoint
+from thinksafe.model.weights import load_config, load_decoder, resolve_checkpoint
 from thinksafe.recipe.schema import Recipe
-from thinksafe.sampler.engine import EngineConfig
+from thinksafe.sampler.config import EngineConfig
 from thinksafe.text.chat import Chat
 from thinksafe.text.tokenizer import SafeTokenizer
 
@@ -26,11 +27,7 @@ _SMALL_HIDDEN_SIZE = 256
 
 
 def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
-    """Check that every token id has an embedding; otherwise a step would fail with an index out of range.
-
-    Raises:
-        UserError: the tokenizer has more tokens than the model's vocab_size.
-    """
+    """Raise a UserError if a token id has no embedding, which would fail as an index out of range in a step."""
     vocab_size, num_tokens = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
     if num_tokens > vocab_size:
         raise UserError(
@@ -56,7 +53,6 @@ class WeightLayout:
 
     @classmethod
     def for_sampler(cls, sampler: EngineConfig) -> "WeightLayout":
-        """Return the layout that these engine settings ask for."""
         num_processes = sampler.tensor_parallel_size
         return cls(num_processes, sampler.batch_invariant and num_processes > 1, sampler.weight_dtype)
 
@@ -73,15 +69,7 @@ class CheckpointStore:
     """
 
     def __init__(self, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
-        """Choose device and dtype; load nothing.
-
-        Args:
-            recipe: names the checkpoints, device and dtype.
-            workers: this process and its relation to the other workers.
-
-        Raises:
-            UserError: `device` is cuda but torch finds no GPU, or this machine has fewer GPUs than workers.
-        """
+        """Choose device and dtype; load nothing. Raise a UserError if this machine has not the GPUs that are needed."""
         if recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda needs a GPU, but torch finds none; use device=auto or device=cpu")
         gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
@@ -99,39 +87,24 @@ class CheckpointStore:
 
     @cached_property
     def base(self) -> Path:
-        """Folder of the untrained student's checkpoint; a name on the hub is downloaded first.
-
-        Raises:
-            UserError: there is no such folder or hub name.
-        """
+        """Folder of the untrained student's checkpoint; a name on the hub is downloaded first."""
         return resolve_checkpoint(self._recipe.model)
 
     @cached_property
     def chat(self) -> Chat:
-        """The student's tokenizer and chat template.
-
-        Raises:
-            UserError: they cannot be used, or the tokenizer has more tokens than the model.
-        """
+        """The student's tokenizer and chat template."""
         chat = Chat(self.base)
         _check_vocabulary(self.base, chat.tokenizer)
         return chat
 
     @cached_property
     def guard(self) -> Guard:
-        """The guard of the recipe, with its models loaded; it is kept until `release_guard`.
-
-        Raises:
-            UserError: a checkpoint does not exist or does not fit its format.
-        """
+        """The guard of the recipe, with its models loaded; it is kept until `release_guard`."""
         return build_guard(self._recipe.guard, self._load_guard_model)
 
     def check_guard(self) -> None:
-        """Check that the guard's checkpoints fit their formats; return nothing. This reads tokenizers, but no weights.
-
-        Raises:
-            UserError: a checkpoint does not exist or does not fit its format.
-        """
+        """Raise a UserError if a checkpoint of the guard does not exist or does not fit its format. No weights are
+        read."""
         build_guard(self._recipe.guard, lambda config: (None, self._guard_tokenizer(config)[1]))
 
     def _load_guard_model(self, config: GuardConfig) -> tuple[Decoder, SafeTokenizer]:
@@ -151,9 +124,6 @@ class CheckpointStore:
             on_host: return a new copy in host memory, because the device's memory cannot hold it; all its weights have
                 `dtype`. On the CPU this flag changes nothing.
             weight_dtype: dtype of its projections; `auto` is the dtype of all other weights. Not used with `on_host`.
-
-        Raises:
-            UserError: the checkpoint cannot be loaded, or the device does not support fp8.
         """
         if on_host and self.device.type != "cpu":
             self._loaded = None
@@ -190,11 +160,7 @@ class CheckpointStore:
         return decoder.requires_grad_(False).eval()
 
     def _load(self, folder: Path, layout: WeightLayout) -> Decoder:
-        """Return a decoder, or this process's shard of it, newly loaded on the device.
-
-        Raises:
-            UserError: the device does not support fp8, or the checkpoint cannot be loaded.
-        """
+        """Return a decoder, or this process's shard of it, newly loaded on the device."""
         if layout.weight_dtype == "fp8" and not supports_fp8(self.device):
             raise UserError(
                 "fp8 weights need a GPU of compute capability 8.9 or more; set sampler.weight_dtype, "

@@ -35,15 +35,9 @@ _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "nu
 
 
 def check_format(path: Path, remedy: str = "use a new --out folder") -> None:
-    """Check that a run directory has the format of this version of ThinkSafe; return nothing.
+    """Raise a UserError, with a remedy, if another version of ThinkSafe made a run directory in another format.
 
     A missing or damaged manifest passes; `RunDir.manifest` reports a damaged one.
-
-    Args:
-        remedy: what to do other than finishing the run with its version, for the error message.
-
-    Raises:
-        UserError: a version with another format made it.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -57,34 +51,27 @@ def check_format(path: Path, remedy: str = "use a new --out folder") -> None:
 class StageClock:
     """The seconds that a stage has worked, over all processes that worked on it one after another.
 
-    They are kept in a file, so that a killed stage loses at most about one second.
-
-    Attributes:
-        seconds: wall time so far, in seconds.
+    They are kept in a file, which only the leader writes, so that a killed stage loses at most about one second.
     """
 
-    def __init__(self, file: Path, saves: bool = True):
-        """Continue from the seconds in the file, or from 0 if there is none.
-
-        Args:
-            saves: whether `tick` writes the file; true on the leader only.
-        """
-        self._file, self._saves = file, saves
+    def __init__(self, file: Path, is_leader: bool = True):
+        self._file, self._is_leader = file, is_leader
         self._earlier_seconds = float(file.read_text() or 0) if file.exists() else 0.0
         self._started = self._saved = time.perf_counter()
 
     @property
     def seconds(self) -> float:
+        """Wall time so far, in seconds."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def tick(self) -> None:
-        """Write the seconds to the file if `saves` is set and the last write is more than a second ago."""
-        if self._saves and time.perf_counter() - self._saved > 1:
+        """Save the seconds, at most once a second."""
+        if self._is_leader and time.perf_counter() - self._saved > 1:
             self._saved = time.perf_counter()
             write_atomically(self._file, f"{self.seconds:.3f}")
 
     def remove(self) -> None:
-        """Delete the file, if there is one, because the manifest now holds the stage's seconds."""
+        """Delete the file: the manifest now holds the seconds."""
         self._file.unlink(missing_ok=True)
 
 
@@ -95,23 +82,18 @@ class RunDir:
     go through the same stages. `RunDir(...)` itself checks and locks nothing, and is for reading.
 
     Attributes:
-        path: the folder.
-        recipe: the settings of the run.
         workers: this process and its relation to the other workers. The leader alone writes the files that are written
             once.
     """
 
     def __init__(self, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
-        self.path = path
-        self.recipe = recipe
-        self.workers = workers
+        self.path, self.recipe, self.workers = path, recipe, workers
 
     @classmethod
     @contextmanager
     def open(cls, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS) -> Iterator["RunDir"]:
-        """Create the folder, or open it to resume its run, and hold the workers' common lock during the body.
-
-        All workers call this together; the leader writes recipe.yaml.
+        """Create the folder, or open it to resume its run, and hold the workers' common lock during the body. All
+        workers call this together.
 
         Raises:
             UserError: the folder belongs to another recipe or version, or is not a run directory; another launch works
@@ -155,13 +137,8 @@ class RunDir:
 
     @leader_only
     def is_done(self, stage: str) -> bool:
-        """Return whether the stage is in the manifest; if it is, first check that its files are unchanged.
-
-        All workers call this together and get the same answer.
-
-        Raises:
-            UserError: a file of the stage is missing or was changed.
-        """
+        """Return whether the stage is in the manifest; all workers call this together. Raise a UserError if it is, but
+        one of its files is missing or was changed."""
         entry = self.manifest["stages"].get(stage)
         if entry is None:
             return False
@@ -174,13 +151,10 @@ class RunDir:
         return True
 
     def invalidate_stage(self, stage: str) -> None:
-        """Remove a stage from the manifest, before its files are written again; do nothing if it is not there.
-
-        Only the leader may call this.
-        """
+        """Remove a stage from the manifest, before its files are written again. Only the leader may call this."""
         manifest = self.manifest
         if manifest["stages"].pop(stage, None) is not None:
-            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            self._write_manifest(manifest)
 
     @property
     def student_folder(self) -> Path:
@@ -195,31 +169,26 @@ class RunDir:
     def attempt_paths(self, number: int) -> tuple[Path, Path]:
         """Return the paths of the responses and of the verdicts of one round of attempts, whether or not they exist.
 
-        Args:
-            number: 0 for the first attempt, from 1 the rung of the steering ladder. Retries after a person rejected a
-                response have the numbers from `len(recipe.generation.rungs)`.
+        Round 0 is the first attempt, and the next ones are the rungs of the steering ladder. Retries after a person
+        rejected a response have the numbers from `len(recipe.generation.rungs)`.
         """
         names = ("responses.jsonl", "verdicts.jsonl")
         folder, prefix = (self.path / "rungs", f"{number}.") if number else (self.path, "")
         return tuple(folder / f"{prefix}{name}" for name in names)
 
     def attempt_files(self) -> list[tuple[Path, Path]]:
-        """Return (responses, verdicts), the paths of each judged round of attempts, in order of number.
-
-        A round is judged if its file of verdicts is finished. A rung that had no task has no file and is left out.
-        """
+        """Return (responses, verdicts), the paths of each round of attempts whose verdicts are finished, in order. A
+        rung that had no task has no file."""
         num_rungs = len(self.recipe.generation.rungs)
         ladder = [files for files in map(self.attempt_paths, range(num_rungs)) if files[1].exists()]
         beyond_ladder = takewhile(lambda files: files[1].exists(), map(self.attempt_paths, count(num_rungs)))
         return [*ladder, *beyond_ladder]
 
     def pin_input(self, name: str, digest: str) -> None:
-        """Record the hash of an input in the manifest; if it is there already, check that the input is still the same.
-
-        All workers call this together.
+        """Record the hash of an input in the manifest, at its first use. All workers call this together.
 
         Args:
-            name: name of the input in the manifest and in the error, such as `model`.
+            name: name of the input in the manifest and in errors, such as `model`.
             digest: hash of the input as this worker sees it.
 
         Raises:
@@ -230,7 +199,7 @@ class RunDir:
             manifest = self.manifest
             if manifest.setdefault("inputs", {}).setdefault(name, digest) != digest:
                 raise UserError(f"{name}: was changed since this run began; restore it or use a new --out folder")
-            write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+            self._write_manifest(manifest)
             return digest
 
         if self.workers.on_leader(pin) != digest:
@@ -238,40 +207,30 @@ class RunDir:
 
     @leader_only
     def finish_stage(self, stage: str, files: list[Path], clock: StageClock, **figures: Any) -> None:
-        """Enter a stage in the manifest as done. All workers call this together.
-
-        The entry holds the seconds of the clock, the figures, on a GPU the leader's `peak_bytes`, and the hashes.
-
-        Args:
-            files: the files that it wrote, under their final names, below the run directory.
-            clock: clock of the stage; its file is deleted.
-            figures: `tokens` and other figures for the report; JSON values.
-        """
+        """Enter a stage in the manifest as done, with its seconds, figures (JSON values) and the hashes of its files;
+        on a GPU also with the leader's `peak_bytes`. All workers call this together."""
         manifest = self.manifest
         hashes = {str(file.relative_to(self.path)): sha256(file) for file in files}
         if torch.cuda.is_available():
             figures["peak_bytes"] = torch.cuda.max_memory_allocated()
         manifest["stages"][stage] = {"seconds": round(clock.seconds, 3), **figures, "files": hashes}
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        self._write_manifest(manifest)
         clock.remove()
 
     def clock(self, stage: str) -> StageClock:
         """Return the stage's clock, which continues after a kill, and set the GPU's record of peak memory to zero."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        return StageClock(self.path / f".{stage.replace('/', '-')}.seconds", saves=self.workers.is_leader)
+        return StageClock(self.path / f".{stage}.seconds", self.workers.is_leader)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 @contextmanager
 def _locked(path: Path, workers: Workers) -> Iterator[None]:
-    """Create the folder, and hold a lock during the body that all workers share.
-
-    While one of them lives, no other launch can open the folder.
-
-    Raises:
-        UserError: the path is a file or another kind of folder, another launch holds the lock, or not all workers see
-            the folder.
-    """
+    """Create the folder, and hold a lock during the body that all workers share: while one of them lives, no other
+    launch can open the folder. Raise a UserError if it is not usable."""
     lock_file = path / ".lock"
 
     def claim() -> TextIO:
@@ -301,14 +260,8 @@ def _locked(path: Path, workers: Workers) -> Iterator[None]:
 
 
 def _lock(lock: TextIO, kind: int) -> None:
-    """Take a lock on an open file, or change its kind.
-
-    Args:
-        kind: `fcntl.LOCK_EX` (for one process) or `fcntl.LOCK_SH` (shared).
-
-    Raises:
-        UserError: a process holds a lock that excludes this one.
-    """
+    """Take a lock on an open file, or change its kind: `fcntl.LOCK_EX` (for one process) or `fcntl.LOCK_SH`
+    (shared)."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -316,8 +269,8 @@ def _lock(lock: TextIO, kind: int) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return name -> text, for the manifest: the versions of ThinkSafe, Python and those of `_PACKAGES` that are
-    installed, `machine` (the processor's architecture) and `cpu_count`."""
+    """Return name -> text: the versions of ThinkSafe, Python and the installed ones of `_PACKAGES`, the processor's
+    architecture, and `cpu_count`."""
     versions = {}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

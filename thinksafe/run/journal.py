@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from thinksafe.data.atomic import sha256
+from thinksafe.data.atomic import install, sha256
 from thinksafe.data.jsonl import RecordFile, to_json
 from thinksafe.data.records import Record
 from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
@@ -30,10 +30,8 @@ _NOT_SHARED = "with several machines, --out must lie on a file system that all o
 
 
 class Journal:
-    """A record file that all workers append to line by line; it is final once `finish` has renamed it.
-
-    A stage creates it, leaves out the tasks of `records`, appends one record for each other task, and calls `finish`.
-    After a kill, the next process that creates the same journal finds every record that was appended.
+    """A record file that all workers append to line by line; it is final once `finish` has renamed it. After a kill,
+    the next process that creates the same journal finds every record that was appended.
 
     Attributes:
         final: the file's final name.
@@ -41,16 +39,7 @@ class Journal:
     """
 
     def __init__(self, final: Path, kind: type[Record], workers: Workers = SINGLE_PROCESS):
-        """Gather the records of earlier processes. All workers call this together.
-
-        Args:
-            final: final name of the file; its folder is created.
-            kind: kind of record in the file.
-            workers: this process and its relation to the other workers.
-
-        Raises:
-            UserError: the gathered records do not become visible on this worker.
-        """
+        """Gather the records of earlier processes. All workers call this together. The file's folder is created."""
         self.final, self._kind, self._workers = final, kind, workers
         self._gathered = final.with_name(final.name + ".partial")
         write_on_leader(self._gathered, workers, self._gather)
@@ -58,10 +47,8 @@ class Journal:
         self._file = self.partial.open("a", encoding="utf-8")
 
     def records(self) -> Iterator[Record]:
-        """Return an iterator over the records that earlier processes wrote; some may occur twice.
-
-        They are the same on all workers, and do not include the records that this process appends.
-        """
+        """Return an iterator over the records that earlier processes wrote, the same on all workers. Some may occur
+        twice."""
         return iter(RecordFile(self._gathered, self._kind))
 
     def append(self, record: Record) -> None:
@@ -70,12 +57,8 @@ class Journal:
         self._file.flush()
 
     def finish(self, keys: Iterable[str]) -> None:
-        """Wait for the other workers, then order the records and give the file its final name.
-
-        All workers call this together, once. Records with other keys are dropped.
-
-        Args:
-            keys: keys of all records of the stage, in the order of the final file.
+        """Wait for the other workers, then give the file its final name, with the records of these keys in this order.
+        Others are dropped. All workers call this together, once.
 
         Raises:
             UserError: a key has no record, or another worker's records do not become visible here within a minute.
@@ -86,28 +69,23 @@ class Journal:
         self._workers.barrier()
         write_on_leader(self.final, self._workers, lambda: self._finish(keys))
 
-    def _parts(self) -> list[Path]:
-        """Return the existing parts of all workers."""
-        return sorted(self.final.parent.glob(f"{self.final.name}.partial-*"))
-
     def _gather(self) -> None:
-        """Move all parts, and the final file if there is one, into NAME.partial.
-
-        After a kill during this, the file holds some records twice.
-        """
+        """Move all parts, and the final file if there is one, into NAME.partial. A kill during this leaves some records
+        twice."""
         self._gathered.parent.mkdir(parents=True, exist_ok=True)
         if self.final.exists():  # a process was killed between `finish` and the manifest
             os.replace(self.final, self._gathered)
         self._gathered.touch()
         _drop_torn_line(self._gathered)
+        parts = sorted(self.final.parent.glob(f"{self.final.name}.partial-*"))
         with self._gathered.open("ab") as gathered:
-            for part in self._parts():
+            for part in parts:
                 _drop_torn_line(part)
                 with part.open("rb") as lines:
                     shutil.copyfileobj(lines, gathered)
             gathered.flush()
             os.fsync(gathered.fileno())
-        for part in self._parts():
+        for part in parts:
             part.unlink()
 
     def _finish(self, keys: Iterable[str]) -> None:
@@ -126,9 +104,7 @@ class Journal:
             for key in ordered_keys:
                 gathered.seek(offsets[key])
                 stream.write(gathered.readline())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(ordered, self.final)
+        install(ordered, self.final)
         self._gathered.unlink()
 
     def _line_offsets(self) -> dict[str, int]:
@@ -152,16 +128,8 @@ def _drop_torn_line(file: Path) -> None:
 
 
 def write_on_leader(file: Path, workers: Workers, write: Callable[[], Any] = lambda: None) -> Path:
-    """Let the leader write a file, wait until this worker sees the same contents, and return the file.
-
-    All workers call this together.
-
-    Args:
-        write: called on the leader only; writes the file. By default the file exists already.
-
-    Raises:
-        UserError: the contents do not become visible on this worker within a minute.
-    """
+    """Let the leader call `write`, which writes a file, wait until this worker sees the same contents, and return the
+    file. All workers call this together. Raise a UserError if the contents are not visible here within a minute."""
 
     def write_and_hash() -> str:
         write()

@@ -10,12 +10,9 @@ from thinksafe.run.directory import RunDir
 
 
 def refilter_command(run: RunDir, marks: Path | str) -> str:
-    """Return the shell command that filters a run's responses again with marks, into the folder NEW.
+    """Return the shell command that filters a run's responses again with a file of marks, into the folder NEW.
 
     A run whose training has begun needs this, because its accepted examples can no longer change.
-
-    Args:
-        marks: file of marks, as it appears in the command.
     """
     recipe, responses, marks = (shlex.quote(str(path)) for path in (run.path / "recipe.yaml", run.path, marks))
     return f"thinksafe filter --recipe {recipe} --responses {responses} --marks {marks} --out NEW"

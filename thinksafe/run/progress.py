@@ -32,11 +32,9 @@ class TokenBar(AbstractContextManager):
         """Show the bar.
 
         Args:
-            title: text before the bar.
             total: number of items in all.
             unit: name of the items in the line at the end, such as `responses`.
             initial: number of items that an earlier process did.
-            workers: this process and its relation to the other workers.
         """
         self._title, self._unit, self._initial, self._workers = title, unit, initial, workers
         style = {"desc": f"{title:>16}", "bar_format": _FORMAT, "file": sys.stderr}
@@ -49,10 +47,9 @@ class TokenBar(AbstractContextManager):
     def update(
         self, tokens: int, item_number: int | None = None, roofline_seconds: float = 0.0, **figures: str
     ) -> None:
-        """Count one more item of this worker.
+        """Count one more item of this worker and its tokens.
 
         Args:
-            tokens: number of tokens in the item.
             item_number: number of the item among all items, from 1; it corrects `initial` if that was not known when
                 the bar was made. None keeps `initial`.
             roofline_seconds: least time in which the hardware could have done this worker's work since the bar began,

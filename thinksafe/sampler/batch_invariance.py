@@ -19,7 +19,8 @@ from thinksafe.errors import UserError
 from thinksafe.kernels.paged_cache import write_kv
 from thinksafe.kernels.paged_decode import SPLIT
 from thinksafe.kernels.sampling import sample
-from thinksafe.model.decoder import PROJECTION_GROUPS
+from thinksafe.model.config import PROJECTION_GROUPS
+from thinksafe.model.projection import project
 from thinksafe.sampler.kv_cache import PageCache
 from thinksafe.sampler.model_runner import DecodeAttention, ModelRunner, PrefillAttention, graph_batch_size
 from thinksafe.sampler.scheduler import ScheduledBatch
@@ -35,53 +36,34 @@ Computation = Callable[[slice], Tensor]
 
 
 @torch.inference_mode()
-def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int) -> None:
-    """Check that the bits of a row do not depend on the batch size, in every computation of a pass.
-
-    Args:
-        runner: the decoder and the matmuls to check. Its cache is not changed.
-        max_prefill_tokens: largest number of tokens in a prefill pass, and so the largest batch of the projections.
+def check_batch_invariance(runner: ModelRunner, max_prefill_tokens: int, key: str) -> None:
+    """Check that the bits of a row do not depend on the batch size, in every computation of a pass of up to
+    `max_prefill_tokens` tokens. The runner's cache is not changed.
 
     Raises:
-        UserError: the bits of a row depend on the batch size; names the device, the first such computation and the
-            batch size.
+        UserError: the bits of a row depend on the batch size; names the recipe key, the device, the first such
+            computation and the batch size.
     """
     for name, compute, num_rows in _computations(runner, max_prefill_tokens):
-        counts = _row_counts(num_rows, num_slots=runner.scheduler.table.num_slots)
-        if (count := _first_differing_count(compute, num_rows, counts)) is not None:
-            device = runner.device
-            device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-            raise UserError(
-                f"sampler.batch_invariant: on {device_name}, the output of {name} for a row has other bits in a batch "
-                f"of {count} than in a batch of {num_rows}, so responses would depend on the batch; set "
-                "batch_invariant to false or use another device"
-            )
+        expected = _row_bytes(compute(slice(0, num_rows)))
+        for count in row_counts(num_rows, runner.scheduler.table.num_slots):
+            for rows in (slice(0, count), slice(num_rows - count, num_rows)):
+                if not torch.equal(_row_bytes(compute(rows)), expected[rows]):
+                    device = runner.device
+                    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+                    raise UserError(
+                        f"{key}: on {device_name}, the output of {name} for a row has other bits in a batch of {count} "
+                        f"than in a batch of {num_rows}, so responses would depend on the batch; set batch_invariant "
+                        "to false or use another device"
+                    )
 
 
-def _row_counts(max_rows: int, num_slots: int) -> list[int]:
-    """Return the batch sizes below `max_rows` to check, in ascending order.
-
-    These are the sizes of all CUDA graphs of a decode pass, and the powers of two; together they use every tile of the
-    kernels.
-
-    Args:
-        max_rows: number of rows of the full batch, to which the smaller batches are compared.
-        num_slots: largest number of rows of a decode pass.
-    """
+def row_counts(max_rows: int, num_slots: int) -> list[int]:
+    """Return the batch sizes below `max_rows` to check, in ascending order: the sizes of all CUDA graphs of a decode
+    pass of up to `num_slots` rows, and the powers of two. Together they use every tile of the kernels."""
     graph_sizes = set(map(graph_batch_size, range(1, num_slots + 1)))
     powers_of_two = {1 << power for power in range(max_rows.bit_length())}
     return sorted(count for count in graph_sizes | powers_of_two if count < max_rows)
-
-
-def _first_differing_count(compute: Computation, num_rows: int, counts: list[int]) -> int | None:
-    """Return the first batch size in `counts` at which the first or the last rows have other bits than in the full
-    batch of `num_rows` rows; None if all sizes give equal bits."""
-    expected = _row_bytes(compute(slice(0, num_rows)))
-    for count in counts:
-        for rows in (slice(0, count), slice(num_rows - count, num_rows)):
-            if not torch.equal(_row_bytes(compute(rows)), expected[rows]):
-                return count
-    return None
 
 
 def _row_bytes(x: Tensor) -> Tensor:
@@ -98,21 +80,21 @@ def _computations(runner: ModelRunner, max_prefill_tokens: int) -> Iterator[tupl
     decoder, num_slots = runner.decoder, runner.scheduler.table.num_slots
     if runner.device.type == "cpu":
         num_slots, max_prefill_tokens = min(num_slots, _MAX_CPU_ROWS), min(max_prefill_tokens, _MAX_CPU_ROWS)
-    layer, config = decoder.layers[0], decoder.config
+    config, head = decoder.config, decoder.head
     random_rows, num_tokens = _RandomRows(runner), max(max_prefill_tokens, num_slots)
-    for names in PROJECTION_GROUPS:
+    for names, group in zip(PROJECTION_GROUPS, decoder.layers[0].projection_groups, strict=True):
         out_features, in_features = sum(config.projections[name][0] for name in names), config.projections[names[0]][1]
         x = random_rows(num_tokens, in_features)
         yield (
             f"{', '.join(names)} ({out_features} x {in_features})",
-            lambda rows, names=names, x=x: torch.cat(layer.project_all(names, x[rows], runner.linear), -1),
+            lambda rows, group=group, x=x: torch.cat(project(group, x[rows], runner.linear), -1),
             num_tokens,
         )
     hidden = random_rows(num_slots, config.hidden_size)
-    head = decoder.head
     yield f"the head ({len(head)} x {config.hidden_size})", lambda rows: runner.logits(hidden[rows], head), num_slots
     yield "sampling", partial(_sample_rows, runner.logits(hidden, head)), num_slots
-    yield "scoring", partial(_score_rows, runner, hidden), num_slots
+    token_ids = torch.arange(2, device=runner.device).expand(num_slots, -1)
+    yield "scoring", lambda rows: runner.logprobs_of(hidden[rows], head, token_ids[rows]), num_slots
     yield "a decode layer", _decode_layer(runner, random_rows, num_slots), num_slots
     length = min(max_prefill_tokens, config.max_seq_len, _MAX_CONTEXT)
     yield "a prefill layer", _prefill_layer(runner, random_rows, length), length
@@ -131,11 +113,8 @@ class _RandomRows:
 
 
 def _sample_rows(logits: Tensor, rows: slice) -> Tensor:
-    """Return token and log-probability of the rows in `rows`, [number of rows, 2] fp64; every second row uses top-k.
-
-    Args:
-        logits: [T, V] fp32, of the full batch.
-    """
+    """Return token and log-probability of some rows of `logits` [T, V] fp32, [number of rows, 2] fp64; every second row
+    uses top-k."""
     row = torch.arange(len(logits), device=logits.device)
     temperature, top_p = (torch.full(row.shape, value, device=logits.device) for value in (0.6, 0.95))
     settings = (temperature, 20 * (row % 2), top_p, row, row)
@@ -143,21 +122,9 @@ def _sample_rows(logits: Tensor, rows: slice) -> Tensor:
     return torch.stack([column.double() for column in sampled], dim=1)
 
 
-def _score_rows(runner: ModelRunner, hidden: Tensor, rows: slice) -> Tensor:
-    """Return the log-probabilities of the token ids 0 and 1 for the rows in `rows` of `hidden` [T, H],
-    [number of rows, 2] fp32."""
-    token_ids = torch.arange(2, device=runner.device).expand(len(hidden[rows]), -1)
-    return runner.logprobs_of(hidden[rows], runner.decoder.head, token_ids)
-
-
 def _decode_layer(runner: ModelRunner, random_rows: _RandomRows, num_rows: int) -> Computation:
-    """Return the computation of one decoder layer for one new token per row, after contexts of many lengths.
-
-    All rows share the pages of their contexts, except that each row has a separate last page, to which it writes.
-
-    Args:
-        num_rows: number of rows of the full batch.
-    """
+    """Return the computation of one decoder layer for one new token per row, after contexts of many lengths. All rows
+    share the pages of their contexts, except that each row has a separate last page, to which it writes."""
     decoder, page_size = runner.decoder, runner.cache.page_size
     max_context = min(decoder.config.max_seq_len, _MAX_CONTEXT)
     row, width = torch.arange(num_rows, device=runner.device), -(-max_context // page_size)
@@ -175,12 +142,8 @@ def _decode_layer(runner: ModelRunner, random_rows: _RandomRows, num_rows: int) 
 
 
 def _prefill_layer(runner: ModelRunner, random_rows: _RandomRows, length: int) -> Computation:
-    """Return the computation of one decoder layer for a range of a prompt's tokens, with the tokens before the range
-    already in the cache.
-
-    Args:
-        length: number of tokens of the prompt, the rows of the full batch.
-    """
+    """Return the computation of one decoder layer for a range of the tokens of a prompt of `length` tokens, with the
+    tokens before the range already in the cache."""
     decoder, config, page_size = runner.decoder, runner.decoder.config, runner.cache.page_size
     width = -(-length // page_size)
     cache = _single_layer_cache(runner, random_rows, width)
@@ -200,8 +163,7 @@ def _single_layer_cache(runner: ModelRunner, random_rows: _RandomRows, num_pages
     """Return a new cache of one layer, in the runner's format, with random keys and values on every page."""
     config, page_size = replace(runner.decoder.config, num_layers=1), runner.cache.page_size
     cache = PageCache(config, runner.cache.format, num_pages, page_size, runner.device)
-    keys, values, scales_e8m0 = cache.layer(0)
     tokens = torch.arange(num_pages * page_size, device=runner.device)
     new_kv = (random_rows(len(tokens), config.num_kv_heads, config.head_dim) for _ in range(2))
-    write_kv(keys, values, *new_kv, tokens, scales_e8m0)
+    write_kv(cache.layer(0), *new_kv, tokens)
     return cache

@@ -10,9 +10,8 @@ gain nothing.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,11 +20,12 @@ from thinksafe.errors import UserError
 from thinksafe.hardware import hardware_of
 from thinksafe.kernels.fp8 import supports_fp8
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.weights import WeightDtype
+from thinksafe.model.transfer import PendingOutput
 from thinksafe.sampler.batch_invariance import check_batch_invariance
-from thinksafe.sampler.kv_cache import CacheDtype, CacheFormat
-from thinksafe.sampler.model_runner import ModelRunner, PendingOutput
-from thinksafe.sampler.request import Completion, Request, SamplingConfig, Scores
+from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.kv_cache import CacheFormat
+from thinksafe.sampler.model_runner import ModelRunner
+from thinksafe.sampler.request import Completion, Request, Scores
 from thinksafe.sampler.roofline import ByteCounts, roofline_seconds
 from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
@@ -34,57 +34,6 @@ T = TypeVar("T")
 _MAX_QUEUED = 64
 """Number of queued requests up to which the engine reads more: enough to fill a prefill pass, few enough to leave work
 for the other workers."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Batch size, memory and number formats of the engine that samples responses or runs a guard.
-
-    Attributes:
-        max_num_seqs: largest number of sequences that run at once on one copy of the model. More sequences use a GPU
-            better, as long as the key-value cache has room for them.
-        max_prefill_tokens: largest number of prompt tokens in one forward pass; longer prompts are read in chunks. More
-            tokens use a GPU better and need more memory for activations.
-        page_size: tokens per page of the key-value cache. Prompts share a common prefix in whole pages. `null` is 64 on
-            a GPU, where a page of one key-value head is a tile of the kernels, and 16 on a CPU.
-        kv_cache_gib: size of the key-value cache in GiB, per worker. A larger cache holds more sequences at once.
-            `null` takes 85% of a GPU's free memory, or 1 GiB on a CPU.
-        kv_cache_dtype: `auto` stores keys and values in the model's dtype. `fp8` stores them in e4m3: half the bytes
-            of bfloat16, with more rounding error. Keys of models with biases on q, k and v (Qwen2, R1-Distill-Qwen)
-            always stay in the model's dtype. On a GPU, `fp8` needs compute capability 8.9 or higher.
-        tensor_parallel_size: number of GPUs that share one copy of the model, for a model that does not fit on one.
-            That many workers form one group. With 1, every worker holds the whole model.
-        weight_dtype: `auto` keeps the weights in the model's dtype. `fp8` quantizes the layers' projections to e4m3
-            when they are loaded, and multiplies in e4m3: half the bytes and twice the speed of bfloat16, with more
-            rounding error. Training never uses these weights.
-        batch_invariant: give a response the same tokens and log-probabilities, bit for bit, in every batch, in every
-            order of the requests and on any number of workers with one kind of device. Results still differ between
-            values of `tensor_parallel_size`. The mode is checked on the device at start-up, and matmuls get slower.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    max_num_seqs: int = 256
-    max_prefill_tokens: int = 8192
-    page_size: int | None = None
-    kv_cache_gib: float | None = None
-    kv_cache_dtype: CacheDtype = "auto"
-    tensor_parallel_size: int = 1
-    weight_dtype: WeightDtype = "auto"
-    batch_invariant: bool = False
-
-    MEMORY_ONLY_FIELDS: ClassVar = ("max_num_seqs", "max_prefill_tokens", "kv_cache_gib", "tensor_parallel_size")
-    """Fields that change memory use and speed, and affect responses only through rounding errors. They may change when
-    a run resumes, except for `tensor_parallel_size` in batch-invariant mode."""
-
-    def __post_init__(self):
-        for name in ("max_num_seqs", "max_prefill_tokens", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in ("page_size", "kv_cache_gib"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive; use null for the automatic size")
 
 
 class Engine:
@@ -104,13 +53,16 @@ class Engine:
         max_batches_in_flight: number of passes that are launched before the engine waits for the oldest one.
     """
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, max_requests: int | None = None):
+    def __init__(
+        self, decoder: Decoder, config: EngineConfig, max_requests: int | None = None, config_key: str = "sampler"
+    ):
         """Allocate the cache and, in batch-invariant mode, check the device.
 
         Args:
             decoder: model with loaded weights; its device and dtype are those of the engine.
             max_requests: largest number of requests that this engine holds, running and queued. The others stay in the
                 shared source, where other workers can claim them. None for `max_num_seqs` + 64.
+            config_key: recipe key that holds `config`, for error messages.
 
         Raises:
             UserError: the device does not support an fp8 cache, the memory does not hold one page, or in
@@ -119,14 +71,18 @@ class Engine:
         device, dtype = decoder.embedding.device, decoder.embedding.dtype
         page_size = config.page_size or (64 if device.type == "cuda" else 16)
         if config.kv_cache_dtype == "fp8" and not supports_fp8(device):
-            raise UserError("sampler.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or higher; use auto")
+            raise UserError(
+                f"{config_key}.kv_cache_dtype: fp8 needs a GPU of compute capability 8.9 or higher; use auto"
+            )
         cache_format = CacheFormat.of(decoder.config, dtype, config.kv_cache_dtype)
         page_bytes = cache_format.bytes_per_token(decoder.config) * page_size
         # Pages beyond a full context in every slot could never be used.
         max_pages = config.max_num_seqs * -(-decoder.config.max_seq_len // page_size)
         num_pages = decoder.shard.all_reduce_min(min(_cache_bytes(config, device) // page_bytes, max_pages), device)
         if num_pages * page_size < 2:
-            raise UserError("sampler.kv_cache_gib: too little memory for one page of the cache; use a larger value")
+            raise UserError(
+                f"{config_key}.kv_cache_gib: too little memory for one page of the cache; use a larger value"
+            )
         self.scheduler = Scheduler(
             config.max_num_seqs,
             num_pages,
@@ -137,7 +93,7 @@ class Engine:
         )
         self.runner = ModelRunner(decoder, self.scheduler, cache_format, config.batch_invariant)
         if config.batch_invariant:
-            check_batch_invariance(self.runner, config.max_prefill_tokens)
+            check_batch_invariance(self.runner, config.max_prefill_tokens, f"{config_key}.batch_invariant")
         self.max_requests = max_requests or config.max_num_seqs + _MAX_QUEUED
         self.hardware, self.roofline_seconds = hardware_of(device), 0.0
         self.byte_counts = ByteCounts.of(decoder, cache_format) if self.hardware else None
@@ -155,6 +111,10 @@ class Engine:
         of a sequence."""
         return self.scheduler.max_seq_len < self.runner.decoder.config.max_seq_len
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, because the weights have changed. The engine must not be answering a call."""
+        self.scheduler.pool.forget_prefixes()
+
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Yield the completion of each request as soon as it is finished, in no particular order.
 
@@ -170,18 +130,15 @@ class Engine:
         yield from self._answer(requests, self.runner.forward, self.scheduler.commit)
 
     def score(self, prompts: Iterable[tuple[str, tuple[int, ...]]], token_ids: Sequence[int]) -> Iterator[Scores]:
-        """Yield the log-probability of each id in `token_ids` as the next token after each prompt.
-
-        The scores of a prompt come as soon as they are computed, in no particular order of the prompts.
+        """Yield the log-probability of each id in `token_ids` as the next token after each prompt, as soon as it is
+        computed, in no particular order of the prompts.
 
         Args:
             prompts: (request id, token ids of the prompt).
             token_ids: K token ids in the vocabulary, which is not checked; `Scores.logprobs` has their order.
 
         Raises:
-            ValueError: a prompt can never fit, contains a token id that is out of range, or has the id of another one.
-                The error drops all running requests.
-            RuntimeError: an earlier call of `generate` or `score` has not ended.
+            ValueError, RuntimeError: as `generate`.
         """
         prompt_only = SamplingConfig(temperature=0, max_tokens=1)
         requests = (Request(id_, prompt, prompt_only, 0, ()) for id_, prompt in prompts)
@@ -209,9 +166,11 @@ class Engine:
         batch = self.scheduler.schedule()
         if batch is not None:
             self._in_flight.append((batch, forward(batch)))
-            self._count_roofline(batch)
-        if batch is not None and len(self._in_flight) < self.max_batches_in_flight:
-            return []
+            if self.hardware:
+                config = self.runner.decoder.config
+                self.roofline_seconds += roofline_seconds(batch, config, self.byte_counts, self.hardware)
+            if len(self._in_flight) < self.max_batches_in_flight:
+                return []
         oldest, output = self._in_flight.popleft()
         return commit(oldest, *output.wait())
 
@@ -221,11 +180,7 @@ class Engine:
         forward: Callable[[ScheduledBatch], PendingOutput],
         commit: Callable[..., list[T]],
     ) -> Iterator[T]:
-        """Yield the results of all requests, step by step.
-
-        Args:
-            forward, commit: as in `step`.
-        """
+        """Yield the results of all requests; `forward` and `commit` are those of `step`."""
         if self.scheduler.has_work:
             raise RuntimeError("the engine is still answering another call; read its results to the end or close it")
         source = self._check_requests(requests)
@@ -245,12 +200,8 @@ class Engine:
         self.scheduler.submit(islice(source, max(0, num_free)))
 
     def _check_requests(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Yield the requests of a call after a check: ids are unique, and token ids are in the vocabulary. On a GPU, an
-        index outside the embedding would end all CUDA work of the process.
-
-        Raises:
-            ValueError: a request fails the check; names the request.
-        """
+        """Yield the requests of a call; raise a ValueError if an id is not unique or a token id is not in the
+        vocabulary. On a GPU, an index outside the embedding would end all CUDA work of the process."""
         vocab_size, ids = self.runner.decoder.config.vocab_size, set()
         for request in requests:
             if request.id in ids:
@@ -259,12 +210,6 @@ class Engine:
                 raise ValueError(f"request {request.id}: the prompt holds a token id outside [0, {vocab_size})")
             ids.add(request.id)
             yield request
-
-    def _count_roofline(self, batch: ScheduledBatch) -> None:
-        """Add the shortest time of a pass to `roofline_seconds`, if the hardware's rates are known."""
-        if self.hardware:
-            config = self.runner.decoder.config
-            self.roofline_seconds += roofline_seconds(batch, config, self.byte_counts, self.hardware)
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:

@@ -6,17 +6,14 @@ each head of each token (kernels/fp8.py).
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from thinksafe.kernels.fp8 import E4M3
-from thinksafe.kernels.paged_cache import KvScales
+from thinksafe.kernels.paged_cache import KvCache
 from thinksafe.model.config import ModelConfig
-
-CacheDtype = Literal["auto", "fp8"]
-"""Dtype of cached keys and values: the model's dtype (`auto`) or e4m3 (`fp8`)."""
+from thinksafe.sampler.config import CacheDtype
 
 
 @dataclass(frozen=True)
@@ -28,22 +25,15 @@ class CacheFormat:
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: torch.dtype, cache_dtype: CacheDtype) -> "CacheFormat":
-        """Return the format for a recipe's `kv_cache_dtype`.
-
-        `auto` stores keys and values in `dtype`, and `fp8` stores them in e4m3. If q, k and v have biases, as in the
+        """Return the format for a recipe's `kv_cache_dtype` and the model's dtype. If q, k and v have biases, as in the
         Qwen2 family, keys stay in `dtype` under `fp8` too: a bias that is a hundred times larger than the rest of a key
-        leaves no bits for that rest.
-
-        Args:
-            dtype: dtype of the model.
-        """
+        leaves no bits for that rest."""
         if cache_dtype == "auto":
             return cls(dtype, dtype)
         return cls(dtype if config.qkv_bias else E4M3, E4M3)
 
     def bytes_per_token(self, config: ModelConfig) -> int:
-        """Return the bytes of one token's keys, values and scales, over all layers of `config`. For one process of a
-        tensor-parallel group, `config` is the configuration of its part."""
+        """Return the bytes of one token's keys, values and scales, over all layers of `config`."""
         heads = config.num_layers * config.num_kv_heads
         dtypes = (self.key_dtype, self.value_dtype)
         return sum(heads * (config.head_dim * dtype.itemsize + (dtype == E4M3)) for dtype in dtypes)
@@ -56,14 +46,12 @@ class PageCache:
         format: dtypes of the keys and values.
         page_size: tokens per page.
         device: device that holds the pages.
-        bytes_per_token: bytes of one token's keys, values and scales, over all layers.
     """
 
     def __init__(
         self, config: ModelConfig, cache_format: CacheFormat, num_pages: int, page_size: int, device: torch.device
     ):
         self.format, self.page_size, self.device = cache_format, page_size, device
-        self.bytes_per_token = cache_format.bytes_per_token(config)
         shape = (config.num_layers, num_pages, config.num_kv_heads, page_size)
 
         def zeros(dtype: torch.dtype) -> tuple[Tensor, list[Tensor | None]]:
@@ -75,11 +63,6 @@ class PageCache:
             zeros, (cache_format.key_dtype, cache_format.value_dtype)
         )
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor, KvScales]:
-        """Return a layer's keys and values, [num_pages, num_kv_heads, page_size, D] each, and their scales.
-
-        The scales are a pair, for keys and for values: [num_pages, num_kv_heads, page_size] uint8, or None if the
-        tensor is not in e4m3. A key or value is element * 2 ** (scale - 127). All are views of the cache, not copies.
-        """
-        scales_e8m0 = (self._key_scales[index], self._value_scales[index])
-        return self._keys[index], self._values[index], scales_e8m0
+    def layer(self, index: int) -> KvCache:
+        """Return a layer's keys and values, as views of the cache."""
+        return KvCache(self._keys[index], self._values[index], self._key_scales[index], self._value_scales[index])

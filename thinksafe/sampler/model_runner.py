@@ -22,7 +22,9 @@ from thinksafe.kernels.paged_decode import list_splits, paged_decode
 from thinksafe.kernels.paged_prefill import paged_prefill, prefill_tiles
 from thinksafe.kernels.sampling import sample
 from thinksafe.model.attention import Rotation
+from thinksafe.model.cuda_graphs import capture
 from thinksafe.model.decoder import Decoder
+from thinksafe.model.transfer import PendingOutput, upload
 from thinksafe.sampler.kv_cache import CacheFormat, PageCache
 from thinksafe.sampler.scheduler import ScheduledBatch, Scheduler
 
@@ -32,12 +34,8 @@ class DecodeAttention:
     its key and value to the cache and attends to the pages of its sequence."""
 
     def __init__(self, cache: PageCache, page_table: Tensor, positions: Tensor):
-        """Compute what all layers share: where the new tokens are written, and how the contexts are split.
-
-        Args:
-            page_table: [B, W] int64, the pages of each row's sequence, in order.
-            positions: [B] int64, positions of the new tokens.
-        """
+        """Compute what all layers share from the pages of each row's sequence, [B, W] int64, and the positions of the
+        new tokens, [B] int64: where the tokens are written, and how the contexts are split."""
         page_size = cache.page_size
         pages = page_table.gather(1, (positions // page_size)[:, None])[:, 0]
         self.cache, self.page_table, self.seq_lens = cache, page_table, positions + 1
@@ -45,9 +43,9 @@ class DecodeAttention:
         self.splits = list_splits(self.seq_lens, page_table.shape[1] * page_size)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values, scales_e8m0 = self.cache.layer(layer)
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, scales_e8m0)
-        return paged_decode(q, keys, values, self.page_table, self.seq_lens, self.splits, scales_e8m0)
+        cache = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, cache, self.cache_slots)
+        return paged_decode(q, cache, self.page_table, self.seq_lens, self.splits)
 
 
 class PrefillAttention:
@@ -64,13 +62,8 @@ class PrefillAttention:
     """
 
     def __init__(self, cache: PageCache, batch: ScheduledBatch, page_table: np.ndarray, group: int, itemsize: int):
-        """Compute what all layers share.
-
-        Args:
-            page_table: [num_slots, W] int64, the pages of each slot's sequence, in order.
-            group: number of query heads per key-value head.
-            itemsize: bytes per element of the queries.
-        """
+        """Compute what all layers share. `page_table` [num_slots, W] holds the pages of each slot's sequence, `group`
+        query heads share a key-value head, and an element of the queries has `itemsize` bytes."""
         device, page_size = cache.device, cache.page_size
         self.cache = cache
         counts = batch.ends - batch.starts
@@ -88,29 +81,9 @@ class PrefillAttention:
         self.row_arrays = [upload(array, device) for array in arrays]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation) -> Tensor:
-        keys, values, scales_e8m0 = self.cache.layer(layer)
-        q = norm_rope_write_kv(q, k, v, *rotation, keys, values, self.cache_slots, scales_e8m0)
-        return paged_prefill(q, keys, values, *self.row_arrays, scales_e8m0)
-
-
-class PendingOutput:
-    """Tensors that are being copied to the host; `wait` returns them."""
-
-    def __init__(self, *tensors: Tensor):
-        self._event = None
-        self._tensors = tensors
-        if tensors[0].is_cuda:
-            self._tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in tensors]
-            for host, tensor in zip(self._tensors, tensors, strict=True):
-                host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def wait(self) -> list[np.ndarray]:
-        """Wait until the copies are done, and return them as arrays, in the order of the constructor's arguments."""
-        if self._event is not None:
-            self._event.synchronize()
-        return [tensor.numpy() for tensor in self._tensors]
+        cache = self.cache.layer(layer)
+        q = norm_rope_write_kv(q, k, v, *rotation, cache, self.cache_slots)
+        return paged_prefill(q, cache, *self.row_arrays)
 
 
 class ModelRunner:
@@ -130,12 +103,8 @@ class ModelRunner:
     def __init__(
         self, decoder: Decoder, scheduler: Scheduler, cache_format: CacheFormat, batch_invariant: bool = False
     ):
-        """Allocate the cache and the state of all slots.
-
-        Args:
-            scheduler: makes the batches; it determines the number of slots, the number of pages and their size.
-            batch_invariant: use matmuls in which the bits of a row do not depend on the other rows.
-        """
+        """Allocate the cache and the state of all slots, for the slots and pages of the scheduler. `batch_invariant`
+        selects matmuls in which the bits of a row do not depend on the other rows."""
         self.decoder, self.scheduler, self.device = decoder, scheduler, decoder.embedding.device
         self.linear = batch_invariant_linear if batch_invariant else F.linear
         # Logits are in fp32: rounding them to bf16 is an error of 0.03 and more, which changes 2% of sampled tokens.
@@ -144,14 +113,10 @@ class ModelRunner:
         num_slots, num_pages = scheduler.table.num_slots, len(scheduler.pool.ref_count)
         self.cache = PageCache(decoder.config, cache_format, num_pages + 1, scheduler.page_size, self.device)
         self.padding_slot, self.padding_page = num_slots, num_pages
-
-        def per_slot(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(num_slots + 1, dtype=dtype, device=self.device)
-
         width = scheduler.table.page_table.shape[1]
         self.page_table = torch.full((num_slots + 1, width), num_pages, device=self.device)
-        self.last_token, self.seed, self.top_k = (per_slot(torch.int64) for _ in range(3))
-        self.temperature, self.top_p = (per_slot(torch.float32) for _ in range(2))
+        self.last_token, self.seed, self.top_k = torch.zeros(3, num_slots + 1, dtype=torch.int64, device=self.device)
+        self.temperature, self.top_p = torch.zeros(2, num_slots + 1, dtype=torch.float32, device=self.device)
         self._graphs: dict[int, _DecodeGraph] | None = None
         can_capture = self.device.type == "cuda" and load_library() is not None
         # Either all processes that share the model capture their communication, or none does.
@@ -161,12 +126,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, batch: ScheduledBatch) -> PendingOutput:
-        """Launch a pass that samples one token after every completing row (`ScheduledBatch.needs_logits`).
-
-        Returns:
-            [N] int64 tokens and [N] fp32 log-probabilities of N completing rows, in order; -1 and NaN for a row with a
-            logit that is not finite.
-        """
+        """Launch a pass that samples one token after every completing row (`ScheduledBatch.needs_logits`). The output
+        is [N] int64 tokens and [N] fp32 log-probabilities; -1 and NaN for a row with a logit that is not finite."""
         if not batch.is_decode:
             self._upload_new_requests(batch)
             ends = upload(batch.ends[batch.needs_logits], self.device)
@@ -183,16 +144,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def score(self, batch: ScheduledBatch, token_ids: Tensor) -> PendingOutput:
-        """Launch a prefill pass that scores K token ids as the next token after every completing row.
-
-        Args:
-            batch: a prefill batch (`is_decode` is False).
-            token_ids: [K] int64 on the device.
-
-        Returns:
-            [N, K] fp32, log-probabilities of `token_ids` for N completing rows, in order; NaN if the model's output is
-            not finite.
-        """
+        """Launch a prefill pass that scores `token_ids`, [K] int64 on the device, after every completing row. The
+        output is their log-probabilities, [N, K] fp32; NaN if the model's output is not finite."""
         self._upload_new_requests(batch)
         hidden = self._prefill(batch)
         # With many tokens one matmul for all logits is faster: dot products would read the head again for every row.
@@ -200,32 +153,29 @@ class ModelRunner:
         logprobs = logprobs_of(hidden, self.decoder.head, token_ids.expand(len(hidden), -1))
         return PendingOutput(self.decoder.shard.broadcast(logprobs))
 
-    def decode_inputs(self, batch: ScheduledBatch, num_rows: int) -> np.ndarray:
-        """Return the inputs of a decode pass, [5, num_rows] int64.
-
-        The lines are slot and position of every row, then slot, index and page of every new page-table entry, of which
-        a decode pass has at most one per row. Unused columns hold the padding slot and page, and zeros.
-
-        Args:
-            num_rows: at least the number of rows of `batch`; the others are padding.
-        """
+    def padding_inputs(self, num_rows: int) -> np.ndarray:
+        """Return the inputs of a decode pass of padding rows only, see `decode_inputs`."""
         inputs = np.zeros((5, num_rows), dtype=np.int64)
         inputs[[0, 2]], inputs[4] = self.padding_slot, self.padding_page
+        return inputs
+
+    def decode_inputs(self, batch: ScheduledBatch, num_rows: int) -> np.ndarray:
+        """Return the inputs of a decode pass, [5, num_rows] int64, padded to `num_rows` rows.
+
+        The lines are slot and position of every row, then slot, index and page of every new page-table entry, of which
+        a decode pass has at most one per row.
+        """
+        inputs = self.padding_inputs(num_rows)
         inputs[0, : len(batch.slots)] = batch.slots
         inputs[1, : len(batch.slots)] = batch.starts
         inputs[2:, : len(batch.new_pages)] = batch.new_pages.T
         return inputs
 
     def decode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute a decode pass and return a sampled token and its log-probability for every row, padding included.
+        """Compute a decode pass from `decode_inputs` on the device. Return [num_rows] int64 sampled tokens and their
+        [num_rows] fp32 log-probabilities, padding included; -1 and NaN if a logit is not finite.
 
         A CUDA graph can capture this method, because it does not access host memory.
-
-        Args:
-            inputs: [5, num_rows] int64 on the device, what `decode_inputs` returned.
-
-        Returns:
-            [num_rows] int64 tokens and [num_rows] fp32 log-probabilities; -1 and NaN if a logit is not finite.
         """
         slots, positions, *entry, page = inputs
         self.page_table[tuple(entry)] = page
@@ -243,13 +193,8 @@ class ModelRunner:
         return hidden[attention.last_rows]
 
     def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a sampled token and its log-probability for each row, and keep the token as the newest of its slot.
-
-        Args:
-            hidden: [N, H], hidden states of the last known tokens.
-            slots: [N] int64, slots of the rows.
-            positions: [N] int64, positions of the sampled tokens.
-        """
+        """Return a token for `positions` [N] and its log-probability for each row of hidden states [N, H], and keep the
+        token as the newest of its slot."""
         logits = self.logits(hidden, self.decoder.head)
         settings = (column[slots] for column in (self.temperature, self.top_k, self.top_p, self.seed))
         tokens, logprobs = sample(logits, *settings, positions)
@@ -267,7 +212,6 @@ class ModelRunner:
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Return the logits [N, V] fp32 of hidden states [N, H]."""
     return matmul_fp32(hidden, head.T)
 
 
@@ -284,29 +228,18 @@ class _DecodeGraph:
 
     If several GPUs share the model, the graph contains their NCCL operations. NCCL requires that all processes capture
     an operation or none does, and that all replay their graphs in the same order. This holds because all processes
-    schedule the same batches and run one graph at a time. The communicator is created before any graph, and the warm-up
-    pass before the capture sets up what NCCL needs for this number of rows. torch launches the operations on the stream
-    that is captured, and nothing waits on the host. NCCL ends a communicator only after all graphs that use it are
-    gone; these graphs are freed with the last reference to the engine.
+    schedule the same batches and run one graph at a time. The warm-up pass sets up what NCCL needs for this number of
+    rows. NCCL ends a communicator only after all graphs that use it are gone; these graphs are freed with the last
+    reference to the engine.
     """
 
     def __init__(self, runner: ModelRunner, num_rows: int):
-        padding_inputs = np.zeros((5, num_rows), dtype=np.int64)
-        padding_inputs[[0, 2]], padding_inputs[4] = runner.padding_slot, runner.padding_page
-        self.inputs = torch.from_numpy(padding_inputs).to(runner.device)
-        side_stream = torch.cuda.Stream()
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):  # compiles kernels and builds tables, which cannot be captured
-            runner.decode(self.inputs)
-        torch.cuda.current_stream().wait_stream(side_stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: torch's NCCL watchdog thread continues to check earlier operations during the capture.
-        with torch.cuda.graph(self.graph, pool=runner.graph_memory_pool, capture_error_mode="thread_local"):
-            self.outputs = runner.decode(self.inputs)
+        self.inputs = torch.from_numpy(runner.padding_inputs(num_rows)).to(runner.device)
+        self.outputs, self.replay = capture(partial(runner.decode, self.inputs), runner.graph_memory_pool, warm_up=True)
 
     def __call__(self, inputs: np.ndarray) -> tuple[Tensor, Tensor]:
         self.inputs.copy_(torch.from_numpy(inputs).pin_memory(), non_blocking=True)
-        self.graph.replay()
+        self.replay()
         return self.outputs
 
 
@@ -314,11 +247,3 @@ def graph_batch_size(num_rows: int) -> int:
     """Return the number of rows of the CUDA graph that computes `num_rows` rows: the next power of two up to 32, above
     that the next multiple of 32."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 32 else -(-num_rows // 32) * 32
-
-
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a tensor on the device, without waiting for the copy. On a CPU, the tensor may share memory
-    with the array. The array is made contiguous first, because torch would copy a strided view through memory that is
-    not pinned."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -8,6 +8,7 @@ that lost its owner first is reused first.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
@@ -47,11 +48,7 @@ class PagePool:
 
     def allocate(self) -> int:
         """Return a page without an owner, now with one owner; its contents are undefined. If only registered pages are
-        left, the page that lost its owner first is unregistered and returned.
-
-        Raises:
-            IndexError: no page is available.
-        """
+        left, the page that lost its owner first is unregistered and returned; without any, raise an IndexError."""
         if self._free:
             page = self._free.pop()
         elif self._evictable:
@@ -63,20 +60,10 @@ class PagePool:
         return page
 
     def match_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """Return the registered pages of `digests`, in order, up to the first digest that is not registered.
-
-        Call `acquire` on them before the next `allocate`, which might otherwise return one of them.
-
-        Args:
-            digests: what `prefix_digests` returned for a prompt.
-        """
-        pages = []
-        for digest in digests:
-            page = self._page_by_digest.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+        """Return the registered pages of a prompt's `prefix_digests`, in order, up to the first digest that is not
+        registered. Call `acquire` on them before the next `allocate`, which might otherwise return one of them."""
+        registered = takewhile(self._page_by_digest.__contains__, digests)
+        return [self._page_by_digest[digest] for digest in registered]
 
     def acquire(self, page: int) -> None:
         """Add one owner to a registered page, which may have owners or none."""
@@ -93,16 +80,19 @@ class PagePool:
     def unregister(self, page: int) -> None:
         """Remove an owned page from the prefix cache, so that no later prompt shares it; its owners keep it. Do nothing
         if it is not registered."""
-        digest = self._digest_by_page.pop(page, None)
-        if digest is not None:
-            del self._page_by_digest[digest]
+        self._page_by_digest.pop(self._digest_by_page.pop(page, None), None)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. No page may have an owner."""
+        self._free += self._evictable
+        for cache in (self._evictable, self._page_by_digest, self._digest_by_page):
+            cache.clear()
 
     def release(self, page: int) -> None:
         """Remove one owner from a page. A registered page without an owner can still be shared until it is reused."""
         self.ref_count[page] -= 1
         if self.ref_count[page] == 0:
-            digest = self._digest_by_page.get(page)
-            if digest is None:
-                self._free.append(page)
+            if page in self._digest_by_page:
+                self._evictable[page] = self._digest_by_page[page]
             else:
-                self._evictable[page] = digest
+                self._free.append(page)

@@ -12,6 +12,7 @@ The scheduler holds the policy; sequence_table.py holds the state of the running
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -33,8 +34,8 @@ class ScheduledBatch:
     """One forward pass.
 
     Attributes:
-        is_decode: True if every row is the newest token of a response, whose id may be known on the device only. False
-            if rows are ranges of known tokens.
+        is_decode: whether every row is the newest token of a response, whose id may be known on the device only;
+            otherwise rows are ranges of known tokens.
         slots, starts, ends: [R] int64; row r computes tokens starts[r] to ends[r] - 1 of the sequence in slots[r].
         needs_logits: [R] bool, whether the row is completing: its last token needs logits, to sample the next token.
         epochs: [R] int64, epoch of the row's slot: the number of sequences that have left the slot before this one.
@@ -87,32 +88,25 @@ class Scheduler:
 
         Args:
             num_slots: largest number of sequences that run at once.
-            num_pages: number of pages of the cache.
             page_size: tokens per page.
             max_seq_len: largest number of tokens that the model can read.
             max_prefill_tokens: largest number of tokens in a prefill batch.
             replay: sample a preempted response again from its first token, token by token. Otherwise its tokens are
                 prefilled with the prompt, which gives its cache other rounding errors.
         """
-        self.replay = replay
-        self.page_size = page_size
-        self.max_prefill_tokens = max_prefill_tokens
+        self.page_size, self.max_prefill_tokens, self.replay = page_size, max_prefill_tokens, replay
         self.pool = PagePool(num_pages)
         self.max_seq_len = min(max_seq_len, num_pages * page_size)
         self.table = SequenceTable(num_slots, self.max_seq_len, page_size)
         self.waiting: deque[SequenceState] = deque()
-        self.num_in_flight = 0
-        self.computed_tokens = 0
-        self.shared_tokens = 0
-        self.preemptions = 0
+        self.num_in_flight = self.computed_tokens = self.shared_tokens = self.preemptions = 0
         self._prefilling: list[int] = []  # slots whose prefill is not fully scheduled
 
     def submit(self, requests: Iterable[Request]) -> None:
-        """Append these requests to the queue of waiting requests: all of them or, if one is invalid, none.
+        """Append these requests to the queue: all of them or, if one is invalid, none.
 
         Raises:
-            ValueError: a request can never run: its prompt is empty or leaves no room for a response token, or its seed
-                is out of range.
+            ValueError: the prompt is empty or leaves no room for a response token, or the seed is out of range.
         """
         self.waiting.extend([self._make_sequence(request) for request in requests])
 
@@ -148,9 +142,8 @@ class Scheduler:
         have shared some; otherwise it is finished with the reason `nan`.
 
         Args:
-            batch: the oldest batch in flight.
-            sampled: [batch.needs_logits.sum()] int64, a token for every completing row; -1 if a logit is not finite.
-            logprobs: [batch.needs_logits.sum()] fp32, log-probabilities of these tokens.
+            sampled, logprobs: [batch.needs_logits.sum()] int64 and fp32, a token for every completing row, -1 if a
+                logit is not finite, and its log-probability.
         """
         table = self.table
         rows, slots, ends = self._live_rows(batch)
@@ -178,17 +171,14 @@ class Scheduler:
         return completions
 
     def commit_scored(self, batch: ScheduledBatch, has_nan: np.ndarray) -> list[tuple[int, Request]]:
-        """Commit the oldest batch in flight when prompts are only scored, and return the finished requests.
+        """Commit the oldest batch in flight when prompts are only scored. Return (index among the completing rows,
+        request) of each finished request.
 
         Every completing row is finished, except that a row with NaN is first recomputed once on pages that it does not
         share, if it could have shared some.
 
         Args:
-            batch: the oldest batch in flight.
             has_nan: [batch.needs_logits.sum()] bool, whether a score of the completing row is NaN.
-
-        Returns:
-            (index among the completing rows, request) of each finished request.
         """
         finished = []
         for row, slot, end in zip(*(array.tolist() for array in self._live_rows(batch)), strict=True):
@@ -221,7 +211,7 @@ class Scheduler:
         num_candidates = min(_ADMISSION_BATCH, len(self.waiting), -(-self.table.num_slots // 4))
         if self.table.num_free_slots < num_candidates:
             return False
-        candidates = [self.waiting[index] for index in range(num_candidates)]
+        candidates = islice(self.waiting, num_candidates)
         return self.pool.num_available >= self._reserved_pages() + sum(map(self._pages_needed, candidates))
 
     def _pages_needed(self, candidate: SequenceState) -> int:
@@ -266,11 +256,9 @@ class Scheduler:
         return self._make_batch(False, slots, starts, ends, ends == table.num_prefill_tokens[slots])
 
     def _schedule_decode(self) -> ScheduledBatch | None:
-        """Return a batch of one token for every response that has not reached its largest length.
-
-        If the pages run out, the youngest sequences are preempted. Return None if that must wait for a commit, or if no
-        response can be extended.
-        """
+        """Return a batch of one token for every response that has not reached its largest length; if the pages run out,
+        preempt the youngest sequences. Return None if that must wait for a commit, or if no response can be
+        extended."""
         table = self.table
         while True:
             is_prefilled = table.num_computed_tokens >= table.num_prefill_tokens
@@ -336,13 +324,11 @@ class Scheduler:
             self.pool.register(int(self.table.page_table[slot, index]), digests[index])
 
     def _recompute_unshared(self, slot: int, end: int) -> bool:
-        """Requeue a sequence whose logits are not finite, to recompute it once on pages that it does not share.
+        """Requeue a sequence with `end` committed tokens, whose logits are not finite, to recompute it once on pages
+        that it does not share; return False if it has no pages to share or was recomputed before.
 
         Another sequence may have written NaN to the shared pages, because attention spreads a NaN to all tokens of a
-        chunk. Return whether the sequence was requeued: False if it has no pages to share or was recomputed before.
-
-        Args:
-            end: number of committed tokens, prompt included.
+        chunk.
         """
         sequence = self.table.running[slot]
         if not sequence.digests:

@@ -20,8 +20,8 @@ class SequenceState:
 
     Attributes:
         tokens: prompt and response tokens at the time of admission; the table holds later ones.
-        logprobs: log-probabilities of the response tokens among `tokens`.
-        digests: digests of the prompt's full pages; empty if the sequence must not share pages.
+        logprobs: of the response tokens among `tokens`.
+        digests: of the prompt's full pages; empty if the sequence must not share pages.
     """
 
     request: Request
@@ -50,29 +50,18 @@ class SequenceTable:
     """
 
     def __init__(self, num_slots: int, max_seq_len: int, page_size: int):
-        """Create a table whose slots are all free.
-
-        Args:
-            max_seq_len: largest number of tokens of a sequence.
-            page_size: tokens per page.
-        """
+        """Create a table whose slots are all free, for sequences of up to `max_seq_len` tokens."""
         self.max_seq_len = max_seq_len
         # Parts of the large arrays that are never written occupy no memory.
         self.tokens = np.zeros((num_slots, max_seq_len), dtype=np.int32)
         self.logprobs = np.zeros((num_slots, max_seq_len), dtype=np.float32)
-        self.num_prompt_tokens = np.zeros(num_slots, dtype=np.int64)
-        self.num_prefill_tokens = np.zeros(num_slots, dtype=np.int64)
-        self.num_computed_tokens = np.zeros(num_slots, dtype=np.int64)
-        self.max_len = np.zeros(num_slots, dtype=np.int64)
-        self.num_pages = np.zeros(num_slots, dtype=np.int64)
         self.page_table = np.zeros((num_slots, -(-max_seq_len // page_size)), dtype=np.int64)
-        self.epoch = np.zeros(num_slots, dtype=np.int64)
+        counts = np.zeros((4, num_slots), dtype=np.int64)
+        self.num_prompt_tokens, self.num_prefill_tokens, self.num_computed_tokens, self.max_len = counts
+        self.num_pages, self.epoch, self.seed, self.top_k = np.zeros_like(counts)
+        self.temperature, self.top_p = np.zeros((2, num_slots), dtype=np.float32)
         self.stop_ids = np.full((num_slots, 1), _NO_STOP_ID, dtype=np.int64)
         self.stop_on_repetition = np.zeros(num_slots, dtype=bool)
-        self.seed = np.zeros(num_slots, dtype=np.int64)
-        self.temperature = np.zeros(num_slots, dtype=np.float32)
-        self.top_k = np.zeros(num_slots, dtype=np.int64)
-        self.top_p = np.ones(num_slots, dtype=np.float32)
         self.running: dict[int, SequenceState] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._new_slots: list[int] = []

@@ -24,24 +24,16 @@ FormatProblem = Literal["no_think_block", "nested_think", "empty_answer"]
 
 @dataclass(frozen=True)
 class ParsedResponse:
-    """Thought and answer of a response, both without tags and outer white space.
-
-    Attributes:
-        think: text between `<think>` and `</think>`; may be empty.
-        answer: text after `</think>`; not empty.
-    """
+    """Thought, which may be empty, and answer of a response, both without tags and outer white space."""
 
     think: str
     answer: str
 
 
 def parse_response(text: str) -> ParsedResponse | FormatProblem:
-    """Return thought and answer of a response, or the reason why it is not one closed think block and an answer.
-
-    Returns:
-        `no_think_block` if `<think>` or `</think>` is missing; `nested_think` if one of them occurs twice or text other
-        than white space precedes `<think>`; `empty_answer` if only white space follows `</think>`.
-    """
+    """Return thought and answer of a response, or the reason why it is not one closed think block and an answer:
+    `no_think_block` if `<think>` or `</think>` is missing; `nested_think` if one of them occurs twice or text other
+    than white space precedes `<think>`; `empty_answer` if only white space follows `</think>`."""
     num_open, num_close = text.count(THINK_OPEN), text.count(THINK_CLOSE)
     if num_open == 0 or num_close == 0:
         return "no_think_block"
@@ -55,8 +47,6 @@ class Chat:
     """The tokenizer and chat template of one model: text to token ids and back.
 
     Attributes:
-        tokenizer: the model's tokenizer.
-        folder: the checkpoint folder.
         stop_ids: sorted ids of the tokens that end a sampled response: the EOS tokens of the tokenizer and of
             generation_config.json, and the first control token that the template puts after an assistant's message.
         user_turn: template text before a user's message, and after it up to the start of the model's turn.
@@ -83,33 +73,24 @@ class Chat:
 
     def prompt_ids(self, user_text: str) -> list[int]:
         """Return the token ids of a user turn and of the opening of the model's turn, after which the model writes.
-
-        Args:
-            user_text: the user's message as data: a control token in it is encoded as ordinary characters.
-        """
+        A control token in `user_text` is encoded as ordinary characters."""
         text = user_text.strip() if self.template_strips else user_text
         head, tail = self.user_turn
         return self.tokenizer.encode([(head, True), (text, False), (tail, True)])
 
     def two_turns(self) -> list[str]:
-        """Return three pieces of template text: before a user's message, between it and the assistant's, after both.
-
-        The last piece includes the opening of the model's next turn. A guard whose chat template holds its policy reads
-        a pair in this form.
+        """Return three pieces of template text: before a user's message, between it and the assistant's, and after
+        both, where the model's next turn opens. A guard whose chat template holds its policy reads this form.
 
         Raises:
             UserError: the template does not show both messages in order, each once.
         """
-        return self._text_around(
-            ["user", "assistant"], "the chat template does not show a user turn and then an assistant turn"
-        )
+        problem = "the chat template does not show a user turn and then an assistant turn"
+        return self._text_around(["user", "assistant"], problem)
 
     def response_ids(self, text: str) -> list[int]:
-        """Return the token ids of a response as the model would write them after `prompt_ids`, end of turn included.
-
-        Args:
-            text: the response in canonical form, with `<think>`. If the prompt supplies `<think>`, its ids are left
-                out.
+        """Return the token ids of a canonical response as the model would write them after `prompt_ids`: without
+        `<think>` if the prompt supplies it, and with the end of turn.
 
         Raises:
             ValueError: the text is not one think block and an answer; the message is the `FormatProblem`.
@@ -124,10 +105,7 @@ class Chat:
         )
 
     def decode(self, ids: list[int] | tuple[int, ...]) -> str:
-        """Return the text of sampled ids, with control tokens spelled out.
-
-        If the prompt supplies `<think>`, it is put before the text, so that the result is canonical.
-        """
+        """Return the text of sampled ids in canonical form, with `<think>` and with control tokens spelled out."""
         text = self.tokenizer.decode(ids)
         return f"{THINK_OPEN}\n{text}" if self.supplies_think else text
 
@@ -143,23 +121,18 @@ class Chat:
 
     @cached_property
     def _turn_end(self) -> str:
-        """Template text after an assistant's message, such as `<|im_end|>\\n`.
-
-        If that contains no control token, the tokenizer's EOS token instead; empty if there is none.
-        """
+        """Template text after an assistant's message, such as `<|im_end|>\\n`; if that has no control token, the EOS
+        token, or nothing if there is none."""
         marker = secrets.token_hex(8)
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         end = self._render(turns, False).rpartition(marker)[2]
         return end if self.tokenizer.control_tokens_in(end) else self.tokenizer.hugging_face.eos_token or ""
 
     def _text_around(self, roles: list[str], problem: str) -> list[str]:
-        """Return the template text before, between and after one message of each role, len(roles) + 1 pieces in order.
-
-        Args:
-            problem: text of the error.
+        """Return the template text before, between and after one message of each role, in len(roles) + 1 pieces.
 
         Raises:
-            UserError: the template does not show all messages in order, each once.
+            UserError: the template does not show all messages in order, each once; `problem` says so.
         """
         markers = [secrets.token_hex(8) for _ in roles]
         turns = [{"role": role, "content": marker} for role, marker in zip(roles, markers, strict=True)]
@@ -169,11 +142,6 @@ class Chat:
         return pieces[::2]
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """Return the text of the chat template for these turns.
-
-        Raises:
-            UserError: the template fails.
-        """
         try:
             return self.tokenizer.hugging_face.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -183,11 +151,7 @@ class Chat:
             raise UserError(f"{self.folder}: the chat template fails ({reason})") from None
 
     def _stop_ids(self) -> tuple[int, ...]:
-        """Return the value of `stop_ids`.
-
-        Raises:
-            UserError: there is no id, or generation_config.json is damaged.
-        """
+        """Return the value of `stop_ids`; raise UserError if there is none or generation_config.json is damaged."""
         ids = {self.tokenizer.hugging_face.eos_token_id}
         generation_config = self.folder / "generation_config.json"
         if generation_config.exists():
@@ -202,7 +166,6 @@ class Chat:
                 )
             ids |= set(eos)
         ids |= {self.tokenizer.control_ids[token] for token in self.tokenizer.control_tokens_in(self._turn_end)[:1]}
-        ids.discard(None)
-        if not ids:
+        if not (ids := ids - {None}):
             raise UserError(f"{self.folder}: no end-of-turn token; set eos_token in tokenizer_config.json")
         return tuple(sorted(ids))

@@ -5,8 +5,10 @@ of a ladder, with more samples or another instruction.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from thinksafe.errors import UserError
+from thinksafe.section import Bounds, Section
 
 TEMPLATES = {
     "prefix": "The following prompt is harmful. You should refuse to answer the prompt.\n\nPrompt:\n\n{prompt}",
@@ -18,10 +20,7 @@ TEMPLATES = {
 
 
 def template(name_or_text: str) -> str:
-    """Return the text of an instruction, which contains {prompt} exactly once.
-
-    Args:
-        name_or_text: a name in `TEMPLATES`, or the text itself.
+    """Return the text of an instruction, which contains {prompt} exactly once, from its name in `TEMPLATES` or itself.
 
     Raises:
         UserError: `name_or_text` is neither.
@@ -35,38 +34,27 @@ def template(name_or_text: str) -> str:
 
 
 def steer(instruction: str, prompt: str) -> str:
-    """Return the user's message to sample from: the instruction with {prompt} replaced by the unchanged prompt.
-
-    Args:
-        instruction: text of an instruction, as `template` returns it.
-        prompt: the user's prompt; {prompt} in it has no meaning.
-    """
+    """Return the user's message to sample from: the text of an instruction with {prompt} replaced by the unchanged
+    prompt, in which {prompt} has no meaning."""
     before, after = instruction.split("{prompt}")
     return before + prompt + after
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One round of the ladder: responses to the prompts that have no accepted response yet.
-
-    Attributes:
-        steering: instruction around harmful prompts, as in `generation.steering`; benign prompts never have one.
-        samples: number of responses for each prompt.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}
+class Rung(Section):
+    """One round of the ladder: responses to the prompts that have no accepted response yet."""
 
     steering: str | None = "prefix"
-    samples: int = 1
+    """Instruction around harmful prompts, as in `generation.steering`; benign prompts never have one."""
+    samples: Annotated[int, Bounds(ge=1)] = 1
+    """Number of responses for each prompt."""
 
-    def __post_init__(self):
-        if self.samples < 1:
-            raise ValueError("samples must be at least 1")
+    def check(self) -> None:
         if self.steering is not None:
             try:
                 template(self.steering)
             except UserError as error:
-                raise ValueError(str(error)) from None
+                raise ValueError(f"steering: {error}") from None
 
     def steering_of(self, label: str) -> str | None:
         """Return `steering` if the label is `harmful`, else None, since a benign prompt has no instruction."""

@@ -30,7 +30,6 @@ class SafeTokenizer:
     """The tokenizer of a checkpoint folder, in which only trusted text can contain control tokens.
 
     Attributes:
-        folder: the checkpoint folder.
         hugging_face: the transformers tokenizer, for its chat template and for decoding.
         control_ids: text -> id of each control token, which is any added token of tokenizer.json, `<think>` included.
     """
@@ -45,7 +44,6 @@ class SafeTokenizer:
 
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: tokenizer.json is missing; add a fast tokenizer to the folder")
-
         try:
             self.hugging_face = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many types of errors for a broken folder
@@ -64,14 +62,11 @@ class SafeTokenizer:
         self._text_ids = lru_cache(1024)(self._text_ids)
 
     def encode(self, parts: list[tuple[str, bool]]) -> list[int]:
-        """Return the token ids of the parts in order, as one text, without adding BOS or EOS.
+        """Return the token ids of the (text, trusted) parts in order, as one text, without adding BOS or EOS.
 
-        Args:
-            parts: (text, trusted) of each part; a control token becomes its id if it lies within one trusted part, and
-                is encoded as ordinary characters anywhere else.
+        A control token becomes its id within a trusted part, and is encoded as ordinary characters anywhere else.
         """
-        ids: list[int] = []
-        pending = ""
+        ids, pending = [], ""
         for text, trusted in parts:
             pieces = self._control_pattern.split(text) if trusted else [text]
             for index, piece in enumerate(pieces):
@@ -84,11 +79,8 @@ class SafeTokenizer:
         return ids + self._text_ids(pending, not ids)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return (start, end) of every token of an untrusted text that continues another text.
-
-        Positions are characters of `text`, without the character at `end`. If several tokens make up one character,
-        each has the span of this character.
-        """
+        """Return the slice (start, end) of `text` of every token, for an untrusted text that continues another one.
+        Several tokens that make up one character have the same slice."""
         return self._continuation_tokenizer.encode(text, add_special_tokens=False).offsets
 
     def control_tokens_in(self, text: str) -> list[str]:
@@ -100,10 +92,7 @@ class SafeTokenizer:
         return self.hugging_face.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, chat template and generation_config.json into another folder, which must exist.
-
-        Files that the checkpoint folder lacks are skipped.
-        """
+        """Copy the tokenizer's files, chat template and generation_config.json, if present, into an existing folder."""
         for name in _FILES:
             if (self.folder / name).exists():
                 shutil.copy(self.folder / name, folder / name)
@@ -116,21 +105,19 @@ class SafeTokenizer:
 
 def _without_control_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """Return a copy that encodes no text as a control token, except as the unknown token, and never truncates or pads.
-
-    All other ids are unchanged.
-    """
+    All other ids are unchanged."""
     spec = json.loads(tokenizer.to_str())
-    spec["truncation"] = spec["padding"] = None
     control = {token["content"] for token in spec["added_tokens"]}
-    spec["added_tokens"] = []
+    spec |= {"truncation": None, "padding": None, "added_tokens": []}
     model = spec["model"]
-    unknown_piece = {model.get("unk_token")}
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {piece: id_ for piece, id_ in model["vocab"].items() if piece not in control - unknown_piece}
+        control.discard(model.get("unk_token"))
+        model["vocab"] = {piece: id_ for piece, id_ in model["vocab"].items() if piece not in control}
     else:  # Unigram: a list of [piece, score]; the index is the id
-        unknown_piece = {model["vocab"][model["unk_id"]][0]} if model.get("unk_id") is not None else set()
+        if model.get("unk_id") is not None:
+            control.discard(model["vocab"][model["unk_id"]][0])
         model["vocab"] = [
-            [f"\x00control {id_}\x00", -1e9] if piece in control - unknown_piece else [piece, score]
+            [f"\x00control {id_}\x00", -1e9] if piece in control else [piece, score]
             for id_, (piece, score) in enumerate(model["vocab"])
         ]
     return Tokenizer.from_str(json.dumps(spec))

@@ -5,21 +5,22 @@ loaded. Each rank writes one part, and rank 0 renames all parts at once. Any ran
 resume on another number of ranks. Random state is not stored: every step seeds the generators from (seed, step).
 """
 
-import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from thinksafe.distributed.ranks import all_gather_objects, barrier, rank, world_size
+from thinksafe.data.atomic import fsync, install, sha256
+from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 
 _NUM_KEPT = 2
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str) -> None:
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, Tensor], fingerprint: str, workers: Workers = SINGLE_PROCESS
+) -> None:
     """Write `folder/step-XXXXXXXX`, keep the checkpoint before it and delete all others.
 
     Checkpoints of later steps are deleted too: this run did not resume from them, so they are torn or belong to another
@@ -32,45 +33,44 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], fingerp
         fingerprint: hash of data and settings (`training_fingerprint`), which `load_newest` compares.
     """
     final = folder / f"step-{step:08d}"
-    partial = folder / f"{final.name}.partial"
-    if rank() == 0:
+    partial = final.with_suffix(".partial")
+
+    def make_empty() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    barrier()
-    host_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part_file = _part_file(partial, rank())
-    save_file(host_tensors, part_file)
-    _fsync(part_file)
-    state = {"step": step, "fingerprint": fingerprint, "sha256": all_gather_objects(_sha256(part_file))}
-    if rank() != 0:
+
+    workers.on_leader(make_empty)
+    part_file = _part_file(partial, workers.rank)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part_file)
+    fsync(part_file)
+    state = {"step": step, "fingerprint": fingerprint, "sha256": workers.all_gather(sha256(part_file))}
+    if not workers.is_leader:
         return
     (partial / "state.json").write_text(json.dumps(state))
-    for path in (partial / "state.json", partial):
-        _fsync(path)
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    install(partial, final)
     for path in (folder, folder.parent):
-        _fsync(path)
+        fsync(path)
     checkpoints = sorted(folder.glob("step-????????"))
     newest = checkpoints.index(final)
     for stale in checkpoints[: max(0, newest + 1 - _NUM_KEPT)] + checkpoints[newest + 1 :]:
         shutil.rmtree(stale)
 
 
-def load_newest(folder: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
-    """Return (step, tensors) of the newest complete checkpoint with this fingerprint; None if there is none.
-
-    All ranks must call this function together. All get the same step, and each rank gets the tensors of some parts;
-    together the ranks get all of them.
-    """
-    for candidate in all_gather_objects(sorted(folder.glob("step-????????"), reverse=True))[0]:
-        checkpoint = _read(candidate, fingerprint)
-        if all(all_gather_objects(checkpoint is not None)):
+def load_newest(
+    folder: Path, fingerprint: str, workers: Workers = SINGLE_PROCESS
+) -> tuple[int, dict[str, Tensor]] | None:
+    """Return (step, tensors) of the newest complete checkpoint with this fingerprint; None if there is none. All ranks
+    must call this together. They get the same step, and each gets the tensors of some parts, which no other rank
+    gets."""
+    for name in workers.on_leader(lambda: sorted((path.name for path in folder.glob("step-????????")), reverse=True)):
+        checkpoint = _read(folder / name, fingerprint, workers)
+        if all(workers.all_gather(checkpoint is not None)):
             return checkpoint
     return None
 
 
-def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] | None:
+def _read(checkpoint: Path, fingerprint: str, workers: Workers) -> tuple[int, dict[str, Tensor]] | None:
     """Return the step and the tensors of this rank's parts (number % world size = rank), on the host; None if a file is
     missing or torn, or if the fingerprint differs."""
     try:
@@ -78,32 +78,15 @@ def _read(checkpoint: Path, fingerprint: str) -> tuple[int, dict[str, Tensor]] |
         if state != {"step": state["step"], "fingerprint": fingerprint, "sha256": state["sha256"]}:
             return None
         tensors = {}
-        for number, digest in enumerate(state["sha256"]):
-            if number % world_size() == rank():
-                part_file = _part_file(checkpoint, number)
-                if _sha256(part_file) != digest:
-                    return None
-                tensors |= load_file(part_file)
+        for number, digest in list(enumerate(state["sha256"]))[workers.rank :: workers.world_size]:
+            part_file = _part_file(checkpoint, number)
+            if sha256(part_file) != digest:
+                return None
+            tensors |= load_file(part_file)
         return state["step"], tensors
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _part_file(checkpoint: Path, number: int) -> Path:
-    """Return the file that rank `number` wrote."""
     return checkpoint / f"state-{number}.safetensors"
-
-
-def _sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's contents in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

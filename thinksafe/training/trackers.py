@@ -1,33 +1,29 @@
 """Training curves in TensorBoard or Weights & Biases, in addition to metrics.jsonl, which is always written.
 
-A tracker logs every step. A resumed run repeats the steps after its checkpoint. TensorBoard then hides the earlier
-points of these steps; Weights & Biases continues the same run, and steps that it has are not logged again. Neither
-package is imported unless the recipe names it.
+A resumed run repeats the steps after its checkpoint. TensorBoard then hides the earlier points of these steps; Weights
+& Biases continues the same run, and steps that it has are not logged again. Neither package is imported unless the
+recipe names it.
 """
 
 import importlib
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
+from thinksafe.data.atomic import write_atomically
 from thinksafe.errors import UserError
-from thinksafe.training.loop import StepMetrics, read_metrics
-
-TrackerName = Literal["tensorboard", "wandb"]
-"""Name of a tracker in a recipe: a program that shows training curves."""
+from thinksafe.training.config import TrackerName
+from thinksafe.training.metrics import StepMetrics, read_metrics
 
 
 def require_trackers(names: Sequence[TrackerName]) -> None:
-    """Check, before any work, that the named trackers can be used. For `wandb` this logs in.
-
-    Raises:
-        UserError: a package is not installed, or Weights & Biases has no account to log in with.
-    """
+    """Check, before any work, that the named trackers can be used: raise a UserError if a package is not installed, or
+    if Weights & Biases, to which this logs in, has no account."""
     for name in names:
         try:
             package = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
@@ -52,8 +48,7 @@ class TensorBoard:
     """A tracker that writes TensorBoard's event files to `folder/tensorboard`."""
 
     def __init__(self, folder: Path):
-        self._folder = folder / "tensorboard"
-        self._writer = None
+        self._folder, self._writer = folder / "tensorboard", None
 
     def log(self, metrics: StepMetrics) -> None:
         """Log one step. The first call hides the points that an earlier process logged for this and later steps."""
@@ -65,34 +60,22 @@ class TensorBoard:
             self._writer.add_scalar(name, value, metrics.step)
 
     def close(self) -> None:
-        """Write all logged points to the disk and close the files, if a step was logged."""
+        """Write all logged points to the disk."""
         if self._writer is not None:
             self._writer.close()
 
 
 class WandB:
     """A tracker that logs to one run of Weights & Biases, whose environment variables (WANDB_PROJECT, WANDB_MODE, ...)
-    configure it."""
+    configure it. The run's id is in `folder`, so a later process continues the run."""
 
     def __init__(self, folder: Path, name: str, recipe: dict[str, Any]):
-        """Start the run, or continue it if `folder` holds its id from an earlier process.
-
-        Args:
-            folder: folder of metrics.jsonl and of the run's id.
-            name: name of the run, for display.
-            recipe: settings of the run, for display.
-
-        Raises:
-            UserError: Weights & Biases cannot start the run.
-        """
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb.id"
         if not id_file.exists():
-            partial = id_file.with_suffix(".partial")
-            partial.write_text(uuid.uuid4().hex)
-            os.replace(partial, id_file)
+            write_atomically(id_file, uuid.uuid4().hex)
         project = os.environ.get("WANDB_PROJECT", "thinksafe")
         with _short_wandb_errors(wandb):
             self._run = wandb.init(
@@ -113,8 +96,7 @@ class WandB:
 
 
 def scalars(metrics: StepMetrics) -> dict[str, float]:
-    """Return the step's point on each curve, by the curve's name `train/FIELD`: all fields of StepMetrics with a
-    number, except `step` and `total_steps`."""
+    """Return the step's point on each curve, by the curve's name `train/FIELD`: all known numbers of StepMetrics."""
     excluded = ("step", "total_steps", "note")
     return {
         f"train/{key}": value for key, value in asdict(metrics).items() if key not in excluded and value is not None
@@ -125,21 +107,17 @@ def scalars(metrics: StepMetrics) -> dict[str, float]:
 def open_trackers(
     names: Sequence[TrackerName], folder: Path, name: str, recipe: dict[str, Any]
 ) -> Iterator[list[TensorBoard | WandB]]:
-    """Yield the trackers that a recipe names, and close them at the end.
+    """Yield the trackers that a recipe names, see `require_trackers`, and close them at the end.
 
     Args:
         folder: the training folder of the run directory.
-        name: name of the run, for display.
-        recipe: settings of the run, for display.
-
-    Raises:
-        UserError: a tracker cannot be used, see `require_trackers`.
+        name, recipe: name and settings of the run, for display.
     """
     require_trackers(names)
-    with ExitStack() as closing:
+    with ExitStack() as stack:
         trackers = [
             TensorBoard(folder) if tracker == "tensorboard" else WandB(folder, name, recipe) for tracker in names
         ]
         for tracker in trackers:
-            closing.callback(tracker.close)
+            stack.enter_context(closing(tracker))
         yield trackers

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from thinksafe.kernels.matmul_tile import MatmulTile
+
 # A call too large for any GPU of today, so that every row index times a width exceeds 2^31.
 T, H, V, HEADS, INTERMEDIATE = 2**22, 8192, 151_936, 64, 25_600
 NUM_SMS = 132
@@ -43,6 +45,11 @@ class Build:
     programs_per_sm: int = 1
     bytes_per_iteration: int = 0
     required_instructions: tuple[str, ...] = ("wide_loads",)
+
+
+def tile_constants(tile: MatmulTile) -> dict[str, int]:
+    """Return the sizes of a tile, the constexpr arguments of its kernel."""
+    return {name: value for name, value in tile._asdict().items() if name.isupper()}
 
 
 def descriptor(rows: int, columns: int, dtype: str = "bf16") -> str:

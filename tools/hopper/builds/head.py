@@ -3,43 +3,40 @@
 import triton
 
 from thinksafe.kernels import exp_gemm, linear_cross_entropy, linear_kl
-from tools.hopper.builds.build import NUM_SMS, Build, H, T, V, descriptor
+from tools.hopper.builds.build import NUM_SMS, Build, H, T, V, descriptor, tile_constants
 
 
 def head_builds() -> list[Build]:
     """Return the builds of cross-entropy and of log-probabilities on the language-model head."""
     builds = []
-    all_flags = ("SUMS", "STORE", "ENTROPY", "ROW_MAX", "ARGMAX", "GATED")
-    for label, tile, flags in (
-        ("sums", exp_gemm.LOSS_TILE, ["SUMS"]),
-        ("sums store", exp_gemm.LOSS_TILE, ["SUMS", "STORE"]),
-        ("sums gated", exp_gemm.LOSS_TILE, ["SUMS", "GATED"]),
-        ("sums store gated", exp_gemm.LOSS_TILE, ["SUMS", "STORE", "GATED"]),
-        ("sums entropy best best_id", exp_gemm.ENTROPY_TILE, ["SUMS", "ENTROPY", "ROW_MAX", "ARGMAX"]),
-        ("sums entropy gated", exp_gemm.ENTROPY_TILE, ["SUMS", "ENTROPY", "GATED"]),
-        ("best gated", exp_gemm.ENTROPY_TILE, ["ROW_MAX", "GATED"]),
+    types = {"weighted_sums_ptr": "*fp32", "row_max_ptr": "*fp32", "argmax_ptr": "*i32", "active_ptr": "*i32"}
+    for label, tile, outputs in (
+        ("sums", exp_gemm.LOSS_TILE, ["sums_ptr"]),
+        ("sums store", exp_gemm.LOSS_TILE, ["sums_ptr", "e_desc"]),
+        ("sums gated", exp_gemm.LOSS_TILE, ["sums_ptr", "active_ptr"]),
+        ("sums store gated", exp_gemm.LOSS_TILE, ["sums_ptr", "e_desc", "active_ptr"]),
+        (
+            "sums entropy best best_id",
+            exp_gemm.ENTROPY_TILE,
+            ["sums_ptr", "weighted_sums_ptr", "row_max_ptr", "argmax_ptr"],
+        ),
+        ("sums entropy gated", exp_gemm.ENTROPY_TILE, ["sums_ptr", "weighted_sums_ptr", "active_ptr"]),
+        ("best gated", exp_gemm.ENTROPY_TILE, ["row_max_ptr", "active_ptr"]),
     ):
+        types |= {"sums_ptr": "*fp32", "e_desc": descriptor(tile.BLOCK_T, tile.BLOCK_N)}
         builds.append(
             Build(
                 f"exp_gemm {label}",
                 exp_gemm._exp_gemm_kernel,
                 {
-                    "x_desc": descriptor(tile.block_t, tile.block_h),
-                    "w_desc": descriptor(tile.block_v, tile.block_h),
-                    "e_desc": descriptor(tile.block_t, tile.block_v if "STORE" in flags else tile.block_h),
+                    "x_desc": descriptor(tile.BLOCK_T, tile.BLOCK_K),
+                    "w_desc": descriptor(tile.BLOCK_N, tile.BLOCK_K),
                     "target_ptr": "*i64",
-                    **dict.fromkeys(("shift_ptr", "sums_ptr", "weighted_sums_ptr", "row_max_ptr"), "*fp32"),
-                    **dict.fromkeys(("argmax_ptr", "active_ptr"), "*i32"),
+                    "shift_ptr": "*fp32",
+                    **{output: types[output] for output in outputs},
                     **dict.fromkeys(("T", "V", "H"), "i32"),
                 },
-                {
-                    **{flag: flag in flags for flag in all_flags},
-                    "LOG2E": exp_gemm.LOG2E,
-                    "BLOCK_T": tile.block_t,
-                    "BLOCK_V": tile.block_v,
-                    "BLOCK_H": tile.block_h,
-                    "GROUP": tile.group,
-                },
+                tile_constants(tile),
                 tile.num_warps,
                 {"T": T, "V": V, "H": H},
                 (NUM_SMS,),
@@ -67,7 +64,7 @@ def head_builds() -> list[Build]:
                 {"ids_ptr": V},
             )
         )
-    block_t, block_v = exp_gemm.LOSS_TILE.block_t, exp_gemm.LOSS_TILE.block_v
+    block_t, block_v = exp_gemm.LOSS_TILE.BLOCK_T, exp_gemm.LOSS_TILE.BLOCK_N
     block_k, block_h = linear_cross_entropy.SPARSE_BLOCK_K, linear_cross_entropy.SPARSE_BLOCK_H
     builds.append(
         Build(
@@ -89,20 +86,20 @@ def head_builds() -> list[Build]:
             required_instructions=("wgmma", "tma_loads"),
         )
     )
-    for smoothing, block in ((False, 1024), (False, 2048), (True, 1024), (True, 2048)):
+    for block in (1024, 2048):
         builds.append(
             Build(
-                f"linear_cross_entropy combine{' with smoothing' if smoothing else ''}, {block} at a time",
+                f"linear_cross_entropy combine, {block} at a time",
                 linear_cross_entropy._grad_x_kernel,
                 {
                     "product_ptr": "*fp32",
                     "weight_ptr": "*bf16",
                     "target_ptr": "*i64",
-                    **dict.fromkeys(("mean_weight_ptr", "scale_ptr", "target_scale_ptr", "mean_scale_ptr"), "*fp32"),
+                    **dict.fromkeys(("scale_ptr", "target_scale_ptr"), "*fp32"),
                     "out_ptr": "*bf16",
                     "H": "i32",
                 },
-                {"SMOOTHING": smoothing, "BLOCK_H": block},
+                {"BLOCK_H": block},
                 4,
                 {"H": H},
                 (T,),
@@ -113,11 +110,11 @@ def head_builds() -> list[Build]:
 
 
 def divergence_builds() -> list[Build]:
-    """Return the builds of both passes of `linear_kl`, for every direction, with a shared and with a separate head."""
+    """Return the builds of both passes of `linear_kl`, for both directions, with a shared and with a separate head."""
     builds = []
     tile = linear_kl.TILE
     for shared_head, reverse in ((True, False), (True, True), (False, False), (False, True)):
-        x, w = descriptor(tile.block_t, tile.block_h), descriptor(tile.block_v, tile.block_h)
+        x, w = descriptor(tile.BLOCK_T, tile.BLOCK_K), descriptor(tile.BLOCK_N, tile.BLOCK_K)
         builds.append(
             Build(
                 f"linear_kl pair {'one head' if shared_head else 'two heads'}{', reverse' if reverse else ''}",
@@ -126,22 +123,14 @@ def divergence_builds() -> list[Build]:
                     "student_desc": x,
                     "reference_desc": x,
                     "weight_desc": w,
-                    "weight_reference_desc": w,
-                    "e_desc": descriptor(tile.block_t, tile.block_v),
-                    "d_desc": descriptor(tile.block_t, tile.block_v, "fp16"),
+                    **({} if shared_head else {"weight_reference_desc": w}),
+                    "e_desc": descriptor(tile.BLOCK_T, tile.BLOCK_N),
+                    "d_desc": descriptor(tile.BLOCK_T, tile.BLOCK_N, "fp16"),
                     **dict.fromkeys(("lse_student_ptr", "lse_reference_ptr", "tile_logmass_diff_ptr"), "*fp32"),
                     **dict.fromkeys(("kl_within_tile_ptr", "rounding_correction_ptr"), "*fp32"),
                     **dict.fromkeys(("T", "V", "H", "H_reference"), "i32"),
                 },
-                {
-                    "SHARED_HEAD": shared_head,
-                    "REVERSE": reverse,
-                    "LOG2E": exp_gemm.LOG2E,
-                    "BLOCK_T": tile.block_t,
-                    "BLOCK_V": tile.block_v,
-                    "BLOCK_H": tile.block_h,
-                    "GROUP": tile.group,
-                },
+                {"REVERSE": reverse, **tile_constants(tile)},
                 tile.num_warps,
                 {"T": T, "V": V, "H": H, "H_reference": H},
                 (NUM_SMS,),
@@ -150,29 +139,29 @@ def divergence_builds() -> list[Build]:
                 required_instructions=("wgmma", "tma_loads"),
             )
         )
-    num_v = triton.cdiv(V, tile.block_v)
-    for direction in ("forward", "reverse", "jsd"):
+    num_v = triton.cdiv(V, tile.BLOCK_N)
+    for reverse in (False, True):
         for write_gradient in (False, True):
             builds.append(
                 Build(
-                    f"linear_kl {direction} {'gradient' if write_gradient else 'value'}",
+                    f"linear_kl {'reverse' if reverse else 'forward'} {'gradient' if write_gradient else 'value'}",
                     linear_kl._divergence_kernel,
                     {
                         "e_ptr": "*bf16",
                         "d_ptr": "*fp16",
                         **dict.fromkeys(("tile_logmass_ptr", "tile_logmass_diff_ptr"), "*fp32"),
-                        **dict.fromkeys(("mean_score_ptr", "row_weight_ptr"), "*fp32"),
-                        **dict.fromkeys(("value_ptr", "mean_score_out_ptr"), "*fp32"),
+                        **({"row_kl_ptr": "*fp32"} if reverse else {}),
+                        **dict.fromkeys(("row_weight_ptr", "value_ptr"), "*fp32"),
                         **dict.fromkeys(("T", "V", "width"), "i32"),
                     },
                     {
-                        "DIRECTION": direction,
+                        "REVERSE": reverse,
                         "WRITE_GRADIENT": write_gradient,
                         "BLOCK_T": linear_kl.ELEMENTWISE_ROWS,
-                        "BLOCK_V": tile.block_v,
+                        "BLOCK_N": tile.BLOCK_N,
                     },
                     8,
-                    {"T": T, "V": V, "width": num_v * tile.block_v},
+                    {"T": T, "V": V, "width": num_v * tile.BLOCK_N},
                     (num_v, T // linear_kl.ELEMENTWISE_ROWS),
                 )
             )

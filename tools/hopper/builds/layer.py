@@ -1,14 +1,15 @@
 """Builds of a layer's operations other than attention: norms, rotation, gate, matmuls."""
 
 from thinksafe.kernels import batch_invariant_linear, fp8, rms_norm, rope, swiglu
-from tools.hopper.builds.build import HEADS, INTERMEDIATE, NUM_SMS, Build, H, T, V, descriptor
+from tools.hopper.builds.build import HEADS, INTERMEDIATE, NUM_SMS, Build, H, T, V, descriptor, tile_constants
 
 
 def norm_builds() -> list[Build]:
     """Return builds of RMSNorm, forward and backward, for every tile that a model's hidden size can have."""
     builds = []
     for hidden in (1024, 2048, 4096, 5120):
-        tile, num_warps = rms_norm.tile_config(hidden)
+        tile = rms_norm.launch_config(hidden)
+        num_warps = tile.pop("num_warps")
         num_blocks = T // tile["ROWS"]
         for has_residual in (False, True):
             builds.append(
@@ -16,13 +17,14 @@ def norm_builds() -> list[Build]:
                     f"rms_norm{' with residual' if has_residual else ''} H={hidden}",
                     rms_norm._forward_kernel,
                     {
-                        **dict.fromkeys(("x_ptr", "residual_ptr", "residual_out_ptr", "weight_ptr", "y_ptr"), "*bf16"),
+                        **dict.fromkeys(("x_ptr", "residual_out_ptr", "weight_ptr", "y_ptr"), "*bf16"),
+                        **({"residual_ptr": "*bf16"} if has_residual else {}),
                         "rstd_ptr": "*fp32",
                         "num_rows": "i32",
                         "H": "i32",
                         "eps": "fp32",
                     },
-                    {"HAS_RESIDUAL": has_residual, **tile},
+                    tile,
                     num_warps,
                     {"num_rows": T, "H": hidden},
                     (num_blocks,),
@@ -36,11 +38,12 @@ def norm_builds() -> list[Build]:
                     rms_norm._backward_kernel,
                     {
                         **dict.fromkeys(("grad_y_ptr", "x_ptr", "weight_ptr"), "*bf16"),
-                        **dict.fromkeys(("grad_residual_out_ptr", "grad_x_ptr"), "*bf16"),
-                        **dict.fromkeys(("rstd_ptr", "grad_weight_ptr"), "*fp32"),
+                        "grad_x_ptr": "*bf16",
+                        **({"grad_residual_out_ptr": "*bf16"} if has_grad_residual else {}),
+                        **dict.fromkeys(("rstd_ptr", "grad_weight_ptr") if needs_weight else ("rstd_ptr",), "*fp32"),
                         **dict.fromkeys(("num_rows", "H", "num_blocks"), "i32"),
                     },
-                    {"HAS_GRAD_RESIDUAL_OUT": has_grad_residual, "NEEDS_WEIGHT": needs_weight, **tile},
+                    tile,
                     num_warps,
                     {"num_rows": T, "H": hidden, "num_blocks": num_blocks},
                     (1024,),
@@ -58,37 +61,38 @@ def rotation_builds() -> list[Build]:
     for half in (32, 64):
         tile = {"ROWS": rope.PAIRS_PER_PROGRAM // half, "HALF": half}
         num_blocks = T * HEADS // tile["ROWS"]
-        for has_norm in (False, True):
+        for name, has_norm, inverse in (
+            ("rope", False, False), ("rope backward", False, True), ("qk_norm_rope", True, False)
+        ):  # fmt: skip
             builds.append(
                 Build(
-                    f"{'qk_norm_rope' if has_norm else 'rope'} D={2 * half}",
+                    f"{name} D={2 * half}",
                     rope._forward_kernel,
                     {
-                        **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16"),
+                        **dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr") if has_norm else ("x_ptr", "y_ptr"), "*bf16"),
                         **angle_types,
                         "num_rows": "i32",
                         "num_heads": "i32",
                         "eps": "fp32",
                     },
-                    {"NORM": has_norm, **tile},
+                    {"INVERSE": inverse, **tile},
                     4,
                     head_sizes,
                     (num_blocks,),
                 )
             )
-        for has_norm, needs_weight in ((False, False), (True, False), (True, True)):
-            operation = "qk_norm_rope" if has_norm else "rope"
+        for needs_weight in (False, True):
             builds.append(
                 Build(
-                    f"{operation} backward{' with gain' if needs_weight else ''} D={2 * half}",
+                    f"qk_norm_rope backward{' with gain' if needs_weight else ''} D={2 * half}",
                     rope._backward_kernel,
                     {
                         **dict.fromkeys(("grad_y_ptr", "x_ptr", "weight_ptr", "grad_x_ptr"), "*bf16"),
                         **angle_types,
-                        "grad_weight_ptr": "*fp32",
+                        **({"grad_weight_ptr": "*fp32"} if needs_weight else {}),
                         **dict.fromkeys(("num_rows", "num_heads", "num_blocks"), "i32"),
                     },
-                    {"NORM": has_norm, "NEEDS_WEIGHT": needs_weight, **tile},
+                    tile,
                     4,
                     head_sizes | {"num_blocks": num_blocks},
                     (1024,),
@@ -130,26 +134,20 @@ def linear_builds() -> list[Build]:
     """Return builds of the batch-invariant matmul for every tile in bf16 and e4m3, and of the quantization to e4m3."""
     builds = []
     for dtype, itemsize in (("bf16", 2), ("fp8e4nv", 1)):
-        block_k = batch_invariant_linear.BLOCK_K_BYTES // itemsize
-        for tile in batch_invariant_linear.TILE_CONFIGS[itemsize]:
+        for tile in batch_invariant_linear.TILES[itemsize]:
             builds.append(
                 Build(
-                    f"row_linear {'bf16' if itemsize == 2 else 'e4m3'} {tile.block_t}x{tile.block_n}",
+                    f"row_linear {'bf16' if itemsize == 2 else 'e4m3'} {tile.BLOCK_T}x{tile.BLOCK_N}",
                     batch_invariant_linear._batch_invariant_linear_kernel,
                     {
-                        "x_desc": descriptor(tile.block_t, block_k, dtype),
-                        "w_desc": descriptor(tile.block_n, block_k, dtype),
+                        "x_desc": descriptor(tile.BLOCK_T, tile.BLOCK_K, dtype),
+                        "w_desc": descriptor(tile.BLOCK_N, tile.BLOCK_K, dtype),
                         **(dict.fromkeys(("x_scales_ptr", "w_scales_ptr"), "*u8") if itemsize == 1 else {}),
                         "bias_ptr": "*bf16",
                         "out_ptr": "*bf16",
                         **dict.fromkeys(("T", "N", "K"), "i32"),
                     },
-                    {
-                        "BLOCK_T": tile.block_t,
-                        "BLOCK_N": tile.block_n,
-                        "BLOCK_K": block_k,
-                        "GROUP": batch_invariant_linear.GROUP,
-                    },
+                    tile_constants(tile),
                     tile.num_warps,
                     {"T": T, "N": V, "K": H},
                     (NUM_SMS,),

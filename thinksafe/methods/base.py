@@ -1,0 +1,109 @@
+"""What a method is: the stages that make its examples, the response it keeps of each prompt, and the loss of an
+example.
+
+A method is the section `method` of a recipe, whose `type` picks the class. Everything in which methods differ is in
+these classes; sampler, guards, training loop and run directory are the same for all.
+
+An offline method (`Method`) makes a fixed set of examples once and trains on it. An online method (`OnlineMethod`)
+samples, scores and trains in turns: it makes the sequences of every step from responses of the student as it is then.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from thinksafe.data.records import Example, Prompt, Response, Verdict
+from thinksafe.data.selection import Attempt, choose
+from thinksafe.section import Section
+from thinksafe.text.chat import Chat
+from thinksafe.training.sequence import TrainingSequence
+
+
+@dataclass(frozen=True)
+class Method(Section):
+    """A method that trains on a fixed set of examples."""
+
+    stages: ClassVar[tuple[str, ...]] = ()
+    """Stages that make the files training reads, in order: keys of `thinksafe.pipeline.STAGES`."""
+
+    def choose(self, attempts: Sequence[Attempt]) -> Attempt | None:
+        """Return the attempt at one prompt that becomes its example, or None if there is none."""
+        return choose(attempts)
+
+    def training_sequence(self, example: Example, chat: Chat) -> TrainingSequence:
+        """Return an example as token ids, with the loss of each token.
+
+        By default it is the student's template with the prompt, then the response, whose tokens have the cross-entropy
+        loss with the example's weight.
+
+        Args:
+            chat: tokenizer and chat template of the student.
+
+        Raises:
+            ValueError: the response is malformed, see `thinksafe.text.chat.parse_response`.
+        """
+        prompt = chat.prompt_ids(example.prompt)
+        ids = np.array(prompt + chat.response_ids(example.response), dtype=np.int32)
+        return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response that the student sampled during its training.
+
+    Attributes:
+        prompt_ids: token ids of the prompt in the student's template, without steering.
+        token_ids: token ids of the response, without the stop token.
+        logprobs: log-probability in nats of each of them when it was sampled, before temperature.
+    """
+
+    response: Response
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def training_sequence(self, advantage: float) -> TrainingSequence:
+        """Return the prompt without steering and the sampled tokens, with an advantage."""
+        ids = np.array(self.prompt_ids + self.token_ids, dtype=np.int32)
+        return TrainingSequence(ids, len(self.prompt_ids), self.response.prompt_id, advantage=advantage)
+
+
+class Rollouts(Protocol):
+    """The student during an online training, and what judges its responses. All ranks call both methods together.
+
+    Attributes:
+        prompts: the prompts of the run.
+    """
+
+    prompts: Sequence[Prompt]
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, step: int, steering: str | None = None) -> list[Rollout]:
+        """Return `samples` responses of the student as it is now to each prompt, in order of prompt and sample.
+
+        Args:
+            step: step that asks; each step draws other responses.
+            steering: instruction around the prompts, as in `generation.steering`.
+        """
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
+        """Return the guard's verdict on each response, in order; `dropped` if the response is malformed."""
+
+
+@dataclass(frozen=True)
+class OnlineMethod(Method):
+    """A method that samples from the student while it trains."""
+
+    @abstractmethod
+    def num_steps(self, num_prompts: int) -> int:
+        """Return the number of optimizer steps for this number of prompts."""
+
+    @abstractmethod
+    def make_batch(self, step: int, rollouts: Rollouts) -> list[TrainingSequence]:
+        """Return the sequences of a step, counted from 0, for all ranks together; every rank must return the same.
+
+        A policy gradient gives each response its advantage as `TrainingSequence.advantage`. At least one sequence must
+        have a target.
+        """
