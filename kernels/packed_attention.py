@@ -1,15 +1,19 @@
 """Causal attention over sequences packed end to end in one tensor, so the model computes no padding.
 
 A token sees itself and the earlier tokens of its sequence, never another sequence. FLOPs: 2 * D * sum(len^2) per query
-head, forward. In 16 bits on a GPU this is torch's FlashAttention, which reads grouped heads directly from torch 2.12
-on; an older torch gets keys and values repeated for every query head.
+head, forward. In 16 bits on a GPU this is FlashAttention: the flash-attn package's if it is installed, else torch's.
+Both read grouped heads directly, except torch before 2.12, which gets keys and values repeated for every query head.
 """
+
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLASH_READS_GROUPED_HEADS = torch.__version__ >= (2, 12)
+HAS_FLASH_ATTN = find_spec("flash_attn") is not None
+"""Whether the flash-attn package is installed."""
+TORCH_READS_GROUPED_HEADS = torch.__version__ >= (2, 12)
 """Whether torch's `varlen_attn` takes fewer key-value heads than query heads (`enable_gqa`)."""
 
 
@@ -40,22 +44,26 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Return the result of `packed_attention` by torch's FlashAttention, for tensors in 16 bits on a GPU."""
+    """Return the result of `packed_attention` by FlashAttention, for tensors in 16 bits on a GPU."""
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    if HAS_FLASH_ATTN:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *lengths, causal=True)
     from torch.nn.attention.varlen import varlen_attn  # a CPU does not need it
 
-    grouped_heads = {"enable_gqa": True} if FLASH_READS_GROUPED_HEADS else {}
+    grouped_heads = {"enable_gqa": True} if TORCH_READS_GROUPED_HEADS else {}
     if not grouped_heads:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     # window_size (-1, 0): all tokens to the left, none to the right.
-    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return varlen_attn(q, k, v, *lengths, window_size=(-1, 0), **grouped_heads)
 
 
 def supports_grouped_heads(dtype: torch.dtype) -> bool:
     """Return whether attention in this dtype on a GPU saves keys and values for the backward pass once per KV head.
 
-    It does in 16 bits with torch 2.12 or newer. Otherwise it saves a copy for every query head."""
-    return FLASH_READS_GROUPED_HEADS and _runs_as_flash(dtype)
+    It does in 16 bits with flash-attn, or with torch 2.12 or newer. Otherwise it saves a copy for every query head."""
+    return (HAS_FLASH_ATTN or TORCH_READS_GROUPED_HEADS) and _runs_as_flash(dtype)
 
 
 def _runs_as_flash(dtype: torch.dtype) -> bool:

@@ -93,6 +93,9 @@ def renamed_recipe(value: Any, section: type | None = Recipe) -> Any:
         return value
     hints = get_type_hints(section)
     entries = {RENAMED_KEYS.get(section, {}).get(key, key): entry for key, entry in value.items()}
+    if section is Recipe:
+        moved = {"benign_loss": entries["training"].pop("benign_loss")} if "training" in entries else {}
+        entries.setdefault("method", {"type": "thinksafe", **moved})
     automatic = {key for key in ZERO_WAS_AUTOMATIC & entries.keys() if entries[key] == 0}
     return {
         key: None if key in automatic else renamed_recipe(entry, _section_in(hints.get(key)))

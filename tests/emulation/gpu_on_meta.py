@@ -34,7 +34,8 @@ def on_gpu_path(grouped_heads: bool = False):
 
     with (
         patch("thinksafe.kernels.dispatch.INTERPRETED", True),
-        patch("thinksafe.kernels.packed_attention.FLASH_READS_GROUPED_HEADS", grouped_heads),
+        patch("thinksafe.kernels.packed_attention.HAS_FLASH_ATTN", False),
+        patch("thinksafe.kernels.packed_attention.TORCH_READS_GROUPED_HEADS", grouped_heads),
         patch("thinksafe.model.attention.packed_attention", flash_attention),
         patch("thinksafe.model.decoder.F.dropout", dropout),
     ):

@@ -2,6 +2,8 @@
 
 import inspect
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,11 +239,10 @@ def test_packed_attention_and_gradients_equal_fp64_loop(lengths, num_heads, num_
 
 
 @pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("grouped_heads", [False, True])
-def test_flash_attention_gets_grouped_or_repeated_heads(monkeypatch, grouped_heads, num_heads, num_kv_heads):
-    """torch's function is replaced by attention that checks its arguments: heads, causal, lengths.
-
-    Without grouped heads it has the signature of torch 2.11."""
+@pytest.mark.parametrize("backend", ["torch 2.11", "torch 2.12", "flash-attn"])
+def test_flash_attention_gets_grouped_or_repeated_heads(monkeypatch, backend, num_heads, num_kv_heads):
+    """The library's function is replaced by attention that checks its arguments: heads, causal, lengths."""
+    grouped_heads = backend != "torch 2.11"
     lengths = [5, 1, 12]
     *inputs, cu_seqlens = attention_case(lengths, num_heads, num_kv_heads, 8)
 
@@ -255,9 +256,16 @@ def test_flash_attention_gets_grouped_or_repeated_heads(monkeypatch, grouped_hea
         assert enable_gqa
         return varlen_of_torch_2_11(*arguments, **settings)
 
+    def varlen_of_flash_attn(*arguments, causal=False):
+        assert causal
+        return varlen_of_torch_2_11(*arguments, window_size=(-1, 0))
+
     varlen = varlen_of_torch_2_12 if grouped_heads else varlen_of_torch_2_11
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(packed_attention_module, "FLASH_READS_GROUPED_HEADS", grouped_heads)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen if "torch" in backend else None)
+    package = SimpleNamespace(flash_attn_varlen_func=varlen_of_flash_attn)
+    monkeypatch.setitem(sys.modules, "flash_attn", package if backend == "flash-attn" else None)
+    monkeypatch.setattr(packed_attention_module, "HAS_FLASH_ATTN", backend == "flash-attn")
+    monkeypatch.setattr(packed_attention_module, "TORCH_READS_GROUPED_HEADS", backend == "torch 2.12")
     actual = packed_attention_module.flash_attention(*inputs, cu_seqlens, 12)
     torch.testing.assert_close(actual, packed_attention(*inputs, cu_seqlens, 12))
     assert packed_attention_module.supports_grouped_heads(torch.bfloat16) == grouped_heads
@@ -266,7 +274,7 @@ def test_flash_attention_gets_grouped_or_repeated_heads(monkeypatch, grouped_hea
 
 def test_grouped_heads_are_used_if_torch_supports_them():
     parameters = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
-    assert ("enable_gqa" in parameters) == packed_attention_module.FLASH_READS_GROUPED_HEADS
+    assert ("enable_gqa" in parameters) == packed_attention_module.TORCH_READS_GROUPED_HEADS
 
 
 @pytest.mark.parametrize("name", CALLS)

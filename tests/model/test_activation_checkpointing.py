@@ -62,16 +62,17 @@ def test_gradients_do_not_depend_on_checkpointing(tmp_path, family, method):
         assert all(torch.equal(checkpointed[name], uncheckpointed[name]) for name in uncheckpointed), checkpointing
 
 
+@pytest.mark.parametrize("namespace", ["torch_attn", "flash_attn"])
 @pytest.mark.parametrize("checkpointing, calls_per_layer", [("none", 1), ("selective", 1), ("full", 2)])
-def test_only_full_checkpointing_recomputes_attention(tmp_path, checkpointing, calls_per_layer):
-    """The test replaces attention by an operator in the namespace of torch's attention."""
+def test_only_full_checkpointing_recomputes_attention(tmp_path, namespace, checkpointing, calls_per_layer):
+    """The test replaces attention by an operator in the namespace of torch's or flash-attn's attention."""
     calls = []
 
     def forward(v: torch.Tensor) -> torch.Tensor:
         calls.append(len(v))
         return v.repeat_interleave(2, dim=1)
 
-    attention = torch.library.custom_op(f"torch_attn::stand_in_{checkpointing}", forward, mutates_args=())
+    attention = torch.library.custom_op(f"{namespace}::stand_in_{checkpointing}", forward, mutates_args=())
     attention.register_autograd(lambda ctx, grad: grad.unflatten(1, (-1, 2)).sum(2))
     decoder = load_decoder(make_checkpoint("qwen3", tmp_path), torch.float32, "cpu")
     assert decoder.config.num_heads == 2 * decoder.config.num_kv_heads

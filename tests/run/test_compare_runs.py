@@ -32,7 +32,10 @@ def write_run(folder, version):
         "evaluation": {
             "sets": [{"file" if is_old else "source": "f", "answer" if is_old else "answer_matcher": "math"}]
         },
+        "training": {"epochs": 1, "benign_loss": "kl"} if is_old else {"epochs": 1},
     }
+    if not is_old:
+        recipe["method"] = {"type": "thinksafe", "benign_loss": "kl"}
     repetition = "loop" if is_old else "repetition"
     reason = "forged_frame" if is_old else "delimiter_injection"
     outcomes = ["kept", "spare" if is_old else "not_needed", repetition]

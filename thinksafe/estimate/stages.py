@@ -20,6 +20,7 @@ from thinksafe.estimate.workload import (
     unsteered_response_lengths,
 )
 from thinksafe.hardware import Hardware
+from thinksafe.kernels.packed_attention import supports_grouped_heads
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.lora import check_targets
 from thinksafe.model.public_configs import PUBLIC_CONFIGS
@@ -276,7 +277,8 @@ class Estimator:
         by_label = {label: texts.with_responses(texts.num_prompts) for label, texts in by_label.items()}
         uses_kl = getattr(recipe.method, "benign_loss", "") == "kl" and "benign" in by_label
         lora = recipe.lora if config.method == "lora" else None
-        costs = TrainingCosts(model, lora, _BF16, uses_kl, config.frozen_weight_dtype == "fp8")
+        fp8, grouped_heads = config.frozen_weight_dtype == "fp8", supports_grouped_heads(torch.bfloat16)
+        costs = TrainingCosts(model, lora, _BF16, uses_kl, fp8, grouped_heads)
         texts = sum(by_label.values(), TextLengths())
         counts = _token_counts(texts, config.epochs)
         reference_counts = _token_counts(by_label["benign"] if uses_kl else TextLengths(), config.epochs)

@@ -25,8 +25,8 @@ _MIN_SAVED_INNER_DIM = 128
 """Matmuls with an inner dimension (FLOP per byte) of at most this are recomputed. The limit concerns an adapter's B,
 whose inner dimension is the rank."""
 
-_ATTENTION_NAMESPACE = "torch_attn"
-"""Operator namespace in which torch registers variable-length attention."""
+_ATTENTION_NAMESPACES = ("torch_attn", "flash_attn")
+"""Operator namespaces in which torch and the package flash-attn register variable-length attention."""
 
 
 def run_layer(layer: nn.Module, checkpointing: CheckpointMode, *inputs) -> Tensor:
@@ -50,7 +50,7 @@ def _policy(last_inner_dim: int, context, op, *args, **kwargs) -> CheckpointPoli
         inner_dim = args[0].shape[1] if op.namespace == "thinksafe" else args[-1].shape[0]
         is_expensive = _MIN_SAVED_INNER_DIM < inner_dim != last_inner_dim
     else:
-        is_expensive = op.namespace == _ATTENTION_NAMESPACE
+        is_expensive = op.namespace in _ATTENTION_NAMESPACES
     return CheckpointPolicy.MUST_SAVE if is_expensive else CheckpointPolicy.PREFER_RECOMPUTE
 
 
