@@ -67,7 +67,8 @@ def _batch_invariant_linear_kernel(
 
 
 def choose_tile(T: int, N: int, itemsize: int, num_sms: int) -> MatmulTile:
-    """Return the largest tile of TILES[itemsize] of which a T x N result has one per SM, else the smallest."""
+    """Return the largest tile of TILES[itemsize] of which a T x N result has at least one per SM, else the
+    smallest."""
     tiles = TILES[itemsize]
     return next((tile for tile in tiles if tile.count(T, N) >= num_sms), tiles[-1])
 

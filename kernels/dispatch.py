@@ -29,7 +29,7 @@ def on_triton(x: Tensor) -> bool:
     """Return whether an operation on x runs as a Triton kernel; if not, it runs the plain PyTorch reference.
 
     Raises:
-        RuntimeError: it would, and Triton is not installed.
+        RuntimeError: it would run as a Triton kernel, but Triton is not installed.
     """
     if not (x.is_cuda or INTERPRETED):
         return False

@@ -5,9 +5,9 @@ a GPU machine without pydantic can use sampler and training.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,8 @@ def bounds_by_key(section: type[Section]) -> dict[str, Bounds]:
     """Return the bounds of each key that has some."""
     hints = get_type_hints(section, include_extras=True)
     return {key: bounds for key, hint in hints.items() for bounds in getattr(hint, "__metadata__", ())}
+
+
+def section_in(hint: Any) -> type[Section] | None:
+    """Return the section in a type hint such as `tuple[Rung, ...]` or `GuardFormat | None`; None if it names none."""
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)

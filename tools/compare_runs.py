@@ -13,10 +13,9 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -24,6 +23,7 @@ from safetensors import safe_open
 
 from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
+from thinksafe.section import section_in
 
 NEW_KEYS = {"fate": "outcome", "least_seconds": "roofline_seconds", "optimiser": "optimizer"}
 """Old name of a record field -> its name in format 2."""
@@ -98,14 +98,9 @@ def renamed_recipe(value: Any, section: type | None = Recipe) -> Any:
         entries.setdefault("method", {"type": "thinksafe", **moved})
     automatic = {key for key in ZERO_WAS_AUTOMATIC & entries.keys() if entries[key] == 0}
     return {
-        key: None if key in automatic else renamed_recipe(entry, _section_in(hints.get(key)))
+        key: None if key in automatic else renamed_recipe(entry, section_in(hints.get(key)))
         for key, entry in entries.items()
     }
-
-
-def _section_in(hint: Any) -> type | None:
-    """Return the dataclass in a type hint such as `tuple[Rung, ...]` or `GuardFormat | None`, if it names one."""
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def comparable(value: Any, file_name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from thinksafe.recipe.reference import key_descriptions
 from thinksafe.recipe.schema import Recipe
-from thinksafe.section import bounds_by_key
+from thinksafe.section import bounds_by_key, section_in
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipe.md"
 MARKER = "<!-- Everything below is written by `python -m tools.recipe_reference`. -->\n"
@@ -55,13 +55,9 @@ def _sections(section: type, path: str) -> Iterator[tuple[str, type]]:
     yield path, section
     hints = get_type_hints(section)
     for field in sorted(fields(section), key=lambda field: field.name == "guard"):  # the guard's sections repeat others
-        inner = _section_in(hints[field.name])
+        inner = section_in(hints[field.name])
         if inner is not None and inner is not section:
             yield from _sections(inner, f"{path}.{field.name}" if path else field.name)
-
-
-def _section_in(hint: Any) -> type | None:
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def _section_table(section: type, titles: dict[type, str]) -> str:
@@ -70,7 +66,7 @@ def _section_table(section: type, titles: dict[type, str]) -> str:
     lines += ["| key | type | default | bounds | meaning |", "|---|---|---|---|---|"]
     for field in fields(section):
         hint = hints[field.name]
-        inner = _section_in(hint)
+        inner = section_in(hint)
         description = descriptions[field.name]
         if inner is not None and inner is not section:
             anchor = re.sub(r"[^\w -]", "", titles[inner]).replace(" ", "-")  # as GitHub names a heading

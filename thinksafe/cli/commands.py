@@ -40,7 +40,7 @@ def exit_on_interrupt() -> Iterator[None]:
 def run(options: argparse.Namespace) -> None:
     """Run all stages, from prompts to the report.
 
-    They are generate, filter, train, evaluate before and after, and report.
+    They are generate, filter, evaluate, train, evaluate again, and report.
     """
     with _open_run(options) as (run, checkpoints, pipeline):
         pipeline.check_run(run, checkpoints)

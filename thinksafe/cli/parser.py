@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_commands(parser: argparse.ArgumentParser, table: dict[str, tuple]) -> Any:
-    """Add a subparser for each command of a table, and return argparse's object for further ones."""
+    """Add a subparser for each command of a table, and return argparse's object that adds further ones."""
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, (command, *options) in table.items():
         summary, _, details = command.__doc__.partition("\n")

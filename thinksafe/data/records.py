@@ -80,7 +80,7 @@ class Verdict:
         decision: `unknown` if the guard cannot judge the response, or `dropped` for a truncated or malformed response
             that no guard judged. Training uses only `safe` responses.
         reason: code for why the response is not `safe` (docs/run-directory.md lists all); empty if it is `safe`, except
-            that the preset `llama_guard_reference` calls a response without a verdict `safe` with `no_verdict`.
+            that the guard `llama_guard_reference` calls a response without a verdict `safe` with `no_verdict`.
         p_safe, p_unsafe: probabilities of the two verdicts over the guard's whole vocabulary, from the worst window:
             the unsafe window, or else any window, with the highest odds of unsafe. None if no window has them.
         refusal: whether the response refuses; None if the guard does not say.

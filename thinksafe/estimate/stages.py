@@ -275,13 +275,14 @@ class Estimator:
         checkpointing."""
         recipe, config, model, hardware = self.recipe, self.recipe.training, self.model, self.hardware
         by_label = {label: texts.with_responses(texts.num_prompts) for label, texts in by_label.items()}
-        uses_kl = getattr(recipe.method, "benign_loss", "") == "kl" and "benign" in by_label
+        kl_texts = sum((by_label[label] for label in recipe.method.kl_labels & by_label.keys()), TextLengths())
+        uses_kl = kl_texts.num_responses > 0
         lora = recipe.lora if config.method == "lora" else None
         fp8, grouped_heads = config.frozen_weight_dtype == "fp8", supports_grouped_heads(torch.bfloat16)
         costs = TrainingCosts(model, lora, _BF16, uses_kl, fp8, grouped_heads)
         texts = sum(by_label.values(), TextLengths())
         counts = _token_counts(texts, config.epochs)
-        reference_counts = _token_counts(by_label["benign"] if uses_kl else TextLengths(), config.epochs)
+        reference_counts = _token_counts(kl_texts, config.epochs)
 
         tokens, max_length = counts.tokens, min(config.max_length, model.max_seq_len)
         steps = config.epochs * math.ceil(texts.num_responses / config.batch_size)

@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from thinksafe.data.records import Example, Prompt, Response, Verdict
+from thinksafe.data.records import Example, Label, Prompt, Response, Verdict
 from thinksafe.data.selection import Attempt, choose
 from thinksafe.section import Section
 from thinksafe.text.chat import Chat
@@ -29,6 +29,11 @@ class Method(Section):
     stages: ClassVar[tuple[str, ...]] = ()
     """Stages that make the files training reads, in order: keys of `thinksafe.pipeline.STAGES`."""
 
+    @property
+    def kl_labels(self) -> frozenset[Label]:
+        """Labels of the examples whose loss is the KL divergence from the untrained student."""
+        return frozenset()
+
     def choose(self, attempts: Sequence[Attempt]) -> Attempt | None:
         """Return the attempt at one prompt that becomes its example, or None if there is none."""
         return choose(attempts)
@@ -36,8 +41,8 @@ class Method(Section):
     def training_sequence(self, example: Example, chat: Chat) -> TrainingSequence:
         """Return an example as token ids, with the loss of each token.
 
-        By default it is the student's template with the prompt, then the response, whose tokens have the cross-entropy
-        loss with the example's weight.
+        By default it is the student's template with the prompt, then the response, whose tokens have the example's
+        weight and the cross-entropy loss, or the KL loss for a label in `kl_labels`.
 
         Args:
             chat: tokenizer and chat template of the student.
@@ -47,7 +52,8 @@ class Method(Section):
         """
         prompt = chat.prompt_ids(example.prompt)
         ids = np.array(prompt + chat.response_ids(example.response), dtype=np.int32)
-        return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight)
+        uses_kl = example.label in self.kl_labels
+        return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight, uses_kl)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Rollout:
 
 
 class Rollouts(Protocol):
-    """The student during an online training, and what judges its responses. All ranks call both methods together.
+    """The student during an online training, and the run's guard. All ranks call both methods together.
 
     Attributes:
         prompts: the prompts of the run.

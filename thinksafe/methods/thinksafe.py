@@ -1,12 +1,10 @@
 """ThinkSafe (arXiv 2601.23143): the student learns from its own steered, filtered responses."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from thinksafe.data.records import Example
+from thinksafe.data.records import Label
 from thinksafe.methods.base import Method
-from thinksafe.text.chat import Chat
-from thinksafe.training.sequence import TrainingSequence
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,6 @@ class ThinkSafe(Method):
     from that of the untrained student, the paper's +KL; it costs the untrained student's forward pass over these
     tokens."""
 
-    def training_sequence(self, example: Example, chat: Chat) -> TrainingSequence:
-        """Return the default sequence; with `benign_loss: kl`, a benign example has the KL loss."""
-        use_kl = self.benign_loss == "kl" and example.label == "benign"
-        return replace(super().training_sequence(example, chat), use_reference_kl=use_kl)
+    @property
+    def kl_labels(self) -> frozenset[Label]:
+        return frozenset({"benign"} if self.benign_loss == "kl" else ())

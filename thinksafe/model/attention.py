@@ -26,7 +26,8 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the normalized and rotated q [T, num_heads, D] and k [T, num_kv_heads, D], in new tensors."""
+        """Return q [T, num_heads, D] and k [T, num_kv_heads, D] after the norm, if there is one, and the rotation, in
+        new tensors."""
         if self.q_weight is None:
             return rope(q, self.cos, self.sin), rope(k, self.cos, self.sin)
         return qk_norm_rope(q, k, *self)

@@ -1,9 +1,8 @@
 """The stages of a run, from generate to report. Each stage reads records of the run directory and writes more records.
 
 A stage can be killed at any moment; the next call resumes it. A call of a finished stage only checks that the stage's
-files are unchanged, and raises a UserError otherwise; report and review page are written again. All workers of a run
-call generate_responses, sample_unsteered_baseline, filter_responses, retry_rejected, require_accepted_examples,
-train_student and evaluate_student together; only the leader calls the other functions.
+files are unchanged, and raises a UserError otherwise; report and review page are written again. Only the leader calls
+make_report and make_review_page; all workers of a run call each other function together.
 """
 
 from thinksafe.pipeline.accept import accept_responses, require_accepted_examples

@@ -40,7 +40,8 @@ def import_responses(run: RunDir, file: Path) -> None:
 
 @leader_only
 def import_examples(run: RunDir, file: Path) -> None:
-    """Write accepted.jsonl from a file of examples, to train on them. Raise a UserError if the run holds other ones."""
+    """Write accepted.jsonl from a file of examples, to train on them. Raise a UserError if the file cannot be read as
+    examples, or if the run holds other ones."""
     _install_records(run.path / "accepted.jsonl", import_records(file, Example))
 
 

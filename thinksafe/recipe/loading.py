@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +13,7 @@ from thinksafe.errors import UserError, validation_message
 from thinksafe.paths import RECIPES_FOLDER, bundled_recipes
 from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
+from thinksafe.section import section_in
 
 _GUARD_PATHS: dict[str, Any] = {"model": None}
 _GUARD_PATHS["members"] = _GUARD_PATHS  # a member may be an ensemble
@@ -143,8 +144,7 @@ def _section_at(path: list[str]) -> type | None:
     section: Any = Recipe
     for part in path:
         if section is not None and not part.isdigit():
-            hint = get_type_hints(section).get(part)
-            section = next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+            section = section_in(get_type_hints(section).get(part))
     return section
 
 

@@ -34,7 +34,8 @@ class LabelCoverage:
 
 @dataclass(frozen=True)
 class CategoryCoverage:
-    """The unsafe responses of one category of harm, their prompts, and how many of these have an accepted response."""
+    """Numbers of one category of harm: unsafe responses, prompts that have one, and those of these prompts that also
+    have an accepted response."""
 
     category: str
     responses: int
@@ -141,8 +142,8 @@ def _compare_with_guard(attempt: AuditAttempt) -> str:
 
 
 def coverage_lines(coverage: Coverage) -> Iterator[tuple[str, str]]:
-    """Yield lines (title, text) of the coverage, of at least one prompt, for a terminal; lines without a count are left
-    out."""
+    """Yield lines (title, text) for a terminal of a coverage that has at least one prompt; lines without a count are
+    left out."""
     rates = [(label, counts.accepted, counts.prompts) for label, counts in coverage.labels.items()]
     yield "accepted", _join(f"{label} {part:,} of {total:,} ({part / total:.1%})" for label, part, total in rates)
     steps = [(step.rung, label, step) for label, counts in coverage.labels.items() for step in counts.rungs]

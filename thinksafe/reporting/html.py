@@ -104,7 +104,8 @@ def describe_change(metric: Metric, better: str) -> Markup:
 
 
 def change_class(metric: Metric, better: str) -> str:
-    """Return the CSS class of a change: `better` or `worse` if it is clear, else `unclear`."""
+    """Return the CSS class of a change: `better` or `worse` if it is clear, else `unclear`. The argument `better` is
+    LOWER or HIGHER."""
     if not metric.is_clear_change:
         return "unclear"
     return "better" if (metric.after < metric.before) == (better == LOWER) else "worse"

@@ -71,8 +71,9 @@ class SetMetric(Metric):
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What steering gains on first attempts at harmful prompts: the shares of responses that the guard accepts, and of
-    refusals among the responses for which the guard says it, as means over prompts; None without such responses.
+    """What steering gains on first attempts at harmful prompts: the share of responses that the guard accepts, and the
+    share of refusals among the responses that the guard judged for refusal. Shares are means over prompts; None without
+    such responses.
 
     Attributes:
         n_steered, n_unsteered: numbers of responses with and without steering.

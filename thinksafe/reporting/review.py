@@ -31,7 +31,7 @@ from thinksafe.text.chat import ParsedResponse, parse_response
 def write_review(run: RunDir, max_responses: int) -> Path:
     """Write review.html with at most `max_responses` responses, the most uncertain first, and return its path.
 
-    Malformed responses are not on the page; it shows how many others are left out.
+    Malformed responses are never on the page. The page shows their number, and the number of other missing responses.
     """
     attempts = Attempts(run, read_marks(run))
     guard, counts = run.recipe.guard, Counter()

@@ -143,7 +143,8 @@ def _harmful_verdicts(file: Path, is_steered: bool) -> list[Verdict]:
 
 
 def _mean_over_prompts(outcomes: Iterable[tuple[str, bool]]) -> tuple[float | None, Interval | None]:
-    """Return the mean over prompts of the share of true outcomes, and its interval, from pairs (prompt id, outcome)."""
+    """Return the mean over prompts of the share of true outcomes, and its interval, from pairs (prompt id, outcome);
+    None for both without pairs."""
     by_prompt = defaultdict(list)
     for prompt_id, outcome in outcomes:
         by_prompt[prompt_id].append(outcome)
@@ -160,7 +161,7 @@ def _training(run: RunDir, stage: dict[str, Any]) -> Training:
         examples=stage["records"],
         dropped=stage["dropped"],
         tokens=stage["tokens"],
-        benign_loss=run.recipe.method.benign_loss,
+        benign_loss="kl" if "benign" in run.recipe.method.kl_labels else "cross_entropy",
         left_out=[(step.step, step.note) for step in steps if step.loss is None],
         loss=[(step.step, step.loss) for step in steps if step.loss is not None],
         learning_rate=[(step.step, step.learning_rate) for step in steps],

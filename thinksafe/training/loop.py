@@ -1,7 +1,8 @@
 """The training loop: choose a step's sequences, pack them, step, log, and save a checkpoint at intervals.
 
 Order, packing, learning rate and dropout are functions of (seed, step) alone, so a killed run resumes as if it had not
-stopped, bit for bit on a CPU. A thread makes the next step's packs while the device computes the current step.
+stopped, bit for bit on a CPU. A thread makes the next step's packs while the device computes the current step, unless
+an online method samples them from the current weights.
 
 A step whose loss or gradient is not finite is left out: it changes nothing, and the log names its examples. After three
 such steps in a row the run stops.
@@ -105,8 +106,8 @@ def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> lis
 
 
 def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
-    """Return the indices in `lengths` at which a new batch begins, since its first sequence would give the batch before
-    more than `max_tokens` tokens; without the 0 of the first batch."""
+    """Return the indices in `lengths` at which a new batch begins, except the 0 of the first batch. A sequence begins a
+    new batch if the current batch would have more than `max_tokens` tokens with it."""
     boundaries, num_tokens = [], 0
     for index, length in enumerate(lengths):
         if num_tokens and num_tokens + length > max_tokens:

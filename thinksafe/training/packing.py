@@ -66,8 +66,8 @@ def partition_balanced(sizes: Sequence[int], num_shares: int) -> list[list[int]]
 
 
 def first_fit_decreasing(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Return groups of indices into `lengths`, each of at most max_tokens tokens or one longer item: the longest item
-    is placed first, each into the first group with room."""
+    """Return groups of indices into `lengths`. Items are placed from the longest to the shortest, each in the first
+    group with room. A group has at most max_tokens tokens, or it is one longer item."""
     groups: list[list[int]] = []
     free_tokens: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
