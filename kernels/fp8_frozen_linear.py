@@ -40,8 +40,8 @@ class Fp8FrozenWeight(NamedTuple):
 
     @classmethod
     def from_fp8(cls, weight: Fp8Tensor) -> Fp8FrozenWeight:
-        """Return the form for both directions of a weight matrix [N, K] that is quantized row by row. `values` shares its
-        memory."""
+        """Return the form for both directions of a weight matrix [N, K] that is quantized row by row. `values` shares
+        its memory."""
         # Transposed as bytes, because not every device can transpose e4m3.
         values_transposed = weight.values.detach().view(torch.uint8).T.contiguous().view(E4M3)
         return cls(weight.values.detach(), weight.scales_e8m0.clone(), values_transposed)

@@ -43,7 +43,8 @@ class Section:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}: must be finite (found {value})")
             if key in bounds and value is not None and value not in bounds[key]:
-                raise ValueError(f"{key}: must be {bounds[key]} (found {value!r})")
+                or_null = " or null" if getattr(type(self), key, 0) is None else ""  # the default of the key
+                raise ValueError(f"{key}: must be {bounds[key]}{or_null} (found {value!r})")
         self.check()
 
     def check(self) -> None:

@@ -45,6 +45,7 @@ def config_with(**entries):
 
 MISTAKES = {
     "unknown recipe": lambda w, t: (["run", "--recipe", "nowhere"], "the bundled recipes are: organism"),
+    "recipe without a name": lambda w, t: (["report", "--recipe", ""], "--recipe: no file ''"),
     "unknown key": lambda w, t: (["run", SET, "training.epoch=1"], "did you mean training.epochs?"),
     "wrong value": lambda w, t: (["generate", SET, "training.epochs=few"], "training.epochs"),
     "no equals sign": lambda w, t: (["generate", SET, "training.epochs"], "expected key=value"),
@@ -194,6 +195,14 @@ def test_folder_is_usable_after_a_broken_prompts_file(world, tmp_path, call):
     assert call("generate")[0] == 0
 
 
+def test_evaluate_reports_a_mistake_in_any_set_before_sampling_the_first(world, tmp_path, call):
+    first = f"{{name: a, source: {world / 'prompts.jsonl'}, kind: harmful}}"
+    setting = f"evaluation.sets=[{first}, {{name: b, source: gone.jsonl, kind: harmful}}]"
+    status, _, errors = call("evaluate", SET, setting)
+    assert status == 2 and len(errors) == 1 and "gone.jsonl" in errors[0]
+    assert not (tmp_path / "run" / "evaluation").exists()
+
+
 def test_folder_with_results_rejects_another_recipe(call):
     assert call("generate")[0] == 0
     status, _, errors = call("generate", "--seed", 5)
@@ -207,6 +216,21 @@ def test_folder_with_records_rejects_other_records(world, tmp_path, call):
     assert status == 2 and len(errors) == 1 and "already has other records" in errors[0]
     status, _, errors = call("train", "--data", write_jsonl(tmp_path / "d.jsonl", EXAMPLES * 2))
     assert status == 2 and len(errors) == 1 and "already has other records" in errors[0]
+
+
+def test_missing_or_damaged_file_of_a_finished_stage_is_named(world, tmp_path, call):
+    sets = f"evaluation.sets=[{{name: a, source: {world / 'prompts.jsonl'}, kind: harmful}}]"
+    assert call("filter", SET, sets, "--responses", world / "responses.jsonl")[0] == 0
+    assert call("evaluate", SET, sets)[0] == 0
+    (tmp_path / "run" / "responses.jsonl").unlink()
+    (tmp_path / "run" / "evaluation" / "before.json").write_text("[{")
+    for command, message in (
+        (["export-data", "--to", tmp_path / "data"], "responses.jsonl: no such file"),
+        (["report"], "before.json: is not valid JSON"),
+    ):
+        status, _, errors = call(*command, recipe=False)
+        assert status == 2 and len(errors) == 1 and message in errors[0], errors
+    assert not list(tmp_path.glob("*data*")), "the folder of an export that failed is gone"
 
 
 def test_folder_with_imported_records_samples_none_itself(world, tmp_path, call):

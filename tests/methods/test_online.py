@@ -99,7 +99,7 @@ def test_reward_rises(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed_at", [1, 4, 7])
+@pytest.mark.parametrize("killed_at", [3, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (1, 4, 7))])
 def test_killed_training_continues_with_the_same_bytes(trained, tmp_path, monkeypatch, killed_at):
     whole, _ = trained
     run, step, num_steps = make_run(tmp_path / "run"), LocalTrainer.step, []

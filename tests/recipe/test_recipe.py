@@ -187,13 +187,16 @@ MISTAKES = {
     "generation.sampling.temperature=.nan": "finite",
     "generation.sampling.max_tokens=0": "max_tokens",
     "guard.kind=wild_guess": "guard.kind",
-    "guard.min_verdict_probability=1.5": "guard.min_verdict_probability: must be at least 0 and at most 1 (found 1.5)",
+    "guard.min_verdict_probability=1.5": (
+        "guard.min_verdict_probability: must be at least 0 and at most 1 or null (found 1.5)"
+    ),
+    "sampler.kv_cache_gib=0": "sampler.kv_cache_gib: must be above 0 or null (found 0.0)",
     "guard={threshold: 0.8, margin: 0.3}": "guard.margin: threshold - margin and threshold + margin must lie",
     "sampler.page_size=-1": "page_size",
     "sampler.kv_cache_gib=-1": "kv_cache_gib",
     "sampler.kv_cache_gib=.inf": "finite",
     "sampler.max_prefill_tokens=0": "max_prefill_tokens",
-    "max_prompts=0": "max_prompts: must be at least 1 (found 0)",
+    "max_prompts=0": "max_prompts: must be at least 1 or null (found 0)",
     "seed=-1": "seed: must be at least 0 and below 2^63 (found -1)",
     "seed=18446744073709551616": "seed: must be at least 0 and below 2^63 (found 18446744073709551616)",
     "device=tpu": "device",

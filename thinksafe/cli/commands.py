@@ -254,7 +254,8 @@ def _load_recipe(options: argparse.Namespace, default: str | None = None) -> "Re
     with exit_on_interrupt():
         from thinksafe.recipe.loading import load_recipe
 
-    source, out = options.recipe or default, getattr(options, "out", None)
+    source = default if options.recipe is None else options.recipe
+    out = getattr(options, "out", None)
     if source is None and out is not None and (out / "recipe.yaml").is_file():
         from thinksafe.run.directory import check_format
 

@@ -9,8 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
-
 from thinksafe.data.records import Example, Label, Prompt, Record, Response, content_id
 from thinksafe.errors import UserError, validation_message
 
@@ -18,7 +16,6 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 """Suffixes of the files that `read_rows` can read; upper or lower case."""
 _LABEL = re.compile(r"(?:vanilla_|adversarial_)?(harmful|benign)")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_validator = cache(TypeAdapter)
 T = TypeVar("T")
 
 
@@ -163,7 +160,16 @@ def read_records(file: Path, kind: type[Record]) -> Iterator[Record]:
         yield _make_record(where, row, kind)
 
 
+@cache
+def _validator(kind: type[Record]) -> Any:
+    from pydantic import TypeAdapter  # not at the top: the sampler needs no pydantic, and imports this module
+
+    return TypeAdapter(kind)
+
+
 def _make_record(where: str, row: dict[str, Any], kind: type[Record]) -> Record:
+    from pydantic import ValidationError
+
     if unknown_fields := sorted(row.keys() - kind.__dataclass_fields__.keys()):
         raise UserError(f"{where}: not a valid {kind.__name__} record: unknown field {', '.join(unknown_fields)}")
     try:
@@ -178,10 +184,13 @@ class RecordFile(Sequence[Record]):
     """The records of a JSONL file as a sequence, each read from the file every time it is indexed.
 
     Memory holds only `starts`, the offset in bytes of each line that is not blank, so a stage can go through a hundred
-    thousand long responses. The file stays open as long as the object lives, and must not change.
+    thousand long responses. The file stays open as long as the object lives, and must not change. A missing file is a
+    UserError.
     """
 
     def __init__(self, file: Path, kind: type[Record]):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
         self._kind, self._file = kind, file
         self._lines = file.open("rb")
         self.starts, offset = array("q"), 0

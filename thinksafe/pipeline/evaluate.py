@@ -8,7 +8,7 @@ from typing import Literal
 
 from thinksafe.data.atomic import write_atomically
 from thinksafe.data.jsonl import RecordFile, to_json
-from thinksafe.data.records import Response, Verdict, content_hash
+from thinksafe.data.records import Prompt, Response, Verdict, content_hash
 from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.metrics import SetFigures, measure
 from thinksafe.evaluation.sets import evaluation_prompts
@@ -52,9 +52,10 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
     if run.is_done(f"evaluate_{phase}"):
         return
     with run_stage(run, f"evaluate_{phase}") as stage:
+        sets = run.recipe.evaluation.sets
+        prompts = [evaluation_prompts(entry) for entry in sets]  # a mistake in any set shows before hours of sampling
         results = [
-            _evaluate_set(stage, checkpoints, phase, evaluation_set, load_student)
-            for evaluation_set in run.recipe.evaluation.sets
+            _evaluate_set(stage, checkpoints, phase, *pair, load_student) for pair in zip(sets, prompts, strict=True)
         ]
         file = run.path / "evaluation" / f"{phase}.json"
         run.workers.on_leader(lambda: write_atomically(file, json.dumps(results, indent=1, default=vars) + "\n"))
@@ -66,11 +67,11 @@ def _evaluate_set(
     checkpoints: CheckpointStore,
     phase: Phase,
     evaluation_set: EvaluationSet,
+    prompts: list[Prompt],
     load_student: Callable[[], Decoder],
 ) -> SetFigures:
     """Sample responses to an evaluation set, judge them unless it is a `reasoning` set, and return its figures."""
     run, name = stage.run, evaluation_set.name
-    prompts = evaluation_prompts(evaluation_set)
     run.pin_input(f"evaluation set {name}", content_hash(map(to_json, prompts)))
     responses_file = run.path / "evaluation" / phase / f"{name}.responses.jsonl"
     verdicts_file = responses_file.with_name(f"{name}.verdicts.jsonl")

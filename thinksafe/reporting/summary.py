@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import thinksafe
-from thinksafe.data.jsonl import read_records
+from thinksafe.data.jsonl import read_records, read_rows
 from thinksafe.data.records import Response, Verdict
 from thinksafe.evaluation.metrics import SetFigures
 from thinksafe.evaluation.statistics import mean_with_interval
@@ -33,7 +33,7 @@ def summarize(run: RunDir) -> Report:
     manifest, recipe = run.manifest, run.recipe
     stages = manifest["stages"]
     phases = {
-        phase: [SetFigures(**row) for row in json.loads((run.path / "evaluation" / f"{phase}.json").read_text())]
+        phase: [SetFigures(**row.values) for row in read_rows(run.path / "evaluation" / f"{phase}.json")]
         for phase in ("before", "after")
         if f"evaluate_{phase}" in stages
     }
