@@ -13,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tests.support.forked import shorten_waits
+from thinksafe.distributed import liveness
 from thinksafe.distributed.workers import SINGLE_PROCESS, Workers
 from thinksafe.model.config import LoraConfig
 from thinksafe.model.lora import adapter_parameters, attach, save_adapter
@@ -300,7 +301,7 @@ def make_loop_trainer(folder: Path, lora: LoraConfig):
 
 def killed(folder: Path, out: Path) -> None:
     """Train, and kill the last rank while it writes its part of the second checkpoint, which stays incomplete."""
-    save = checkpoint.save_file
+    save, liveness.SILENCE_TIMEOUT = checkpoint.save_file, 8.0  # seconds until the other ranks notice
 
     def torn(tensors, file):
         save(tensors, file)
