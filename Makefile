@@ -36,8 +36,8 @@ LIBRARY := $(if $(shell command -v nvcc),thinksafe/libthinksafe.so)
 
 help:
 	@echo 'make run       run ThinkSafe end to end on the bundled world and print the path of the report'
-	@echo 'make check     linter, formatter, and the fast tests of every folder: under 90 seconds'
-	@echo 'make test      linter, formatter, and a test of every promise that needs no GPU: 6 to 7 minutes'
+	@echo 'make check     linter, formatter, and the fast tests of every folder: about 90 seconds'
+	@echo 'make test      linter, formatter, and a test of every promise that needs no GPU: 5 to 6 minutes'
 	@echo 'make test-all  the same with large inputs, every kernel configuration and every Triton version: about 15 minutes'
 	@echo 'make gpu       GPU tests and all benchmarks with python3 (or PYTHON=); it installs nothing and needs no network.'
 	@echo '               gpu-tests and gpu-suites are its two parts. SECONDS= limits the tests and each suite, SUITES= picks suites.'
