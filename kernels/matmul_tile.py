@@ -4,6 +4,8 @@ A persistent program computes one [BLOCK_T, BLOCK_N] tile of X Wᵀ after anothe
 it is in the L2, before the next tile of W starts. W is therefore read once per group, not once per row block.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch

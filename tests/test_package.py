@@ -142,6 +142,15 @@ def test_error_of_nvcc_stops_the_installation(tmp_path):
 
 
 @pytest.mark.slow
+def test_stages_and_kernels_need_no_triton():
+    """`make run` installs none on a machine without a GPU."""
+    kernels = [f"thinksafe.kernels.{file.stem}" for file in sorted(ROOT.glob("kernels/*.py"))]
+    code = f"import sys; sys.modules['triton'] = None; import thinksafe.pipeline, {', '.join(kernels)}"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0 and len(kernels) > 15, process.stderr
+
+
+@pytest.mark.slow
 def test_gpu_tests_and_benchmarks_need_few_packages():
     """`make gpu` installs nothing, and a GPU machine may lack these packages."""
     missing_packages = ["pydantic", "datasets", "deepspeed", "flash_attn", "trl", "math_verify"]
