@@ -70,6 +70,28 @@ def make_peft_model(decoder, student_folder, tmp_path):
 
 
 @pytest.mark.parametrize("max_tokens", PACKINGS)
+@pytest.mark.parametrize("use_kl", [False, True])
+def test_advantage_is_a_signed_factor_that_the_mean_ignores(student_folder, max_tokens, use_kl):
+    """The oracle adds the gradients of single sequences, each with its advantage and its share of the targets."""
+    base = [dataclasses.replace(example, use_reference_kl=use_kl) for example in SEQUENCES[:3]]
+    advantages, num_targets = (-1.5, 0.0, 2.0), sum(example.num_targets for example in base)
+    decoder = load_decoder(student_folder, torch.float32, CPU)
+    trainer = make_trainer(decoder, with_reference=use_kl)
+    signed = [
+        dataclasses.replace(example, advantage=advantage) for example, advantage in zip(base, advantages, strict=True)
+    ]
+    loss, actual = gradients(trainer, pack(signed, max_tokens, CPU))
+    expected_loss, expected = 0.0, {}
+    for example, advantage in zip(base, advantages, strict=True):
+        share = advantage * example.num_targets / num_targets
+        single_loss, single = gradients(trainer, pack([example], max_tokens, CPU))
+        expected_loss += share * single_loss
+        expected = {name: expected.get(name, 0) + share * gradient for name, gradient in single.items()}
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("max_tokens", PACKINGS)
 def test_adapter_loss_and_gradients_match_peft_for_every_packing(decoder, student_folder, tmp_path, max_tokens):
     trainer = make_trainer(decoder)
     peft_model = make_peft_model(decoder, student_folder, tmp_path)
