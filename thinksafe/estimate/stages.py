@@ -29,7 +29,7 @@ from thinksafe.model.weights import load_config
 from thinksafe.paths import expand_path
 from thinksafe.recipe.schema import Recipe
 from thinksafe.run.directory import RunDir
-from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.config import KV_CACHE_SHARE, EngineConfig, SamplingConfig
 from thinksafe.sampler.kv_cache import CacheFormat
 from thinksafe.sampler.roofline import ByteCounts, pass_seconds
 from thinksafe.training.cost_model import HOST_SECONDS_PER_LAYER, TokenCounts, TrainingCosts
@@ -45,8 +45,6 @@ SAMPLING_SHARE, SCORING_SHARE, TRAINING_SHARE = 0.70, 0.60, 0.60
 """Shares of the roofline that we aim for: expected seconds = roofline seconds / share. No GPU run has measured them."""
 
 _BF16 = 2
-_KV_CACHE_SHARE = 0.85
-"""Share of the memory left by the weights that the KV cache of the sampler occupies."""
 _GUARD_TEMPLATE_TOKENS = 80
 """Tokens of a guard's prompt besides prompt and response. Its policy text is equal in all prompts, so computed once."""
 
@@ -184,7 +182,7 @@ class _Engine:
         free_bytes = max(0.0, (1 - MEMORY_RESERVE) * self.hardware.memory_bytes - resident_bytes)
         max_bytes = self.config.max_num_seqs * self.shard.max_seq_len * self.byte_counts.per_cached_token
         gib = self.config.kv_cache_gib
-        return int(min(_KV_CACHE_SHARE * free_bytes if gib is None else gib * 2**30, max_bytes))
+        return int(min(KV_CACHE_SHARE * free_bytes if gib is None else gib * 2**30, max_bytes))
 
 
 @dataclass(frozen=True)

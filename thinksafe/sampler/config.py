@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from thinksafe.model.config import WeightDtype
 from thinksafe.section import Bounds, Section
 
+KV_CACHE_SHARE = 0.85
+"""Share of a GPU's free memory that the page cache takes if `kv_cache_gib` is null."""
 CacheDtype = Literal["auto", "fp8"]
 """Dtype of cached keys and values: the model's dtype (`auto`) or e4m3 (`fp8`)."""
 

@@ -22,7 +22,7 @@ from thinksafe.kernels.fp8 import supports_fp8
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.transfer import PendingOutput
 from thinksafe.sampler.batch_invariance import check_batch_invariance
-from thinksafe.sampler.config import EngineConfig, SamplingConfig
+from thinksafe.sampler.config import KV_CACHE_SHARE, EngineConfig, SamplingConfig
 from thinksafe.sampler.kv_cache import CacheFormat
 from thinksafe.sampler.model_runner import ModelRunner
 from thinksafe.sampler.request import Completion, Request, Scores
@@ -213,10 +213,11 @@ class Engine:
 
 
 def _cache_bytes(config: EngineConfig, device: torch.device) -> int:
-    """Return the bytes for the page cache: `kv_cache_gib`, or else 85% of a GPU's free memory, or 1 GiB on a CPU."""
+    """Return the bytes for the page cache: `kv_cache_gib`, or else KV_CACHE_SHARE of a GPU's free memory, or 1 GiB on a
+    CPU."""
     if config.kv_cache_gib is not None:
         return int(config.kv_cache_gib * 2**30)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an earlier engine's pool may still be held by torch's allocator
-        return int(0.85 * torch.cuda.mem_get_info(device)[0])
+        return int(KV_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     return 2**30
