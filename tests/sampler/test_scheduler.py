@@ -386,6 +386,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.unregister(page)
         self.digest_of_page.pop(page, None)
 
+    @precondition(lambda self: not +self.ref_count)
+    @rule()
+    def forget_prefixes(self):
+        self.pool.forget_prefixes()
+        self.digest_of_page.clear()
+        self.evictable.clear()
+
     @precondition(lambda self: +self.ref_count)
     @rule(data=st.data())
     def release(self, data):
