@@ -386,9 +386,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.unregister(page)
         self.digest_of_page.pop(page, None)
 
-    @precondition(lambda self: not +self.ref_count)
     @rule()
-    def forget_prefixes(self):
+    def release_all_and_forget_prefixes(self):
+        for page in self.ref_count.elements():
+            self.pool.release(page)
+        self.ref_count.clear()
         self.pool.forget_prefixes()
         self.digest_of_page.clear()
         self.evictable.clear()
