@@ -1,11 +1,12 @@
 """Tokens are sampled from exactly the truncated distribution, and depend on their row, seed and position only.
 
-The oracles are a loop in fp64 with a chi-square test, and equality of bits.
+The oracles are a loop in fp64 with a chi-square test, and equality of bits, also with a form that sorts every token.
 """
 
 import pytest
 import torch
 
+from benchmarks.sampling import sample_by_sorting
 from tests.support.sampling import row_settings
 from thinksafe.kernels import sampling
 from thinksafe.kernels.sampling import MAX_VOCAB_SIZE, exponential_noise, sample
@@ -245,5 +246,62 @@ def test_invalid_logits_raise_value_error():
             draw(invalid_logits)
 
 
-def test_empty_batch_gives_no_tokens():
-    assert draw(torch.zeros(0, 5)).shape == (0,)
+@pytest.mark.parametrize("vocab_size", [5, 20_000])
+def test_empty_batch_gives_no_tokens(vocab_size):
+    assert draw(torch.zeros(0, vocab_size)).shape == (0,)
+
+
+def odd_logits(vocab_size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return logits [13, vocab_size], one row for each kind that sampling without sorting could get wrong."""
+    rows = torch.randn(13, vocab_size, generator=generator) * 2
+    rows[0] = rows[0].bfloat16().float()  # ties everywhere
+    rows[1] = rows[1].round()
+    rows[2] = 0.0
+    rows[3] = rows[3].sign() * 0.0  # 0 and -0
+    rows[4] *= 1e-4  # weights that differ by less than an interval
+    rows[5] = rows[5] * 1e-9 + 5.0  # neighbors in fp32
+    rows[6] *= 100  # all weights but a few are 0
+    rows[7, torch.rand(vocab_size, generator=generator) < 0.9] = -torch.inf
+    rows[8, 1:] = -torch.inf
+    rows[9, -1] = 100.0  # the last token, outside the blocks of `_top_k`
+    rows[10, vocab_size // 2] = torch.nan
+    rows[11, 3] = torch.inf
+    rows[12] = -torch.inf
+    return rows
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 63, 500, 8192, 8193, 20_011])
+@pytest.mark.parametrize("top_k", ["none", "all", "some"])
+def test_tokens_and_logprobs_equal_those_of_sorting(fresh_seed, vocab_size, top_k):
+    """Bit for bit, on ties, on rows that are not finite and at extreme settings."""
+    generator = torch.Generator().manual_seed(fresh_seed)
+    logits = odd_logits(max(vocab_size, 4), generator)[:, :vocab_size].repeat_interleave(3, 0)
+
+    def choose(*values: float) -> list[float]:
+        return [values[i] for i in torch.randint(len(values), (len(logits),), generator=generator)]
+
+    for _ in range(6):
+        some_k = choose(1, 1, 2, 20, 50, 300, max(vocab_size - 1, 1))
+        ks = {"none": choose(0, vocab_size, 10**9), "all": some_k, "some": choose(0, *some_k)}
+        settings = row_settings(
+            logits,
+            temperature=choose(0.0, 0.6, 1.0, 1.0, 1e-30, 1e-3, 50.0, 1e30),
+            top_k=ks[top_k],
+            top_p=choose(1.0, 0.95, 0.95, 0.5, 1e-6, 1e-40, 1 - 2**-24),
+            seed=torch.randint(2**62, (len(logits),), generator=generator),
+            position=torch.randint(1000, (len(logits),), generator=generator),
+        )
+        tokens, logprobs = sample(logits, *settings)
+        expected_tokens, expected_logprobs = sample_by_sorting(logits, *settings)
+        assert torch.equal(tokens, expected_tokens)
+        # The sum of a single row may be split among threads.
+        torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_equal_race_times_go_to_the_more_likely_token(monkeypatch):
+    """With equal noise and a weight of 1 for all tokens, the order of the logits decides."""
+    monkeypatch.setattr(sampling, "exponential_noise", lambda seed, position, ids: torch.ones(len(seed), ids.shape[-1]))
+    logits = torch.zeros(1, 20_000)
+    logits[0, [700, 900]] = 1e-3
+    for settings in ({}, {"top_p": 0.5}, {"top_k": 50}):
+        assert draw(logits, temperature=1e30, **settings).tolist() == [700]
