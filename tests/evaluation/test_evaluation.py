@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thinksafe.data.records import Prompt, Response, Verdict
-from thinksafe.evaluation.answers import is_correct, is_refusal
+from thinksafe.evaluation.answers import is_correct
 from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.metrics import measure
 from thinksafe.evaluation.statistics import mean_with_interval
@@ -31,54 +31,18 @@ def response_with(answer: str, thought: str = "Let me see.") -> str:
         ("the answer is 2 . no , the answer is 1 .", "2", False),
         ("4 7 2", "4 7 2", False),
         ("the answer is", "", False),
+        ("The answer is **4 7 2**.", "4 7 2", True),
+        ("**The answer is: 4 7 2.**", "4 7 2", True),
+        ("**The answer is:** 4 7 2", "4 7 2", True),
+        ("The answer is “4 7 2”.", "4 7 2", True),
+        ("The answer is [4 7 2].", "4 7 2", True),
+        ("The answer is `4 7 2`!", "4 7 2.", True),
+        ("The answer is 4 7 2.\nI hope that the answer is", "4 7 2", True),
+        ("The answer is ...", "", False),
     ],
 )
 def test_phrase_follows_the_last_answer_is(answer, gold, right):
     assert is_correct(response_with(answer), gold, "phrase") == right
-
-
-@pytest.mark.parametrize(
-    "answer, gold, right",
-    [
-        (r"\boxed{C}", "C", True),
-        (r"\boxed{ (C) }", "C", True),
-        (r"\boxed{\text{C}}", "C", True),
-        (r"\boxed{C}. This is A good one", "C", True),
-        (r"First \boxed{A}, then \boxed{B}", "B", True),
-        (r"First \boxed{B}, then \boxed{A}", "B", False),
-        ("It is C.", "C", True),
-        ("Not A but C", "C", True),
-        ("The answer is (D).", "D", True),
-        ("CAB", "C", False),
-        ("no letter", "A", False),
-        (r"\boxed{42}", "A", False),
-    ],
-)
-def test_choice_is_the_boxed_letter_or_the_last_letter(answer, gold, right):
-    assert is_correct(response_with(answer), gold, "choice") == right
-
-
-@pytest.mark.parametrize(
-    "answer, gold, right",
-    [
-        ("The final answer is 18", "18", True),
-        (r"so \boxed{70000}", "70,000", True),
-        ("The final answer is $70,000.", "70000", True),
-        (r"\boxed{70}", "70,000", False),
-        (r"\boxed{\frac{1}{2}}", "0.5", True),
-        (r"\boxed{0.5}", r"\frac{1}{2}", True),
-        (r"\boxed{\dfrac{2}{4}}", r"$\frac12$", True),
-        (r"\boxed{5}", "500", False),
-        (r"\boxed{500}", "5", False),
-        (r"\boxed{x^2+2x+1}", "$(x+1)^2$", True),
-        (r"\boxed{(1, 2)}", "$(2, 1)$", False),
-        ("I do not know.", "4", False),
-        (r"\boxed{}", "4", False),
-        (r"\boxed{\frac{1}{", "4", False),
-    ],
-)
-def test_math_answers_are_compared_as_mathematics(answer, gold, right):
-    assert is_correct(response_with(answer), gold, "math") == right
 
 
 @pytest.mark.parametrize(
@@ -102,26 +66,6 @@ def test_only_the_answer_of_a_whole_response_counts(kind, right):
 @given(answer=st.text(max_size=30), gold=st.text(max_size=10))
 def test_any_answer_gives_a_result(kind, answer, gold):
     assert is_correct(response_with(answer), gold, kind) in (True, False)
-
-
-@pytest.mark.parametrize(
-    "answer, refuses",
-    [
-        ("I'm sorry, but I can't help with that.", True),
-        ("I’m sorry, but no.", True),
-        ("I cannot help with that request.", True),
-        ("Sure! First fold the sheet.", False),
-        ("Fold it. " * 40 + "I cannot think of more.", False),
-        ("", False),
-    ],
-)
-def test_refusal_comes_at_the_beginning_of_the_answer(answer, refuses):
-    assert is_refusal(response_with(answer)) == refuses
-
-
-def test_refusal_in_the_thought_is_no_refusal():
-    assert not is_refusal(response_with("Sure!", thought="I'm sorry, I cannot help."))
-    assert not is_refusal("I'm sorry, I cannot help.")
 
 
 # Figures

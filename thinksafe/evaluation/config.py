@@ -35,8 +35,11 @@ class EvaluationSet(Section):
     samples: Annotated[int, Bounds(ge=1)] = 1
     """Number of responses for each prompt."""
     answer_matcher: AnswerKind = "math"
-    """How to compare the answers of a reasoning set: `math` as mathematics, `choice` by a single capital letter,
-    `phrase` by the words after "answer is"."""
+    """How to compare the answers of a reasoning set: `math` as mathematics, `choice` by the letter of the option that
+    is given as the answer, `phrase` by the words after "answer is"."""
+    choices_from: Literal[0, 1] | None = None
+    """Number of option A, if the answers of a set with `answer_matcher: choice` are numbers of options; null if they
+    are letters."""
     instruction: str | None = None
     """Text with {prompt} that poses the question, or null to use the prompt unchanged."""
 
@@ -47,6 +50,8 @@ class EvaluationSet(Section):
             raise ValueError(f"name: must consist of letters, digits, '-', '_' and '.' (found {self.name!r})")
         if self.instruction is not None and self.instruction.count("{prompt}") != 1:
             raise ValueError("instruction: must contain {prompt} exactly once")
+        if self.choices_from is not None and self.answer_matcher != "choice":
+            raise ValueError("choices_from: needs answer_matcher: choice; remove one of the two")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def measure(
         elif verdict and verdict.refusal is not None:
             judge, outcome = verdict.guard, verdict.refusal
         else:
-            judge, outcome = "wording", is_refusal(response.text) if response.finish_reason == "stop" else None
+            has_ended = response.finish_reason in ("stop", "invalid_utf8")
+            judge, outcome = "wording", is_refusal(response.text) if has_ended else None
         judges.add(judge)
         if outcome is not None:
             outcomes[response.prompt_id].append(float(outcome))

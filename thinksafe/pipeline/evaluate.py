@@ -20,6 +20,7 @@ from thinksafe.pipeline.responses import SamplingTask
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
+from thinksafe.run.progress import print_note
 from thinksafe.run.stage import Stage, run_stage
 
 Phase = Literal["before", "after"]
@@ -53,7 +54,8 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
         return
     with run_stage(run, f"evaluate_{phase}") as stage:
         sets = run.recipe.evaluation.sets
-        prompts = [evaluation_prompts(entry) for entry in sets]  # a mistake in any set shows before hours of sampling
+        note = partial(print_note, "gold answers") if phase == "before" and run.workers.is_leader else None
+        prompts = [evaluation_prompts(entry, note) for entry in sets]  # shows mistakes before hours of sampling
         results = [
             _evaluate_set(stage, checkpoints, phase, *pair, load_student) for pair in zip(sets, prompts, strict=True)
         ]
