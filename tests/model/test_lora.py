@@ -3,7 +3,10 @@
 The oracle is PEFT on transformers' model.
 """
 
+import copy
 import json
+import random
+import re
 import shutil
 
 import peft
@@ -236,13 +239,29 @@ def load_error(decoder, folder) -> str:
     "entries",
     [
         {"use_dora": True},
-        {"use_rslora": True},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 8}},
         {"alpha_pattern": {"q_proj": 8}},
         {"layers_to_transform": [0]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": False},
         {"bias": "all"},
         {"target_modules": ".*q_proj"},
+        {"target_modules": []},
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"]},
+        {"target_modules": ["mlp.q_proj", "v_proj"]},
+        {"target_parameters": ["q_proj.weight"]},
+        {"exclude_modules": ["k_proj"]},
+        {"trainable_token_indices": [3]},
+        {"alora_invocation_tokens": [5, 6]},
+        {"layer_replication": [[0, 2]]},
+        {"lora_bias": True},
+        {"fan_in_fan_out": True},
+        {"use_qalora": True},
+        {"kasa_config": {}},
+        {"an_option_of_later_versions": 0},
+        {"an_option_of_later_versions": {}},
+        {"task_type": "SEQ_CLS"},
         {"peft_type": "IA3"},
         {"init_lora_weights": "pissa"},
     ],
@@ -252,6 +271,63 @@ def test_unsupported_kind_of_adapter_is_named(decoder, adapter, entries):
     assert next(iter(entries)) in load_error(decoder, adapter(**entries))
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"use_rslora": True},
+        {"target_modules": ["self_attn.q_proj", "v_proj"]},
+        {
+            "target_modules": [
+                f"model.layers.{layer}.self_attn.{name}" for layer in range(2) for name in ("q_proj", "v_proj")
+            ]
+        },
+        {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [], "an_option_of_later_versions": False},
+        {"lora_alpha": -3, "revision": "main", "loftq_config": {}, "megatron_core": "megatron.core"},
+    ],
+    ids=lambda entries: next(iter(entries)),
+)
+def test_settings_mean_what_they_mean_to_peft(decoder, adapter, folders, entries):
+    folder = adapter(**entries)
+    load_adapter(decoder, folder)
+    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders["qwen3"]), folder).eval()
+    with torch.no_grad():
+        peft_logits = model(IDS[None]).logits[0]
+    torch.testing.assert_close(logits(decoder), peft_logits, rtol=1e-5, atol=1e-5)
+
+
+ODD_VALUES = [
+    *(None, True, False, 0, 1, -1, 4, 10**400, 0.0, 0.5, 1e300, float("nan"), "", "4", "all", "eva", "LORA"),
+    *([], [0], ["q_proj"], ["q_proj", "v_proj"], [3], {}, {"q_proj": 2}, {"a": 1}),
+]
+
+
+def assert_equal_to_peft(decoder, base, folder):
+    """Check that logits are those of PEFT, unless PEFT does not take a setting, such as a null for a default."""
+    try:
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+    except Exception:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(logits(decoder), model(IDS[None]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_odd_settings_give_the_logits_of_peft_or_an_error(decoder, adapter, folders, fresh_seed):
+    rng, default = random.Random(fresh_seed), peft.LoraConfig().to_dict()
+    base = AutoModelForCausalLM.from_pretrained(folders["qwen3"])
+    for _ in range(60):
+        folder = adapter()
+        text = (folder / "adapter_config.json").read_text()
+        odd = {rng.choice([*default, "an_unknown_key"]): rng.choice(ODD_VALUES)}
+        (folder / "adapter_config.json").write_text(json.dumps(json.loads(text) | odd))
+        try:
+            load_adapter(decoder, folder)
+        except UserError as error:
+            assert str(error).startswith(str(folder)) and "\n" not in str(error) and len(str(error)) < 500
+        else:
+            assert_equal_to_peft(decoder, copy.deepcopy(base), folder)
+        (folder / "adapter_config.json").write_text(text)
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian"])
 def test_initializations_that_keep_the_base_are_supported(decoder, adapter, init):
     load_adapter(decoder, adapter(init_lora_weights=init))
@@ -259,15 +335,21 @@ def test_initializations_that_keep_the_base_are_supported(decoder, adapter, init
 
 @pytest.mark.parametrize(
     "entries",
-    [{"r": None}, {"r": "four"}, {"r": 0}, {"lora_alpha": None}, {"lora_alpha": "six"}, {"lora_dropout": 3.0}],
-    ids=str,
+    [
+        *({"r": None}, {"r": "four"}, {"r": "4"}, {"r": 0}, {"r": True}, {"r": 4.0}, {"r": 10**400}),
+        *({"lora_alpha": None}, {"lora_alpha": "six"}, {"lora_alpha": float("nan")}, {"lora_dropout": 3.0}),
+        *({"use_rslora": 1}, {"target_modules": [3]}),
+    ],
+    ids=lambda entries: str(entries)[:30],
 )
 def test_invalid_settings_are_errors(decoder, adapter, entries):
-    assert "adapter_config.json" in load_error(decoder, adapter(**entries))
+    assert f"adapter_config.json: {next(iter(entries))} " in load_error(decoder, adapter(**entries)).replace(
+        "key '", ""
+    ).replace("'", "")
 
 
 @pytest.mark.parametrize(
-    "entries", [{"r": 8}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"]}]
+    "entries", [{"r": 8}, {"r": 10**7}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"]}]
 )
 def test_settings_that_do_not_match_tensors_are_errors(decoder, adapter, entries):
     assert "another model" in load_error(decoder, adapter(**entries))
@@ -307,6 +389,17 @@ def test_adapter_records_its_base_weights(folders, adapter, tmp_path):
             check_same_base(adapter_folder, base)
 
 
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.int, lambda tensor: tensor.to(torch.float8_e4m3fn), lambda t: t * float("nan")]
+)
+def test_tensor_without_finite_floats_is_an_error(decoder, adapter, change):
+    file = adapter() / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file(tensors | {name: change(tensors[name])}, file)
+    assert f"tensor {name} " in load_error(decoder, adapter())
+
+
 def test_extra_tensor_is_an_error(decoder, adapter):
     file = adapter() / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -319,7 +412,7 @@ def test_extra_tensor_is_an_error(decoder, adapter):
 def test_damaged_file_is_an_error(decoder, adapter, file, damage):
     folder = adapter()
     (folder / file).write_bytes(damage)
-    assert "corrupt" in load_error(decoder, folder)
+    assert re.search(r"adapter_config\.json: not |adapter_model\.safetensors: corrupt", load_error(decoder, folder))
 
 
 def test_truncated_adapter_is_an_error(decoder, adapter):

@@ -117,5 +117,5 @@ def test_wrong_shape_is_an_error_for_parts_too(folders, tmp_path):
     folder = make_checkpoint("qwen3", tmp_path, num_key_value_heads=4)
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 96', '"intermediate_size": 104'))
-    with pytest.raises(UserError, match=r"down_proj.weight has shape \[64, 48\], but config.json requires \[64, 52\]"):
+    with pytest.raises(UserError, match=r"gate_proj.weight has shape \[96, 64\], but config.json requires \[104, 64\]"):
         load_decoder(folder, torch.float32, "cpu", TensorShard(0, 2))

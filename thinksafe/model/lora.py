@@ -14,16 +14,29 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from thinksafe.errors import UserError, validation_message
-from thinksafe.model.config import LoraConfig, ModelConfig
+from thinksafe.errors import UserError
+from thinksafe.model.config import JsonKeys, LoraConfig, ModelConfig
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.weights import hugging_face_name, projections_digest, save_tensors
+from thinksafe.model.weights import hugging_face_name, projections_digest, read_json_object, save_tensors, some_of
 
 _SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of PEFT's init_lora_weights that leave the base weights unchanged. PEFT's other values (pissa, olora, corda,
 loftq) move a part of the base weights into the adapter."""
+_KEYS_READ = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "bias")
+_KEYS_WITHOUT_EFFECT = (
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version", "inference_mode", "runtime_config"),
+    *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # for a new adapter
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),  # for options that are errors when they are set
+)
+"""Keys of an adapter_config.json that do not change what a trained adapter computes."""
+_VALUES_OF_UNSET = {
+    "rank_pattern": ("null", "{}"),
+    "alpha_pattern": ("null", "{}"),
+    "layers_to_transform": ("null", "[]"),  # PEFT takes false for layer 0
+}
+"""Values, in JSON, with which PEFT ignores an option, where they differ from those of other options."""
 _BASE_FILE = "base.json"
 """Name of the file in an adapter's folder that records its base weights, see `write_base_record`."""
 
@@ -141,11 +154,11 @@ def check_same_base(folder: Path, checkpoint: Path) -> None:
     without a base.json passes, for example if another program wrote it."""
     file = folder / _BASE_FILE
     try:
-        record = json.loads(file.read_text())
+        record = read_json_object(file)
         model, digest = record["model"], record["projections_sha256"]
     except FileNotFoundError:
         return
-    except (ValueError, TypeError, KeyError):
+    except (UserError, KeyError):
         raise UserError(f"{file}: corrupt; remove it to use the adapter on any model of its shape") from None
     if digest != projections_digest(checkpoint):
         raise UserError(
@@ -158,52 +171,88 @@ def load_adapter(decoder: Decoder, folder: Path) -> LoraConfig:
     """Attach an adapter that ThinkSafe or `peft` wrote to a folder, instead of any other, and return its settings.
 
     Raises:
-        UserError: a file is missing or corrupt, the kind of adapter is not supported, or the adapter was made for
-            another model.
+        UserError: a file is missing or corrupt, a setting is not supported or unknown, or the tensors are not those of
+            an adapter with these settings on this model.
     """
     settings_file, tensor_file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     try:
-        settings = json.loads(settings_file.read_text())
+        settings = read_json_object(settings_file)
         tensors = load_file(tensor_file)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or tensor_file}: missing; {folder} is not an adapter folder") from None
-    except (ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: corrupt adapter ({error})") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder}: corrupt adapter (adapter_config.json is not a JSON object)")
-    config = _read_settings(settings, settings_file)
-    attach(decoder, config, seed=0)
-    parameters = adapter_parameters(decoder)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{tensor_file}: corrupt safetensors ({error})") from None
+    config = _read_settings(settings, settings_file, _module_paths(decoder))
     tensors = {name: tensor[decoder.shard.slices(name, tensor.shape)] for name, tensor in tensors.items()}
-    if tensors.keys() != parameters.keys() or any(tensors[name].shape != parameters[name].shape for name in parameters):
-        detach(decoder)
-        raise UserError(f"{folder}: the adapter was made for another model (its tensors do not match)")
+    _check_tensors(decoder, config, tensors, folder)
+    attach(decoder, config, seed=0)
     with torch.no_grad():
-        for name, parameter in parameters.items():
+        for name, parameter in adapter_parameters(decoder).items():
             parameter.copy_(tensors[name])
     return config
 
 
-def _read_settings(settings: dict, file: Path) -> LoraConfig:
-    """Return the settings in the contents of an adapter_config.json; raise a UserError, which names `file`, if they are
-    invalid or not supported."""
-    from pydantic import TypeAdapter, ValidationError
+def _module_paths(decoder: Decoder) -> list[str]:
+    """Return PEFT's paths of all projections, such as `model.layers.0.self_attn.q_proj`."""
+    return [hugging_face_name(f"{path}.weight").removesuffix(".weight") for path, _ in decoder.projections()]
 
-    if settings.get("peft_type", "LORA") != "LORA":
-        raise UserError(f"{file}: peft_type {settings['peft_type']!r} is not supported; only LORA is")
-    for option in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform"):
-        if settings.get(option):
-            raise UserError(f"{file}: {option} is not supported")
+
+def _check_tensors(decoder: Decoder, config: LoraConfig, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise a UserError unless an adapter with settings `config` has the names and shapes of these tensors, and their
+    values are finite numbers."""
+    shapes = {}
+    for path in _module_paths(decoder):
+        out_features, in_features, _ = decoder.config.projections[path.rsplit(".", 1)[-1]]
+        if path.rsplit(".", 1)[-1] in config.target_modules:
+            shapes[f"base_model.model.{path}.lora_A.weight"] = [config.rank, in_features]
+            shapes[f"base_model.model.{path}.lora_B.weight"] = [out_features, config.rank]
+    wrong = {name for name in shapes.keys() & tensors.keys() if list(tensors[name].shape) != shapes[name]}
+    problems = {
+        "missing": shapes.keys() - tensors.keys(),
+        "unknown": tensors.keys() - shapes.keys(),
+        "of another shape": wrong,
+    }
+    for problem, names in problems.items():
+        if names:
+            message = f"the adapter was made for another model or with other settings; {problem}: {some_of(names)}"
+            raise UserError(f"{folder}: {message}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.itemsize < 2 or not tensor.isfinite().all():
+            raise UserError(f"{folder}: tensor {name} ({tensor.dtype}) must hold finite floating-point numbers")
+
+
+def _read_settings(settings: dict, file: Path, module_paths: list[str]) -> LoraConfig:
+    """Return the settings in the contents of an adapter_config.json for a model that has these projections; raise a
+    UserError, which names `file`, if they are invalid or not supported."""
+    keys = JsonKeys({"lora_dropout": 0.0} | settings, str(file))
+    if settings.get("peft_type") != "LORA":
+        raise keys.error("peft_type", "is not supported; only LORA is")
+    if settings.get("task_type") not in (None, "CAUSAL_LM"):
+        raise keys.error("task_type", "is not supported; only CAUSAL_LM is")
     if settings.get("init_lora_weights", True) not in _SUPPORTED_INITS:
-        raise UserError(f"{file}: init_lora_weights {settings['init_lora_weights']!r} changes the base model")
+        raise keys.error("init_lora_weights", "changes the base model, or is unknown")
     if settings.get("bias", "none") != "none":
-        raise UserError(f"{file}: trained biases are not supported")
+        raise keys.error("bias", "must be none")
+    for key, value in settings.items():
+        is_set = json.dumps(value) not in _VALUES_OF_UNSET.get(key, ("null", "false", "[]"))
+        if is_set and key not in _KEYS_READ + _KEYS_WITHOUT_EFFECT:
+            raise keys.error(key, "is not supported")
     targets = settings.get("target_modules")
-    if not isinstance(targets, list):
-        raise UserError(f"{file}: target_modules must be a list of names")
-    names = tuple(sorted({target.rsplit(".", 1)[-1] for target in targets}))
-    values = {"rank": settings.get("r"), "alpha": settings.get("lora_alpha"), "target_modules": names}
-    try:
-        return TypeAdapter(LoraConfig).validate_python(values | {"dropout": settings.get("lora_dropout", 0.0)})
-    except ValidationError as error:
-        raise UserError(f"{file}: r, lora_alpha or lora_dropout: {validation_message(error.errors()[0])}") from None
+    if not targets or not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise keys.error("target_modules", "must be a list of names")
+    unknown = [target for target in targets if not any(_matches(path, target) for path in module_paths)]
+    if unknown:
+        raise UserError(f"{file}: target_modules: {some_of(unknown)} cannot carry an adapter")
+    targeted = {path for path in module_paths if any(_matches(path, target) for target in targets)}
+    names = sorted({path.rsplit(".", 1)[-1] for path in targeted})
+    if targeted != {path for path in module_paths if path.rsplit(".", 1)[-1] in names}:
+        raise keys.error("target_modules", "must name the same projections in every layer")
+    rank, alpha = keys.count("r"), keys.number("lora_alpha", -1e6, 1e6)
+    if keys.flag("use_rslora"):
+        alpha *= math.sqrt(rank)  # PEFT then divides alpha by the root of the rank
+    return LoraConfig(rank, alpha, keys.number("lora_dropout", 0, 0.999), tuple(names))
+
+
+def _matches(path: str, target: str) -> bool:
+    """Return whether an entry of target_modules names a module: by its path, or by the end of its path."""
+    return f".{path}".endswith(f".{target}")

@@ -36,7 +36,13 @@ _LLAMA31 = _LLAMA3 | {
         "original_max_position_embeddings": 8192,
     },
 }
-_MISTRAL = {"model_type": "mistral", "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+_MISTRAL = {
+    "model_type": "mistral",
+    "max_position_embeddings": 32_768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+}
 
 PUBLIC_CONFIGS = {
     "Qwen/Qwen3-0.6B": _QWEN3 | _sizes(1024, 3072, 28, 16, 8, tied=True),

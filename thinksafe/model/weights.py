@@ -6,9 +6,9 @@ never run.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,10 @@ from thinksafe.paths import expand_path
 
 _MIB = 2**20
 _MAX_FILE_BYTES = 5 * 2**30
+_WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Dtypes in which weights may be stored, in the words of safetensors; others belong to quantized checkpoints."""
 _TOP_LEVEL_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -88,11 +91,29 @@ def checkpoint_fingerprint(folder: Path) -> str:
 def projections_digest(folder: Path) -> str:
     """Return a hex digest of the weights that adapters apply to, from the first row of every projection. Fine-tuning
     changes it; another split of the weights into files, or other files in the folder, do not."""
-    rows = ((name, weight[:1]) for name, weight in _stored_tensors(folder) if name.endswith("_proj.weight"))
     digest = hashlib.sha256()
-    for name, row in sorted(rows, key=lambda pair: pair[0]):
-        digest.update(name.encode() + row.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, stored in sorted(_stored_tensors(folder).items()):
+        if name.endswith("_proj.weight"):
+            digest.update(name.encode() + stored.slice[:1].contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def read_json_object(file: Path) -> dict:
+    """Return the contents of a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it cannot be read, or holds something else; names the file.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object")
+    return content
 
 
 def load_config(folder: Path) -> tuple[ModelConfig, dict]:
@@ -103,13 +124,12 @@ def load_config(folder: Path) -> tuple[ModelConfig, dict]:
     """
     file = folder / "config.json"
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json_object(file)
     except FileNotFoundError:
         raise UserError(f"{file}: missing; a checkpoint folder needs config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: not a JSON object")
+    if (folder / "adapter_config.json").exists():
+        # transformers would load model and adapter.
+        raise UserError(f"{folder}: holds an adapter beside the model; merge it, or move adapter_* to another folder")
     return ModelConfig.from_hugging_face(raw, str(file)), raw
 
 
@@ -133,10 +153,12 @@ def load_decoder(
             projections together (0.024 against 0.014 nats per token with the model organism's student).
 
     Raises:
-        UserError: a file is missing or corrupt, a tensor is missing or has the wrong shape, or the model cannot be
-            split evenly.
+        UserError: a file is missing or corrupt; a tensor is missing or not part of the model; it has the wrong shape,
+            no floating-point dtype or NaN values; a tied head differs from the embedding; or the model cannot be split
+            evenly.
     """
     config, _ = load_config(folder)
+    stored = _matched_tensors(folder, config)
     with torch.device("meta"):
         decoder = Decoder(config, shard).to(dtype)
     if weight_dtype == "fp8":
@@ -144,54 +166,144 @@ def load_decoder(
             projection.allocate_fp8()
     decoder = decoder.to_empty(device=device)
     decoder.fuse_projections()
-    unread = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
+    parameters = {hugging_face_name(name): parameter for name, parameter in decoder.named_parameters()}
     scales_e8m0 = {
         hugging_face_name(f"{path}.weight"): projection.scales_e8m0 for path, projection in decoder.projections()
     }
-    for name, tensor_slice in _stored_tensors(folder):
-        parameter = unread.pop(name, None)
-        if parameter is None:
-            continue
-        tensor = tensor_slice[shard.slices(name, tensor_slice.get_shape())]
-        if parameter.shape != tensor.shape:
-            shapes = f"{list(tensor.shape)}, but config.json requires {list(parameter.shape)}"
-            raise UserError(f"{folder}: tensor {name} has shape {shapes}")
+    are_finite = {}
+    for name, (_, tensor_slice) in stored.items():
+        parameter, tensor = parameters[name], tensor_slice[shard.slices(name, tensor_slice.get_shape())]
         if shard.is_zeroed(name):
             parameter.zero_()
-        elif scales_e8m0.get(name) is not None:
-            quantized = quantize(tensor.to(device))
+            continue
+        if scales_e8m0.get(name) is not None:
+            tensor = tensor.to(device)
+            quantized = quantize(tensor)
             parameter.copy_(quantized.values)
             scales_e8m0[name].copy_(quantized.scales_e8m0)
         else:
-            parameter.copy_(tensor)
-    if unread:
-        names = sorted(unread)
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(f"{folder}: weights are missing: {', '.join(names[:3])}{more}")
+            tensor = parameter.copy_(tensor)  # in the decoder's dtype, which may have a smaller range
+        are_finite[name] = torch.stack(tensor.aminmax()).isfinite().all()
+    if not all(torch.stack(list(are_finite.values())).tolist()):
+        names = some_of(name for name, is_finite in are_finite.items() if not is_finite)
+        raise UserError(f"{folder}: NaN or infinite values in {names}; the checkpoint is damaged")
     return decoder.requires_grad_(False).eval()
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yield name and safetensors slice of every stored tensor; indexing the slice reads only that part from disk."""
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            files = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: not a valid weight index") from None
-    else:
-        files = [folder / "model.safetensors"]
+class _StoredTensor(NamedTuple):
+    """A tensor in a file.
+
+    Attributes:
+        file: name of the file.
+        slice: safetensors slice; indexing it reads only that part from disk.
+    """
+
+    file: str
+    slice: Any
+
+
+def _stored_tensors(folder: Path) -> dict[str, _StoredTensor]:
+    """Return the tensors in a checkpoint's files by name, in the order of files.
+
+    Raises:
+        UserError: a file is missing or corrupt, or index and files do not agree on which file holds a tensor.
+    """
+    weight_map = _weight_map(folder)
+    files, stored = sorted(set(weight_map.values())) or [_WEIGHTS], {}
+    existing_files = {path.name for path in folder.glob("*.safetensors")}
+    if files != [_WEIGHTS] and _WEIGHTS in existing_files:
+        problem = f"holds {_WEIGHTS} and {_INDEX}, which names other files"
+        raise UserError(f"{folder}: {problem}; remove what is out of date")
     for file in files:
-        if not file.exists():
-            has_pickles = any(folder.glob("*.bin"))
-            hint = "; the folder has only pickled weights; convert them to safetensors" if has_pickles else ""
-            raise UserError(f"{file}: weights are missing{hint}")
+        path = folder / file
+        if file not in existing_files:
+            raise UserError(f"{path}: weights are missing{_missing_hint(folder)}")
         try:
-            with safe_open(file, framework="pt") as stored:
-                for name in stored.keys():
-                    yield name, stored.get_slice(name)
+            opened = safe_open(path, framework="pt")
+            tensors = {name: _StoredTensor(file, opened.get_slice(name)) for name in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: corrupt safetensors ({error})") from None
+            raise UserError(f"{path}: corrupt safetensors ({error})") from None
+        if stored.keys() & tensors.keys():
+            raise UserError(f"{path}: another file holds {some_of(stored.keys() & tensors.keys())} as well")
+        stored |= tensors
+    misplaced = [name for name, file in weight_map.items() if name not in stored or stored[name].file != file]
+    if misplaced:
+        raise UserError(f"{folder / _INDEX}: the files that it names do not hold {some_of(misplaced)}")
+    if "embed_tokens.weight" in stored:  # transformers saved its model without a head
+        stored = {name if name.startswith("lm_head") else f"model.{name}": item for name, item in stored.items()}
+    return stored
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the index of a checkpoint's files, name of a tensor -> name of its file; empty without an index."""
+    try:
+        weight_map = read_json_object(folder / _INDEX).get("weight_map")
+    except FileNotFoundError:
+        return {}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{folder / _INDEX}: not a valid weight index")
+    return weight_map
+
+
+def _missing_hint(folder: Path) -> str:
+    """Return the end of the error message for a file of weights that is missing."""
+    if any(folder.glob("*.safetensors")):
+        return f"; {_INDEX} must name the files, unless there is only {_WEIGHTS}"
+    return "; the folder has only pickled weights; convert them to safetensors" if any(folder.glob("*.bin")) else ""
+
+
+def _matched_tensors(folder: Path, config: ModelConfig) -> dict[str, _StoredTensor]:
+    """Return the stored tensors of a checkpoint, exactly one for each parameter of the whole decoder, without reading
+    them. A tied head is compared with the embedding.
+
+    Raises:
+        UserError: see `load_decoder`.
+    """
+    stored = _stored_tensors(folder)
+    stored = {name: item for name, item in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    for name, item in stored.items():
+        if item.slice.get_dtype() not in _WEIGHT_DTYPES:
+            problem = f"has dtype {item.slice.get_dtype()}, not one of {', '.join(_WEIGHT_DTYPES)}"
+            raise UserError(f"{folder}: tensor {name} {problem}; use the bf16 original of a quantized checkpoint")
+    num_layers = len({name.split(".")[2] for name in stored if name.startswith("model.layers.")})
+    if num_layers != config.num_layers:
+        names = "" if num_layers else f"; the files hold {some_of(stored)}"
+        problem = f"config.json requires {config.num_layers} layers, but the weights have {num_layers}"
+        raise UserError(f"{folder}: {problem}{names}")
+    embedding, head = _TOP_LEVEL_NAMES["embedding"], _TOP_LEVEL_NAMES["lm_head"]
+    tied_head = stored.pop(head, None) if config.tied_head else None
+    if tied_head and embedding not in stored:
+        stored[embedding] = tied_head
+    with torch.device("meta"):
+        shapes = {hugging_face_name(name): list(item.shape) for name, item in Decoder(config).named_parameters()}
+    problems = {"weights are missing": shapes.keys() - stored.keys(), "unknown tensors": stored.keys() - shapes.keys()}
+    if any(problems.values()):
+        raise UserError(
+            f"{folder}: " + "; ".join(f"{key}: {some_of(names)}" for key, names in problems.items() if names)
+        )
+    for name, shape in shapes.items():
+        stored_shape = list(stored[name].slice.get_shape())
+        if stored_shape != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {stored_shape}, but config.json requires {shape}")
+    if tied_head and not _are_equal(tied_head, stored[embedding]):
+        problem = f"tie_word_embeddings in config.json is true, but {head} differs from {embedding}"
+        raise UserError(f"{folder}: {problem}; set it to false, or remove the tensor")
+    return stored
+
+
+def _are_equal(a: _StoredTensor, b: _StoredTensor) -> bool:
+    """Return whether two stored matrices hold the same values; some rows of each are in memory at a time."""
+    shape, num_rows = a.slice.get_shape(), 4096
+    return shape == b.slice.get_shape() and all(
+        torch.equal(a.slice[row : row + num_rows].float(), b.slice[row : row + num_rows].float())
+        for row in range(0, shape[0], num_rows)
+    )
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return names for an error message, at most three of them."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
@@ -205,7 +317,8 @@ def save_decoder(decoder: Decoder, raw_config: dict, folder: Path) -> None:
     decoder.check_not_fp8()
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(decoder.embedding.dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps({**raw_config, "dtype": dtype}, indent=2) + "\n")
+    raw_config = {key: value for key, value in raw_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(raw_config, indent=2) + "\n")
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, parameter in decoder.named_parameters():
