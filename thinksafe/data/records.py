@@ -46,7 +46,9 @@ class Response:
         text: think block and answer as text, with `<think>` even if the chat template supplies it.
         num_prompt_tokens, num_tokens: number of tokens in the steered prompt and in the response.
         finish_reason: why sampling ended: `stop` (the model ended the response), `length` (the token limit),
-            `repetition` (the response only repeated itself) or `nan` (the model's logits were not finite).
+            `repetition` (the response only repeated itself), `nan` (the model's logits were not finite) or
+            `invalid_utf8` (the model ended the response, but some of its tokens are bytes of no character, so the text
+            has other tokens).
         seed: the sampler's seed for this response.
     """
 
@@ -58,11 +60,14 @@ class Response:
     sample: int = 0
     num_prompt_tokens: int = 0
     num_tokens: int = 0
-    finish_reason: Literal["stop", "length", "repetition", "nan"] = "stop"
+    finish_reason: Literal["stop", "length", "repetition", "nan", "invalid_utf8"] = "stop"
     seed: int = 0
     rung: int = 0
 
     def __post_init__(self):
+        _check_counts(self, "sample", "rung", "num_prompt_tokens", "num_tokens")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must fit in 64 bits (found {self.seed})")
         _fill_prompt_id(self)
 
     @property
@@ -148,6 +153,7 @@ class Example:
     weight: float = 1.0
 
     def __post_init__(self):
+        _check_counts(self, "sample", "rung")
         _fill_prompt_id(self)
         if not 0 < self.weight < math.inf:
             raise ValueError("weight must be positive and finite")
@@ -238,6 +244,13 @@ class AuditRecord:
 
 Record = TypeVar("Record", Prompt, Response, Verdict, Example, Mark, AuditRecord)
 """Any kind of record."""
+
+
+def _check_counts(record: Response | Example, *names: str) -> None:
+    """Raise ValueError if a field is negative, or too large for the 32 bits that it has in an exported data set."""
+    for name in names:
+        if not 0 <= (count := getattr(record, name)) < 2**31:
+            raise ValueError(f"{name} must be at least 0 and below 2^31 (found {count})")
 
 
 def _fill_prompt_id(record: Response | Example) -> None:
