@@ -29,7 +29,7 @@ from benchmarks.harness import (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 KERNEL_SUITES = ("loss", "divergence", "scoring", "linear", "elementwise")
-SUITES = ("sampler", "train", "guards", *KERNEL_SUITES, "precision")
+SUITES = ("sampler", "train", "guards", *KERNEL_SUITES, "sampling", "tokenization", "precision")
 """Names of all suites, which are modules of benchmarks, the most informative first."""
 
 

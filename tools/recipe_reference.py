@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from thinksafe.recipe.reference import key_descriptions
+from thinksafe.recipe.reference import key_default, key_descriptions
 from thinksafe.recipe.schema import Recipe
 from thinksafe.section import bounds_by_key, section_in
 
@@ -88,7 +88,7 @@ def _type_name(hint: Any) -> str:
         entry = get_args(hint)[0]
         return "list of sections" if is_dataclass(entry) else f"list of {_type_name(entry)}"
     if get_origin(hint) is dict:
-        return "section of text values"
+        return "section of values" if get_args(hint)[1] is Any else "section of text values"
     if is_dataclass(hint):
         return "section"
     if NoneType in get_args(hint):
@@ -97,15 +97,16 @@ def _type_name(hint: Any) -> str:
 
 
 def _default(field: Field) -> str:
-    if field.default is MISSING:
+    default = key_default(field)
+    if default is MISSING:
         return "required"
-    if is_dataclass(field.default):
+    if is_dataclass(default):
         return ""
-    if isinstance(field.default, float):
-        return f"`{field.default:g}`"
-    if isinstance(field.default, str) and field.default:
-        return f"`{field.default}`"
-    return f"`{json.dumps(field.default)}`"
+    if isinstance(default, float):
+        return f"`{default:g}`"
+    if isinstance(default, str) and default:
+        return f"`{default}`"
+    return f"`{json.dumps(default)}`"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import divergence, elementwise, guards, harness, linear, loss, precision, sampler, scoring, train
+from benchmarks import (
+    divergence,
+    elementwise,
+    guards,
+    harness,
+    linear,
+    loss,
+    precision,
+    sampler,
+    sampling,
+    scoring,
+    train,
+)
 from benchmarks.harness import FAILURE_PREFIX
 from benchmarks.models import random_decoder
 from benchmarks.shapes import MODELS, head_case
@@ -39,7 +51,7 @@ def notes():
 
 
 def test_suites_list_their_gpu_sections(notes):
-    for suite in (divergence, elementwise, guards, linear, loss, precision, sampler, scoring, train):
+    for suite in (divergence, elementwise, guards, linear, loss, precision, sampler, sampling, scoring, train):
         names = list(suite.sections(notes))
         assert names and not [name for name in names if name.startswith("cpu")]
 
@@ -71,6 +83,12 @@ def test_linear_suite_measures_every_variant(monkeypatch, notes):
     monkeypatch.setattr(linear, "_WEIGHT_BYTES", 2 * 32 * 96)
     variants = {row["variant"] for row in linear.sections(notes)["qwen3-8b"]()}
     assert variants >= {"ThinkSafe", "ThinkSafe, e4m3", "ThinkSafe, e4m3, quantising its input", "torch"}
+
+
+def test_sampling_suite_measures_every_variant(monkeypatch, notes):
+    monkeypatch.setitem(sampling._CASES, "Qwen3, top-k", (100, 4, 20))
+    rows = sampling.sections(notes)["Qwen3, top-k"]()
+    assert [row["variant"] for row in rows] == ["ThinkSafe", "with sorting", "transformers"] and not notes
 
 
 def test_decode_pass_is_measured_with_its_attention(notes):

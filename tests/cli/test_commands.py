@@ -17,6 +17,8 @@ from tests.support.small_world import EXAMPLES, ROWS, SET, THOUGHT, call, world,
 from thinksafe.data.jsonl import read_records
 from thinksafe.data.records import Example, Response, Verdict
 from thinksafe.data.sources import load_prompts
+from thinksafe.model.decoder import Decoder
+from thinksafe.model.weights import load_decoder
 
 __all__ = ["call", "world"]  # fixtures
 
@@ -74,34 +76,32 @@ def test_several_samples_of_a_prompt_differ(tmp_path, call):
     assert len({r.text for r in responses}) == len({r.seed for r in responses}) == 6
 
 
-def test_unfinished_responses_are_counted_at_once(world, tmp_path, call):
+def test_unfinished_responses_are_counted_at_once(world, tmp_path, call, monkeypatch):
     """One model gives NaN for a token of one prompt, another repeats itself from the first token on."""
 
-    def variant(family: str, change) -> Path:
-        folder = shutil.copytree(world / family, tmp_path / f"broken {family}")
-        (file,) = folder.glob("*.safetensors")
-        weights = load_file(file)
-        change(folder, weights)
-        save_file(weights, file, metadata={"format": "pt"})
-        return folder
-
-    def poison(folder: Path, weights: dict) -> None:
+    def poisoned(folder: Path, *options) -> Decoder:
+        decoder = load_decoder(folder, *options)
         broken = AutoTokenizer.from_pretrained(folder)("Z", add_special_tokens=False)["input_ids"][-1]
-        weights["model.embed_tokens.weight"][broken] = torch.nan
+        with torch.no_grad():
+            decoder.embedding[broken] = torch.nan
+        return decoder
 
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [*ROWS, {"text": "Fold a Z.", "label": "benign"}])
-    status, _, errors = call("generate", "--prompts", prompts, "--set", f"model={variant('llama', poison)}")
+    with monkeypatch.context() as patch:
+        patch.setattr("thinksafe.run.checkpoints.load_decoder", poisoned)
+        status, _, errors = call("generate", "--prompts", prompts, "--set", f"model={world / 'llama'}")
     ends = Counter(response.finish_reason for response in read(tmp_path / "run" / "responses.jsonl", Response))
     assert status == 0 and ends["nan"] == 1 and ends["length"] >= 2
     message = f"{5 - ends['stop']} of 5 responses are unfinished: {ends['length']} at the token limit"
     assert f"generate: {message}, 1 stopped because of NaN logits" in "\n".join(errors)
 
-    def without_context(folder: Path, weights: dict) -> None:
-        for name, weight in weights.items():
-            if "o_proj" in name or "down_proj" in name:
-                weight.zero_()
-
-    model = variant("qwen3", without_context)
+    model = shutil.copytree(world / "qwen3", tmp_path / "without context")
+    (file,) = model.glob("*.safetensors")
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if "o_proj" in name or "down_proj" in name:
+            weight.zero_()
+    save_file(weights, file, metadata={"format": "pt"})
     sampling = "{temperature: 0, max_tokens: 200, stop_on_repetition: true}"
     options = ["--set", f"model={model}", "--set", f"generation.sampling={sampling}"]
     status, _, errors = call("generate", *options, "--out", tmp_path / "loops")

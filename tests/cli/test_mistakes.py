@@ -72,8 +72,8 @@ MISTAKES = {
     ),
     "no weights in the file": lambda w, t: (["generate", SET, broken_model(w, t, model="")], "corrupt safetensors"),
     "weights of another size": lambda w, t: (
-        ["generate", SET, broken_model(w, t, config=config_with(num_hidden_layers=9))],
-        "weights are missing",
+        ["generate", SET, broken_model(w, t, config=config_with(num_hidden_layers=9, layer_types=None))],
+        "config.json requires 9 layers, but the weights have",
     ),
     "no tokenizer": lambda w, t: (["generate", SET, broken_model(w, t, tokenizer=None)], "tokenizer"),
     "bad tokenizer": lambda w, t: (["generate", SET, broken_model(w, t, tokenizer="{")], "no usable tokenizer"),

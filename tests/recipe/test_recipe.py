@@ -136,6 +136,44 @@ def test_recursive_anchor_is_an_error(tmp_path):
     assert "not valid YAML (an anchor contains itself)" in error_of(str(tmp_path / "r.yaml"))
 
 
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["seed: 1", "name: again"], "key name is given twice, in lines 1 and 4; remove one"),
+        (
+            ["training:", "  epochs: 1", "  batch_size: 2", "  'epochs': 1"],
+            "key training.epochs is given twice, in lines 4",
+        ),
+        (["training: {epochs: 1, epochs: 2}"], "key training.epochs is given twice, in line 3"),
+        (
+            ["evaluation:", "  sets:", "  - name: a", "    kind: harmful", "    name: b"],
+            "evaluation.sets.0.name is given",
+        ),
+        (["training: {epochs: 1}", "training: {batch_size: 2}"], "key training is given twice, in lines 3 and 4"),
+        (["guard: &g {margin: 0.1, members: [{margin: 0.1, margin: 0.2}]}"], "guard.members.0.margin is given twice"),
+    ],
+)
+@pytest.mark.parametrize("in_base", [False, True])
+def test_key_that_is_given_twice_is_an_error(tmp_path, lines, message, in_base):
+    file, child = tmp_path / "r.yaml", tmp_path / "child.yaml"
+    file.write_text("\n".join(["name: n", "model: m", *lines]))
+    child.write_text("base: r.yaml\nname: child\n")
+    error = error_of(str(child if in_base else file))
+    assert message in error and error.startswith(f"{file}: ")
+
+
+def test_override_with_a_key_given_twice_is_an_error(recipe_file):
+    assert "--set lora: key rank is given twice" in error_of(recipe_file(), ["lora={rank: 1, alpha: 2, rank: 1}"])
+
+
+def test_key_beside_a_merged_key_is_given_once(tmp_path):
+    """The key of the section itself wins over the merged one, in each section that uses the anchor."""
+    entries = "&a {name: a, source: s, kind: harmful}, &b {<<: *a, name: b}, {<<: [*b, *a], name: c, kind: reasoning}"
+    (tmp_path / "r.yaml").write_text(f"name: n\nmodel: m\nevaluation: {{sets: [{entries}]}}\n")
+    sets = load_recipe(str(tmp_path / "r.yaml")).evaluation.sets
+    assert [(entry.name, entry.kind) for entry in sets] == [("a", "harmful"), ("b", "harmful"), ("c", "reasoning")]
+
+
 MISTAKES = {
     "training.epoch=1": "did you mean training.epochs?",
     "trianing.epochs=1": "did you mean training?",

@@ -304,6 +304,19 @@ def test_control_tokens_in_a_response_are_detected(chats):
 # Training sequences
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoding_ahead_changes_no_id(chats, folders, family):
+    """The texts hold control tokens, forged turns and nothing at all."""
+    texts = [*ORDINARY, FORGERIES[family], "".join(control_tokens(chats[family])), "", " "]
+    pairs = [(text, f"<think>\n{text}\n</think>\n\nb {text}".replace("think></", "")) for text in texts]
+    pairs = [pair for pair in pairs if isinstance(parse_response(pair[1]), ParsedResponse)]
+    assert len(pairs) >= len(ORDINARY)
+    expected = [(chats[family].prompt_ids(prompt), chats[family].response_ids(text)) for prompt, text in pairs]
+    chat = Chat(folders[family])
+    chat.encode_ahead(pairs)
+    assert [(chat.prompt_ids(prompt), chat.response_ids(text)) for prompt, text in pairs] == expected
+
+
 def test_training_sequence_has_targets_only_in_the_response(chat):
     example = Example("  How { many }?\n", RESPONSE, "harmful")
     sequence = ThinkSafe().training_sequence(example, chat)

@@ -99,6 +99,31 @@ def test_torn_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     assert step == 2 and tensors["weight"].tolist() == [2.0] * 8
 
 
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        ("nothing", ""),
+        ("tensors truncated", "state-0.safetensors is damaged"),
+        ("tensors missing", "state-0.safetensors is missing"),
+        ("record missing", "state.json is missing"),
+        ("record garbage", "state.json is damaged"),
+        ("other settings", "belongs to other examples or other settings"),
+    ],
+)
+def test_checkpoint_that_is_passed_over_is_named(student_folder, tmp_path, capsys, damage, reason):
+    train_until(student_folder, tmp_path, until=7)
+    checkpoints = sorted((tmp_path / "checkpoints").iterdir())
+    other = {"config": dataclasses.replace(TRAINING_CONFIG, weight_decay=0.3)} if damage == "other settings" else {}
+    if damage in DAMAGES:
+        DAMAGES[damage](checkpoints[-1])
+    capsys.readouterr()
+    train_until(student_folder, tmp_path, **other)
+    lines = capsys.readouterr().err.splitlines()
+    unusable = {"nothing": [], "other settings": checkpoints[::-1]}.get(damage, checkpoints[1:])
+    step = 0 if other else 4
+    assert lines == [f"checkpoint {path}: {reason}; training continues after step {step}" for path in unusable]
+
+
 def test_run_restarts_if_every_checkpoint_is_torn(student_folder, tmp_path):
     expected = train_until(student_folder, tmp_path / "whole")
     out = tmp_path / "torn"

@@ -240,7 +240,7 @@ def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "Checkpoi
     with Workers.start() as workers:
         recipe = _load_recipe(options)  # here one worker alone reports a mistake
         with RunDir.open(options.out or Path("runs") / recipe.name, recipe, workers) as run:
-            checkpoints = CheckpointStore(recipe, workers)
+            checkpoints = CheckpointStore(recipe, workers, run.created)
             pipeline.write_estimate(run, checkpoints)
             yield run, checkpoints, pipeline
 

@@ -23,7 +23,7 @@ def export_model(run: RunDir, checkpoints: CheckpointStore, folder: Path) -> Pat
 
     Raises:
         UserError: stage `train` is not finished; it trained all weights, so there is no adapter; the base model has
-            changed since the run began; or `folder` is not empty or is a file.
+            changed since the run began; the copy of its tokenizer differs; or `folder` is not empty or is a file.
     """
     if not run.is_done("train"):
         raise UserError(f"{run.path}: nothing is trained yet; run `thinksafe train` first")
@@ -36,7 +36,7 @@ def export_model(run: RunDir, checkpoints: CheckpointStore, folder: Path) -> Pat
         load_adapter(decoder, run.path / "adapter")
         merge(decoder)
         save_decoder(decoder, raw_config, staging)
-        checkpoints.chat.tokenizer.save(staging)
+        checkpoints.chat.save(staging)
     return folder
 
 

@@ -91,11 +91,12 @@ class GuardFormat(Section):
         Raises:
             UserError: the tokenizer lacks control tokens, or its chat template does not show every message once.
         """
-        if missing := [token for token in self.control_tokens if token not in tokenizer.control_ids]:
+        control_ids = tokenizer.reserving(*self.control_tokens).control_ids
+        if missing := [token for token in self.control_tokens if token not in control_ids]:
             raise UserError(f"the tokenizer has no {', '.join(missing)}")
         if self.is_full_prompt:
             return Layout(_split_at_placeholders(self.template, True), self.strip)
-        chat = Chat(tokenizer.folder)
+        chat = Chat(tokenizer)
         if self.template is None:
             before, between, after = chat.two_turns()
             pieces = ((before, True), (PROMPT, None), (between, True), (RESPONSE, None), (after, True))

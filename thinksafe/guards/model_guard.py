@@ -104,10 +104,11 @@ class ModelGuard:
                 every message once, or its tokenizer cannot tell two answers apart by their first tokens.
         """
         self.name = f"{config.kind}:{config.model}"
-        self._decoder, self._tokenizer, self._config = decoder, tokenizer, config
+        self._decoder, self._config = decoder, config
         self.format = config.guard_format
         try:
             self._layout = self.format.layout(tokenizer)
+            self._tokenizer = tokenizer.reserving(*(text for text, trusted in self._layout.pieces if trusted))
             self.answer_ids = self._first_answer_token_ids()
         except UserError as error:
             raise UserError(

@@ -18,14 +18,14 @@ def require_stage_output(run: RunDir, file: Path, stage: str, remedy: str) -> Pa
     return file
 
 
-def check_unique_samples(file: Path) -> None:
-    """Raise a UserError if two responses in a JSONL file have the same prompt id and sample, which identify a
-    verdict."""
+def check_unique_samples(file: Path, source: Path) -> None:
+    """Raise a UserError if two responses in a JSONL file have the same prompt id and sample, which identify a verdict.
+    The message names the source of the responses, a file or run directory."""
     seen = set()
     for number, response in enumerate(read_records(file, Response), start=1):
         if (response.prompt_id, response.sample) in seen:
             raise UserError(
-                f"{file}: record {number} is a second response with sample {response.sample} to its prompt; "
+                f"{source}: record {number} is a second response with sample {response.sample} to its prompt; "
                 "number the responses to a prompt differently with 'sample'"
             )
         seen.add((response.prompt_id, response.sample))
@@ -35,12 +35,12 @@ def response_problem(response: Response, chat: Chat) -> str | None:
     """Return the code of the reason why a response is malformed, so that training cannot use it; None if it is not.
 
     The first reason that applies counts: `truncated` (it ended at the token limit), `repetition` or `nan` (sampling
-    stopped because of these), `control_token` (its text has a control token of the student other than the think tags),
-    `no_think_block`, `nested_think` or `empty_answer` (see `parse_response`).
+    stopped because of these), `invalid_utf8` (some of its tokens are bytes of no character), `control_token` (its text
+    has a control token of the student other than the think tags), `no_think_block`, `nested_think` or `empty_answer`
+    (see `parse_response`).
     """
-    unfinished = {"length": "truncated", "repetition": "repetition", "nan": "nan"}
-    if response.finish_reason in unfinished:
-        return unfinished[response.finish_reason]
+    if response.finish_reason != "stop":
+        return "truncated" if response.finish_reason == "length" else response.finish_reason
     if chat.has_control_token(response.text):
         return "control_token"
     parsed = parse_response(response.text)

@@ -114,7 +114,7 @@ def sample_to_file(
     work = stage.open_records(file, Response, tasks, config.tensor_parallel_size)
     if work.pending:
         run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
-        engine, chat = Engine(load_student(), config, work.fair_share), checkpoints.chat
+        chat, engine = checkpoints.chat, Engine(load_student(), config, work.fair_share)
         check_prompt_lengths(chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
         claimed = work.claim(longest_first(work.pending, tasks))
         shared_tokens, preemptions = workers.shared_counter(), workers.shared_counter()
@@ -148,5 +148,5 @@ def _print_unfinished(title: str, counts: Counter[str]) -> None:
     """Print how many responses training cannot use, if any, before the user waits for the next stage."""
     unfinished = [f"{counts[reason]} {text}" for reason, text in _UNFINISHED.items() if counts[reason]]
     if unfinished:
-        num_unfinished = counts.total() - counts["stop"]
+        num_unfinished = sum(counts[reason] for reason in _UNFINISHED)
         print_note(title, f"{num_unfinished} of {counts.total()} responses are unfinished: {', '.join(unfinished)}")

@@ -36,7 +36,7 @@ def filter_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
         raise UserError(f"{accepted_file}: was imported for training; use a new --out folder to judge responses")
     require_stage_output(run, responses_file, "generate", "`thinksafe generate` first, or use --responses FILE")
     with run_stage(run, "filter") as stage:
-        write_on_leader(responses_file, run.workers, lambda: check_unique_samples(responses_file))
+        write_on_leader(responses_file, run.workers, lambda: check_unique_samples(responses_file, responses_file))
         responses = RecordFile(responses_file, Response)
         stage.tokens, stage.records = (
             judge_to_file(stage, checkpoints, responses, verdicts_file, "filter"),

@@ -40,13 +40,15 @@ def check_run(run: RunDir, checkpoints: CheckpointStore) -> None:
     """Check before the first stage what late stages need. After the first finished stage nothing is checked.
 
     Raises:
-        UserError: an evaluation set cannot be read, the student has no module for a LoRA target, DeepSpeed or a tracker
-            is needed but not installed, or a checkpoint of the guard does not fit its format.
+        UserError: an evaluation set cannot be read, the student's chat template is not usable, the student has no
+            module for a LoRA target, DeepSpeed or a tracker is needed but not installed, or a checkpoint of the guard
+            does not fit its format.
     """
     if run.manifest["stages"]:
         return
     for evaluation_set in run.recipe.evaluation.sets:
         evaluation_prompts(evaluation_set)
+    _ = checkpoints.chat  # reports a template that cannot be used
     if run.recipe.training.method == "lora":
         check_targets(load_config(checkpoints.base)[0], run.recipe.lora)
     if run.recipe.zero.is_needed(run.workers.world_size):

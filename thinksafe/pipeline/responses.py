@@ -100,6 +100,7 @@ def sample_responses(
 
     for completion in engine.generate(requests()):
         task, request = pending.pop(completion.request_id)
+        is_broken = completion.finish_reason == "stop" and chat.tokenizer.has_broken_character(completion.tokens)
         response = Response(
             prompt=task.prompt.text,
             label=task.prompt.label,
@@ -110,7 +111,7 @@ def sample_responses(
             rung=task.rung,
             num_prompt_tokens=len(request.prompt),
             num_tokens=len(completion.tokens),
-            finish_reason=completion.finish_reason,
+            finish_reason="invalid_utf8" if is_broken else completion.finish_reason,
             seed=request.seed,
         )
         yield response, completion

@@ -19,7 +19,7 @@ from thinksafe.model.lora import attach, check_targets, save_adapter, write_base
 from thinksafe.model.weights import checkpoint_fingerprint, load_config, save_decoder
 from thinksafe.paths import expand_path
 from thinksafe.pipeline.accept import require_accepted_examples
-from thinksafe.pipeline.examples import tokenize_examples
+from thinksafe.pipeline.examples import TOKENIZED_FILE, tokenize_once
 from thinksafe.pipeline.rollouts import OnlineBatches, StudentRollouts
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
@@ -72,6 +72,7 @@ def train_student(run: RunDir, checkpoints: CheckpointStore) -> None:
             checkpoints.release_student()
     if run.workers.is_leader:  # a restart needs them until the manifest lists the stage
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (run.path / TOKENIZED_FILE).unlink(missing_ok=True)
 
 
 class _Data(NamedTuple):
@@ -100,7 +101,7 @@ def _load_data(stage: Stage, checkpoints: CheckpointStore) -> _Data:
         max_length = min(config.max_length, load_config(checkpoints.base)[0].max_seq_len)
         return _Data([max_length], False, make_batches)
     accepted = require_accepted_examples(run)
-    sequences, dropped = tokenize_examples(accepted, recipe, checkpoints)
+    sequences, dropped = tokenize_once(run, accepted, checkpoints)
     counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
     if not sequences:
         raise UserError(f"{accepted}: no example is fit for training: {counts}")
@@ -218,7 +219,7 @@ def _run_training(stage: Stage, trainer: Trainer, batches: Batches, folder: Path
                 bar.update(metrics.tokens, metrics.step, **format_metrics(metrics))
 
         try:
-            train_on_batches(trainer, batches, recipe.training, recipe.seed, folder, on_step)
+            train_on_batches(trainer, batches, recipe.training, recipe.seed, folder, on_step, bar.print_line)
         except NonFiniteStep as error:
             remedy = "lower training.learning_rate, or check the examples in accepted.jsonl"
             raise UserError(f"training stopped at {error}; {remedy}") from None
@@ -261,7 +262,7 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
             write_base_record(staging, base_model, checkpoints.base)
         else:
             save_decoder(decoder, load_config(checkpoints.base)[1], staging)
-            checkpoints.chat.tokenizer.save(staging)
+            checkpoints.chat.save(staging)
         shutil.rmtree(folder, ignore_errors=True)
     return sorted(map(str, folder.iterdir()))
 

@@ -60,7 +60,7 @@ def _read_recipe(
     if file.resolve() in descendants:
         raise UserError(f"{descendants[-1]}: base: {name_or_file!r} inherits from this recipe; remove one of the two")
     try:
-        raw = _without_shared_nodes(yaml.safe_load(file.read_text()))
+        raw = _without_shared_nodes(_load_yaml(file.read_text(), str(file)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(raw, dict):
@@ -70,6 +70,47 @@ def _read_recipe(
         inherited, _ = _read_recipe(str(base), f"{file}: base", file.parent, (*descendants, file.resolve()))
         raw = _merge(inherited, raw)
     return raw, file
+
+
+def _load_yaml(text: str, source: str) -> Any:
+    """Return the value of a YAML text, in which no key may be given twice.
+
+    Args:
+        source: file or option that the text comes from, for error messages.
+
+    Raises:
+        YAMLError: the text is not valid YAML.
+        UserError: a section gives a key twice; PyYAML would silently keep the last value.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        _check_keys_are_unique(root, source)
+        return None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _check_keys_are_unique(root: yaml.Node | None, source: str) -> None:
+    """Raise a UserError if a section below a YAML node has a key twice; merged keys (`<<`) do not count."""
+    nodes, checked = [("", root)], set()
+    while nodes:
+        path, node = nodes.pop()
+        if id(node) in checked:  # an anchor
+            continue
+        checked.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += [(f"{path}{index}.", entry) for index, entry in enumerate(node.value)]
+        elif isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if (key.tag, str(key.value)) in lines:
+                    first_line = lines[key.tag, str(key.value)]
+                    where = f"lines {first_line} and {line}" if first_line < line else f"line {line}"
+                    raise UserError(f"{source}: key {path}{key.value} is given twice, in {where}; remove one")
+                lines[key.tag, str(key.value)] = line
+                nodes.append((f"{path}{key.value}.", value))
 
 
 def _without_shared_nodes(node: Any) -> Any:
@@ -165,14 +206,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {key}: a list can only be set as a whole, not by index")
     if not isinstance(section, dict):
         raise UserError(f"--set {key}: {'.'.join(parents)} is not a section")
-    section[last] = _override_value(value)
+    section[last] = _override_value(key, value)
 
 
-def _override_value(text: str) -> Any:
+def _override_value(key: str, text: str) -> Any:
     """Return the value that a text of `--set key=TEXT` means: numbers, true, false, null, {...}, [...], "..." and '...'
     are read as YAML, and all other texts stay as they are, also a text that is not valid YAML."""
     try:
-        value = _without_shared_nodes(yaml.safe_load(text))
+        value = _without_shared_nodes(_load_yaml(text, f"--set {key}"))
     except yaml.YAMLError:
         return text
     is_yaml = value is None or isinstance(value, (bool, int, float)) or text.lstrip().startswith(("{", "[", "'", '"'))

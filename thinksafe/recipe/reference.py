@@ -38,6 +38,11 @@ def key_descriptions(section: type) -> dict[str, str]:
     return {key: " ".join(text.partition("\n\n")[0].split()) for key, text in texts.items()}
 
 
+def key_default(field: Field) -> Any:
+    """Return the default of a section's key; MISSING if it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
 def _section_lines(section: Any, indent: str) -> Iterator[str]:
     """Yield the lines of a section: a comment and the value of every key, and the lines of nested sections."""
     descriptions, hints = key_descriptions(type(section)), get_type_hints(type(section))
@@ -82,10 +87,11 @@ def _describe_key(field: Field, hint: Any, descriptions: dict[str, str], value: 
     parts = [descriptions[field.name]]
     if get_origin(hint) is Literal:
         parts.append(f"One of {', '.join(map(str, get_args(hint)))}.")
-    if field.default is MISSING:
+    default = key_default(field)
+    if default is MISSING:
         parts.append("Required.")
-    elif field.default != value and not is_dataclass(field.default):
-        parts.append(f"Default: {_yaml(field.default).removesuffix('...').strip()}")
+    elif default != value and not is_dataclass(default):
+        parts.append(f"Default: {_yaml(default).removesuffix('...').strip()}")
     return " ".join(parts)
 
 
@@ -103,4 +109,4 @@ def _yaml(value: Any) -> str:
 
 def _non_default_values(section: Any) -> dict[str, Any]:
     values = {field.name: getattr(section, field.name) for field in fields(section)}
-    return {field.name: values[field.name] for field in fields(section) if values[field.name] != field.default}
+    return {field.name: values[field.name] for field in fields(section) if values[field.name] != key_default(field)}

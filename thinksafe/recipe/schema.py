@@ -4,8 +4,9 @@ The docstring below each key describes it: `thinksafe recipe` prints these descr
 """
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
 
 import yaml
 
@@ -55,6 +56,9 @@ class Recipe(Section):
     """Name of the run, shown in the report."""
     model: str
     """Checkpoint folder, or name on the Hugging Face hub, of the student."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Values of variables of the student's chat template, such as {enable_thinking: true}: true, false, numbers or
+    texts. The template must mention each name."""
     prompts: str | None = None
     """.jsonl, .json or .parquet file, folder of such files, or data set on the hub (split `train`). Only `generate`
     needs it."""
@@ -79,6 +83,9 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def check(self) -> None:
+        for name, value in self.template_arguments.items():
+            if not isinstance(value, (bool, int, float, str)) or value != value or value in (math.inf, -math.inf):
+                raise ValueError(f"template_arguments.{name}: must be true, false, a number or text (found {value!r})")
         if self.training.frozen_weight_dtype == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
             raise ValueError(
                 "training.frozen_weight_dtype: fp8 needs the whole base model on each GPU, and ZeRO stage 3 shards it"

@@ -1,6 +1,7 @@
 """The checkpoints of a run, each loaded once and shared by the stages that need it."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from thinksafe.model.lora import check_same_base, detach, load_adapter
 from thinksafe.model.tensor_parallel import UNSHARDED, TensorShard
 from thinksafe.model.weights import load_config, load_decoder, resolve_checkpoint
 from thinksafe.recipe.schema import Recipe
+from thinksafe.run.progress import print_note
 from thinksafe.sampler.config import EngineConfig
 from thinksafe.text.chat import Chat
 from thinksafe.text.tokenizer import SafeTokenizer
@@ -28,11 +30,11 @@ _SMALL_HIDDEN_SIZE = 256
 
 def _check_vocabulary(folder: Path, tokenizer: SafeTokenizer) -> None:
     """Raise a UserError if a token id has no embedding, which would fail as an index out of range in a step."""
-    vocab_size, num_tokens = load_config(folder)[0].vocab_size, len(tokenizer.hugging_face)
-    if num_tokens > vocab_size:
+    vocab_size, largest_id = load_config(folder)[0].vocab_size, max(tokenizer.hugging_face.get_vocab().values())
+    if largest_id >= vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {num_tokens} tokens, but vocab_size in config.json is {vocab_size}; use the "
-            "tokenizer that belongs to this model"
+            f"{folder}: the tokenizer has a token with id {largest_id}, but vocab_size in config.json is {vocab_size}; "
+            "use the tokenizer that belongs to this model"
         )
 
 
@@ -68,8 +70,15 @@ class CheckpointStore:
         dtype: dtype of the weights, except of projections with another `weight_dtype`.
     """
 
-    def __init__(self, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
-        """Choose device and dtype; load nothing. Raise a UserError if this machine has not the GPUs that are needed."""
+    def __init__(self, recipe: Recipe, workers: Workers = SINGLE_PROCESS, date: datetime | None = None):
+        """Choose device and dtype; load nothing.
+
+        Args:
+            date: date that the chat templates write (`RunDir.created`); None for the present.
+
+        Raises:
+            UserError: this machine does not have the GPUs that are needed.
+        """
         if recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: cuda needs a GPU, but torch finds none; use device=auto or device=cpu")
         gpu = recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available())
@@ -82,7 +91,7 @@ class CheckpointStore:
         self.device = torch.device("cuda" if gpu else "cpu")
         dtype = ("bfloat16" if gpu else "float32") if recipe.dtype == "auto" else recipe.dtype
         self.dtype: torch.dtype = getattr(torch, dtype)
-        self._recipe, self._workers = recipe, workers
+        self._recipe, self._workers, self._date = recipe, workers, date
         self._loaded: tuple[tuple[Path, WeightLayout], Decoder] | None = None
 
     @cached_property
@@ -92,9 +101,11 @@ class CheckpointStore:
 
     @cached_property
     def chat(self) -> Chat:
-        """The student's tokenizer and chat template."""
-        chat = Chat(self.base)
+        """The student's tokenizer and chat template. The leader prints a line if the model will not think."""
+        chat = Chat(SafeTokenizer(self.base, self._date), self._recipe.template_arguments)
         _check_vocabulary(self.base, chat.tokenizer)
+        if chat.thinking_note and self._workers.is_leader:
+            print_note("no thinking", chat.thinking_note)
         return chat
 
     @cached_property
@@ -113,7 +124,7 @@ class CheckpointStore:
 
     def _guard_tokenizer(self, config: GuardConfig) -> tuple[Path, SafeTokenizer]:
         folder = resolve_checkpoint(config.model, "guard.model")
-        tokenizer = SafeTokenizer(folder)
+        tokenizer = SafeTokenizer(folder, self._date)
         _check_vocabulary(folder, tokenizer)
         return folder, tokenizer
 

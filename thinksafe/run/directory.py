@@ -13,7 +13,8 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, takewhile
 from pathlib import Path
@@ -88,6 +89,7 @@ class RunDir:
 
     def __init__(self, path: Path, recipe: Recipe, workers: Workers = SINGLE_PROCESS):
         self.path, self.recipe, self.workers = path, recipe, workers
+        self._opened = datetime.now().astimezone()
 
     @classmethod
     @contextmanager
@@ -132,8 +134,25 @@ class RunDir:
                 return manifest
             except ValueError as error:
                 raise UserError(f"{file}: damaged ({error}); restore it or use a new --out folder") from None
-        created = datetime.now(UTC).isoformat(timespec="seconds")
+        created = self._opened.isoformat(timespec="seconds")
         return {"format": FORMAT, "created": created, "environment": environment(), "stages": {}}
+
+    @cached_property
+    def created(self) -> datetime:
+        """Wall time at which the run began, in the time zone of the leader at that time. Chat templates write this
+        date, so prompts have the same ids on every day and machine. All workers call this together.
+
+        Raises:
+            UserError: manifest.json is damaged.
+        """
+        created = self.workers.on_leader(lambda: self.manifest.get("created"))
+        try:
+            return datetime.fromisoformat(created).replace(tzinfo=None)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{self.path / 'manifest.json'}: damaged (created: {created!r} is no time); restore it or use a new "
+                "--out folder"
+            ) from None
 
     @leader_only
     def is_done(self, stage: str) -> bool:

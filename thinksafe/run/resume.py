@@ -17,10 +17,10 @@ from thinksafe.training.config import TrainingConfig
 def is_recipe_replaceable(recipe_file: Path) -> bool:
     """Return whether ThinkSafe wrote this recipe.yaml and no stage has written to its run directory.
 
-    Imported records, a finished prompts.jsonl and estimate.json do not count as written by a stage.
+    Imported records, a finished prompts.jsonl, tokenized examples and estimate.json do not count as written by a stage.
     """
     files = {file.name for file in recipe_file.parent.rglob("*") if file.is_file() and file.stat().st_size > 0}
-    before_stages = (recipe_file.name, "prompts.jsonl", "estimate.json")
+    before_stages = (recipe_file.name, "prompts.jsonl", "estimate.json", "tokenized.npz")
     inputs = {".lock", *before_stages, *(f"{name}.partial" for name in before_stages)}
     if "prompts.jsonl" not in files:
         inputs |= {"responses.jsonl", "marks.jsonl"}  # imported with --responses, not sampled here

@@ -7,6 +7,7 @@ resume on another number of ranks. Random state is not stored: every step seeds 
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -58,34 +59,46 @@ def save_checkpoint(
 
 
 def load_newest(
-    folder: Path, fingerprint: str, workers: Workers = SINGLE_PROCESS
+    folder: Path,
+    fingerprint: str,
+    workers: Workers = SINGLE_PROCESS,
+    on_unusable: Callable[[str], None] = lambda problem: None,
 ) -> tuple[int, dict[str, Tensor]] | None:
     """Return (step, tensors) of the newest complete checkpoint with this fingerprint; None if there is none. All ranks
-    must call this together. They get the same step, and each gets the tensors of some parts, which no other rank
-    gets."""
+    must call this together. They get the same step, and each gets the tensors of some parts, which no other rank gets.
+
+    Args:
+        on_unusable: called on every rank with the name of each newer checkpoint and the reason why it is passed over.
+    """
     for name in workers.on_leader(lambda: sorted((path.name for path in folder.glob("step-????????")), reverse=True)):
         checkpoint = _read(folder / name, fingerprint, workers)
-        if all(workers.all_gather(checkpoint is not None)):
+        problems = workers.all_gather(checkpoint if isinstance(checkpoint, str) else "")
+        if not any(problems):
             return checkpoint
+        on_unusable(f"{folder / name}: {next(filter(None, problems))}")
     return None
 
 
-def _read(checkpoint: Path, fingerprint: str, workers: Workers) -> tuple[int, dict[str, Tensor]] | None:
-    """Return the step and the tensors of this rank's parts (number % world size = rank), on the host; None if a file is
-    missing or torn, or if the fingerprint differs."""
+def _read(checkpoint: Path, fingerprint: str, workers: Workers) -> tuple[int, dict[str, Tensor]] | str:
+    """Return the step and the tensors of this rank's parts (number % world size = rank), on the host; or the reason why
+    the checkpoint cannot be used."""
+    file = checkpoint / "state.json"
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        if state != {"step": state["step"], "fingerprint": fingerprint, "sha256": state["sha256"]}:
-            return None
+        state = json.loads(file.read_text())
+        step, found, digests = state["step"], state["fingerprint"], state["sha256"]
+        if found != fingerprint:
+            return "belongs to other examples or other settings"
         tensors = {}
-        for number, digest in list(enumerate(state["sha256"]))[workers.rank :: workers.world_size]:
-            part_file = _part_file(checkpoint, number)
-            if sha256(part_file) != digest:
-                return None
-            tensors |= load_file(part_file)
-        return state["step"], tensors
+        for number, digest in list(enumerate(digests))[workers.rank :: workers.world_size]:
+            file = _part_file(checkpoint, number)
+            if sha256(file) != digest:
+                return f"{file.name} is damaged"
+            tensors |= load_file(file)
+        return step, tensors
+    except FileNotFoundError:
+        return f"{file.name} is missing"
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return f"{file.name} is damaged"
 
 
 def _part_file(checkpoint: Path, number: int) -> Path:

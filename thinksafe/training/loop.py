@@ -11,6 +11,7 @@ such steps in a row the run stops.
 import hashlib
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
 
 def training_fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
     """Return a hex hash of sequences, seed and settings other than MEMORY_ONLY_FIELDS. It identifies a training run: a
-    checkpoint with another hash is ignored."""
+    checkpoint with another hash is passed over."""
     settings = {key: value for key, value in asdict(config).items() if key not in config.MEMORY_ONLY_FIELDS}
     digest = hashlib.sha256(json.dumps([settings, seed]).encode())
     for sequence in sequences:
@@ -127,6 +128,11 @@ def training_fingerprint(sequences: Sequence[TrainingSequence], config: Training
         digest.update(np.float64([sequence.weight, sequence.advantage]).tobytes())
         digest.update(sequence.input_ids.tobytes())
     return digest.hexdigest()
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr)
 
 
 def train(
@@ -148,6 +154,7 @@ def train_on_batches(
     seed: int,
     folder: Path,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
+    on_note: Callable[[str], None] = print_to_stderr,
 ) -> None:
     """Train to the end, from the newest checkpoint if there is one, and leave the decoder ready to be saved.
 
@@ -156,6 +163,7 @@ def train_on_batches(
     Args:
         folder: folder of metrics.jsonl and checkpoints/, the same on every rank.
         on_step: called on every rank after every step, for progress.
+        on_note: called on the leader with a line for each checkpoint that is passed over, and the reason.
 
     Raises:
         NonFiniteStep: MAX_SKIPPED_STEPS steps in a row were not finite, and the message names the examples of the last
@@ -163,7 +171,10 @@ def train_on_batches(
             weights that are not finite are never saved or returned.
     """
     workers, num_steps, checkpoints = trainer.workers, batches.num_steps, folder / "checkpoints"
-    first_step, state = load_newest(checkpoints, batches.fingerprint, workers) or (0, None)
+    problems: list[str] = []
+    first_step, state = load_newest(checkpoints, batches.fingerprint, workers, problems.append) or (0, None)
+    for problem in problems if workers.is_leader else ():
+        on_note(f"checkpoint {problem}; training continues after step {first_step}")
     if state is not None:
         trainer.load_state_dict(state)
     folder.mkdir(parents=True, exist_ok=True)
