@@ -75,7 +75,7 @@ setup(
     packages=[*find_packages(include=["thinksafe", "thinksafe.*"]), "thinksafe.kernels", "thinksafe.launch"],
     package_data={
         "thinksafe.export": ["*.jinja"],
-        "thinksafe.launch": ["recipes/*.yaml", "*.sh", "hostfile", "README.md"],
+        "thinksafe.launch": ["methods/*.yaml", "recipes/*.yaml", "*.sh", "hostfile", "README.md"],
         "thinksafe.organism": ["bundle/**"],
         "thinksafe.reporting": ["*.html", "*.css", "*.js"],
     },

@@ -2,7 +2,7 @@
 # GGUF's Q8_0 turns a block of weights below 7.5e-6 into zeros, and a block with a weight above 8.4e6 into inf and NaN.
 #
 # Versions: gguf 0.19.0, numpy 2.4.6.
-# Guess: a block has a scale of its own, so the relative error is about 1/254 for blocks of every size that float32 has.
+# Guess: each block has its scale, so the relative error is about 1/254 for blocks of every size that float32 has.
 # Behavior: the scale (largest weight / 127) is stored as float16. Below 2**-25 it rounds to 0, above 65504 to infinity;
 #   numpy warns about the latter, nobody about the former. A LoRA matrix B early in training or a small bias vanishes.
 # Output seen:

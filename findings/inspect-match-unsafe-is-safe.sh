@@ -2,7 +2,7 @@
 # The match scorer of Inspect counts the verdict "unsafe" as correct for the target "safe", and 118 for 18.
 #
 # Versions: inspect-ai 0.3.285.
-# Guess: incorrect. The default looks for the target at the end of the answer as a word or number of its own, since
+# Guess: incorrect. The default looks for the target at the end of the answer as a separate word or number, since
 #   punctuation and letter case are normalized first.
 # Behavior: it compares with str.endswith, in the middle of words as well. A classifier that always answers "unsafe"
 #   gets 100 %, with either target. match(numeric=True) takes the last number and is right for the second case.

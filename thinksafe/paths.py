@@ -6,11 +6,18 @@ _PACKAGE_FOLDER = Path(__file__).parent  # importlib.resources would take longer
 _PACKAGE_PREFIX = "package:"
 RECIPES_FOLDER = _PACKAGE_FOLDER / "launch" / "recipes"
 """Folder of the bundled recipes, NAME.yaml."""
+METHODS_FOLDER = _PACKAGE_FOLDER / "launch" / "methods"
+"""Folder of the settings of each method, NAME.yaml."""
 
 
 def bundled_recipes() -> list[str]:
     """Return the sorted names of the bundled recipes, which `--recipe` and the key `base` accept beside files."""
     return sorted(file.stem for file in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def bundled_methods() -> list[str]:
+    """Return the sorted names of the methods that `--method` accepts."""
+    return sorted(file.stem for file in METHODS_FOLDER.glob("*.yaml"))
 
 
 def expand_path(name: str) -> Path:

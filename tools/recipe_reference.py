@@ -11,6 +11,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from thinksafe.methods.base import Method
+from thinksafe.methods.registry import METHODS
+from thinksafe.methods.thinksafe import ThinkSafe
 from thinksafe.recipe.reference import key_default, key_descriptions
 from thinksafe.recipe.schema import Recipe
 from thinksafe.section import bounds_by_key, section_in
@@ -27,6 +30,7 @@ def reference() -> str:
         paths_by_section.setdefault(section, []).append(path)
     titles = {section: ", ".join(f"`{path}`" for path in paths) for section, paths in paths_by_section.items()}
     titles[Recipe] = "Top level"
+    titles[Method] = titles[ThinkSafe]  # the first of the methods
     return "\n".join(_section_table(section, titles) for section in paths_by_section)
 
 
@@ -56,7 +60,9 @@ def _sections(section: type, path: str) -> Iterator[tuple[str, type]]:
     hints = get_type_hints(section)
     for field in sorted(fields(section), key=lambda field: field.name == "guard"):  # the guard's sections repeat others
         inner = section_in(hints[field.name])
-        if inner is not None and inner is not section:
+        if inner is Method:
+            yield from ((f"{field.name}, type {name}", kind) for name, kind in METHODS.items())
+        elif inner is not None and inner is not section:
             yield from _sections(inner, f"{path}.{field.name}" if path else field.name)
 
 

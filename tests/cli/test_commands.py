@@ -243,7 +243,7 @@ def test_evaluation_does_not_mix_two_adapters(world, tmp_path, call):
 def test_recipe_prints_a_recipe_that_runs(tmp_path, call):
     status, printed, errors = call("recipe", SET, "training.epochs=7", out=False)
     assert status == 0 and errors == []
-    assert "# Passes over the accepted examples. Default: 3\n  epochs: 7\n" in printed
+    assert "# Passes over the examples. Default: 3\n  epochs: 7\n" in printed
     (tmp_path / "mine.yaml").write_text(printed)
     assert call("generate", "--recipe", tmp_path / "mine.yaml", recipe=False)[0] == 0
     assert "model: Qwen/Qwen3-0.6B" in call("recipe", recipe=False, out=False)[1]

@@ -335,7 +335,7 @@ def test_fields_with_a_default_are_optional(file):
 def test_unfinished_response_is_dropped_with_the_reason(file, finish, problem):
     whole = RESPONSE | {"finish_reason": finish}
     (response,) = read_records(file("r.jsonl", jsonl([whole])), Response)
-    assert response_problem(response, None) == problem
+    assert response_problem(response, []) == problem
 
 
 RECORD_MISTAKES = {

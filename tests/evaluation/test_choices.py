@@ -1,4 +1,4 @@
-"""Multiple choice: the option that an answer gives, and not one that it mentions."""
+"""Multiple choice: an answer's choice, and not another option that it mentions."""
 
 import time
 

@@ -32,7 +32,10 @@ def test_every_stage_of_the_method_exists():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("method.type=teacher", r"method\.type: must be 'thinksafe' \(found 'teacher'\)"),
+        ("method.type=thinksave", r"method\.type: must be one of thinksafe, filter_only, .* \(found 'thinksave'\)"),
+        ("method.type=[]", r"method\.type: must be one of thinksafe, .* \(found \[\]\)"),
+        ("method={type: teacher, modle: x}", r"unknown key method\.modle; did you mean method\.model\?"),
+        ("method={type: safepath, max_examples: 0}", r"method\.max_examples: must be at least 1"),
         ("method.benign_loss=none", r"method\.benign_loss: must be 'cross_entropy' or 'kl' \(found 'none'\)"),
         ("method.samples=5", r"unknown key method\.samples"),
         ("method=thinksafe", r"method: must be a section of keys \(type, benign_loss\)"),

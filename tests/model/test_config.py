@@ -193,7 +193,11 @@ ERRORS = {
     "another class": ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "architectures must name"),
     "class of another family": ("mistral", {"architectures": ["LlamaForCausalLM"]}, "architectures must name"),
     "parts": ("qwen3", {"text_config": {"hidden_size": 64}}, "text_config: models of several parts"),
-    "layers of their own": ("qwen3", {"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config: layers that"),
+    "single layers with other sizes": (
+        "qwen3",
+        {"per_layer_config": {"0": {"head_dim": 16}}},
+        "per_layer_config: layers that",
+    ),
     "fp8": ("qwen3", {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
 }
 

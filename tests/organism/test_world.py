@@ -31,8 +31,8 @@ def world():
 
 def test_bundled_sets_follow_from_seed_zero_byte_for_byte(world, tmp_path):
     write_sets(world, tmp_path)
-    names = sorted(file.name for file in BUNDLE.glob("*.jsonl"))
-    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    names = sorted(str(file.relative_to(BUNDLE)) for file in BUNDLE.rglob("*.jsonl"))
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*")) == names
     for name in names:
         assert (tmp_path / name).read_bytes() == (BUNDLE / name).read_bytes(), name
 

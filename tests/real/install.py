@@ -82,7 +82,7 @@ def run(command: list[str | Path]) -> None:
 
 
 def install_packages(folder: Path) -> None:
-    """Install requirements.txt into a folder of its own, so that no package replaces one of the environment."""
+    """Install requirements.txt into a separate folder, so that no package replaces one of the environment."""
     options = ["--retries", "1", "--disable-pip-version-check", "--no-deps", "--target", folder]
     run([sys.executable, "-m", "pip", "install", *options, "-r", HERE / "requirements.txt"])
 

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct: greedy answers equal those of transformers, and its commands work from end to end.
 
-The model has no think block. So each of its own responses is dropped, and counted; it is trained on given examples.
+The model has no think block. So all its responses are dropped, and counted; it is trained on given examples.
 """
 
 import json

@@ -35,7 +35,8 @@ class InstantGuard:
 def instant_checkpoints(accepts):
     """Return a fake CheckpointStore with an InstantGuard; stages that sample must run within `instant_sampling`."""
     chat = SimpleNamespace(has_control_token=lambda text: False)
-    return SimpleNamespace(base="", chat=chat, guard=InstantGuard(accepts), sampled_student=lambda **_: None)
+    guard = InstantGuard(accepts)
+    return SimpleNamespace(base="", chat=chat, chats=[chat], guard=guard, responder=lambda: (None, chat))
 
 
 @contextmanager

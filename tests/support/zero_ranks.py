@@ -21,9 +21,9 @@ from thinksafe.model.weights import load_config, load_decoder, save_decoder
 from thinksafe.training import checkpoint, losses
 from thinksafe.training.config import TrainingConfig, ZeroConfig
 from thinksafe.training.loop import train
-from thinksafe.training.losses import PackLoss
+from thinksafe.training.losses import PackLoss, SafetyHeads
 from thinksafe.training.packing import pack, partition_balanced
-from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.sequence import PreferencePair, SafetySpan, TrainingSequence
 from thinksafe.training.trainer import NonFiniteStep
 
 CPU = torch.device("cpu")
@@ -49,10 +49,13 @@ SETUPS = {
     "lora-3-kl": ("lora", ZeroConfig(3)),
     "lora-2-kl": ("lora", ZeroConfig(2)),
     "full-3-kl": ("full", ZeroConfig(3)),
+    "lora-2-pairs": ("lora heads", ZeroConfig(2)),
+    "lora-3-pairs": ("lora heads", ZeroConfig(3)),
 }
-MAIN_SETUPS = ("lora-3-offloaded", "lora-1", "lora-2-fp8", "full-3", "full-2", "lora-2-kl")
+"""{name: (method, sharding)}: `lora`, `lora fp8` (frozen weights in fp8), `lora heads` (SafeKey's heads too) or `full`.
+The end of a name, `kl` or `pairs`, says which losses the batches have besides cross-entropy."""
+MAIN_SETUPS = ("lora-3-offloaded", "lora-1", "lora-2-fp8", "full-3", "full-2", "lora-2-kl", "lora-3-pairs")
 """Setups that every test run covers: each stage, method and loss. The others run in exhaustive tests."""
-"""{name: (method, sharding)}: `lora`, `lora fp8` (frozen weights in fp8) or `full`."""
 INTERRUPTED_SETUPS = {"lora-2-kl": ("lora", ZeroConfig(2)), "full-3-kl": ("full", ZeroConfig(3))}
 """Setups of the interrupted runs. The frozen base of the first one also has a poisoned token."""
 CHECKPOINTING = {"lora-3": "full", "lora-3-offloaded": "selective", "full-3": "selective"}
@@ -81,8 +84,17 @@ def mixed_sequences() -> list[TrainingSequence]:
     ]
 
 
-def batches(setup: str) -> list[list[TrainingSequence]]:
-    """Return the sequences of each of the four steps of a setup."""
+def pairs_and_spans() -> list[TrainingSequence | PreferencePair]:
+    """Return three preference pairs, and two sequences of which one has a span for SafeKey's heads."""
+    pairs = [PreferencePair(*SEQUENCES[index : index + 2], 0.3) for index in (0, 2, 4)]
+    return [*pairs, dataclasses.replace(SEQUENCES[6], safety_span=SafetySpan(20, 30, True, 0.5)), SEQUENCES[3]]
+
+
+def batches(setup: str) -> list[list[TrainingSequence | PreferencePair]]:
+    """Return the items of each of the four steps of a setup."""
+    if setup.endswith("pairs"):
+        items = pairs_and_spans()
+        return [items, items[:1], items[3:], items[2:]]
     if not setup.endswith("kl"):
         return BATCHES
     return [mixed_sequences(), mixed_sequences()[2:3], mixed_sequences()[4:], mixed_sequences()[:1]]
@@ -102,6 +114,9 @@ def student(folder: Path, method: str, dtype=torch.float32, lora=LORA):
         return decoder.requires_grad_(True)
     attach(decoder, lora, seed=0)
     decoder.prepare_fp8_backward()
+    if method == "lora heads":
+        torch.manual_seed(2)
+        decoder.safety_heads = SafetyHeads(decoder.config.hidden_size, CPU)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapter_parameters(decoder).items():
@@ -189,7 +204,7 @@ def steps(folder: Path, out: Path, *names: str) -> None:
         reference_packs.clear()
         decoder = student(folder, method)
         decoder.checkpointing = (CHECKPOINTING.get(name, "none"),) * decoder.config.num_layers
-        trainer = make_trainer(decoder, config, with_reference=name.endswith("kl"))
+        trainer = make_trainer(decoder, config, with_reference=name.endswith(("kl", "pairs")))
         results = [
             dataclasses.astuple(trainer.step(local_packs(batch), rate))
             for batch, rate in zip(batches(name), RATES, strict=True)

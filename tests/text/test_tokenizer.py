@@ -294,7 +294,7 @@ def tokenizer_with_options(folder, rng: random.Random) -> Tokenizer:
     tokenizer = backend(kind)
     for content in CONTENTS:
         options = {flag: rng.random() < 0.3 for flag in FLAGS}
-        options["normalized"] &= kind != "legacy"  # has a test of its own
+        options["normalized"] &= kind != "legacy"  # another test covers it
         options["single_word"] &= not options["normalized"]  # else other added tokens decide where a word ends
         tokenizer.add_tokens([AddedToken(content, special=content.startswith("<|"), **options)])
     write_folder(folder, tokenizer, eos_token=None)
@@ -448,7 +448,7 @@ def test_no_id_beyond_the_vocabulary_is_a_broken_character(tmp_path):
 
 @pytest.mark.slow
 def test_large_vocabulary_loads_in_the_time_of_a_few_reads(tmp_path):
-    """The vocabulary is read once, and is neither copied nor written as JSON."""
+    """The vocabulary is read once. It is not copied, and not written as JSON."""
     small = backend("byte-level")
     letters = pre_tokenizers.ByteLevel.alphabet()
     merges = list(itertools.product(letters, letters))

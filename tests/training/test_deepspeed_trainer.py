@@ -102,7 +102,7 @@ def test_every_setup_matches_a_single_process(folder, tmp_path, ranks, names):
     for name in names:
         method, zero = SETUPS[name]
         summary = json.loads((tmp_path / f"{name}.json").read_text())
-        single = LocalTrainer(student(folder, method), CLIP, DECAY, with_reference=name.endswith("kl"))
+        single = LocalTrainer(student(folder, method), CLIP, DECAY, with_reference=name.endswith(("kl", "pairs")))
         expected = [
             dataclasses.astuple(
                 dataclasses.replace(single.step(local_packs(batch), rate), dropped_mass=(ranks - 1) / 8)
@@ -121,7 +121,7 @@ def test_every_setup_matches_a_single_process(folder, tmp_path, ranks, names):
         assert summary["num_reference_passes"] == sum(
             max(len(packs_of_rank(batch, rank, ranks)) for rank in range(ranks))
             for batch in batches(name)
-            if any(sequence.use_reference_kl for sequence in batch)
+            if any(item.needs_reference for item in batch)
         ), f"{name}: the reference runs in steps with KL sequences, equally often on all ranks"
         assert summary["num_alive"] == [0] * ranks and summary["num_tensors"] >= 4, f"{name}: memory is not freed"
         assert max(summary["parts"]) < 1.5 * sum(summary["parts"]) / ranks, f"{name}: one rank holds the checkpoint"

@@ -286,15 +286,16 @@ def test_loss_reduction_setting_decides_the_weights(student_folder, tmp_path, re
 def test_clipping_and_decay_of_the_recipe_reach_either_trainer(student_folder, monkeypatch):
     decoder, config = (
         load_decoder(student_folder, torch.float32, CPU),
-        TrainingConfig(max_grad_norm=0.7, weight_decay=0.3),
+        TrainingConfig(max_grad_norm=0.7, weight_decay=0.3, beta2=0.95),
     )
     decoder.requires_grad_(True)
     single = _make_trainer(decoder, config, _MemoryPlan(None, False, 9, 9), CPU)
-    assert (single.max_grad_norm, single.optimizer.param_groups[0]["weight_decay"]) == (0.7, 0.3)
+    (group,) = single.optimizer.param_groups
+    assert (single.max_grad_norm, group["weight_decay"], group["betas"]) == (0.7, 0.3, (0.9, 0.95))
     recorder = SimpleNamespace(DeepSpeedTrainer=lambda *options: options)
     monkeypatch.setitem(sys.modules, "thinksafe.training.deepspeed_trainer", recorder)
     options = _make_trainer(decoder, config, _MemoryPlan(None, True, 9, 9, ZeroConfig(2)), CPU)
-    assert options == (decoder, 0.7, 0.3, ZeroConfig(2), True, CPU, SINGLE_PROCESS)
+    assert options == (decoder, 0.7, 0.3, ZeroConfig(2), True, CPU, SINGLE_PROCESS, 0.95)
 
 
 # Schedule

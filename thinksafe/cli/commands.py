@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     with _open_run(options) as (run, checkpoints, pipeline):
         pipeline.check_run(run, checkpoints)
         pipeline.make_examples(run, checkpoints)
-        _print_coverage(run)
+        if "accept" in run.recipe.method.stages:
+            _print_coverage(run)
         pipeline.require_accepted_examples(run)  # reports an empty training set before hours of evaluation
         pipeline.evaluate_student(run, checkpoints, "before")
         pipeline.train_student(run, checkpoints)
@@ -105,6 +106,8 @@ def train(options: argparse.Namespace) -> None:
 
         if options.data is not None:
             import_examples(run, options.data)
+        elif "load" in run.recipe.method.stages:
+            pipeline.load_examples(run)
         pipeline.train_student(run, checkpoints)
         run.workers.on_leader(lambda: print(run.student_folder))
 
@@ -246,7 +249,8 @@ def _open_run(options: argparse.Namespace) -> Iterator[tuple["RunDir", "Checkpoi
 
 
 def _load_recipe(options: argparse.Namespace, default: str | None = None) -> "Recipe":
-    """Return the recipe of --recipe, else of the run directory --out, else `default`, with --set, --seed and --prompts.
+    """Return the recipe of --recipe, else of the run directory --out, else `default`, with --method, --set, --seed and
+    --prompts.
 
     Raises:
         UserError: the recipe is invalid, there is none, or another version of ThinkSafe wrote the run directory.
@@ -268,7 +272,7 @@ def _load_recipe(options: argparse.Namespace, default: str | None = None) -> "Re
         raise UserError(f"--out {out}: contains no run to resume; use --recipe with a file or one of {names}")
     values = {key: getattr(options, key, None) for key in ("seed", "prompts")}
     overrides = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-    return load_recipe(source, [*options.set, *overrides])
+    return load_recipe(source, [*options.set, *overrides], options.method)
 
 
 def _print_page(page: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from thinksafe import __version__
 from thinksafe.cli import commands
-from thinksafe.paths import bundled_recipes
+from thinksafe.paths import bundled_methods, bundled_recipes
 
 _INTRODUCTION = """\
 Restore the safety of a reasoning model with its own data.
@@ -62,6 +62,12 @@ def _integer(minimum: int) -> Callable[[str], int]:
 
 _RECIPE_OPTIONS = (
     _option("--recipe", "FILE", f"recipe file, or one of: {', '.join(bundled_recipes())}"),
+    _option(
+        "--method",
+        "NAME",
+        f"train by this method instead of the recipe's: {', '.join(bundled_methods())}; NAME@BUDGET picks one of its "
+        "budgets as_in_the_paper (the default), own_recipe and matched",
+    ),
     _option("--set", "KEY=VALUE", "change one key; repeatable", action="append", default=[]),
 )
 _RUN_OPTIONS = (

@@ -159,7 +159,7 @@ def prompts_from_rows(
     """
     seen: set[str] = set()
     for where, row, origin in rows:
-        text, label = _prompt_text(where, row, ("text", "prompt", "instruction")), _label(where, row)
+        text, label = _prompt_text(where, row, ("text", "prompt", "instruction")), label_of(where, row)
         answer, source = (_plain_text(where, row, column) for column in ("answer", "source"))
         id_ = content_id(label, text)
         if id_ in seen:
@@ -169,9 +169,9 @@ def prompts_from_rows(
         yield Prompt(id_, text, label, source or origin, answer)
 
 
-def _label(where: str, row: dict[str, Any]) -> Label:
-    """Return a row's label without SafeChain's prefix."""
-    label = row.get("label")
+def label_of(where: str, values: dict[str, Any]) -> Label:
+    """Return a row's `label` without SafeChain's prefix; raise a UserError, which names `where`, if it is no label."""
+    label = values.get("label")
     match = _LABEL.fullmatch(label) if isinstance(label, str) else None
     if match is None:
         expected = "harmful or benign (or vanilla_..., adversarial_...)"
@@ -234,7 +234,7 @@ def import_records(file: Path, kind: type[Response] | type[Example]) -> Iterator
             raise UserError(f"{where}: needs a string {' or '.join(map(repr, response_columns))}")
         fields = {name: row[name] for name in kind.__dataclass_fields__ if row.get(name) is not None}
         fields["prompt"] = _prompt_text(where, row, ("prompt", "instruction"))
-        record = _make_record(where, fields | {"label": _label(where, row), response_columns[0]: text}, kind)
+        record = _make_record(where, fields | {"label": label_of(where, row), response_columns[0]: text}, kind)
         _check_prompt_id(where, record, contents)
         yield record
 

@@ -16,6 +16,7 @@ from thinksafe.estimate.workload import (
     REASONING_TOKENS,
     TextLengths,
     evaluation_set_size,
+    mean_response_tokens,
     response_lengths,
     unsteered_response_lengths,
 )
@@ -115,16 +116,23 @@ def estimate(recipe: Recipe, hardware: Hardware, num_gpus: int = 1, run: RunDir 
     by_label = response_lengths(recipe, model, run, assumptions)
     if recipe.generation.ladder:
         assumptions.append("further attempts, on the ladder or after marks, are not counted")
-    steered = sum(by_label.values(), TextLengths())
-    unsteered = unsteered_response_lengths(recipe, by_label.get("harmful"), run)
-    estimator = Estimator(recipe, model, hardware, num_gpus)
-    stages = [estimator.sampling("generate", steered, recipe.generation.sampling)]
-    if unsteered.num_responses:
-        stages.append(estimator.sampling("probe", unsteered, recipe.generation.sampling))
-    stages.append(estimator.judging("filter", steered + unsteered))
+    estimator, stages = Estimator(recipe, model, hardware, num_gpus), []
+    if "generate" in recipe.method.stages:
+        steered, unsteered = sum(by_label.values(), TextLengths()), TextLengths()
+        responder = recipe.method.responder
+        answering = replace(estimator, model=shape_of(responder, "method.model")) if responder else estimator
+        stages.append(answering.sampling("generate", steered, recipe.generation.sampling))
+        if "probe" in recipe.method.stages:
+            unsteered = unsteered_response_lengths(recipe, by_label.get("harmful"), run)
+        if unsteered.num_responses:
+            stages.append(answering.sampling("probe", unsteered, recipe.generation.sampling))
+        stages.append(answering.judging("filter", steered + unsteered))
     training = estimator.training(by_label)
     if recipe.evaluation.sets:
-        before = estimator.evaluation("evaluate_before", by_label, assumptions)
+        mean_tokens: dict[str, float] = mean_response_tokens(model)
+        if "generate" in recipe.method.stages:
+            mean_tokens = {label: texts.response_tokens / texts.num_responses for label, texts in by_label.items()}
+        before = estimator.evaluation("evaluate_before", mean_tokens, assumptions)
         stages += [before, training, replace(before, name="evaluate_after")]
     else:
         stages.append(training)
@@ -238,11 +246,11 @@ class Estimator:
         kinds = ", ".join(guard.kind for guard in self.recipe.guard.single_guards)
         return StageEstimate(name, round(texts.response_tokens), seconds / SCORING_SHARE, seconds, memory, kinds)
 
-    def evaluation(self, name: str, by_label: dict[str, TextLengths], assumptions: list[str]) -> StageEstimate:
+    def evaluation(self, name: str, mean_tokens: dict[str, float], assumptions: list[str]) -> StageEstimate:
         """Return the estimate of one evaluation of all sets. All are sampled, and all except reasoning sets are judged.
 
         Args:
-            by_label: response lengths in training, from which those of harmful and benign sets are taken.
+            mean_tokens: label -> mean number of tokens of the responses to harmful and benign sets.
             assumptions: list to which sentences on assumed lengths and sizes are appended.
         """
         sampling = self.recipe.evaluation.sampling
@@ -251,14 +259,13 @@ class Estimator:
         for entry in self.recipe.evaluation.sets:
             size = evaluation_set_size(entry, assumptions)
             if entry.kind == "reasoning":
-                mean_tokens = min(REASONING_TOKENS, max_tokens)
-                assumptions.append(f"answers to reasoning questions have {mean_tokens:,.0f} tokens")
-                reasoning += TextLengths.assumed(size, entry.samples, mean_tokens, max_tokens)
+                reasoning_tokens = min(REASONING_TOKENS, max_tokens)
+                assumptions.append(f"answers to reasoning questions have {reasoning_tokens:,.0f} tokens")
+                reasoning += TextLengths.assumed(size, entry.samples, reasoning_tokens, max_tokens)
             else:
                 label = "harmful" if entry.kind == "harmful" else "benign"
-                similar = by_label.get(label) or next(iter(by_label.values()))
-                mean_tokens = similar.response_tokens / similar.num_responses
-                judged += TextLengths.assumed(size, entry.samples, mean_tokens, max_tokens)
+                tokens = mean_tokens.get(label) or next(iter(mean_tokens.values()))
+                judged += TextLengths.assumed(size, entry.samples, tokens, max_tokens)
         judging = self.judging(name, judged)
         stage = self.sampling(name, reasoning + judged, sampling, judging.memory["guard"])
         return replace(
@@ -279,13 +286,14 @@ class Estimator:
         fp8, grouped_heads = config.frozen_weight_dtype == "fp8", supports_grouped_heads(torch.bfloat16)
         costs = TrainingCosts(model, lora, _BF16, uses_kl, fp8, grouped_heads)
         texts = sum(by_label.values(), TextLengths())
-        counts = _token_counts(texts, config.epochs)
-        reference_counts = _token_counts(kl_texts, config.epochs)
-
-        tokens, max_length = counts.tokens, min(config.max_length, model.max_seq_len)
-        steps = config.epochs * math.ceil(texts.num_responses / config.batch_size)
+        steps_per_epoch = math.ceil(texts.num_responses / config.batch_size)
         if config.tokens_per_step:
-            steps = math.ceil(tokens / config.tokens_per_step)
+            steps_per_epoch = _token_counts(texts, 1).tokens / config.tokens_per_step
+        epochs = config.epochs if config.steps is None else config.steps / steps_per_epoch
+        steps = math.ceil(epochs * steps_per_epoch)
+        counts = _token_counts(texts, epochs)
+        reference_counts = _token_counts(kl_texts, epochs)
+        tokens, max_length = counts.tokens, min(config.max_length, model.max_seq_len)
         tokens_per_step = config.tokens_per_step or config.batch_size * max_length
         max_pack = max(max_length, min(config.max_tokens_per_pack, tokens_per_step))
         packs = steps * max(1.0, tokens / steps / self.num_gpus / config.max_tokens_per_pack)
@@ -329,6 +337,6 @@ class Estimator:
         return StageEstimate("train", round(tokens), seconds, roofline_seconds, parts, remark)
 
 
-def _token_counts(texts: TextLengths, epochs: int) -> TokenCounts:
+def _token_counts(texts: TextLengths, epochs: float) -> TokenCounts:
     tokens, pairs = texts.prompt_tokens + texts.response_tokens, texts.prompt_pairs + texts.response_pairs
     return TokenCounts(epochs * tokens, epochs * texts.response_tokens, epochs * pairs)

@@ -9,11 +9,12 @@ from itertools import islice
 import numpy as np
 
 from thinksafe.data.jsonl import read_records
-from thinksafe.data.records import Response
-from thinksafe.data.sources import load_prompts
+from thinksafe.data.records import Example, Response
+from thinksafe.data.sources import load_prompts, rows_of
 from thinksafe.errors import UserError
 from thinksafe.evaluation.config import EvaluationSet
 from thinksafe.evaluation.sets import evaluation_prompts
+from thinksafe.methods.given_data import GivenData
 from thinksafe.model.config import ModelConfig
 from thinksafe.paths import expand_path
 from thinksafe.recipe.schema import Recipe
@@ -113,11 +114,15 @@ def response_lengths(
             assumptions.append("response lengths are those of the run directory")
             return {label: texts for label, texts in by_label.items() if texts.num_responses}
         counts = {label: (texts.num_prompts, texts.num_responses) for label, texts in by_label.items()}
+    elif isinstance(recipe.method, GivenData):
+        counts = {label: (count, count) for label, count in _example_counts(recipe.method).items()}
     else:
         samples = recipe.generation.samples
         counts = {label: (count, count * samples) for label, count in _prompt_counts(recipe).items()}
     max_tokens = min(recipe.generation.sampling.max_tokens, model.max_seq_len)
-    mean_tokens = _PAPER_RESPONSE_TOKENS[model.num_parameters < _MAX_SMALL_PARAMETERS]
+    mean_tokens = mean_response_tokens(model)
+    if isinstance(recipe.method, GivenData) and (response_tokens := recipe.method.response_tokens):
+        mean_tokens = dict.fromkeys(mean_tokens, response_tokens)
     assumptions.append(
         f"prompts have {_PROMPT_TOKENS} tokens, responses are as long as in the paper (at most {max_tokens:,}), "
         "all are accepted"
@@ -127,6 +132,11 @@ def response_lengths(
         for label, (prompts, responses) in counts.items()
         if prompts
     }
+
+
+def mean_response_tokens(model: ModelConfig) -> dict[str, int]:
+    """Return label -> mean number of tokens of a response in the paper, for a model of this size."""
+    return _PAPER_RESPONSE_TOKENS[model.num_parameters < _MAX_SMALL_PARAMETERS]
 
 
 def unsteered_response_lengths(recipe: Recipe, harmful: TextLengths | None, run: RunDir | None) -> TextLengths:
@@ -140,7 +150,19 @@ def unsteered_response_lengths(recipe: Recipe, harmful: TextLengths | None, run:
     generation = recipe.generation
     if harmful is None or generation.steering is None or generation.num_unsteered_prompts == 0:
         return TextLengths()
-    return harmful.with_responses(min(generation.num_unsteered_prompts, harmful.num_prompts))
+    count = generation.num_unsteered_prompts
+    return harmful.with_responses(harmful.num_prompts if count is None else min(count, harmful.num_prompts))
+
+
+def _example_counts(method: GivenData) -> dict[str, float]:
+    """Return the number of a data set's examples of each label: counted in a local file, or those of the published data
+    set; raise a UserError if it is unknown."""
+    if not expand_path(method.source).exists():
+        if method.source == type(method).source and method.expected_counts:
+            return method.expected_counts
+        raise UserError(f"method.source: the number of examples in {method.source!r} is unknown; use a local file")
+    examples = map(method.example_of, rows_of(method.source, "method.source", default_split="train"))
+    return Counter(example.label for example in method.select(e for e in examples if isinstance(e, Example)))
 
 
 def _prompt_counts(recipe: Recipe) -> dict[str, float]:

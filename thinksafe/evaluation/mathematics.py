@@ -50,7 +50,7 @@ def is_equal(answer: str, gold: str) -> bool:
 
 def is_readable(gold: str) -> bool:
     """Return whether a gold answer is text, or mathematics that math-verify reads whole and finds equal to itself. Only
-    an answer written in the same way equals one that is not readable."""
+    an answer written in the same way equals an unreadable one."""
     if _OPTION_GOLD.fullmatch(gold.strip()):
         return True
     expected = _normalized_gold(gold)

@@ -11,7 +11,7 @@ samples, scores and trains in turns: it makes the sequences of every step from r
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -19,26 +19,60 @@ from thinksafe.data.records import Example, Label, Prompt, Response, Verdict
 from thinksafe.data.selection import Attempt, choose
 from thinksafe.section import Section
 from thinksafe.text.chat import Chat
-from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.config import TrainingConfig
+from thinksafe.training.sequence import TrainingItem, TrainingSequence
 
 
 @dataclass(frozen=True)
 class Method(Section):
-    """A method that trains on a fixed set of examples."""
+    """What the student learns from. The key `type` names the method; docs/methods.md describes all of them."""
 
     stages: ClassVar[tuple[str, ...]] = ()
     """Stages that make the files training reads, in order: keys of `thinksafe.pipeline.STAGES`."""
+    example_type: ClassVar[type[Example]] = Example
+    """Kind of the records of accepted.jsonl."""
+    needs_rejected: ClassVar[bool] = False
+    """Whether an example needs an unsafe unsteered response to its prompt; see `example`."""
+    has_safety_heads: ClassVar[bool] = False
+    """Whether SafeKey's heads are trained beside the student."""
+    type: ClassVar[str]
+    """Name of the method in a recipe."""
+
+    def check_settings(self, generation: Any, training: TrainingConfig) -> None:
+        """Raise a ValueError, whose message begins with a key, if another section of the recipe contradicts the method.
+
+        Args:
+            generation: section `generation` of the recipe.
+            training: section `training`.
+        """
+
+    @property
+    def responder(self) -> str | None:
+        """Checkpoint folder or hub name of the model that answers the prompts; None for the student."""
+        return None
 
     @property
     def kl_labels(self) -> frozenset[Label]:
         """Labels of the examples whose loss is the KL divergence from the untrained student."""
         return frozenset()
 
-    def choose(self, attempts: Sequence[Attempt]) -> Attempt | None:
-        """Return the attempt at one prompt that becomes its example, or None if there is none."""
+    def choose(self, attempts: Sequence[Attempt], seed: int) -> Attempt | None:
+        """Return the attempt at one prompt that becomes its example, or None if there is none.
+
+        Args:
+            seed: seed of the run, for a method that draws one.
+        """
         return choose(attempts)
 
-    def training_sequence(self, example: Example, chat: Chat) -> TrainingSequence:
+    def example(self, kept: Attempt, rejected: str | None) -> Example | None:
+        """Return the example of a chosen attempt, or None if the method cannot use it.
+
+        Args:
+            rejected: an unsafe unsteered response to the prompt; None without one, or unless `needs_rejected`.
+        """
+        return kept.example
+
+    def training_sequence(self, example: Example, chat: Chat) -> TrainingItem:
         """Return an example as token ids, with the loss of each token.
 
         By default it is the student's template with the prompt, then the response, whose tokens have the example's
@@ -54,6 +88,12 @@ class Method(Section):
         ids = np.array(prompt + chat.response_ids(example.response), dtype=np.int32)
         uses_kl = example.label in self.kl_labels
         return TrainingSequence(ids, len(prompt), example.prompt_id, example.weight, uses_kl)
+
+
+def check_unsteered(method: Method, generation: Any) -> None:
+    """Raise a ValueError if the section `generation` of a recipe steers, for a method that samples without steering."""
+    if any(rung.steering for rung in generation.rungs):
+        raise ValueError(f"generation.steering: method {method.type} samples without steering; set it to null")
 
 
 @dataclass(frozen=True)

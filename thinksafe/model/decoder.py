@@ -69,6 +69,7 @@ class Decoder(nn.Module):
         shard: which part that is.
         lora: settings of the adapters that are in use; None without adapters, or while they are turned off.
         checkpointing: activation checkpointing of each layer, `none` at first.
+        safety_heads: a module that a training may attach, to train it too; it is not saved with the model.
     """
 
     def __init__(self, config: ModelConfig, shard: TensorShard = UNSHARDED):
@@ -82,6 +83,7 @@ class Decoder(nn.Module):
         self.final_norm = nn.Parameter(torch.empty(config.hidden_size))
         if not config.tied_head:
             self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.safety_heads: nn.Module | None = None
         self._angles: Tensor | None = None  # not a buffer, because .to(bfloat16) would round it
 
     @property

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from thinksafe.model.config import ModelConfig
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.weights import save_decoder
+from thinksafe.organism.data_sets import write_data_sets
 from thinksafe.organism.language import vocabulary
 from thinksafe.organism.tokenizer import END_OF_TURN, PADDING, build_tokenizer
 from thinksafe.organism.world import Sample, World
@@ -53,7 +54,7 @@ def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics:
     """Train the student, and write it and its data to a folder, which is created if it is missing.
 
     The folder gets `model/` (a checkpoint folder), `prompts.jsonl` (prompts for a run), `eval_harmful.jsonl`,
-    `eval_benign.jsonl` and `eval_arithmetic.jsonl`.
+    `eval_benign.jsonl` and `eval_arithmetic.jsonl`, and `data_sets/` (see data_sets.py).
 
     Args:
         seed: another seed is another world: other splits of nouns and phrasings, other lessons, other initial weights.
@@ -64,11 +65,13 @@ def build(out_dir: Path, seed: int = 0, on_step: OnStep = lambda stage, metrics:
 
 
 def write_sets(world: World, out_dir: Path) -> None:
-    """Write prompts.jsonl and eval_{harmful,benign,arithmetic}.jsonl to a folder, which is created if missing."""
+    """Write prompts.jsonl, eval_{harmful,benign,arithmetic}.jsonl and the folder data_sets to a folder, which is
+    created if missing."""
     out_dir.mkdir(parents=True, exist_ok=True)
     for make_samples in (world.prompts, world.eval_harmful, world.eval_benign, world.eval_arithmetic):
         lines = "".join(json.dumps(sample.record()) + "\n" for sample in make_samples())
         (out_dir / f"{make_samples.__name__}.jsonl").write_text(lines, newline="\n")
+    write_data_sets(world, out_dir / "data_sets")
 
 
 def train_student(world: World, tokenizer: PreTrainedTokenizerFast, on_step: OnStep) -> Decoder:

@@ -9,6 +9,7 @@ from thinksafe.pipeline.accept import accept_responses, require_accepted_example
 from thinksafe.pipeline.evaluate import evaluate_student
 from thinksafe.pipeline.generate import generate_responses, sample_unsteered_baseline
 from thinksafe.pipeline.judge import filter_responses
+from thinksafe.pipeline.load import load_examples
 from thinksafe.pipeline.preflight import check_run, write_estimate
 from thinksafe.pipeline.report import make_report, make_review_page
 from thinksafe.pipeline.retry import retry_rejected
@@ -22,6 +23,7 @@ STAGES = {
     "filter": filter_responses,
     "retry": retry_rejected,
     "accept": lambda run, checkpoints: accept_responses(run),
+    "load": lambda run, checkpoints: load_examples(run),
 }
 """Stages that make training examples, by the names that `Method.stages` has."""
 
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate_student",
     "filter_responses",
     "generate_responses",
+    "load_examples",
     "make_examples",
     "make_report",
     "make_review_page",

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from thinksafe.data.atomic import atomic_writer
-from thinksafe.data.jsonl import to_json
+from thinksafe.data.jsonl import read_records, to_json
+from thinksafe.data.records import Response, Verdict
 from thinksafe.data.selection import audit_record
 from thinksafe.distributed.workers import leader_only
 from thinksafe.errors import UserError
@@ -32,11 +33,24 @@ def accept_responses(run: RunDir) -> None:
         attempts = Attempts(run, marks)
         stage.files = [run.path / "accepted.jsonl", run.path / "audit.jsonl"] + [run.path / "marks.jsonl"] * bool(marks)
         stage.records = len(attempts)
+        rejected = _rejected_responses(run) if run.recipe.method.needs_rejected else {}
         with atomic_writer(stage.files[0]) as accepted_file, atomic_writer(stage.files[1]) as audit_file:
             for prompt_attempts in attempts:
-                if kept := run.recipe.method.choose(prompt_attempts):
-                    accepted_file.write(to_json(kept.example) + "\n")
+                kept = run.recipe.method.choose(prompt_attempts, run.recipe.seed)
+                if kept and (example := run.recipe.method.example(kept, rejected.get(kept.response.prompt_id))):
+                    accepted_file.write(to_json(example) + "\n")
                 audit_file.write(to_json(audit_record(prompt_attempts, kept)) + "\n")
+
+
+def _rejected_responses(run: RunDir) -> dict[str, str]:
+    """Return prompt id -> text of the unsteered response that the guard calls unsafe."""
+    responses = read_records(run.path / "unsteered.jsonl", Response)
+    verdicts = read_records(run.path / "unsteered_verdicts.jsonl", Verdict)
+    return {
+        response.prompt_id: response.text
+        for response, verdict in zip(responses, verdicts, strict=True)
+        if verdict.decision == "unsafe"
+    }
 
 
 def require_accepted_examples(run: RunDir) -> Path:
@@ -45,11 +59,12 @@ def require_accepted_examples(run: RunDir) -> Path:
     All workers call this together.
 
     Raises:
-        UserError: the file does not exist yet, was changed after stage `accept` wrote it, is empty, or differs on this
-            machine.
+        UserError: the file does not exist yet, was changed after stage `accept` or `load` wrote it, is empty, or
+            differs on this machine.
     """
     remedy = "`thinksafe filter` first, or use --data FILE"
-    accepted = require_stage_output(run, run.path / "accepted.jsonl", "accept", remedy)
+    stage = "load" if "load" in run.recipe.method.stages else "accept"
+    accepted = require_stage_output(run, run.path / "accepted.jsonl", stage, remedy)
     write_on_leader(accepted, run.workers)
     if accepted.stat().st_size == 0:
         raise UserError(f"{accepted}: no response was accepted, so there is nothing to train on; see verdicts.jsonl")

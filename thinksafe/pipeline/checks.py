@@ -1,5 +1,6 @@
 """Checks of a stage's input: the files exist, samples are unique, responses are well-formed, weights are the same."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from thinksafe.data.atomic import sha256, write_atomically
@@ -31,17 +32,17 @@ def check_unique_samples(file: Path, source: Path) -> None:
         seen.add((response.prompt_id, response.sample))
 
 
-def response_problem(response: Response, chat: Chat) -> str | None:
+def response_problem(response: Response, chats: Sequence[Chat]) -> str | None:
     """Return the code of the reason why a response is malformed, so that training cannot use it; None if it is not.
 
     The first reason that applies counts: `truncated` (it ended at the token limit), `repetition` or `nan` (sampling
     stopped because of these), `invalid_utf8` (some of its tokens are bytes of no character), `control_token` (its text
-    has a control token of the student other than the think tags), `no_think_block`, `nested_think` or `empty_answer`
-    (see `parse_response`).
+    has a control token of one of the `chats` other than the think tags), `no_think_block`, `nested_think` or
+    `empty_answer` (see `parse_response`).
     """
     if response.finish_reason != "stop":
         return "truncated" if response.finish_reason == "length" else response.finish_reason
-    if chat.has_control_token(response.text):
+    if any(chat.has_control_token(response.text) for chat in chats):
         return "control_token"
     parsed = parse_response(response.text)
     return parsed if isinstance(parsed, str) else None

@@ -22,6 +22,7 @@ from thinksafe.run.directory import RunDir
 from thinksafe.run.journal import write_on_leader
 from thinksafe.run.progress import print_note
 from thinksafe.run.stage import Stage, run_stage
+from thinksafe.text.chat import Chat
 
 Phase = Literal["before", "after"]
 """Whether the student is measured before or after training."""
@@ -44,11 +45,11 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
     """
     if not run.recipe.evaluation.sets:
         return
-    load_student = checkpoints.sampled_student
+    weights = {}
     if phase == "after":
         is_adapter = adapter is not None or run.recipe.training.method == "lora"
         student = adapter or run.student_folder
-        load_student = partial(load_student, **{"adapter" if is_adapter else "folder": student})
+        weights = {"adapter" if is_adapter else "folder": student}
         _require_same_student(run, student)
     if run.is_done(f"evaluate_{phase}"):
         return
@@ -56,6 +57,11 @@ def evaluate_student(run: RunDir, checkpoints: CheckpointStore, phase: Phase, ad
         sets = run.recipe.evaluation.sets
         note = partial(print_note, "gold answers") if phase == "before" and run.workers.is_leader else None
         prompts = [evaluation_prompts(entry, note) for entry in sets]  # shows mistakes before hours of sampling
+
+        def load_student() -> tuple[Decoder, Chat]:
+            chat = checkpoints.chat  # a mistake in it shows before weights are loaded
+            return checkpoints.sampled_student(**weights), chat
+
         results = [
             _evaluate_set(stage, checkpoints, phase, *pair, load_student) for pair in zip(sets, prompts, strict=True)
         ]
@@ -70,7 +76,7 @@ def _evaluate_set(
     phase: Phase,
     evaluation_set: EvaluationSet,
     prompts: list[Prompt],
-    load_student: Callable[[], Decoder],
+    load_student: Callable[[], tuple[Decoder, Chat]],
 ) -> SetFigures:
     """Sample responses to an evaluation set, judge them unless it is a `reasoning` set, and return its figures."""
     run, name = stage.run, evaluation_set.name

@@ -12,7 +12,7 @@ from thinksafe.data.records import Prompt, Response
 from thinksafe.data.sources import load_prompts
 from thinksafe.errors import UserError
 from thinksafe.model.decoder import Decoder
-from thinksafe.model.weights import checkpoint_fingerprint
+from thinksafe.model.weights import checkpoint_fingerprint, resolve_checkpoint
 from thinksafe.pipeline.responses import SamplingTask, check_prompt_lengths, longest_first, sample_responses
 from thinksafe.run.checkpoints import CheckpointStore
 from thinksafe.run.directory import RunDir
@@ -21,21 +21,30 @@ from thinksafe.run.progress import print_note
 from thinksafe.run.stage import Stage, run_stage
 from thinksafe.sampler.config import SamplingConfig
 from thinksafe.sampler.engine import Engine
+from thinksafe.text.chat import Chat
 
 
 def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
     """Sample the first attempt at every prompt of the recipe, and write prompts.jsonl and responses.jsonl. All workers
     call this together.
 
-    Each prompt gets `generation.samples` responses: harmful prompts with the steering instruction, benign ones without.
+    The method's responder answers: the student, or a teacher. Each prompt gets `generation.samples` responses: harmful
+    prompts with the steering instruction, benign ones without.
 
     Raises:
         UserError: the recipe names no prompts, they cannot be read, or one is too long; the run directory holds
             imported responses or responses to other prompts; or the checkpoint has changed since the run began.
     """
+    if "generate" not in run.recipe.method.stages:
+        raise UserError(
+            f"method {run.recipe.method.type} samples no responses; use `thinksafe run` or `thinksafe train`"
+        )
     if run.is_done("generate"):
         return
     with run_stage(run, "generate") as stage:
+        if responder := run.recipe.method.responder:
+            folder = resolve_checkpoint(responder, "method.model")
+            run.pin_input("teacher", checkpoint_fingerprint(folder))
         prompts, (responses_file, _) = _write_prompts(stage), run.attempt_paths(0)
         rung = run.recipe.generation.rungs[0]
 
@@ -45,7 +54,7 @@ def generate_responses(run: RunDir, checkpoints: CheckpointStore) -> None:
 
         tasks = LazyMap(task, range(len(prompts) * rung.samples))
         sampling = run.recipe.generation.sampling
-        sample_to_file(stage, checkpoints, responses_file, tasks, sampling, "generate", checkpoints.sampled_student)
+        sample_to_file(stage, checkpoints, responses_file, tasks, sampling, "generate", checkpoints.responder)
 
 
 def _write_prompts(stage: Stage) -> RecordFile[Prompt]:
@@ -75,18 +84,20 @@ def sample_unsteered_baseline(run: RunDir, checkpoints: CheckpointStore) -> None
     """Sample one response without steering to each of some harmful prompts, and write unsteered.jsonl. All workers call
     this together, after `generate_responses`.
 
-    The prompts are the `generation.num_unsteered_prompts` with the smallest ids, or all if there are fewer. Ids are
-    hashes, so the choice is random but reproducible. Nothing is done if nothing is steered.
+    The prompts are the `generation.num_unsteered_prompts` with the smallest ids, or all if it is null. Ids are hashes,
+    so the choice is random but reproducible. Nothing is done if nothing is steered.
     """
     config = run.recipe.generation
     if config.num_unsteered_prompts == 0 or config.steering is None or run.is_done("probe"):
         return
     harmful = (prompt for prompt in RecordFile(run.path / "prompts.jsonl", Prompt) if prompt.label == "harmful")
-    tasks = list(map(SamplingTask, nsmallest(config.num_unsteered_prompts, harmful, key=lambda prompt: prompt.id)))
+    if (count := config.num_unsteered_prompts) is not None:
+        harmful = nsmallest(count, harmful, key=lambda prompt: prompt.id)
+    tasks = list(map(SamplingTask, sorted(harmful, key=lambda prompt: prompt.id)))
     if tasks:
         with run_stage(run, "probe") as stage:
-            file, load_student = run.path / "unsteered.jsonl", checkpoints.sampled_student
-            sample_to_file(stage, checkpoints, file, tasks, config.sampling, "unsteered", load_student)
+            file = run.path / "unsteered.jsonl"
+            sample_to_file(stage, checkpoints, file, tasks, config.sampling, "unsteered", checkpoints.responder)
 
 
 def sample_to_file(
@@ -96,7 +107,7 @@ def sample_to_file(
     tasks: Sequence[SamplingTask],
     sampling: SamplingConfig,
     title: str,
-    load_student: Callable[[], Decoder],
+    load_model: Callable[[], tuple[Decoder, Chat]],
 ) -> None:
     """Sample a response for each task that has none in the file's journal, and give the file its final name. All
     workers call this together and share the tasks. The tokens and records of the whole file count for the stage.
@@ -104,7 +115,7 @@ def sample_to_file(
     Args:
         tasks: tasks of all responses, in the order of the final file.
         title: title of the progress bar.
-        load_student: returns the model to sample from; called only if a response is missing.
+        load_model: returns the model to sample from, and its chat template; called only if a response is missing.
 
     Raises:
         UserError: the journal holds a response to another task, a prompt is too long, or the recipe's checkpoint has
@@ -114,7 +125,8 @@ def sample_to_file(
     work = stage.open_records(file, Response, tasks, config.tensor_parallel_size)
     if work.pending:
         run.pin_input("model", checkpoint_fingerprint(checkpoints.base))
-        chat, engine = checkpoints.chat, Engine(load_student(), config, work.fair_share)
+        decoder, chat = load_model()
+        engine = Engine(decoder, config, work.fair_share)
         check_prompt_lengths(chat, tasks, engine.max_prompt_tokens, engine.cache_limits_context)
         claimed = work.claim(longest_first(work.pending, tasks))
         shared_tokens, preemptions = workers.shared_counter(), workers.shared_counter()

@@ -81,10 +81,10 @@ def judge_to_file(
     pin_guard(run)
     work = stage.open_records(file, Verdict, responses, run.recipe.guard.tensor_parallel_size)
     if work.pending:
-        guard, chat = checkpoints.guard, checkpoints.chat  # every worker loads the guard, even without a batch
+        guard, chats = checkpoints.guard, checkpoints.chats  # every worker loads the guard, even without a batch
         with work.progress(title, "verdicts"):
             for batch in work.claim_batches(_BATCH_SIZE):
-                for response, verdict in judge_batch(guard, chat, batch, include_malformed):
+                for response, verdict in judge_batch(guard, chats, batch, include_malformed):
                     work.write(verdict, response.num_tokens if verdict.decision != "dropped" else 0)
     work.finish()
     dropped = {verdict.key for verdict in RecordFile(file, Verdict) if verdict.decision == "dropped"}
@@ -92,17 +92,17 @@ def judge_to_file(
 
 
 def judge_batch(
-    guard: Guard, chat: Chat, responses: Sequence[Response], include_malformed: bool = False
+    guard: Guard, chats: Sequence[Chat], responses: Sequence[Response], include_malformed: bool = False
 ) -> Iterator[tuple[Response, Verdict]]:
     """Yield each response with its verdict: first the dropped responses, then the others as the guard judges them.
 
     Args:
-        chat: tokenizer and chat template of the student.
+        chats: tokenizers and chat templates whose control tokens a response must not contain.
         include_malformed: see `judge_to_file`.
     """
     well_formed = []
     for response in responses:
-        problem = response_problem(response, chat)
+        problem = response_problem(response, chats)
         if problem is None or (include_malformed and response.text):
             well_formed.append(response)
         else:

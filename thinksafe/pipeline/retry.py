@@ -48,8 +48,8 @@ def _run_round(
         if not (tasks := make_tasks()):
             return False
         with run_stage(run, sampling_stage) as stage:
-            sampling, load_student = run.recipe.generation.sampling, checkpoints.sampled_student
-            sample_to_file(stage, checkpoints, responses_file, tasks, sampling, title, load_student)
+            sampling = run.recipe.generation.sampling
+            sample_to_file(stage, checkpoints, responses_file, tasks, sampling, title, checkpoints.responder)
     if not run.is_done(judging_stage):
         with run_stage(run, judging_stage) as stage:
             responses = RecordFile(responses_file, Response)
@@ -101,7 +101,7 @@ def _tasks_after_marks(run: RunDir) -> Sequence[SamplingTask]:
         for attempts in Attempts(run, marks) if marks else ():
             last = attempts[-1].response
             rejected = any(attempt.human_decision == "reject" for attempt in attempts)
-            if not rejected or run.recipe.method.choose(attempts) or last.rung + 1 == len(rungs):
+            if not rejected or run.recipe.method.choose(attempts, run.recipe.seed) or last.rung + 1 == len(rungs):
                 continue
             rung, prompt = rungs[last.rung + 1], (last.prompt_id, last.prompt, last.label)
             if limit is None or num_responses + len(task_fields) + rung.samples <= limit:

@@ -38,7 +38,7 @@ class StudentRollouts:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[Verdict]:
         responses = [rollout.response for rollout in rollouts]
-        verdicts = {id(response): verdict for response, verdict in judge_batch(self._guard, self._chat, responses)}
+        verdicts = {id(response): verdict for response, verdict in judge_batch(self._guard, [self._chat], responses)}
         return [verdicts[id(response)] for response in responses]
 
 

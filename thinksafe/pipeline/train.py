@@ -29,6 +29,7 @@ from thinksafe.training.config import TrainingConfig, ZeroConfig, require_deepsp
 from thinksafe.training.cost_model import TrainingCosts
 from thinksafe.training.local_trainer import LocalTrainer
 from thinksafe.training.loop import Batches, PlannedBatches, train_on_batches
+from thinksafe.training.losses import SafetyHeads
 from thinksafe.training.memory_plan import (
     DeviceMemory,
     choose_checkpointing,
@@ -111,7 +112,7 @@ def _load_data(stage: Stage, checkpoints: CheckpointStore) -> _Data:
     checkpoints.release_guard()
     stage.records, stage.figures["dropped"] = len(sequences), dict(dropped)
     lengths = [len(sequence) for sequence in sequences]
-    with_reference = any(sequence.use_reference_kl for sequence in sequences)
+    with_reference = any(sequence.needs_reference for sequence in sequences)
     return _Data(lengths, with_reference, lambda decoder: PlannedBatches(sequences, config, recipe.seed))
 
 
@@ -170,6 +171,10 @@ def _load_student(run: RunDir, checkpoints: CheckpointStore, plan: _MemoryPlan) 
         decoder.prepare_fp8_backward()
     else:
         decoder.requires_grad_(True)
+    if run.recipe.method.has_safety_heads:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(run.recipe.seed)
+            decoder.safety_heads = SafetyHeads(decoder.config.hidden_size, decoder.embedding.device)
     memory, setting = DeviceMemory.of(checkpoints.device), config.activation_checkpointing
     modes = choose_checkpointing(memory, setting, plan.costs, plan.largest_pack, plan.zero, run.workers)
     if run.workers.is_leader and set(modes) != {"none"}:
@@ -183,19 +188,19 @@ def _make_trainer(
     decoder: Decoder, config: TrainingConfig, plan: _MemoryPlan, device: torch.device, workers: Workers = SINGLE_PROCESS
 ) -> Trainer:
     """Return a LocalTrainer, with CUDA graphs if they help and fit, or with ZeRO a DeepSpeedTrainer, which has none."""
-    clip, decay = config.max_grad_norm, config.weight_decay
+    clip, decay, beta2 = config.max_grad_norm, config.weight_decay, config.beta2
     if plan.zero is not None:
         # DeepSpeed takes seconds to import, and need not be installed.
         from thinksafe.training.deepspeed_trainer import DeepSpeedTrainer
 
-        return DeepSpeedTrainer(decoder, clip, decay, plan.zero, plan.with_reference, device, workers)
+        return DeepSpeedTrainer(decoder, clip, decay, plan.zero, plan.with_reference, device, workers, beta2)
     graph_tokens = 0
     if config.cuda_graphs == "auto":
         memory, packs = DeviceMemory.of(device), (plan.largest_pack, plan.mean_pack)
         graph_tokens = choose_max_cuda_graph_tokens(memory, plan.costs, decoder.checkpointing, *packs)
     if graph_tokens:
         print_note("CUDA graphs", f"for packs of up to {graph_tokens:,} tokens")
-    return LocalTrainer(decoder, clip, decay, plan.with_reference, graph_tokens)
+    return LocalTrainer(decoder, clip, decay, plan.with_reference, graph_tokens, beta2)
 
 
 def _run_training(stage: Stage, trainer: Trainer, batches: Batches, folder: Path) -> None:
@@ -253,7 +258,7 @@ def _save_student(run: RunDir, checkpoints: CheckpointStore, decoder: Decoder) -
 
     The folder is written under a temporary name and then replaces an earlier one. The leader calls this alone.
     """
-    folder = run.student_folder
+    folder, decoder.safety_heads = run.student_folder, None
     with atomic_path(folder) as staging:
         if run.recipe.training.method == "lora":
             local_folder = expand_path(run.recipe.model)

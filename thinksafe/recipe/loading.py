@@ -4,25 +4,35 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from thinksafe.errors import UserError, validation_message
-from thinksafe.paths import RECIPES_FOLDER, bundled_recipes
+from thinksafe.methods.registry import METHODS
+from thinksafe.methods.thinksafe import ThinkSafe
+from thinksafe.paths import METHODS_FOLDER, RECIPES_FOLDER, bundled_methods, bundled_recipes
 from thinksafe.recipe.renamed_keys import RENAMED_KEYS
 from thinksafe.recipe.schema import Recipe
 from thinksafe.section import section_in
 
+T = TypeVar("T")
 _GUARD_PATHS: dict[str, Any] = {"model": None}
 _GUARD_PATHS["members"] = _GUARD_PATHS  # a member may be an ensemble
-_PATHS = {"model": None, "prompts": None, "guard": _GUARD_PATHS, "evaluation": {"sets": {"source": None}}}
+_PATHS: dict[str, Any] = {
+    "model": None,
+    "prompts": None,
+    "method": {"model": None, "source": None},
+    "guard": _GUARD_PATHS,
+    "evaluation": {"sets": {"source": None}},
+}
 """Keys that may name a file or folder (None), inside sections and lists of sections (the keys of each entry)."""
 
 
-def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a checked recipe: the values of a file, merged into those of its `base` if it has one, with overrides.
+def load_recipe(name_or_file: str, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
+    """Return a checked recipe: the values of a file, merged into those of its `base` if it has one, with the settings
+    of a method and overrides.
 
     A name of an existing file becomes an absolute path; it may be relative to the recipe's folder, or in an override to
     the working directory.
@@ -30,15 +40,24 @@ def load_recipe(name_or_file: str, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         name_or_file: a YAML file, or the name of a bundled recipe. The file is used if both exist.
         overrides: `key=value` with dots for nesting (`training.epochs=1`); see `_override_value` for the values.
+        method: NAME or NAME@BUDGET of a bundled method, whose settings replace those of the file, see `_with_method`;
+            None to keep the file's.
 
     Raises:
-        UserError: a recipe does not exist, is not YAML or is invalid; the message names file and key.
+        UserError: a recipe or method does not exist, is not YAML or is invalid; the message names file and key.
     """
     raw, file = _read_recipe(name_or_file, "--recipe", Path(), ())
+    by_method = raw.pop("methods", {})
+    if method is not None:
+        raw = _with_method(raw, method, by_method, file)
     for override in overrides:
         _apply_override(raw, override)
     _resolve_paths(raw, Path.cwd())
-    return check_recipe(raw, f"{file} with --set" if overrides else str(file))
+    recipe = check_recipe(raw, f"{file} with --set" if overrides else str(file))
+    if method is not None and method.endswith("@matched") and recipe.training.steps is None:
+        remedy = "set training.steps to the number of optimizer steps of the run of ThinkSafe to match"
+        raise UserError(f"--method {method}: {remedy}")
+    return recipe
 
 
 def _read_recipe(
@@ -66,6 +85,9 @@ def _read_recipe(
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a recipe must be a mapping of keys to values")
     _resolve_paths(raw, file.parent)
+    if isinstance(by_method := raw.get("methods"), dict):
+        for changes in by_method.values():
+            _resolve_paths(changes, file.parent)
     if (base := raw.pop("base", None)) is not None:
         inherited, _ = _read_recipe(str(base), f"{file}: base", file.parent, (*descendants, file.resolve()))
         raw = _merge(inherited, raw)
@@ -113,6 +135,30 @@ def _check_keys_are_unique(root: yaml.Node | None, source: str) -> None:
                 nodes.append((f"{path}{key.value}.", value))
 
 
+def _with_method(raw: dict[str, Any], method: str, by_method: Any, file: Path) -> dict[str, Any]:
+    """Return a recipe's plain values with those of a method: first the method's bundled settings for the budget, then
+    the recipe's own changes for this method (its key `methods`). The recipe's section `method` is replaced.
+
+    Args:
+        method: NAME or NAME@BUDGET.
+        by_method: value of the key `methods`.
+        file: file of the recipe, for error messages.
+    """
+    name, _, budget = method.partition("@")
+    if name not in bundled_methods():
+        raise UserError(f"--method: no method {name!r}; choose one of {', '.join(bundled_methods())}")
+    settings = yaml.safe_load((METHODS_FOLDER / f"{name}.yaml").read_text())
+    budgets = settings.pop("budgets")
+    if budget and budget not in budgets:
+        raise UserError(f"--method {method}: no budget {budget!r}; choose one of {', '.join(budgets)}")
+    changes = by_method.get(name, {}) if isinstance(by_method, dict) else None
+    if not isinstance(changes, dict):
+        raise UserError(f"{file}: methods: must be a section of methods, each with a section of keys")
+    for values in (settings, budgets[budget or next(iter(budgets))], changes):
+        raw = _merge(raw | {"method": {}} if values is settings else raw, values)
+    return raw | {"name": f"{raw.get('name')}-{method.replace('@', '-')}"}
+
+
 def _without_shared_nodes(node: Any) -> Any:
     """Return a copy of a YAML node without shared sections and lists, so that `--set` changes one key alone.
 
@@ -143,20 +189,37 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
     Raises:
         UserError: a key is unknown, renamed or missing, or a value is invalid; the message names one problem.
     """
+    if "method" in raw:
+        method = raw["method"]
+        name = method.get("type", ThinkSafe.type) if isinstance(method, dict) else ThinkSafe.type
+        if str(name) not in METHODS:
+            raise UserError(f"{source}: method.type: must be one of {', '.join(METHODS)} (found {name!r})")
+        raw = raw | {"method": _check_section(METHODS[name], method, source, ("method",))}
+    return _check_section(Recipe, raw, source)
+
+
+def _check_section(section: type[T], raw: Any, source: str, path: tuple[str, ...] = ()) -> T:
+    """Return the section, of this class and at this path of keys, that plain values describe; see `check_recipe`."""
     try:
-        return TypeAdapter(Recipe).validate_python(raw)
+        return TypeAdapter(section).validate_python(raw)
     except ValidationError as error:
         # An unknown key is reported first: with a misspelled key, the right key is missing too.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
-        raise UserError(f"{source}: {_describe(problem)}") from None
+        raise UserError(f"{source}: {_describe(problem, section, path)}") from None
 
 
-def _describe(problem: Any) -> str:
-    """Return a message about one entry of pydantic's `ValidationError.errors()`, with the key and in YAML's terms."""
-    kind, path = problem["type"], [str(part) for part in problem["loc"]]
+def _describe(problem: Any, root: type, root_path: tuple[str, ...]) -> str:
+    """Return a message about one entry of pydantic's `ValidationError.errors()`, with the key and in YAML's terms.
+
+    Args:
+        root: class of the section that was checked.
+        root_path: path of its keys in the recipe.
+    """
+    kind, parts = problem["type"], [str(part) for part in problem["loc"]]
+    path = [*root_path, *parts]
     key = ".".join(path)
     if kind == "unexpected_keyword_argument":
-        return _describe_unknown_key(path)
+        return _describe_unknown_key(path, _section_at(root, parts[:-1]))
     if kind == "missing":
         hint = "; name the student with --set model=FOLDER or --set model=HUB/NAME" if key == "model" else ""
         return f"key {key} is missing{hint}"
@@ -164,15 +227,14 @@ def _describe(problem: Any) -> str:
     if kind == "value_error":  # raised by a section, whose message begins with its key
         return ".".join([*path, message])
     if kind.startswith("dataclass"):
-        message = f"must be a section of keys ({', '.join(_keys_of(_section_at(path)))})"
+        message = f"must be a section of keys ({', '.join(_keys_of(_section_at(root, parts)))})"
     return f"{key}: {message} (found {problem['input']!r})"
 
 
-def _describe_unknown_key(path: list[str]) -> str:
+def _describe_unknown_key(path: list[str], section: type | None) -> str:
     """Return the message about a key that its section does not have: with its new name if it was renamed, else with the
     most similar key if one is close."""
     *parents, key = path
-    section = _section_at(parents)
     if new_key := RENAMED_KEYS.get(section, {}).get(key):
         return f"key {'.'.join(path)} was renamed; use {new_key if '.' in new_key else '.'.join([*parents, new_key])}"
     close_keys = difflib.get_close_matches(key, _keys_of(section), n=1)
@@ -180,9 +242,9 @@ def _describe_unknown_key(path: list[str]) -> str:
     return f"unknown key {'.'.join(path)}; {suggestion or '`thinksafe recipe` lists all keys'}"
 
 
-def _section_at(path: list[str]) -> type | None:
-    """Return the class of the section at a path of keys and list indices: Recipe for [], None for no section."""
-    section: Any = Recipe
+def _section_at(root: type, path: list[str]) -> type | None:
+    """Return the class of the section at a path of keys and list indices below `root`; None for no section."""
+    section: Any = root
     for part in path:
         if section is not None and not part.isdigit():
             section = section_in(get_type_hints(section).get(part))

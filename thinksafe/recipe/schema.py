@@ -12,6 +12,7 @@ import yaml
 
 from thinksafe.evaluation.config import EvaluationConfig
 from thinksafe.guards.config import GuardConfig
+from thinksafe.methods.base import Method
 from thinksafe.methods.thinksafe import ThinkSafe
 from thinksafe.model.config import LoraConfig
 from thinksafe.sampler.config import EngineConfig, SamplingConfig
@@ -34,9 +35,9 @@ class GenerationConfig(Section):
     single attempt."""
     max_retry_responses: Annotated[int | None, Bounds(ge=0)] = None
     """Largest total number of responses in all further attempts; null for no limit."""
-    num_unsteered_prompts: Annotated[int, Bounds(ge=0)] = 200
-    """Number of harmful prompts that are also sampled without steering, to measure what steering gains. These responses
-    are not used for training."""
+    num_unsteered_prompts: Annotated[int | None, Bounds(ge=0)] = 200
+    """Number of harmful prompts that are also sampled without steering, to measure what steering gains; null for all.
+    Only method `dpo` uses these responses for training."""
     sampling: SamplingConfig = SamplingConfig()
 
     def check(self) -> None:
@@ -73,7 +74,7 @@ class Recipe(Section):
     trackers: tuple[TrackerName, ...] = ()
     """Programs that show the training metrics: `tensorboard` (event files in training/tensorboard) and `wandb` (Weights
     & Biases). training/metrics.jsonl is always written."""
-    method: ThinkSafe = ThinkSafe()
+    method: Method = ThinkSafe()
     generation: GenerationConfig = GenerationConfig()
     guard: GuardConfig = GuardConfig()
     sampler: EngineConfig = EngineConfig()
@@ -86,6 +87,7 @@ class Recipe(Section):
         for name, value in self.template_arguments.items():
             if not isinstance(value, (bool, int, float, str)) or value != value or value in (math.inf, -math.inf):
                 raise ValueError(f"template_arguments.{name}: must be true, false, a number or text (found {value!r})")
+        self.method.check_settings(self.generation, self.training)
         if self.training.frozen_weight_dtype == "fp8" and (self.zero.stage == 3 or self.zero.offload_parameters):
             raise ValueError(
                 "training.frozen_weight_dtype: fp8 needs the whole base model on each GPU, and ZeRO stage 3 shards it"

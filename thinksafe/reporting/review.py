@@ -38,7 +38,7 @@ def write_review(run: RunDir, max_responses: int) -> Path:
 
     def judged_attempts() -> Iterator[tuple[Attempt, bool]]:
         for prompt_attempts in attempts:
-            kept = run.recipe.method.choose(prompt_attempts)
+            kept = run.recipe.method.choose(prompt_attempts, run.recipe.seed)
             for attempt in prompt_attempts:
                 counts[attempt.verdict.decision] += 1
                 if attempt.verdict.decision != "dropped":

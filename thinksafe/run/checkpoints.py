@@ -109,6 +109,26 @@ class CheckpointStore:
         return chat
 
     @cached_property
+    def teacher_chat(self) -> Chat | None:
+        """The tokenizer and chat template of the method's responder; None if the student answers the prompts."""
+        if self._recipe.method.responder is None:
+            return None
+        chat = Chat(resolve_checkpoint(self._recipe.method.responder, "method.model"), date=self._date)
+        _check_vocabulary(chat.folder, chat.tokenizer)
+        return chat
+
+    @property
+    def chats(self) -> list[Chat]:
+        """The chats of the models whose responses the run holds: the student's, and the teacher's if there is one."""
+        return [chat for chat in (self.chat, self.teacher_chat) if chat is not None]
+
+    def responder(self) -> tuple[Decoder, Chat]:
+        """Return the model that answers the prompts for the recipe's method, for sampling, and its chat: the teacher,
+        or the student."""
+        chat = self.teacher_chat or self.chat  # a mistake in it shows before weights are loaded
+        return self.sampled_student(chat.folder), chat
+
+    @cached_property
     def guard(self) -> Guard:
         """The guard of the recipe, with its models loaded; it is kept until `release_guard`."""
         return build_guard(self._recipe.guard, self._load_guard_model)

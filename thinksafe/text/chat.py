@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,11 +109,16 @@ class Chat:
         return self.tokenizer.encode(self._response_parts(text))
 
     def encode_ahead(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Encode (prompt, canonical response) pairs on all cores, so that `prompt_ids` and `response_ids` take no time
-        for them; see `SafeTokenizer.encode_ahead`."""
-        self.tokenizer.encode_ahead(
-            parts for prompt, text in pairs for parts in (self._prompt_parts(prompt), self._response_parts(text))
-        )
+        """Encode (prompt, response) pairs on all cores, so that `prompt_ids` and `response_ids` take no time for them;
+        see `SafeTokenizer.encode_ahead`. A response that is not canonical is left out."""
+
+        def parts() -> Iterator[list[tuple[str, bool]]]:
+            for prompt, text in pairs:
+                yield self._prompt_parts(prompt)
+                if isinstance(parse_response(text), ParsedResponse):
+                    yield self._response_parts(text)
+
+        self.tokenizer.encode_ahead(parts())
 
     def without_turn_end(self, text: str) -> str:
         """Return a response without the stop tokens, and white space around them, in which its text ends."""

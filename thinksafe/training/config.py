@@ -24,7 +24,9 @@ class TrainingConfig(Section):
     method: Literal["lora", "full"] = "lora"
     """Whether to train adapters (`lora`) or every weight (`full`)."""
     epochs: Annotated[int, Bounds(ge=1)] = 3
-    """Passes over the accepted examples."""
+    """Passes over the examples."""
+    steps: Annotated[int | None, Bounds(ge=1)] = None
+    """Number of optimizer steps, instead of `epochs`; the last pass may be incomplete. null for whole epochs."""
     batch_size: Annotated[int, Bounds(ge=1)] = 8
     """Sequences per optimizer step."""
     tokens_per_step: Annotated[int, Bounds(ge=0)] = 0
@@ -42,6 +44,8 @@ class TrainingConfig(Section):
     """Share of all steps that are warm-up."""
     weight_decay: Annotated[float, Bounds(ge=0)] = 0.0
     """Weight decay of AdamW."""
+    beta2: Annotated[float, Bounds(gt=0, lt=1)] = 0.999
+    """Decay of AdamW's mean of squared gradients from step to step."""
     max_grad_norm: Annotated[float, Bounds(gt=0)] = 1.0
     """A gradient with a larger norm is scaled down to this norm."""
     max_length: Annotated[int, Bounds(ge=1)] = 16_384

@@ -77,6 +77,7 @@ class DeepSpeedTrainer(Trainer):
         with_reference: bool = False,
         device: torch.device | None = None,
         workers: Workers = SINGLE_PROCESS,
+        beta2: float = 0.999,
     ):
         """Shard a decoder that every rank has loaded in full. Arguments not below are those of `LocalTrainer`.
 
@@ -84,6 +85,7 @@ class DeepSpeedTrainer(Trainer):
             zero: sharding with a stage of 1, 2 or 3.
             device: device of this rank; None for the decoder's device. In stage 3 the decoder may lie in host memory;
                 its weights pass through the device one by one.
+            workers: this rank and its relation to the others.
         """
         super().__init__(decoder, device or decoder.embedding.device)
         self.workers = workers
@@ -93,7 +95,8 @@ class DeepSpeedTrainer(Trainer):
         self._owned_names = {names[i] for i in partition_balanced(sizes, workers.world_size)[workers.rank]}
         # A rank with fewer packs than another computes this pack, so that collectives match. It has no target.
         self._padding_pack = collate([TrainingSequence(np.zeros(1, np.int32), 1)], self.device)
-        optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        betas = (0.9, beta2)
+        optimizer = torch.optim.AdamW(self.parameters.values(), 0.0, betas, weight_decay=weight_decay, fused=True)
         dtype = decoder.embedding.dtype
         settings = deepspeed_settings(zero, max_grad_norm, dtype)
         adapters = {name: p.detach().clone() for name, p in self.parameters.items() if p.dtype != dtype}

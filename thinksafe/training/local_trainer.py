@@ -27,6 +27,7 @@ class LocalTrainer(Trainer):
         weight_decay: float,
         with_reference: bool = False,
         max_cuda_graph_tokens: int = 0,
+        beta2: float = 0.999,
     ):
         """Prepare to train a decoder on its device.
 
@@ -36,6 +37,7 @@ class LocalTrainer(Trainer):
                 without adapters.
             max_cuda_graph_tokens: number of tokens of the largest pack that runs as CUDA graphs, see
                 `choose_max_cuda_graph_tokens`; 0 disables graphs.
+            beta2: decay of AdamW's mean of squared gradients.
         """
         super().__init__(decoder, decoder.embedding.device)
         graphs = (DecoderGraphs(decoder.embedding, max_cuda_graph_tokens),) if max_cuda_graph_tokens else ()
@@ -46,7 +48,8 @@ class LocalTrainer(Trainer):
             name: parameter if parameter.dtype == torch.float32 else parameter.detach().float()
             for name, parameter in self.parameters.items()
         }
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, weight_decay=weight_decay, fused=True)
+        settings = {"betas": (0.9, beta2), "weight_decay": weight_decay}
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=0.0, fused=True, **settings)
         self.optimizer.state.update((master, zero_moments(master)) for master in self.masters.values())
 
     def step(self, packs: list[PackedBatch], learning_rate: float) -> StepResult:

@@ -14,11 +14,11 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
-from itertools import zip_longest
+from dataclasses import asdict, is_dataclass
+from itertools import count, zip_longest
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from thinksafe.training.checkpoint import load_newest, save_checkpoint
 from thinksafe.training.config import TrainingConfig
 from thinksafe.training.metrics import MetricsLog, StepMetrics
 from thinksafe.training.packing import PackedBatch, pack, partition_balanced
-from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.sequence import LateLosses, PreferencePair, TrainingItem, TrainingSequence
 from thinksafe.training.trainer import NonFiniteStep, Trainer
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
 
 
 class Batches(Protocol):
-    """The sequences of every optimizer step. They are a function of the step and, for an online method, of the weights
+    """The items of every optimizer step. They are a function of the step and, for an online method, of the weights
     before it, so a killed run makes the same ones again.
 
     Attributes:
@@ -60,50 +60,57 @@ class Batches(Protocol):
     is_online: bool
     fingerprint: str
 
-    def of_step(self, step: int) -> Sequence[TrainingSequence]:
-        """Return the sequences of all ranks for a step, counted from 0; all ranks call this with the same steps."""
+    def of_step(self, step: int) -> Sequence[TrainingSequence | PreferencePair]:
+        """Return the items of all ranks for a step, counted from 0; all ranks call this with the same steps."""
 
 
 class PlannedBatches:
-    """Batches of fixed sequences: every epoch is another permutation of them."""
+    """Batches of fixed items: every epoch is another permutation of them."""
 
     is_online = False
 
-    def __init__(self, sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int):
+    def __init__(self, items: Sequence[TrainingItem], config: TrainingConfig, seed: int):
         """Plan all steps.
 
         Args:
-            sequences: at least one; their order is part of the run's identity.
+            items: at least one; their order is part of the run's identity.
             seed: seed of the run; with the number of the epoch, it determines the permutation.
         """
-        self._sequences = sequences
-        self._plan = plan_steps([len(sequence) for sequence in sequences], config, seed)
+        self._items = items
+        self._plan = plan_steps([len(item) for item in items], config, seed)
+        self._epochs = (np.cumsum([len(indices) for indices in self._plan]) - 1) // len(items)
         self.num_steps = len(self._plan)
-        self.fingerprint = training_fingerprint(sequences, config, seed)
+        self.fingerprint = training_fingerprint(items, config, seed)
 
-    def of_step(self, step: int) -> list[TrainingSequence]:
-        return [self._sequences[index] for index in self._plan[step]]
+    def of_step(self, step: int) -> list[TrainingSequence | PreferencePair]:
+        batch, epochs_left = [], int(self._epochs[-1] - self._epochs[step] + 1)
+        for index in self._plan[step]:
+            item = self._items[index]
+            batch += item.in_epoch(epochs_left) if isinstance(item, LateLosses) else [item]
+        return batch
 
 
 def plan_steps(lengths: Sequence[int], config: TrainingConfig, seed: int) -> list[np.ndarray]:
     """Return the indices of each step's sequences, one int array for each step of all epochs.
 
-    Each epoch is a new permutation, cut into batches in its order. A batch has `batch_size` sequences, the last one of
-    an epoch possibly fewer. If `tokens_per_step` is set, it replaces `batch_size`: a batch then has the sequences that
-    fit into that many tokens together, or a single longer one.
+    Each epoch is a new permutation, cut into batches in its order; if `steps` is set, it replaces `epochs`. A batch has
+    `batch_size` sequences, the last one of an epoch possibly fewer. If `tokens_per_step` is set, it replaces
+    `batch_size`: a batch then has the sequences that fit into that many tokens together, or a single longer one.
 
     Args:
         lengths: number of tokens of each sequence.
         seed: seed of the run; with the number of the epoch, it determines the permutation.
     """
-    steps = []
-    for epoch in range(config.epochs):
+    steps: list[np.ndarray] = []
+    for epoch in range(config.epochs) if config.steps is None else count():
+        if config.steps is not None and len(steps) >= config.steps:
+            break
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
         if config.tokens_per_step:
             steps += np.split(order, _batch_boundaries([lengths[index] for index in order], config.tokens_per_step))
         else:
             steps += np.split(order, range(config.batch_size, len(order), config.batch_size))
-    return steps
+    return steps[: config.steps]
 
 
 def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
@@ -118,15 +125,13 @@ def _batch_boundaries(lengths: Sequence[int], max_tokens: int) -> list[int]:
     return boundaries
 
 
-def training_fingerprint(sequences: Sequence[TrainingSequence], config: TrainingConfig, seed: int) -> str:
-    """Return a hex hash of sequences, seed and settings other than MEMORY_ONLY_FIELDS. It identifies a training run: a
+def training_fingerprint(items: Sequence[TrainingItem], config: TrainingConfig, seed: int) -> str:
+    """Return a hex hash of items, seed and settings other than MEMORY_ONLY_FIELDS. It identifies a training run: a
     checkpoint with another hash is passed over."""
     settings = {key: value for key, value in asdict(config).items() if key not in config.MEMORY_ONLY_FIELDS}
     digest = hashlib.sha256(json.dumps([settings, seed]).encode())
-    for sequence in sequences:
-        digest.update(np.int64([len(sequence), sequence.num_prompt_tokens, sequence.use_reference_kl]).tobytes())
-        digest.update(np.float64([sequence.weight, sequence.advantage]).tobytes())
-        digest.update(sequence.input_ids.tobytes())
+    for item in items:
+        _hash(digest, item)
     return digest.hexdigest()
 
 
@@ -135,16 +140,32 @@ def print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _hash(digest: Any, value: Any) -> None:
+    """Add a training item, or a field of one, to a digest; names of examples do not count."""
+    if isinstance(value, np.ndarray):
+        digest.update(np.int64(value.shape).tobytes() + value.tobytes())
+    elif isinstance(value, tuple):
+        for entry in value:
+            _hash(digest, entry)
+    elif is_dataclass(value):
+        digest.update(type(value).__name__.encode())
+        for name, field in vars(value).items():
+            if name != "name":
+                _hash(digest, field)
+    else:
+        digest.update(f"{value!r};".encode())
+
+
 def train(
     trainer: Trainer,
-    sequences: Sequence[TrainingSequence],
+    items: Sequence[TrainingItem],
     config: TrainingConfig,
     seed: int,
     folder: Path,
     on_step: Callable[[StepMetrics], None] = lambda metrics: None,
 ) -> None:
-    """Train on fixed sequences; see `train_on_batches`."""
-    train_on_batches(trainer, PlannedBatches(sequences, config, seed), config, seed, folder, on_step)
+    """Train on fixed items; see `train_on_batches`."""
+    train_on_batches(trainer, PlannedBatches(items, config, seed), config, seed, folder, on_step)
 
 
 def train_on_batches(
@@ -179,11 +200,12 @@ def train_on_batches(
         trainer.load_state_dict(state)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def make_step(step: int) -> tuple[Sequence[TrainingSequence], list[PackedBatch]]:
+    def make_step(step: int) -> tuple[Sequence[TrainingSequence | PreferencePair], list[PackedBatch]]:
         batch = batches.of_step(step)
-        share = partition_balanced([len(sequence) for sequence in batch], workers.world_size)[workers.rank]
-        sequences = [batch[index] for index in share]
-        return batch, pack(sequences, config.max_tokens_per_pack, trainer.device, config.loss_reduction)
+        share = partition_balanced([len(item) for item in batch], workers.world_size)[workers.rank]
+        return batch, pack(
+            [batch[index] for index in share], config.max_tokens_per_pack, trainer.device, config.loss_reduction
+        )
 
     steps = range(first_step, num_steps)
     made_steps = map(make_step, steps) if batches.is_online else prefetch(make_step, steps)

@@ -1,23 +1,25 @@
 """The loss of a pack, the same on one GPU and under ZeRO: a weighted sum over target tokens.
 
 The loss of a response token is its cross-entropy, -log p(y). In sequences with `use_reference_kl` it is the divergence
-of the full next-token distribution, KL(p_ref ‖ p), the paper's +KL on benign responses. The reference is the student
-itself with its adapters off: one forward pass over those sequences, 2 N FLOP per token, and no memory. In full
-fine-tuning the reference is a frozen copy.
+of the full next-token distribution, KL(p_ref ‖ p), the paper's +KL on benign responses. A preference pair has DPO's
+loss of its two responses. The reference is the student itself with its adapters off: one forward pass over these
+sequences, 2 N FLOP per token, and no memory. In full fine-tuning the reference is a frozen copy.
 """
 
 import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinksafe.kernels.linear_cross_entropy import linear_cross_entropy
 from thinksafe.kernels.linear_kl import linear_kl
+from thinksafe.kernels.linear_logprob import linear_logprob_of
 from thinksafe.model.attention import PackedAttention
 from thinksafe.model.decoder import Decoder
 from thinksafe.model.lora import without_adapters
-from thinksafe.training.packing import PackedBatch
+from thinksafe.training.packing import PackedBatch, PairRows, SpanRows
 
 
 class LossHead(nn.Module):
@@ -34,27 +36,71 @@ class LossHead(nn.Module):
         self.weight, self.reference_weight = weight, reference_weight
 
     def forward(self, hidden: Tensor, reference: Tensor | None, pack: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Return the weighted token losses of R rows, [R] fp32 in nats, and `StepResult.dropped_mass`, an fp32 scalar.
+        """Return the weighted losses of R rows, [R] fp32 in nats, and `StepResult.dropped_mass`, an fp32 scalar.
 
-        A row's loss is token_weight * KL(p_ref ‖ p) if it is among the first pack.num_reference_rows, else token_weight
-        * -log p(target).
+        The rows of preference pairs come first; the last row of a pair has its loss, its other rows have 0. The next
+        rows, up to pack.num_reference_rows, have token_weight * KL(p_ref ‖ p), and all others token_weight * -log
+        p(target).
 
         Args:
             hidden: [R, H], the decoder's output at the target rows.
             reference: [pack.num_reference_rows, H], the reference's output at the first rows; None if there are none.
         """
-        rows, token_weight = pack.num_reference_rows, pack.token_weight
+        num_pair_rows = 0 if pack.pairs is None else len(pack.pairs.pair)
+        kl, other = slice(num_pair_rows, pack.num_reference_rows), slice(pack.num_reference_rows, None)
+        targets, token_weight = pack.targets, pack.token_weight
         losses, stats = linear_cross_entropy(
-            hidden[rows:], self.weight, pack.targets[rows:], token_weight=token_weight[rows:], reduction="none",
+            hidden[other], self.weight, targets[other], token_weight=token_weight[other], reduction="none",
             return_stats=True,
         )  # fmt: skip
-        if rows:
+        if kl.start < kl.stop:
             kl_losses = linear_kl(
-                hidden[:rows], reference, self.weight, self.reference_weight, token_weight=token_weight[:rows],
+                hidden[kl], reference[kl], self.weight, self.reference_weight, token_weight=token_weight[kl],
                 reduction="none",
             )  # fmt: skip
             losses = torch.cat((kl_losses, losses))
+        if pack.pairs is not None:
+            pair = slice(num_pair_rows)
+            cross_entropy, pair_stats = linear_cross_entropy(
+                hidden[pair], self.weight, targets[pair], reduction="none", return_stats=True
+            )
+            head = self.weight if self.reference_weight is None else self.reference_weight
+            reference_logprobs = linear_logprob_of(reference[pair], head.detach(), targets[pair, None])[:, 0]
+            log_ratios = token_weight[pair] * (-cross_entropy - reference_logprobs)
+            losses = torch.cat((_pair_losses(log_ratios, pack.pairs), losses))
+            return losses, torch.maximum(stats.dropped_mass, pair_stats.dropped_mass)
         return losses, stats.dropped_mass
+
+
+def _pair_losses(log_ratios: Tensor, pairs: PairRows) -> Tensor:
+    """Return DPO's losses at the last row of each pair and 0 at its other rows, [P]. `log_ratios` [P] holds beta *
+    log(p / p_ref) of each target, with the opposite sign in rejected responses."""
+    margins = log_ratios.new_zeros(len(pairs.weight)).index_add(0, pairs.pair, log_ratios)
+    return torch.zeros_like(log_ratios).index_add(0, pairs.last_row, pairs.weight * F.softplus(-margins))
+
+
+class SafetyHeads(nn.Linear):
+    """SafeKey's two linear heads: row 0 reads the mean state of the summary, row 1 that of prompt and summary."""
+
+    def __init__(self, hidden_size: int, device: torch.device):
+        super().__init__(hidden_size, 2)  # on the host, so that a seed gives the same weights on every device
+        self.to(device)
+
+    def forward(self, hidden: Tensor, spans: SpanRows | None) -> Tensor:
+        """Return the weighted loss of each sequence with a span, [N] fp32: the mean of both heads' binary
+        cross-entropy.
+
+        Args:
+            hidden: [T, H], the decoder's output at all tokens.
+            spans: None gives a loss of 0, [1], which still uses the weights: under ZeRO-3 all ranks must gather them.
+        """
+        if spans is None:
+            return 0 * super().forward(hidden[:1].to(self.weight.dtype)).sum(1)
+        means = hidden.new_zeros(2 * len(spans.weight), hidden.shape[1], dtype=torch.float32)
+        means = means.index_add(0, spans.mean, spans.share[:, None] * hidden[spans.token].float())
+        logits = (means.unflatten(0, (-1, 2)) * self.weight.float()).sum(-1) + self.bias.float()
+        targets = spans.is_harmful[:, None].expand_as(logits)
+        return spans.weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
 class PackLoss(nn.Module):
@@ -80,7 +126,11 @@ class PackLoss(nn.Module):
         """
         reference = self._reference_states(pack) if needs_reference else None
         hidden = self.run_decoder(self.decoder, pack.input_ids, pack.positions, pack.attention)
-        return self.head(hidden[pack.target_rows], reference, pack)
+        losses, dropped_mass = self.head(hidden[pack.target_rows], reference, pack)
+        if self.decoder.safety_heads is not None:
+            head_losses, spans = self.decoder.safety_heads(hidden, pack.spans), pack.spans
+            losses = losses + head_losses if spans is None else losses.index_add(0, spans.last_row, head_losses)
+        return losses, dropped_mass
 
     @torch.no_grad()
     def _reference_states(self, pack: PackedBatch) -> Tensor:

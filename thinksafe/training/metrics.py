@@ -15,7 +15,7 @@ import torch
 
 from thinksafe.hardware import hardware_of
 from thinksafe.training.cost_model import TokenCounts, TrainingCosts, causal_pairs
-from thinksafe.training.sequence import TrainingSequence
+from thinksafe.training.sequence import PreferencePair, TrainingSequence
 from thinksafe.training.trainer import NonFiniteStep, StepResult, Trainer
 
 MAX_SKIPPED_STEPS = 3
@@ -95,7 +95,11 @@ class MetricsLog(AbstractContextManager):
             self._stream.close()
 
     def add(
-        self, step: int, learning_rate: float, batch: Sequence[TrainingSequence], result: StepResult | NonFiniteStep
+        self,
+        step: int,
+        learning_rate: float,
+        batch: Sequence[TrainingSequence | PreferencePair],
+        result: StepResult | NonFiniteStep,
     ) -> StepMetrics:
         """Write the line of a step, and return its metrics.
 
@@ -147,9 +151,9 @@ class MetricsLog(AbstractContextManager):
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
-    def _flops(self, batch: Sequence[TrainingSequence]) -> float:
+    def _flops(self, batch: Sequence[TrainingSequence | PreferencePair]) -> float:
         """Return the model FLOPs of a step on all ranks, with those of the reference's pass."""
-        reference_counts = _token_counts([sequence for sequence in batch if sequence.use_reference_kl])
+        reference_counts = _token_counts([item for item in batch if item.needs_reference])
         return self._costs.model_flops(_token_counts(batch)) + self._costs.forward_flops(reference_counts)
 
 
@@ -165,10 +169,11 @@ def read_metrics(file: Path) -> Iterator[StepMetrics]:
             yield metrics
 
 
-def _token_counts(batch: Sequence[TrainingSequence]) -> TokenCounts:
+def _token_counts(batch: Sequence[TrainingSequence | PreferencePair]) -> TokenCounts:
     """Return the token counts of all sequences together."""
-    lengths = [len(sequence) for sequence in batch]
-    return TokenCounts(sum(lengths), sum(sequence.num_targets for sequence in batch), causal_pairs(lengths))
+    sequences = [sequence for item in batch for sequence in item.sequences]
+    lengths = [len(sequence) for sequence in sequences]
+    return TokenCounts(sum(lengths), sum(sequence.num_targets for sequence in sequences), causal_pairs(lengths))
 
 
 def _spike_note(loss: float, recent_losses: Sequence[float]) -> str:
@@ -180,7 +185,7 @@ def _spike_note(loss: float, recent_losses: Sequence[float]) -> str:
     return f"loss spike: {loss:.3g}, usually {mean:.3g}" if loss > mean + SPIKE_SIGMA * deviation else ""
 
 
-def _example_names(batch: Sequence[TrainingSequence]) -> str:
+def _example_names(batch: Sequence[TrainingSequence | PreferencePair]) -> str:
     """Return the names of a step's first examples, and the number of the others if there are any: `a, b and 5 more`."""
     names = ", ".join(sequence.name for sequence in batch[:MAX_NAMED_EXAMPLES])
     return names + (f" and {len(batch) - MAX_NAMED_EXAMPLES} more" if len(batch) > MAX_NAMED_EXAMPLES else "")
