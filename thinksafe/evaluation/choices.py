@@ -73,9 +73,9 @@ _ANOTHER = re.compile(
 def chosen_option(answer: str) -> str | None:
     """Return the capital letter that an answer chooses; None if it chooses none, or several.
 
-    The first kind in this list that occurs decides, and of several of a kind the last: the last \\boxed{}; a statement such as
-    "the answer is B"; a letter alone on a line; a letter in bold; the only letter that opens a line, as in
-    "B) Circle".
+    The first kind in this list that occurs decides, and of several of a kind the last: the last \\boxed{}; a statement
+    such as "the answer is B"; a letter alone on a line; a letter in bold; the only letter that opens a line, as in "B)
+    Circle".
     """
     if (box := last_box(answer)) is not None and (letter := option_letter(box)):
         return letter
