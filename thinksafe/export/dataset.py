@@ -54,7 +54,8 @@ def _write_parquet(run: RunDir, file: Path) -> int:
         "accepted_by": text, "weight": real, "steering": text, "seed": pyarrow.int64(), "num_prompt_tokens": integer,
         "num_tokens": integer, "guard": text, "p_safe": real, "p_unsafe": real, "refusal": pyarrow.bool_(),
     }  # fmt: skip
-    accepted, num_rows = filter(None, map(run.recipe.method.choose, Attempts(run, read_marks(run)))), 0
+    method, seed, num_rows = run.recipe.method, run.recipe.seed, 0
+    accepted = filter(None, (method.choose(attempts, seed) for attempts in Attempts(run, read_marks(run))))
     with pyarrow.parquet.ParquetWriter(file, pyarrow.schema(columns.items()), compression="zstd") as writer:
         while rows := [attempt.fields | vars(attempt.example) for attempt in islice(accepted, _ROWS_PER_GROUP)]:
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=writer.schema))

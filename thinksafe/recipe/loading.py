@@ -189,7 +189,7 @@ def check_recipe(raw: dict[str, Any], source: str) -> Recipe:
     Raises:
         UserError: a key is unknown, renamed or missing, or a value is invalid; the message names one problem.
     """
-    if "method" in raw:
+    if isinstance(raw, dict) and "method" in raw:
         method = raw["method"]
         name = method.get("type", ThinkSafe.type) if isinstance(method, dict) else ThinkSafe.type
         if str(name) not in METHODS:

@@ -113,8 +113,9 @@ class CheckpointStore:
         """The tokenizer and chat template of the method's responder; None if the student answers the prompts."""
         if self._recipe.method.responder is None:
             return None
-        chat = Chat(resolve_checkpoint(self._recipe.method.responder, "method.model"), date=self._date)
-        _check_vocabulary(chat.folder, chat.tokenizer)
+        folder = resolve_checkpoint(self._recipe.method.responder, "method.model")
+        chat = Chat(SafeTokenizer(folder, self._date))
+        _check_vocabulary(folder, chat.tokenizer)
         return chat
 
     @property
