@@ -196,13 +196,13 @@ def print_recipe(options: argparse.Namespace) -> None:
     """Print a recipe with every key, its meaning and its default.
 
     The output is itself a recipe: save it, change it, and pass it to --recipe. Without --recipe it holds the defaults,
-    with --set alone the recipe qwen3-0.6b with the change.
+    with --set or --method alone the recipe qwen3-0.6b with the change.
     """
     with exit_on_interrupt():
         from thinksafe.recipe.reference import annotated_yaml
         from thinksafe.recipe.schema import Recipe
 
-    is_plain = options.recipe is None and not options.set
+    is_plain = options.recipe is None and options.method is None and not options.set
     recipe = Recipe("mine", "Qwen/Qwen3-0.6B") if is_plain else _load_recipe(options, default="qwen3-0.6b")
     _print_page(annotated_yaml(recipe))
 
