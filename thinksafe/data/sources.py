@@ -40,7 +40,7 @@ def rows_of(
     default_split: str = "test",
     columns: Collection[str] | None = None,
 ) -> Iterator[Row]:
-    """Yield the rows of a source with all their columns.
+    """Yield the rows of a source.
 
     Args:
         source: a .jsonl, .json or .parquet file; `owner/name` on the Hugging Face hub; or a folder. A folder is read as

@@ -154,8 +154,9 @@ def _with_method(raw: dict[str, Any], method: str, by_method: Any, file: Path) -
     changes = by_method.get(name, {}) if isinstance(by_method, dict) else None
     if not isinstance(changes, dict):
         raise UserError(f"{file}: methods: must be a section of methods, each with a section of keys")
+    raw = raw | {"method": {}}
     for values in (settings, budgets[budget or next(iter(budgets))], changes):
-        raw = _merge(raw | {"method": {}} if values is settings else raw, values)
+        raw = _merge(raw, values)
     return raw | {"name": f"{raw.get('name')}-{method.replace('@', '-')}"}
 
 

@@ -175,12 +175,14 @@ class SafeTokenizer:
     def has_broken_character(self, ids: list[int] | tuple[int, ...]) -> bool:
         """Return whether token ids hold bytes that are not UTF-8. Their text shows U+FFFD instead, which has other ids.
         A U+FFFD that the ids spell is a character like any other."""
+        if not (num_shown := self.decode(ids).count("\ufffd")):
+            return False
         pieces = [self._backend.id_to_token(id_) or "" for id_ in ids]
         if self._backend.decoder is not None and b"ByteLevel" in self._backend.decoder.__getstate__():
             num_spelled = "".join(pieces).count("ï¿½")  # its bytes EF BF BD in the alphabet of these tokenizers
         else:
             num_spelled = sum(map("\0".join(["", *pieces]).count, ("\ufffd", "\0<0xEF>\0<0xBF>\0<0xBD>")))
-        return self.decode(ids).count("\ufffd") > num_spelled
+        return num_shown > num_spelled
 
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files, chat template and generation_config.json, if present, into an existing folder."""
